@@ -1,0 +1,1 @@
+//! Feature bags, cohort tables, labels, folds and sampling.
