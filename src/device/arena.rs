@@ -1,0 +1,99 @@
+//! One step's memory: a buffer used as two stacks.
+//!
+//! `saved` grows up from the bottom during forward and is popped during backward; `scratch` grows down from the top and
+//! is released by the op or block that took it. A step neither allocates nor frees.
+
+use super::{Buffer, Device, Real, View};
+use crate::{Error, Result};
+
+/// Every view starts on a boundary of this many bytes (a GPU's widest access, and a multiple of a cache line).
+const ALIGNMENT: usize = 256;
+
+pub struct Arena {
+    buffer: Buffer,
+    saved: usize,
+    scratch: usize,
+    peak: usize,
+}
+
+/// A height of both stacks, to go back to.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    saved: usize,
+    scratch: usize,
+}
+
+impl Arena {
+    pub fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let bytes = bytes.next_multiple_of(ALIGNMENT);
+        Ok(Self { buffer: device.alloc(bytes)?, saved: 0, scratch: bytes, peak: 0 })
+    }
+
+    /// As large as anything could ask for; only for [`Device::Dry`], which backs it with nothing.
+    pub fn unlimited() -> Self {
+        Self { buffer: Buffer::imaginary(1 << 50), saved: 0, scratch: 1 << 50, peak: 0 }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.buffer.bytes()
+    }
+
+    /// The largest sum of both stacks so far, in bytes: what an arena must hold for the same step.
+    pub fn peak(&self) -> usize {
+        self.peak
+    }
+
+    /// Bytes on the saved stack now.
+    pub fn saved(&self) -> usize {
+        self.saved
+    }
+
+    /// A matrix that lives until its mark is released in backward. Its content is whatever was there before.
+    pub fn save<T: Real>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
+        let bytes = (rows * cols * size_of::<T>()).next_multiple_of(ALIGNMENT);
+        let at = self.saved;
+        self.saved += bytes;
+        self.grown(bytes)?;
+        Ok(View::new(self.buffer.address() + at, rows, cols))
+    }
+
+    /// A matrix that lives until the op or block that took it releases its mark.
+    pub fn scratch<T: Real>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
+        let bytes = (rows * cols * size_of::<T>()).next_multiple_of(ALIGNMENT);
+        self.scratch = self.scratch.wrapping_sub(bytes);
+        self.grown(bytes)?;
+        Ok(View::new(self.buffer.address() + self.scratch, rows, cols))
+    }
+
+    fn grown(&mut self, bytes: usize) -> Result<()> {
+        let total = self.buffer.bytes();
+        if self.scratch > total || self.saved > self.scratch {
+            return Err(Error::Device(format!(
+                "the step's arena of {total} bytes is too small for another {bytes} bytes; please report this as a bug in the memory plan"
+            )));
+        }
+        self.peak = self.peak.max(self.saved + total - self.scratch);
+        Ok(())
+    }
+
+    pub fn mark(&self) -> Mark {
+        Mark { saved: self.saved, scratch: self.scratch }
+    }
+
+    /// Pops the scratch stack back to the mark; saved matrices stay.
+    pub fn release_scratch(&mut self, mark: Mark) {
+        debug_assert!(self.scratch <= mark.scratch);
+        self.scratch = mark.scratch;
+    }
+
+    /// Pops the saved stack back to the mark.
+    pub fn release_saved(&mut self, mark: Mark) {
+        debug_assert!(self.saved >= mark.saved);
+        self.saved = mark.saved;
+    }
+
+    /// Empties both stacks.
+    pub fn reset(&mut self) {
+        (self.saved, self.scratch) = (0, self.buffer.bytes());
+    }
+}

@@ -1,0 +1,144 @@
+//! The CPU: a thread pool and the widest vector unit it has, chosen at run time.
+//!
+//! Work is cut into tasks by the shape alone, never by the number of threads, and every sum is taken inside one task in a
+//! fixed order: the same inputs give the same bits with any number of threads.
+
+pub mod real;
+pub mod tile;
+
+use std::{cell::RefCell, sync::Mutex};
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+pub use real::Real;
+
+use super::View;
+use crate::{Error, Result};
+
+pub struct Cpu {
+    pool: rayon::ThreadPool,
+    arch: Arch,
+    /// Memory that the tasks of one op share, kept from op to op. u64 for its alignment.
+    shared: Mutex<Vec<u64>>,
+}
+
+/// A kernel that needs the vector types by name; plain loops use [`Cpu::parallel`] and are vectorized by the compiler.
+pub trait Kernel: Sync {
+    fn run<S: Simd>(&self, simd: S, task: usize);
+}
+
+impl Cpu {
+    /// `threads` = 0 means one for each core.
+    pub fn new(threads: usize) -> Result<Self> {
+        Self::with_arch(threads, Arch::new())
+    }
+
+    /// With a given instruction set, for tests of the narrower ones.
+    pub fn with_arch(threads: usize, arch: Arch) -> Result<Self> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("cpu-{i}"))
+            .build()
+            .map_err(|e| Error::Device(format!("cannot start {threads} threads: {e}")))?;
+        Ok(Self { pool, arch, shared: Mutex::default() })
+    }
+
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// The instruction set in use, for reports.
+    pub fn instruction_set(&self) -> &'static str {
+        match format!("{:?}", self.arch) {
+            name if name.starts_with("V4") => "AVX-512",
+            name if name.starts_with("V3") => "AVX2",
+            name if name.starts_with("Neon") => "NEON",
+            _ => "scalar",
+        }
+    }
+
+    pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(work)
+    }
+
+    /// Runs `task(0) .. task(tasks - 1)` on all threads. Mark the closure `#[inline(always)]`: only what is inlined is
+    /// compiled for the wide vector unit.
+    #[inline(always)]
+    pub fn parallel(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        let run = |i| {
+            self.arch.dispatch(
+                #[inline(always)]
+                || task(i),
+            )
+        };
+        match tasks {
+            0 => {}
+            1 => run(0),
+            _ => self.pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(run)),
+        }
+    }
+
+    /// [`Cpu::parallel`] for a kernel that names its vector types.
+    pub fn parallel_kernel<K: Kernel>(&self, tasks: usize, kernel: &K) {
+        let run = |task| self.arch.dispatch(Task { kernel, task });
+        match tasks {
+            0 => {}
+            1 => run(0),
+            _ => self.pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(run)),
+        }
+    }
+
+    /// Hands `work` one row of `len` elements of arbitrary content that all its tasks may use. Not to be nested.
+    pub fn with_panels<T: Real>(&self, len: usize, work: impl FnOnce(View<T>)) {
+        let mut pages = self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let words = (len * size_of::<T>()).div_ceil(8);
+        if pages.len() < words {
+            pages.resize(words, 0);
+        }
+        work(View::new(pages.as_mut_ptr() as usize, 1, len));
+    }
+
+    /// Elements of `T` in a vector register.
+    pub fn lanes<T: Real>(&self) -> usize {
+        struct Lanes<T>(std::marker::PhantomData<T>);
+        impl<T: Real> WithSimd for Lanes<T> {
+            type Output = usize;
+            fn with_simd<S: Simd>(self, _: S) -> usize {
+                T::lanes::<S>()
+            }
+        }
+        self.arch.dispatch(Lanes::<T>(std::marker::PhantomData))
+    }
+}
+
+struct Task<'a, K> {
+    kernel: &'a K,
+    task: usize,
+}
+
+impl<K: Kernel> WithSimd for Task<'_, K> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        self.kernel.run(simd, self.task);
+    }
+}
+
+thread_local! {
+    /// Pages for a task's private tiles, kept from task to task. u64 for its alignment.
+    static WORKSPACE: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Hands `work` a private slice of `len` elements of arbitrary content.
+#[inline(always)]
+pub fn with_workspace<T: Real, R>(len: usize, work: impl FnOnce(&mut [T]) -> R) -> R {
+    // Taken out of the cell while in use, so that a nested task on the same thread gets its own.
+    let mut pages = WORKSPACE.take();
+    let words = (len * size_of::<T>()).div_ceil(8);
+    if pages.len() < words {
+        pages.resize(words, 0);
+    }
+    let result = work(&mut bytemuck::cast_slice_mut(&mut pages)[..len]);
+    WORKSPACE.set(pages);
+    result
+}

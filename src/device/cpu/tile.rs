@@ -1,0 +1,214 @@
+//! The matrix kernel under `matmul` and `attention`: C[m, n] (+)= A[m, k] B[k, n] on tiles that fit the caches.
+//!
+//! The inner loop keeps an `MR x 2 vectors` block of C in registers (Goto & van de Geijn 2008, fig. 8). A is read element by
+//! element through two strides, so packed slivers, row-major tiles and their transposes are all the same code; B is read
+//! by whole vectors from column panels of [`panel_width`] columns.
+
+use pulp::Simd;
+
+use super::Real;
+
+/// Rows of the register block where there are 32 vector registers; half of it otherwise.
+const MR: usize = 12;
+/// Tile heights are multiples of this, so that a tile's last row block may read past its rows.
+pub const ROWS: usize = MR;
+/// Columns of a panel never exceed this.
+pub const MAX_PANEL: usize = 32;
+
+/// Columns of a panel of B: two vector registers.
+#[inline(always)]
+pub fn panel_width<T: Real, S: Simd>() -> usize {
+    2 * T::lanes::<S>()
+}
+
+/// A[i, p] is at `ptr + (i / ROWS) * sliver + (i % ROWS) * row + p * col`. Rows up to the next multiple of [`ROWS`] are read.
+/// Strides that are constants at the call site end up as immediate offsets.
+#[derive(Clone, Copy)]
+pub struct Lhs<T> {
+    pub ptr: *const T,
+    pub sliver: usize,
+    pub row: usize,
+    pub col: usize,
+}
+
+impl<T> Lhs<T> {
+    /// A row-major tile of row stride `stride`.
+    #[inline(always)]
+    pub fn rows(ptr: *const T, stride: usize) -> Self {
+        Self { ptr, sliver: ROWS * stride, row: stride, col: 1 }
+    }
+
+    /// The transpose of a row-major tile.
+    #[inline(always)]
+    pub fn columns(ptr: *const T, stride: usize) -> Self {
+        Self { ptr, sliver: ROWS, row: 1, col: stride }
+    }
+}
+
+/// B[p, j] is at `ptr + (j / width) * panel + p * row + j % width`; panels are read whole.
+#[derive(Clone, Copy)]
+pub struct Rhs<T> {
+    pub ptr: *const T,
+    pub panel: usize,
+    pub row: usize,
+}
+
+impl<T: Real> Rhs<T> {
+    /// A row-major tile of row stride `stride` (a multiple of the panel width).
+    #[inline(always)]
+    pub fn rows<S: Simd>(ptr: *const T, stride: usize) -> Self {
+        Self { ptr, panel: panel_width::<T, S>(), row: stride }
+    }
+
+    /// Packed panels of `depth` rows.
+    #[inline(always)]
+    pub fn panels<S: Simd>(ptr: *const T, depth: usize) -> Self {
+        Self { ptr, panel: depth * panel_width::<T, S>(), row: panel_width::<T, S>() }
+    }
+}
+
+/// C[m, n] = A B, or += with `accumulate`; C is row-major with stride `c_row`.
+///
+/// # Safety
+/// The strides must describe live memory, of which C is not shared.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // three matrices and their sizes
+pub unsafe fn multiply<T: Real, S: Simd>(
+    simd: S,
+    (m, n, k): (usize, usize, usize),
+    a: Lhs<T>,
+    b: Rhs<T>,
+    c: *mut T,
+    c_row: usize,
+    accumulate: bool,
+) {
+    let width = panel_width::<T, S>();
+    let mut edge = [T::ZERO; MR * MAX_PANEL];
+    for j in (0..n).step_by(width) {
+        let b_panel = unsafe { b.ptr.add(j / width * b.panel) };
+        let cols = width.min(n - j);
+        for i in (0..m).step_by(MR) {
+            let a_sliver = unsafe { a.ptr.add(i / MR * a.sliver) };
+            let rows = MR.min(m - i);
+            let c_block = unsafe { c.add(i * c_row + j) };
+            let inside = rows == MR && cols == width;
+            let (target, stride, add) =
+                if inside { (c_block, c_row, accumulate) } else { (edge.as_mut_ptr(), MAX_PANEL, false) };
+            // SAFETY: the caller vouches for A, B and C; `edge` holds MR rows of MAX_PANEL.
+            unsafe {
+                if S::REGISTER_COUNT >= 32 {
+                    block::<T, S, MR>(simd, k, a_sliver, a.row, a.col, b_panel, b.row, target, stride, add);
+                } else {
+                    for half in [0, MR / 2] {
+                        let (a_half, c_half) = (a_sliver.add(half * a.row), target.add(half * stride));
+                        block::<T, S, { MR / 2 }>(simd, k, a_half, a.row, a.col, b_panel, b.row, c_half, stride, add);
+                    }
+                }
+                if !inside {
+                    for r in 0..rows {
+                        for col in 0..cols {
+                            let target = c_block.add(r * c_row + col);
+                            *target = edge[r * MAX_PANEL + col] + if accumulate { *target } else { T::ZERO };
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // as `multiply`
+unsafe fn block<T: Real, S: Simd, const R: usize>(
+    simd: S,
+    k: usize,
+    a: *const T,
+    a_row: usize,
+    a_col: usize,
+    b: *const T,
+    b_row: usize,
+    c: *mut T,
+    c_row: usize,
+    accumulate: bool,
+) {
+    let lanes = T::lanes::<S>();
+    let mut sum = [[T::splat(simd, T::ZERO); 2]; R];
+    unsafe {
+        for p in 0..k {
+            let b = b.add(p * b_row).cast::<T::Vector<S>>();
+            let (b0, b1) = (b.read_unaligned(), b.add(1).read_unaligned());
+            for (i, sum) in sum.iter_mut().enumerate() {
+                let x = T::splat(simd, *a.add(i * a_row + p * a_col));
+                sum[0] = T::mul_add(simd, x, b0, sum[0]);
+                sum[1] = T::mul_add(simd, x, b1, sum[1]);
+            }
+        }
+        for (i, sum) in sum.iter().enumerate() {
+            for (v, &sum) in sum.iter().enumerate() {
+                let c = c.add(i * c_row + v * lanes).cast::<T::Vector<S>>();
+                c.write_unaligned(if accumulate { T::sum(simd, c.read_unaligned(), sum) } else { sum });
+            }
+        }
+    }
+}
+
+/// Copies `rows` rows of `cols` elements into a row-major tile of row stride `to_stride`.
+///
+/// # Safety
+/// Both must be live and must not overlap.
+#[inline(always)]
+pub unsafe fn copy_rows<T: Real>(
+    from: *const T,
+    stride: usize,
+    (rows, cols): (usize, usize),
+    to: *mut T,
+    to_stride: usize,
+) {
+    for i in 0..rows {
+        unsafe { std::ptr::copy_nonoverlapping(from.add(i * stride), to.add(i * to_stride), cols) };
+    }
+}
+
+/// Packs columns `j0 .. j0 + width` of a row-major `[k, n]` matrix into one panel; columns from `n` on become zero.
+///
+/// # Safety
+/// As [`copy_rows`]; `to` holds k rows of the panel width.
+#[inline(always)]
+pub unsafe fn pack_panel<T: Real, S: Simd>(
+    from: *const T,
+    stride: usize,
+    (k, n): (usize, usize),
+    j0: usize,
+    to: *mut T,
+) {
+    let width = panel_width::<T, S>();
+    let cols = width.min(n - j0);
+    for p in 0..k {
+        unsafe {
+            std::ptr::copy_nonoverlapping(from.add(p * stride + j0), to.add(p * width), cols);
+            for j in cols..width {
+                *to.add(p * width + j) = T::ZERO;
+            }
+        }
+    }
+}
+
+/// Packs rows `j0 .. j0 + width` of a row-major `[n, k]` matrix into one panel of its transpose; rows from `n` on become zero.
+///
+/// # Safety
+/// As [`pack_panel`].
+#[inline(always)]
+pub unsafe fn pack_panel_transposed<T: Real, S: Simd>(
+    from: *const T,
+    stride: usize,
+    (n, k): (usize, usize),
+    j0: usize,
+    to: *mut T,
+) {
+    let width = panel_width::<T, S>();
+    for j in 0..width {
+        for p in 0..k {
+            unsafe { *to.add(p * width + j) = if j0 + j < n { *from.add((j0 + j) * stride + p) } else { T::ZERO } };
+        }
+    }
+}

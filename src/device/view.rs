@@ -1,0 +1,140 @@
+//! Memory and the matrices in it.
+
+use std::{
+    marker::PhantomData,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use memmap2::MmapMut;
+
+use super::Real;
+use crate::{Error, Result};
+
+/// Memory of one device, zeroed when new and freed when dropped.
+pub struct Buffer {
+    address: usize,
+    bytes: usize,
+    /// Pages come from the system when first touched, so an arena costs what it uses.
+    _pages: Option<MmapMut>,
+}
+
+impl Buffer {
+    pub(super) fn host(bytes: usize) -> Result<Self> {
+        let mut pages = MmapMut::map_anon(bytes.max(1)).map_err(|e| {
+            Error::Device(format!("cannot allocate {:.1} MiB of memory: {e}", bytes as f64 / 1048576.0))
+        })?;
+        // Large pages save a tenth of the step in address translation; a kernel without them only says no.
+        #[cfg(target_os = "linux")]
+        let _ = pages.advise(memmap2::Advice::HugePage);
+        Ok(Self { address: pages.as_mut_ptr() as usize, bytes, _pages: Some(pages) })
+    }
+
+    /// Addresses that nothing backs, distinct from every other imaginary buffer's.
+    pub(super) fn imaginary(bytes: usize) -> Self {
+        static NEXT: AtomicUsize = AtomicUsize::new(1 << 62);
+        let address = NEXT.fetch_add(bytes.min(1 << 50).next_multiple_of(4096), Ordering::Relaxed);
+        Self { address, bytes, _pages: None }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The `[rows, cols]` matrix of `T` that starts `offset` elements into the buffer.
+    pub fn view<T: Real>(&self, offset: usize, rows: usize, cols: usize) -> View<T> {
+        assert!((offset + rows * cols) * size_of::<T>() <= self.bytes, "view past the end of a buffer");
+        View::new(self.address + offset * size_of::<T>(), rows, cols)
+    }
+
+    /// The whole buffer as one row.
+    pub fn flat<T: Real>(&self) -> View<T> {
+        self.view(0, 1, self.bytes / size_of::<T>())
+    }
+
+    pub(super) fn address(&self) -> usize {
+        self.address
+    }
+}
+
+/// A row-major matrix somewhere in a [`Buffer`]: an address and a shape, free to copy.
+///
+/// Views carry no lifetime: the arena that gave them out must outlive their use, and an op's outputs must not overlap its
+/// inputs unless the op says so. Both are the caller's duty, which is why the elements are reached by unsafe functions only.
+#[derive(Clone, Copy, Debug)]
+pub struct View<T> {
+    address: usize,
+    rows: usize,
+    cols: usize,
+    /// Elements from one row to the next.
+    stride: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Real> View<T> {
+    pub(super) fn new(address: usize, rows: usize, cols: usize) -> Self {
+        Self { address, rows, cols, stride: cols, element: PhantomData }
+    }
+
+    /// A view of host memory that some other owner keeps alive (a memory-mapped bag, say).
+    pub fn of_slice(data: &[T], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols);
+        Self::new(data.as_ptr() as usize, rows, cols)
+    }
+
+    pub fn rows(self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(self) -> usize {
+        self.cols
+    }
+
+    pub fn stride(self) -> usize {
+        self.stride
+    }
+
+    pub fn rows_range(self, rows: std::ops::Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows);
+        let address = self.address + rows.start * self.stride * size_of::<T>();
+        Self { address, rows: rows.len(), ..self }
+    }
+
+    pub fn cols_range(self, cols: std::ops::Range<usize>) -> Self {
+        assert!(cols.start <= cols.end && cols.end <= self.cols);
+        Self { address: self.address + cols.start * size_of::<T>(), cols: cols.len(), ..self }
+    }
+
+    /// The same elements in another shape; the view must be contiguous.
+    pub fn reshape(self, rows: usize, cols: usize) -> Self {
+        assert!(rows * cols == self.rows * self.cols && (self.stride == self.cols || self.rows == 1));
+        Self { rows, cols, stride: cols, ..self }
+    }
+
+    pub fn ptr(self) -> *mut T {
+        self.address as *mut T
+    }
+
+    /// # Safety
+    /// The view must lie in live host memory that nobody writes meanwhile.
+    #[inline(always)]
+    pub unsafe fn row<'a>(self, i: usize) -> &'a [T] {
+        debug_assert!(i < self.rows);
+        unsafe { std::slice::from_raw_parts(self.ptr().add(i * self.stride), self.cols) }
+    }
+
+    /// # Safety
+    /// The view must lie in live host memory that nobody else reads or writes meanwhile.
+    #[inline(always)]
+    pub unsafe fn row_mut<'a>(self, i: usize) -> &'a mut [T] {
+        debug_assert!(i < self.rows);
+        unsafe { std::slice::from_raw_parts_mut(self.ptr().add(i * self.stride), self.cols) }
+    }
+
+    /// An error naming op and tensor unless the shape is `[rows, cols]`.
+    pub fn check(self, op: &'static str, tensor: &str, expected: &[usize]) -> Result<()> {
+        if [self.rows, self.cols] == expected {
+            return Ok(());
+        }
+        Err(Error::Shape { op, tensor: tensor.into(), got: vec![self.rows, self.cols], expected: expected.to_vec() })
+    }
+}

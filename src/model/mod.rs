@@ -1,0 +1,130 @@
+//! The model: its parameters, its parts, and how they are put together.
+
+mod crossfusion;
+mod layer;
+mod params;
+mod transformer;
+
+pub use crossfusion::{Bags, CrossFusion, Saved};
+pub use params::{Entry, Layout, Param};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    device::{Arena, Buffer, Device, Real},
+    ops::{Draw, Dropout},
+};
+
+/// How the three streams are fused (spec, step 4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Fusion {
+    /// On the square grid of tokens, as published.
+    #[default]
+    Conv2d,
+    /// Along the token sequence.
+    Conv1d,
+}
+
+/// What a model is built from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Width of the patch features.
+    pub features: usize,
+    /// Width of the model.
+    pub dim: usize,
+    pub heads: usize,
+    pub layers: usize,
+    pub n_classes: usize,
+    pub fusion: Fusion,
+    /// Dropout after GELU and after the feed-forward's second layer.
+    pub ffn_dropout: f64,
+    /// Dropout of self-attention's probabilities.
+    pub attention_dropout: f64,
+    /// Dropout of whole channels in the conv fusion.
+    pub fusion_dropout: f64,
+}
+
+impl Config {
+    /// The published model for features of this width.
+    pub fn new(features: usize) -> Self {
+        Self {
+            features,
+            dim: 512,
+            heads: 4,
+            layers: 1,
+            n_classes: 4,
+            fusion: Fusion::Conv2d,
+            ffn_dropout: 0.3,
+            attention_dropout: 0.2,
+            fusion_dropout: 0.3,
+        }
+    }
+
+    /// An error naming the setting that no model can be built from.
+    pub fn check(&self) -> Result<()> {
+        let positive = [("features", self.features), ("layers", self.layers), ("n_classes", self.n_classes)];
+        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(Error::Usage(format!("{name} = 0: expected at least 1")));
+        }
+        if self.heads == 0 || self.dim == 0 || !self.dim.is_multiple_of(self.heads) || !self.dim.is_multiple_of(2) {
+            return Err(Error::Usage(format!(
+                "dim = {} with heads = {}: expected an even dim that heads divides",
+                self.dim, self.heads
+            )));
+        }
+        if self.dim / self.heads > 128 {
+            return Err(Error::Usage(format!(
+                "dim = {} with heads = {}: expected heads of at most 128 columns",
+                self.dim, self.heads
+            )));
+        }
+        for (name, rate) in [
+            ("ffn_dropout", self.ffn_dropout),
+            ("attention_dropout", self.attention_dropout),
+            ("fusion_dropout", self.fusion_dropout),
+        ] {
+            if !(0.0..=0.95).contains(&rate) {
+                return Err(Error::Usage(format!("{name} = {rate}: expected a rate from 0 to 0.95")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the parts of a forward or backward pass share.
+pub struct Context<'a> {
+    pub device: &'a Device,
+    pub arena: &'a mut Arena,
+    pub params: &'a Buffer,
+    /// Written by backward only.
+    pub grads: &'a Buffer,
+    /// The pass's dropout; None evaluates.
+    pub draw: Option<Draw>,
+    pub config: &'a Config,
+}
+
+impl Context<'_> {
+    fn dropout(&self, site: u32, rate: f64) -> Option<Dropout> {
+        Dropout::new(self.draw, site, rate)
+    }
+
+    fn linear<T: Real>(&self, linear: params::Linear) -> LinearViews<T> {
+        LinearViews {
+            weight: linear.weight.of(self.params),
+            bias: linear.bias.of(self.params),
+            dweight: linear.weight.of(self.grads),
+            dbias: linear.bias.of(self.grads),
+        }
+    }
+}
+
+/// A linear layer's parameters and gradients.
+#[derive(Clone, Copy)]
+struct LinearViews<T> {
+    weight: crate::device::View<T>,
+    bias: crate::device::View<T>,
+    dweight: crate::device::View<T>,
+    dbias: crate::device::View<T>,
+}

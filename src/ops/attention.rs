@@ -1,0 +1,422 @@
+//! Fused multi-head attention: out = dropout(softmax(q kᵀ / sqrt(head_dim))) v for each head, never holding an n x m matrix.
+//!
+//! Shapes: q, out `[n, d]`; k, v `[m, d]`; head h owns columns `h * d / heads ..`. Saved for backward: the log-sum-exp of each row's
+//! scaled scores, lse `[heads, n]`. A list of problems of any lengths runs as one launch: the coarse and the fine context of a
+//! cross-attention, or the three branches' self-attention.
+//!
+//! Forward is the online softmax of FlashAttention-2 (Dao 2023, algorithm 1), backward its algorithm 2: with
+//! P = exp(scale q kᵀ - lse), F dropout's factors and delta = rowsum(dout * out),
+//!   dv = (P F)ᵀ dout,   dS = P * (F * (dout vᵀ) - delta) * scale,   dq = dS k,   dk = dSᵀ q   (all `=`).
+//! An empty context gives out = 0.
+
+use pulp::Simd;
+
+use super::{Dropout, dropout, elementwise};
+use crate::{
+    Error, Result,
+    device::{
+        Arena, Device, Real, View,
+        cpu::{
+            Cpu, Kernel,
+            real::sum,
+            tile::{self, Lhs, Rhs},
+            with_workspace,
+        },
+    },
+};
+
+#[derive(Clone, Copy)]
+pub struct Attention<T> {
+    pub q: View<T>,
+    pub k: View<T>,
+    pub v: View<T>,
+    pub out: View<T>,
+    /// `[heads, n]`, natural logarithm.
+    pub lse: View<T>,
+    pub heads: usize,
+    /// Head h draws at site + h.
+    pub dropout: Option<Dropout>,
+}
+
+#[derive(Clone, Copy)]
+pub struct AttentionGrad<T> {
+    /// What forward was given and what it wrote.
+    pub forward: Attention<T>,
+    pub dout: View<T>,
+    pub dq: View<T>,
+    pub dk: View<T>,
+    pub dv: View<T>,
+}
+
+impl<T: Real> Attention<T> {
+    fn head_dim(&self) -> usize {
+        self.q.cols() / self.heads
+    }
+
+    fn check(&self, op: &'static str) -> Result<()> {
+        let (n, m, d) = (self.q.rows(), self.k.rows(), self.q.cols());
+        if self.heads == 0 || d % self.heads != 0 || self.head_dim() > HEAD {
+            let message = format!(
+                "{op}: {d} columns in {} heads: heads must divide the columns into at most {HEAD} each",
+                self.heads
+            );
+            return Err(Error::Usage(message));
+        }
+        self.k.check(op, "k", &[m, d])?;
+        self.v.check(op, "v", &[m, d])?;
+        self.out.check(op, "out", &[n, d])?;
+        self.lse.check(op, "lse", &[self.heads, n])
+    }
+
+    fn flop(&self) -> f64 {
+        4.0 * (self.q.rows() * self.k.rows()) as f64 * self.q.cols() as f64
+    }
+
+    /// 1 / sqrt(head_dim).
+    fn scale(&self) -> T {
+        T::of(1.0 / (self.head_dim() as f64).sqrt())
+    }
+}
+
+pub fn forward<T: Real>(device: &Device, problems: &[Attention<T>]) -> Result<()> {
+    for p in problems {
+        p.check("attention forward")?;
+    }
+    match device {
+        Device::Cpu(cpu) => {
+            let per_head = |p: &Attention<T>| p.q.rows().div_ceil(QUERIES);
+            let tasks = tasks(problems.iter().map(|p| (p.heads, per_head(p))));
+            cpu.parallel_kernel(tasks.len(), &Forward { problems, tasks: &tasks });
+        }
+        Device::Dry(dry) => problems.iter().for_each(|p| dry.count(p.flop())),
+    }
+    Ok(())
+}
+
+/// Takes scratch from the arena where a head's keys are split over several tasks.
+pub fn backward<T: Real>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
+    const OP: &str = "attention backward";
+    for p in problems {
+        p.forward.check(OP)?;
+        let (n, m, d) = (p.forward.q.rows(), p.forward.k.rows(), p.forward.q.cols());
+        for (name, tensor, rows) in [("dout", p.dout, n), ("dq", p.dq, n), ("dk", p.dk, m), ("dv", p.dv, m)] {
+            tensor.check(OP, name, &[rows, d])?;
+        }
+    }
+    let mark = arena.mark();
+    let heads: usize = problems.iter().map(|p| p.forward.heads).sum();
+    let mut partial = Vec::with_capacity(problems.len());
+    for p in problems {
+        let segments = segments(heads, p.forward.k.rows());
+        let extra = (1..segments).map(|_| arena.scratch(p.dq.rows(), p.dq.cols())).collect::<Result<Vec<_>>>()?;
+        partial.push([vec![p.dq], extra].concat());
+    }
+    match device {
+        Device::Cpu(cpu) => cpu_backward(cpu, problems, &partial),
+        Device::Dry(dry) => problems.iter().for_each(|p| dry.count(2.5 * p.forward.flop())),
+    }
+    for (p, parts) in problems.iter().zip(&partial) {
+        if parts.len() > 1 {
+            elementwise::sum(device, parts, p.dq)?;
+        } else if p.forward.k.rows() == 0 {
+            elementwise::zero(device, p.dq);
+        }
+    }
+    arena.release_scratch(mark);
+    Ok(())
+}
+
+// ---- CPU ----------------------------------------------------------------------------------------------------------
+// All tiles of a task lie in the 1 MiB L2 cache of a core; every product is a multiple of the register block.
+
+/// Row stride of every tile, and so the widest head and the most keys of a tile.
+const HEAD: usize = 128;
+const KEYS: usize = dropout::BLOCK;
+/// Queries of a tile.
+const ROWS: usize = 8 * tile::ROWS;
+/// Queries of a forward task: they share the packing of the keys.
+const QUERIES: usize = 4 * ROWS;
+/// Queries of a backward task's key tile are all; what is split is the keys, into few segments, because each costs a dq of its own.
+const MOST_SEGMENTS: usize = 4;
+const BACKWARD_TASKS: usize = 16;
+
+/// Segments of a head's keys in backward: a function of the shapes alone, so that sums have the same order on every machine.
+fn segments(heads: usize, keys: usize) -> usize {
+    (BACKWARD_TASKS / heads.max(1)).clamp(1, MOST_SEGMENTS).min(keys.div_ceil(KEYS).max(1))
+}
+
+/// Every (problem, head, part).
+fn tasks(problems: impl Iterator<Item = (usize, usize)>) -> Vec<(usize, usize, usize)> {
+    problems
+        .enumerate()
+        .flat_map(|(i, (heads, parts))| (0..heads).flat_map(move |head| (0..parts).map(move |part| (i, head, part))))
+        .collect()
+}
+
+struct Forward<'a, T> {
+    problems: &'a [Attention<T>],
+    tasks: &'a [(usize, usize, usize)],
+}
+
+/// Packs the transpose of `keys` rows of a head into panels.
+///
+/// # Safety
+/// As [`tile::pack_panel_transposed`].
+#[inline(always)]
+unsafe fn pack_transposed<T: Real, S: Simd>(from: View<T>, to: *mut T) {
+    for j in (0..from.rows()).step_by(tile::panel_width::<T, S>()) {
+        unsafe {
+            tile::pack_panel_transposed::<T, S>(
+                from.ptr(),
+                from.stride(),
+                (from.rows(), from.cols()),
+                j,
+                to.add(j * from.cols()),
+            );
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn copy<T: Real>(from: View<T>, to: *mut T) {
+    unsafe { tile::copy_rows(from.ptr(), from.stride(), (from.rows(), from.cols()), to, HEAD) };
+}
+
+impl<T: Real> Kernel for Forward<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, task: usize) {
+        let (i, head, block) = self.tasks[task];
+        let p = &self.problems[i];
+        let d = p.head_dim();
+        let columns = head * d..(head + 1) * d;
+        let (q, k, v) =
+            (p.q.cols_range(columns.clone()), p.k.cols_range(columns.clone()), p.v.cols_range(columns.clone()));
+        let rows = block * QUERIES..q.rows().min((block + 1) * QUERIES);
+        let (n, m) = (rows.len(), k.rows());
+        let dropout = p.dropout.map(|dropout| dropout.at(head as u32));
+        let scale2 = p.scale() * T::of(std::f64::consts::LOG2_E);
+        const SIZE: usize = 2 * QUERIES * HEAD + 2 * KEYS * HEAD + (ROWS + 1) * KEYS + 2 * QUERIES;
+        with_workspace(SIZE, |space: &mut [T]| {
+            let (queries, space) = space.split_at_mut(QUERIES * HEAD);
+            let (out, space) = space.split_at_mut(QUERIES * HEAD);
+            let (keys, space) = space.split_at_mut(KEYS * HEAD);
+            let (values, space) = space.split_at_mut(KEYS * HEAD);
+            let (max, space) = space.split_at_mut(QUERIES);
+            let (total, scores) = space.split_at_mut(QUERIES);
+            out.fill(T::ZERO);
+            max.fill(T::of(f64::NEG_INFINITY));
+            total.fill(T::ZERO);
+            // SAFETY: the views are live, and each task writes its own rows and columns of out and lse.
+            unsafe { copy(q.rows_range(rows.clone()), queries.as_mut_ptr()) };
+            for key in (0..m).step_by(KEYS) {
+                let keys_here = KEYS.min(m - key);
+                unsafe {
+                    pack_transposed::<T, S>(k.rows_range(key..key + keys_here), keys.as_mut_ptr());
+                    copy(v.rows_range(key..key + keys_here), values.as_mut_ptr());
+                }
+                for start in (0..n).step_by(ROWS) {
+                    let rows_here = ROWS.min(n - start);
+                    let (a, b) =
+                        (Lhs::rows(queries[start * HEAD..].as_ptr(), HEAD), Rhs::panels::<S>(keys.as_ptr(), d));
+                    unsafe { tile::multiply(simd, (rows_here, keys_here, d), a, b, scores.as_mut_ptr(), KEYS, false) };
+                    for r in 0..rows_here {
+                        let row = &mut scores[r * KEYS..r * KEYS + keys_here];
+                        let at = start + r;
+                        let new_max = max[at].max(maximum(row) * scale2);
+                        let shrink = (max[at] - new_max).exp2();
+                        for s in row.iter_mut() {
+                            *s = (*s * scale2 - new_max).exp2();
+                        }
+                        total[at] = total[at] * shrink
+                            + sum(
+                                keys_here,
+                                #[inline(always)]
+                                |j| row[j],
+                            );
+                        max[at] = new_max;
+                        if shrink != T::ONE {
+                            for o in &mut out[at * HEAD..at * HEAD + d] {
+                                *o *= shrink;
+                            }
+                        }
+                        if let Some(dropout) = dropout {
+                            let mut factors = [T::ZERO; KEYS];
+                            dropout.factors(rows.start + at, key / KEYS, &mut factors);
+                            for (s, &f) in row.iter_mut().zip(&factors) {
+                                *s *= f;
+                            }
+                        }
+                    }
+                    let (a, b) = (Lhs::rows(scores.as_ptr(), KEYS), Rhs::rows::<S>(values.as_ptr(), HEAD));
+                    unsafe {
+                        tile::multiply(
+                            simd,
+                            (rows_here, d, keys_here),
+                            a,
+                            b,
+                            out[start * HEAD..].as_mut_ptr(),
+                            HEAD,
+                            true,
+                        )
+                    };
+                }
+            }
+            for r in 0..n {
+                let inverse = if m > 0 { T::ONE / total[r] } else { T::ZERO };
+                unsafe {
+                    let to = &mut p.out.row_mut(rows.start + r)[columns.clone()];
+                    for (to, &o) in to.iter_mut().zip(&out[r * HEAD..]) {
+                        *to = o * inverse;
+                    }
+                    let log_sum = max[r].f64() * std::f64::consts::LN_2 + total[r].f64().ln();
+                    p.lse.row_mut(head)[rows.start + r] = T::of(log_sum);
+                }
+            }
+        });
+    }
+}
+
+/// The largest element, 16 at a time.
+#[inline(always)]
+fn maximum<T: Real>(row: &[T]) -> T {
+    let mut lanes = [T::of(f64::NEG_INFINITY); 16];
+    let chunks = row.chunks_exact(16);
+    for &x in chunks.remainder() {
+        lanes[0] = lanes[0].max(x);
+    }
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.max(x);
+        }
+    }
+    lanes.into_iter().reduce(T::max).unwrap_or(lanes[0])
+}
+
+fn cpu_backward<T: Real>(cpu: &Cpu, problems: &[AttentionGrad<T>], partial: &[Vec<View<T>>]) {
+    let tasks = tasks(problems.iter().zip(partial).map(|(p, parts)| (p.forward.heads, parts.len())));
+    cpu.parallel_kernel(tasks.len(), &Backward { problems, partial, tasks: &tasks });
+}
+
+struct Backward<'a, T> {
+    problems: &'a [AttentionGrad<T>],
+    /// For each problem the dq of each segment of keys.
+    partial: &'a [Vec<View<T>>],
+    tasks: &'a [(usize, usize, usize)],
+}
+
+impl<T: Real> Kernel for Backward<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, task: usize) {
+        let (i, head, segment) = self.tasks[task];
+        let (grad, p) = (&self.problems[i], &self.problems[i].forward);
+        let d = p.head_dim();
+        let columns = head * d..(head + 1) * d;
+        let of_head = |tensor: View<T>| tensor.cols_range(columns.clone());
+        let (q, k, v, out, dout) = (of_head(p.q), of_head(p.k), of_head(p.v), of_head(p.out), of_head(grad.dout));
+        let (dq, dk, dv) = (of_head(self.partial[i][segment]), of_head(grad.dk), of_head(grad.dv));
+        let (n, m) = (q.rows(), k.rows());
+        let per_segment = m.div_ceil(KEYS).div_ceil(self.partial[i].len()) * KEYS;
+        let segment = m.min(segment * per_segment)..m.min((segment + 1) * per_segment);
+        let dropout = p.dropout.map(|dropout| dropout.at(head as u32));
+        let scale = p.scale();
+        let scale2 = scale * T::of(std::f64::consts::LOG2_E);
+        if segment.is_empty() {
+            // SAFETY: as below.
+            (0..n).for_each(|i| unsafe { dq.row_mut(i) }.fill(T::ZERO));
+            return;
+        }
+        const SIZE: usize = 5 * KEYS * HEAD + 2 * ROWS * HEAD + 2 * (ROWS + 1) * KEYS;
+        with_workspace(SIZE, |space: &mut [T]| {
+            let (keys_t, space) = space.split_at_mut(KEYS * HEAD);
+            let (values_t, space) = space.split_at_mut(KEYS * HEAD);
+            let (keys, space) = space.split_at_mut(KEYS * HEAD);
+            let (dkeys, space) = space.split_at_mut(KEYS * HEAD);
+            let (dvalues, space) = space.split_at_mut(KEYS * HEAD);
+            let (queries, space) = space.split_at_mut(ROWS * HEAD);
+            let (douts, space) = space.split_at_mut(ROWS * HEAD);
+            // one row more than the tile: a transposed tile's last register block reads past its columns
+            let (probs, dscores) = space.split_at_mut((ROWS + 1) * KEYS);
+            for key in segment.clone().step_by(KEYS) {
+                let here = key..segment.end.min(key + KEYS);
+                let keys_here = here.len();
+                // SAFETY: the views are live; each task writes its own rows and columns of dk, dv and its own dq.
+                unsafe {
+                    pack_transposed::<T, S>(k.rows_range(here.clone()), keys_t.as_mut_ptr());
+                    pack_transposed::<T, S>(v.rows_range(here.clone()), values_t.as_mut_ptr());
+                    copy(k.rows_range(here.clone()), keys.as_mut_ptr());
+                }
+                for start in (0..n).step_by(ROWS) {
+                    let rows = start..n.min(start + ROWS);
+                    let rows_here = rows.len();
+                    unsafe {
+                        copy(q.rows_range(rows.clone()), queries.as_mut_ptr());
+                        copy(dout.rows_range(rows.clone()), douts.as_mut_ptr());
+                        let size = (rows_here, keys_here, d);
+                        let (a, b) = (Lhs::rows(queries.as_ptr(), HEAD), Rhs::panels::<S>(keys_t.as_ptr(), d));
+                        tile::multiply(simd, size, a, b, probs.as_mut_ptr(), KEYS, false);
+                        let (a, b) = (Lhs::rows(douts.as_ptr(), HEAD), Rhs::panels::<S>(values_t.as_ptr(), d));
+                        tile::multiply(simd, size, a, b, dscores.as_mut_ptr(), KEYS, false);
+                    }
+                    for r in 0..rows_here {
+                        let (o, lse) = unsafe { (out.row(start + r), p.lse.row(head)[start + r]) };
+                        let lse2 = lse * T::of(std::f64::consts::LOG2_E);
+                        let delta = sum(
+                            d,
+                            #[inline(always)]
+                            |j| o[j] * douts[r * HEAD + j],
+                        );
+                        let prob = &mut probs[r * KEYS..r * KEYS + keys_here];
+                        let dscore = &mut dscores[r * KEYS..r * KEYS + keys_here];
+                        if let Some(dropout) = dropout {
+                            let mut factors = [T::ZERO; KEYS];
+                            dropout.factors(start + r, key / KEYS, &mut factors);
+                            for j in 0..keys_here {
+                                let x = (prob[j] * scale2 - lse2).exp2();
+                                prob[j] = x * factors[j];
+                                dscore[j] = x * (dscore[j] * factors[j] - delta) * scale;
+                            }
+                        } else {
+                            for j in 0..keys_here {
+                                prob[j] = (prob[j] * scale2 - lse2).exp2();
+                                dscore[j] = prob[j] * (dscore[j] - delta) * scale;
+                            }
+                        }
+                    }
+                    unsafe {
+                        let (dout, q, k) = (douts.as_ptr(), queries.as_ptr(), keys.as_ptr());
+                        let (size, later) = ((keys_here, d, rows_here), start > 0);
+                        let probs_t = Lhs::columns(probs.as_ptr(), KEYS);
+                        tile::multiply(
+                            simd,
+                            size,
+                            probs_t,
+                            Rhs::rows::<S>(dout, HEAD),
+                            dvalues.as_mut_ptr(),
+                            HEAD,
+                            later,
+                        );
+                        let dscores_t = Lhs::columns(dscores.as_ptr(), KEYS);
+                        tile::multiply(simd, size, dscores_t, Rhs::rows::<S>(q, HEAD), dkeys.as_mut_ptr(), HEAD, later);
+                        let dq_block = dq.ptr().add(start * dq.stride());
+                        let (a, later) = (Lhs::rows(dscores.as_ptr(), KEYS), key > segment.start);
+                        tile::multiply(
+                            simd,
+                            (rows_here, d, keys_here),
+                            a,
+                            Rhs::rows::<S>(k, HEAD),
+                            dq_block,
+                            dq.stride(),
+                            later,
+                        );
+                    }
+                }
+                for (r, row) in here.enumerate() {
+                    unsafe {
+                        dk.row_mut(row).copy_from_slice(&dkeys[r * HEAD..r * HEAD + d]);
+                        dv.row_mut(row).copy_from_slice(&dvalues[r * HEAD..r * HEAD + d]);
+                    }
+                }
+            }
+        });
+    }
+}

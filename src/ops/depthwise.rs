@@ -1,0 +1,182 @@
+//! Depthwise convolution of tokens on a grid, channels last: the CPU core of `ppeg` and `conv_fusion`.
+//!
+//! A sum of convolutions with 7, 5, 3 (and 1) taps a side is one convolution whose kernel is the sum of the small kernels, centred;
+//! each small kernel's gradient is the centre crop of the merged kernel's.
+
+use crate::device::{Cpu, Real, View, cpu::with_workspace};
+
+/// The largest kernel's side.
+const SIDE: usize = 7;
+/// Channels that one task or inner loop takes.
+const CHANNELS: usize = 32;
+
+/// How tokens lie and how a kernel spans them: a `height x width` grid and a `tall x 7` kernel, tall = 7 (or 1 for sequences).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    pub height: usize,
+    pub width: usize,
+    tall: usize,
+}
+
+impl Grid {
+    /// Tokens in row-major order on a square, kernels 7 x 7 and smaller.
+    pub fn square(side: usize) -> Self {
+        Self { height: side, width: side, tall: SIDE }
+    }
+
+    /// Tokens in a sequence, kernels of 7 taps and fewer.
+    pub fn sequence(tokens: usize) -> Self {
+        Self { height: 1, width: tokens, tall: 1 }
+    }
+
+    pub fn tokens(self) -> usize {
+        self.height * self.width
+    }
+
+    /// Taps of the merged kernel.
+    pub fn taps(self) -> usize {
+        self.tall * SIDE
+    }
+
+    /// Taps of a small kernel of side `k`.
+    pub fn taps_of(self, k: usize) -> usize {
+        self.tall.min(k) * k
+    }
+
+    /// Where tap `t` of a kernel of side `k` lies in the merged kernel.
+    fn merged_tap(self, k: usize, t: usize) -> usize {
+        let tall = self.tall.min(k);
+        ((self.tall - tall) / 2 + t / k) * SIDE + (SIDE - k) / 2 + t % k
+    }
+
+    /// The taps that see a token of the grid from token `t`, as (tap, token).
+    #[inline(always)]
+    fn neighbours(self, t: usize, mut visit: impl FnMut(usize, usize)) {
+        let (row, col) = (t / self.width, t % self.width);
+        let (up, left) = (self.tall / 2, SIDE / 2);
+        for y in up.saturating_sub(row)..self.tall.min(self.height + up - row) {
+            for x in left.saturating_sub(col)..SIDE.min(self.width + left - col) {
+                visit(y * SIDE + x, (row + y - up) * self.width + col + x - left);
+            }
+        }
+    }
+}
+
+/// merged `[taps, c]` = the sum of the small kernels, each given as (side, `[c, taps_of(side)]`), plus the identity if asked.
+pub(super) fn merge<T: Real>(grid: Grid, kernels: &[(usize, View<T>)], identity: bool, merged: View<T>) {
+    // SAFETY: the views are live, and this is one thread.
+    unsafe {
+        for tap in 0..grid.taps() {
+            let centre = identity && tap == grid.taps() / 2;
+            merged.row_mut(tap).fill(if centre { T::ONE } else { T::ZERO });
+        }
+        for &(k, kernel) in kernels {
+            for c in 0..kernel.rows() {
+                for (t, &w) in kernel.row(c).iter().enumerate() {
+                    merged.row_mut(grid.merged_tap(k, t))[c] += w;
+                }
+            }
+        }
+    }
+}
+
+/// Each small kernel's gradient += the crop of the merged kernel's gradient `[taps, c]`.
+pub(super) fn unmerge<T: Real>(grid: Grid, dmerged: View<T>, kernels: &[(usize, View<T>)]) {
+    // SAFETY: as in `merge`.
+    unsafe {
+        for &(k, kernel) in kernels {
+            for c in 0..kernel.rows() {
+                for (t, dw) in kernel.row_mut(c).iter_mut().enumerate() {
+                    *dw += dmerged.row(grid.merged_tap(k, t))[c];
+                }
+            }
+        }
+    }
+}
+
+/// The kernel that carries gradients back: taps in reverse order.
+pub(super) fn flip<T: Real>(merged: View<T>, flipped: View<T>) {
+    for tap in 0..merged.rows() {
+        // SAFETY: as in `merge`.
+        unsafe { flipped.row_mut(tap).copy_from_slice(merged.row(merged.rows() - 1 - tap)) };
+    }
+}
+
+/// out `[c]` = the convolution at token t of x `[tokens, c]` with the merged kernel `[taps, c]`.
+///
+/// # Safety
+/// The views must be live.
+#[inline(always)]
+pub(super) unsafe fn convolve<T: Real>(grid: Grid, x: View<T>, kernel: View<T>, t: usize, out: &mut [T]) {
+    for c in (0..out.len()).step_by(CHANNELS) {
+        let channels = c..out.len().min(c + CHANNELS);
+        let mut sum = [T::ZERO; CHANNELS];
+        grid.neighbours(
+            t,
+            #[inline(always)]
+            |tap, token| {
+                let (w, x) = unsafe { (&kernel.row(tap)[channels.clone()], &x.row(token)[channels.clone()]) };
+                if w.len() == CHANNELS {
+                    for j in 0..CHANNELS {
+                        sum[j] += w[j] * x[j];
+                    }
+                } else {
+                    for j in 0..w.len() {
+                        sum[j] += w[j] * x[j];
+                    }
+                }
+            },
+        );
+        out[channels.clone()].copy_from_slice(&sum[..channels.len()]);
+    }
+}
+
+/// dkernel `[taps, c]` = the merged kernel's gradient from x and dy, both `[tokens, c]`.
+pub(super) fn kernel_gradient<T: Real>(cpu: &Cpu, grid: Grid, x: View<T>, dy: View<T>, dkernel: View<T>) {
+    let c = x.cols();
+    let taps = grid.taps();
+    cpu.parallel(
+        c.div_ceil(CHANNELS),
+        #[inline(always)]
+        |task| {
+            let channels = task * CHANNELS..c.min((task + 1) * CHANNELS);
+            let cols = channels.len();
+            // a block's sum and the total apart, so that long bags lose no precision
+            with_workspace(2 * taps * CHANNELS, |sums: &mut [T]| {
+                let (total, block) = sums.split_at_mut(taps * CHANNELS);
+                total.fill(T::ZERO);
+                for start in (0..grid.tokens()).step_by(64) {
+                    block.fill(T::ZERO);
+                    for t in start..grid.tokens().min(start + 64) {
+                        // SAFETY: the views are live, and each task writes its own channels.
+                        let dy = &unsafe { dy.row(t) }[channels.clone()];
+                        grid.neighbours(
+                            t,
+                            #[inline(always)]
+                            |tap, token| {
+                                let x = &unsafe { x.row(token) }[channels.clone()];
+                                let sum = &mut block[tap * CHANNELS..(tap + 1) * CHANNELS];
+                                if cols == CHANNELS {
+                                    for j in 0..CHANNELS {
+                                        sum[j] += dy[j] * x[j];
+                                    }
+                                } else {
+                                    for j in 0..cols {
+                                        sum[j] += dy[j] * x[j];
+                                    }
+                                }
+                            },
+                        );
+                    }
+                    for (total, &block) in total.iter_mut().zip(block.iter()) {
+                        *total += block;
+                    }
+                }
+                for tap in 0..taps {
+                    let to = unsafe { &mut dkernel.row_mut(tap)[channels.clone()] };
+                    to.copy_from_slice(&total[tap * CHANNELS..][..cols]);
+                }
+            });
+        },
+    );
+}

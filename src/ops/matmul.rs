@@ -1,0 +1,357 @@
+//! Matrix products of a linear layer, with what stands next to them in the model done while a block is still in cache.
+//!
+//! For y = x Wᵀ + b with x `[m, in]`, W `[out, in]` (PyTorch's `nn.Linear`):
+//!   [`forward`]          y  = epilogue(x Wᵀ)
+//!   [`backward_input`]   dx = epilogue(dy W)           (`=`, or `+=` with [`Epilogue::accumulate`])
+//!   [`backward_weight`]  dW += dyᵀ x, db += colsum(dy)
+//! Each takes a list of independent problems, which a GPU runs as one launch.
+
+use pulp::Simd;
+
+use super::{Dropout, gelu};
+use crate::{
+    Result,
+    device::{
+        Device, Real, View,
+        cpu::{Cpu, Kernel, tile, with_workspace},
+    },
+};
+
+/// What happens to a product before it is written, in this order.
+#[derive(Clone, Copy)]
+pub struct Epilogue<T> {
+    /// Adds what `out` held before.
+    pub accumulate: bool,
+    /// Adds `[1, n]` to every row.
+    pub bias: Option<View<T>>,
+    /// Stores the value so far (`[m, n]`, what backward needs), then takes GELU of it.
+    pub gelu: Option<View<T>>,
+    /// Multiplies by GELU's derivative at the stored values.
+    pub gelu_grad: Option<View<T>>,
+    pub dropout: Option<Dropout>,
+    /// Adds `[m, n]`.
+    pub residual: Option<View<T>>,
+}
+
+impl<T> Default for Epilogue<T> {
+    fn default() -> Self {
+        Self { accumulate: false, bias: None, gelu: None, gelu_grad: None, dropout: None, residual: None }
+    }
+}
+
+/// out `[m, n]` = epilogue(a `[m, k]` times b), b being `[n, k]` in [`forward`] and `[k, n]` in [`backward_input`].
+#[derive(Clone, Copy)]
+pub struct Matmul<T> {
+    pub a: View<T>,
+    pub b: View<T>,
+    pub out: View<T>,
+    pub epilogue: Epilogue<T>,
+}
+
+/// dw `[out, in]` += dyᵀ x, db `[1, out]` += colsum(dy), from dy `[m, out]` and x `[m, in]`.
+#[derive(Clone, Copy)]
+pub struct WeightGrad<T> {
+    pub dy: View<T>,
+    pub x: View<T>,
+    pub dw: View<T>,
+    pub db: Option<View<T>>,
+}
+
+pub fn forward<T: Real>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+    run(device, "matmul forward", problems, true)
+}
+
+pub fn backward_input<T: Real>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+    run(device, "matmul backward input", problems, false)
+}
+
+pub fn backward_weight<T: Real>(device: &Device, problems: &[WeightGrad<T>]) -> Result<()> {
+    const OP: &str = "matmul backward weight";
+    for p in problems {
+        let (m, n, k) = (p.dy.rows(), p.dy.cols(), p.x.cols());
+        p.x.check(OP, "x", &[m, k])?;
+        p.dw.check(OP, "dw", &[n, k])?;
+        if let Some(db) = p.db {
+            db.check(OP, "db", &[1, n])?;
+        }
+    }
+    match device {
+        Device::Cpu(cpu) => cpu_backward_weight(cpu, problems),
+        Device::Dry(dry) => {
+            problems.iter().for_each(|p| dry.count(2.0 * p.dy.rows() as f64 * (p.dw.rows() * p.dw.cols()) as f64))
+        }
+    }
+    Ok(())
+}
+
+fn run<T: Real>(device: &Device, op: &'static str, problems: &[Matmul<T>], transposed: bool) -> Result<()> {
+    for p in problems {
+        let (m, n, k) = (p.out.rows(), p.out.cols(), p.a.cols());
+        p.a.check(op, "a", &[m, k])?;
+        p.b.check(op, "b", &if transposed { [n, k] } else { [k, n] })?;
+        let e = &p.epilogue;
+        if let Some(bias) = e.bias {
+            bias.check(op, "bias", &[1, n])?;
+        }
+        for (name, tensor) in [("pre-activation", e.gelu), ("pre-activation", e.gelu_grad), ("residual", e.residual)] {
+            if let Some(tensor) = tensor {
+                tensor.check(op, name, &[m, n])?;
+            }
+        }
+    }
+    match device {
+        Device::Cpu(cpu) => cpu_run(cpu, problems, transposed),
+        Device::Dry(dry) => {
+            problems.iter().for_each(|p| dry.count(2.0 * (p.out.rows() * p.out.cols()) as f64 * p.a.cols() as f64))
+        }
+    }
+    Ok(())
+}
+
+// ---- CPU ----------------------------------------------------------------------------------------------------------
+// B is packed whole into column panels that all threads share (a weight: at most a few MiB); then each task computes a
+// block of rows, so that the epilogue finds it in cache.
+
+const ROW_BLOCK: usize = 96;
+/// Depth of a block: a panel of B is 32 KiB, which leaves room in a 48 KiB L1 cache.
+const DEPTH: usize = 256;
+
+/// Every (problem, start) with `start` in steps of `step` below `len(problem)`.
+fn tasks<P>(problems: &[P], step: usize, len: impl Fn(&P) -> usize) -> Vec<(usize, usize)> {
+    let starts = |(i, p)| (0..len(p)).step_by(step).map(move |start| (i, start));
+    problems.iter().enumerate().flat_map(starts).collect()
+}
+
+/// Where each problem's panels begin in the shared workspace, and its total length.
+fn panel_offsets<P>(problems: &[P], width: usize, size: impl Fn(&P) -> (usize, usize)) -> (Vec<usize>, usize) {
+    let mut total = 0;
+    let offset = |p| {
+        let (k, n) = size(p);
+        let at = total;
+        total += k * n.next_multiple_of(width);
+        at
+    };
+    (problems.iter().map(offset).collect(), total)
+}
+
+fn cpu_run<T: Real>(cpu: &Cpu, problems: &[Matmul<T>], transposed: bool) {
+    let width = 2 * cpu.lanes::<T>();
+    let (offsets, len) = panel_offsets(problems, width, |p: &Matmul<T>| (p.a.cols(), p.out.cols()));
+    cpu.with_panels(len, |panels: View<T>| {
+        let pack = tasks(problems, width, |p| p.out.cols());
+        cpu.parallel_kernel(pack.len(), &Pack { problems, transposed, offsets: &offsets, panels, tasks: &pack });
+        let blocks = tasks(problems, ROW_BLOCK, |p| p.out.rows());
+        cpu.parallel_kernel(blocks.len(), &Product { problems, offsets: &offsets, panels, tasks: &blocks });
+    });
+}
+
+struct Pack<'a, T> {
+    problems: &'a [Matmul<T>],
+    transposed: bool,
+    offsets: &'a [usize],
+    panels: View<T>,
+    tasks: &'a [(usize, usize)],
+}
+
+impl<T: Real> Kernel for Pack<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, _: S, task: usize) {
+        let (i, j0) = self.tasks[task];
+        let p = &self.problems[i];
+        let (k, n) = (p.a.cols(), p.out.cols());
+        // SAFETY: the views are live, and each task writes its own panel.
+        unsafe {
+            let to = self.panels.ptr().add(self.offsets[i] + j0 * k);
+            if self.transposed {
+                tile::pack_panel_transposed::<T, S>(p.b.ptr(), p.b.stride(), (n, k), j0, to);
+            } else {
+                tile::pack_panel::<T, S>(p.b.ptr(), p.b.stride(), (k, n), j0, to);
+            }
+        }
+    }
+}
+
+struct Product<'a, T> {
+    problems: &'a [Matmul<T>],
+    offsets: &'a [usize],
+    panels: View<T>,
+    tasks: &'a [(usize, usize)],
+}
+
+impl<T: Real> Kernel for Product<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, task: usize) {
+        let (i, row) = self.tasks[task];
+        let p = &self.problems[i];
+        let (n, k) = (p.out.cols(), p.a.cols());
+        let rows = ROW_BLOCK.min(p.out.rows() - row);
+        let width = tile::panel_width::<T, S>();
+        with_workspace(ROW_BLOCK * DEPTH, |block: &mut [T]| {
+            // SAFETY: the views are live, and each task writes its own rows of `out`.
+            unsafe {
+                let (a, out) = (p.a.ptr().add(row * p.a.stride()), p.out.ptr().add(row * p.out.stride()));
+                for k0 in (0..k).step_by(DEPTH) {
+                    let depth = DEPTH.min(k - k0);
+                    tile::copy_rows(a.add(k0), p.a.stride(), (rows, depth), block.as_mut_ptr(), DEPTH);
+                    let b = tile::Rhs {
+                        ptr: self.panels.ptr().add(self.offsets[i] + k0 * width),
+                        panel: k * width,
+                        row: width,
+                    };
+                    let a = tile::Lhs::rows(block.as_ptr(), DEPTH);
+                    tile::multiply(simd, (rows, n, depth), a, b, out, p.out.stride(), p.epilogue.accumulate || k0 > 0);
+                }
+                for i in row..row + rows {
+                    apply(&p.epilogue, i, p.out.row_mut(i));
+                }
+            }
+        });
+    }
+}
+
+/// The epilogue on one row.
+///
+/// # Safety
+/// Its views must be live, and the pre-activation's row not shared.
+#[inline(always)]
+unsafe fn apply<T: Real>(epilogue: &Epilogue<T>, i: usize, out: &mut [T]) {
+    unsafe {
+        if let Some(bias) = epilogue.bias {
+            add(out, bias.row(0));
+        }
+        if let Some(pre) = epilogue.gelu {
+            for (v, pre) in out.iter_mut().zip(pre.row_mut(i)) {
+                *pre = *v;
+                *v = gelu::value(*v);
+            }
+        }
+        if let Some(pre) = epilogue.gelu_grad {
+            for (v, &pre) in out.iter_mut().zip(pre.row(i)) {
+                *v *= gelu::derivative(pre);
+            }
+        }
+        if let Some(dropout) = epilogue.dropout {
+            dropout.apply(i, out);
+        }
+        if let Some(residual) = epilogue.residual {
+            add(out, residual.row(i));
+        }
+    }
+}
+
+#[inline(always)]
+fn add<T: Real>(to: &mut [T], x: &[T]) {
+    for (to, &x) in to.iter_mut().zip(x) {
+        *to += x;
+    }
+}
+
+/// Rows of x and dy that are packed and summed at a time: x's panels stay in the last-level cache.
+const CHUNK: usize = 1024;
+const WEIGHT_ROWS: usize = 48;
+const WEIGHT_COLS: usize = 512;
+
+fn cpu_backward_weight<T: Real>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
+    let width = 2 * cpu.lanes::<T>();
+    let (offsets, len) = panel_offsets(problems, width, |p: &WeightGrad<T>| (CHUNK.min(p.x.rows()), p.x.cols()));
+    let rows = problems.iter().map(|p| p.x.rows()).max().unwrap_or(0);
+    cpu.with_panels(len, |panels: View<T>| {
+        for start in (0..rows).step_by(CHUNK) {
+            let chunk = |p: &WeightGrad<T>| p.x.rows().saturating_sub(start).min(CHUNK);
+            let pack = tasks(problems, width, |p| if chunk(p) > 0 { p.x.cols() } else { 0 });
+            cpu.parallel_kernel(pack.len(), &PackChunk { problems, start, offsets: &offsets, panels, tasks: &pack });
+            let cols = |p: &WeightGrad<T>| p.x.cols().div_ceil(WEIGHT_COLS);
+            let blocks =
+                tasks(problems, 1, |p| if chunk(p) > 0 { p.dy.cols().div_ceil(WEIGHT_ROWS) * cols(p) } else { 0 });
+            cpu.parallel_kernel(
+                blocks.len(),
+                &Accumulate { problems, start, offsets: &offsets, panels, tasks: &blocks },
+            );
+        }
+    });
+    let biases: Vec<_> = problems.iter().filter_map(|p| p.db.map(|db| (p.dy, db))).collect();
+    column_sums(cpu, &biases);
+}
+
+struct PackChunk<'a, T> {
+    problems: &'a [WeightGrad<T>],
+    start: usize,
+    offsets: &'a [usize],
+    panels: View<T>,
+    tasks: &'a [(usize, usize)],
+}
+
+impl<T: Real> Kernel for PackChunk<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, _: S, task: usize) {
+        let (i, j0) = self.tasks[task];
+        let p = &self.problems[i];
+        let x = p.x.rows_range(self.start..p.x.rows().min(self.start + CHUNK));
+        // SAFETY: the views are live, and each task writes its own panel.
+        unsafe {
+            let to = self.panels.ptr().add(self.offsets[i] + j0 * x.rows());
+            tile::pack_panel::<T, S>(x.ptr(), x.stride(), (x.rows(), x.cols()), j0, to);
+        }
+    }
+}
+
+struct Accumulate<'a, T> {
+    problems: &'a [WeightGrad<T>],
+    start: usize,
+    offsets: &'a [usize],
+    panels: View<T>,
+    tasks: &'a [(usize, usize)],
+}
+
+impl<T: Real> Kernel for Accumulate<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, task: usize) {
+        let (i, block) = self.tasks[task];
+        let p = &self.problems[i];
+        let chunk = self.start..p.x.rows().min(self.start + CHUNK);
+        let (dy, k) = (p.dy.rows_range(chunk.clone()), chunk.len());
+        let col_blocks = p.x.cols().div_ceil(WEIGHT_COLS);
+        let (row, col) = (block / col_blocks * WEIGHT_ROWS, block % col_blocks * WEIGHT_COLS);
+        let (rows, cols) = (WEIGHT_ROWS.min(dy.cols() - row), WEIGHT_COLS.min(p.x.cols() - col));
+        let width = tile::panel_width::<T, S>();
+        with_workspace(WEIGHT_ROWS * DEPTH, |tile_: &mut [T]| {
+            // SAFETY: the views are live, and each task writes its own block of `dw`.
+            unsafe {
+                for k0 in (0..k).step_by(DEPTH) {
+                    let depth = DEPTH.min(k - k0);
+                    let from = dy.ptr().add(k0 * dy.stride() + row);
+                    tile::copy_rows(from, dy.stride(), (depth, rows), tile_.as_mut_ptr(), WEIGHT_ROWS);
+                    let a = tile::Lhs::columns(tile_.as_ptr(), WEIGHT_ROWS);
+                    let panels = self.panels.ptr().add(self.offsets[i] + col * k + k0 * width);
+                    let b = tile::Rhs { ptr: panels, panel: k * width, row: width };
+                    let dw = p.dw.ptr().add(row * p.dw.stride() + col);
+                    tile::multiply(simd, (rows, cols, depth), a, b, dw, p.dw.stride(), true);
+                }
+            }
+        });
+    }
+}
+
+/// Each (x, sums): sums `[1, n]` += the column sums of x `[m, n]`, summed in blocks of 64 rows.
+pub(super) fn column_sums<T: Real>(cpu: &Cpu, problems: &[(View<T>, View<T>)]) {
+    const COLS: usize = 128;
+    let blocks = tasks(problems, COLS, |(x, _)| x.cols());
+    cpu.parallel(
+        blocks.len(),
+        #[inline(always)]
+        |task| {
+            let (i, col) = blocks[task];
+            let (x, sums) = problems[i];
+            let cols = COLS.min(x.cols() - col);
+            // SAFETY: the views are live, and each task writes its own columns of `sums`.
+            let sums = &mut unsafe { sums.row_mut(0) }[col..col + cols];
+            for start in (0..x.rows()).step_by(64) {
+                let mut block = [T::ZERO; COLS];
+                for r in start..x.rows().min(start + 64) {
+                    add(&mut block, &unsafe { x.row(r) }[col..col + cols]);
+                }
+                add(sums, &block);
+            }
+        },
+    );
+}

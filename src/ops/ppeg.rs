@@ -1,0 +1,142 @@
+//! PPEG, the positional encoding of TransMIL (Shao et al. 2021, sec. 3.3): y = x + conv7(x) + conv5(x) + conv3(x), depthwise with zero padding
+//! on the tokens' square grid. Rows before the grid (the class token, if there is one) pass through.
+//!
+//! Shapes: x, y `[first + side^2, c]`; kernels `[c, 49]`, `[c, 25]`, `[c, 9]`; biases `[1, c]`. Saved: x.
+
+use super::{
+    depthwise::{self, Grid},
+    for_rows,
+    matmul::column_sums,
+};
+use crate::{
+    Result,
+    device::{Arena, Device, Real, View},
+};
+
+/// Kernel sides, in the checkpoint's order proj, proj1, proj2.
+pub const SIDES: [usize; 3] = [7, 5, 3];
+
+#[derive(Clone, Copy)]
+pub struct Ppeg<T> {
+    pub x: View<T>,
+    pub y: View<T>,
+    pub side: usize,
+    pub kernels: [View<T>; 3],
+    pub biases: [View<T>; 3],
+}
+
+#[derive(Clone, Copy)]
+pub struct PpegGrad<T> {
+    pub x: View<T>,
+    pub dy: View<T>,
+    pub dx: View<T>,
+    pub side: usize,
+    pub kernels: [View<T>; 3],
+    pub dkernels: [View<T>; 3],
+    pub dbiases: [View<T>; 3],
+}
+
+fn check<T: Real>(
+    op: &'static str,
+    x: View<T>,
+    y: View<T>,
+    side: usize,
+    kernels: &[View<T>; 3],
+    biases: &[View<T>; 3],
+) -> Result<()> {
+    let c = x.cols();
+    y.check(op, "y", &[x.rows(), c])?;
+    x.check(op, "x", &[x.rows().max(side * side), c])?;
+    for i in 0..3 {
+        kernels[i].check(op, "kernel", &[c, SIDES[i] * SIDES[i]])?;
+        biases[i].check(op, "bias", &[1, c])?;
+    }
+    Ok(())
+}
+
+fn flop<T: Real>(side: usize, c: View<T>) -> f64 {
+    2.0 * 49.0 * (side * side) as f64 * c.cols() as f64
+}
+
+pub fn forward<T: Real>(device: &Device, arena: &mut Arena, problems: &[Ppeg<T>]) -> Result<()> {
+    let mark = arena.mark();
+    for p in problems {
+        check("ppeg forward", p.x, p.y, p.side, &p.kernels, &p.biases)?;
+        let (grid, first, c) = (Grid::square(p.side), p.x.rows() - p.side * p.side, p.x.cols());
+        let merged = arena.scratch(grid.taps(), c)?;
+        match device {
+            Device::Cpu(cpu) => {
+                depthwise::merge(grid, &sided(p.kernels), true, merged);
+                let tokens = p.x.rows_range(first..p.x.rows());
+                for_rows(
+                    cpu,
+                    p.x.rows(),
+                    #[inline(always)]
+                    |i| {
+                        // SAFETY: the views are live, and each row of y is one task's.
+                        unsafe {
+                            let y = p.y.row_mut(i);
+                            if i < first {
+                                y.copy_from_slice(p.x.row(i));
+                                return;
+                            }
+                            depthwise::convolve(grid, tokens, merged, i - first, y);
+                            let [b0, b1, b2] = p.biases.map(|b| b.row(0));
+                            for j in 0..c {
+                                y[j] += b0[j] + b1[j] + b2[j];
+                            }
+                        }
+                    },
+                );
+            }
+            Device::Dry(dry) => dry.count(flop(p.side, p.x)),
+        }
+        arena.release_scratch(mark);
+    }
+    Ok(())
+}
+
+/// dx =, kernel and bias gradients +=.
+pub fn backward<T: Real>(device: &Device, arena: &mut Arena, problems: &[PpegGrad<T>]) -> Result<()> {
+    const OP: &str = "ppeg backward";
+    let mark = arena.mark();
+    for p in problems {
+        check(OP, p.x, p.dy, p.side, &p.kernels, &p.dbiases)?;
+        check(OP, p.x, p.dx, p.side, &p.dkernels, &p.dbiases)?;
+        let (grid, first, c) = (Grid::square(p.side), p.x.rows() - p.side * p.side, p.x.cols());
+        let (merged, flipped) = (arena.scratch(grid.taps(), c)?, arena.scratch(grid.taps(), c)?);
+        match device {
+            Device::Cpu(cpu) => {
+                depthwise::merge(grid, &sided(p.kernels), true, merged);
+                depthwise::flip(merged, flipped);
+                let (x, dy) = (p.x.rows_range(first..p.x.rows()), p.dy.rows_range(first..p.dy.rows()));
+                for_rows(
+                    cpu,
+                    p.x.rows(),
+                    #[inline(always)]
+                    |i| {
+                        // SAFETY: the views are live, and each row of dx is one task's.
+                        unsafe {
+                            let dx = p.dx.row_mut(i);
+                            if i < first {
+                                dx.copy_from_slice(p.dy.row(i));
+                            } else {
+                                depthwise::convolve(grid, dy, flipped, i - first, dx);
+                            }
+                        }
+                    },
+                );
+                depthwise::kernel_gradient(cpu, grid, x, dy, merged);
+                depthwise::unmerge(grid, merged, &sided(p.dkernels));
+                column_sums(cpu, &p.dbiases.map(|db| (dy, db)));
+            }
+            Device::Dry(dry) => dry.count(2.0 * flop(p.side, p.x)),
+        }
+        arena.release_scratch(mark);
+    }
+    Ok(())
+}
+
+fn sided<T: Real>(kernels: [View<T>; 3]) -> [(usize, View<T>); 3] {
+    [0, 1, 2].map(|i| (SIDES[i], kernels[i]))
+}

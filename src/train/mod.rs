@@ -1,0 +1,3 @@
+//! Training: one step, then epochs, checkpoints and runs around it.
+
+pub mod step;

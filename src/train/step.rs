@@ -1,0 +1,223 @@
+//! One training step, from bags to updated weights. This is the place that shows the whole flow:
+//!
+//!   bags -> forward -> logits -> loss and its gradient -> backward -> gradients, summed over slides -> Adam -> weights
+//!
+//! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one arena for a step's activations.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    Error, Result,
+    device::{Arena, Buffer, Device, Real},
+    model::{Bags, Config, Context, CrossFusion, Saved},
+    ops::{
+        Draw,
+        adam::{self, Adam},
+    },
+};
+
+pub struct Engine<T> {
+    pub device: Device,
+    pub model: CrossFusion,
+    params: Buffer,
+    grads: Buffer,
+    moments: [Buffer; 2],
+    arena: Arena,
+    /// Updates so far, for Adam's bias correction.
+    pub updates: u64,
+    element: std::marker::PhantomData<T>,
+}
+
+/// Patches of a slide at 5x, 10x and 20x.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BagSizes {
+    pub x5: usize,
+    pub x10: usize,
+    pub x20: usize,
+}
+
+/// What a step on one slide takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Exact size of the step's arena.
+    pub arena_bytes: usize,
+    pub forward_flop: f64,
+    /// Forward and backward.
+    pub step_flop: f64,
+}
+
+/// The arenas that [`Engine::arena_view`] names, and that a checkpoint holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    Params,
+    Grads,
+    /// Adam's first and second moments.
+    M,
+    V,
+}
+
+impl<T: Real> Engine<T> {
+    /// A fresh model, initialised from the seed.
+    pub fn new(device: Device, config: &Config, seed: u64) -> Result<Self> {
+        let model = CrossFusion::new(config)?;
+        let bytes = model.layout.len() * size_of::<T>();
+        let params = device.alloc(bytes)?;
+        model.layout.initialize::<T>(&device, seed, &params)?;
+        let (grads, moments) = (device.alloc(bytes)?, [device.alloc(bytes)?, device.alloc(bytes)?]);
+        let arena = Arena::new(&device, 0)?;
+        Ok(Self { device, model, params, grads, moments, arena, updates: 0, element: std::marker::PhantomData })
+    }
+
+    /// Logits of a slide, without dropout.
+    pub fn evaluate(&mut self, bags: Bags<T>) -> Result<Vec<f64>> {
+        self.reserve(sizes(&bags), false)?;
+        self.arena.reset();
+        let (device, model) = (&self.device, &self.model);
+        let mut ctx = Context {
+            device,
+            arena: &mut self.arena,
+            params: &self.params,
+            grads: &self.grads,
+            draw: None,
+            config: &model.config,
+        };
+        device.install(|| Ok(logits(device, &model.forward(&mut ctx, bags)?)))
+    }
+
+    /// Forward, `loss` (from logits to their gradient, scaled as it shall be summed), backward: adds one slide's gradients.
+    /// `draw` is the slide's dropout; `inputs` receives the bags' gradients. Returns the logits.
+    pub fn accumulate(
+        &mut self,
+        bags: Bags<T>,
+        draw: Option<Draw>,
+        inputs: Option<Bags<T>>,
+        loss: impl FnOnce(&[f64]) -> Vec<f64> + Send,
+    ) -> Result<Vec<f64>> {
+        self.reserve(sizes(&bags), true)?;
+        self.arena.reset();
+        let (device, model) = (&self.device, &self.model);
+        let mut ctx = Context {
+            device,
+            arena: &mut self.arena,
+            params: &self.params,
+            grads: &self.grads,
+            draw,
+            config: &model.config,
+        };
+        device.install(|| {
+            let saved = model.forward(&mut ctx, bags)?;
+            let logits = logits(device, &saved);
+            let dlogits: Vec<T> = loss(&logits).into_iter().map(T::of).collect();
+            model.backward(&mut ctx, saved, &dlogits, inputs)?;
+            Ok(logits)
+        })
+    }
+
+    /// One Adam update from the summed gradients, which are zero afterwards.
+    pub fn update(&mut self, adam: &Adam) -> Result<()> {
+        self.updates += 1;
+        let [m, v] = &self.moments;
+        let state = adam::State { params: self.params.flat(), grads: self.grads.flat(), m: m.flat(), v: v.flat() };
+        adam::step::<T>(&self.device, adam, state, self.updates)
+    }
+
+    /// What a slide of these sizes takes, by running the same code on the device that only counts.
+    pub fn plan(&self, sizes: BagSizes, training: bool) -> Result<Plan> {
+        plan::<T>(&self.model, sizes, training)
+    }
+
+    /// Makes the arena large enough for slides up to these sizes, so that training need not grow it slide by slide.
+    pub fn reserve(&mut self, sizes: BagSizes, training: bool) -> Result<()> {
+        let needed = self.plan(sizes, training)?.arena_bytes;
+        if needed > self.arena.bytes() {
+            self.arena = Arena::new(&self.device, 0)?; // give the old one back first
+            self.arena = Arena::new(&self.device, needed)?;
+        }
+        Ok(())
+    }
+
+    pub fn arena_bytes(&self) -> usize {
+        self.arena.bytes()
+    }
+
+    /// The most that the arena held since it was made; equals what the plan of the largest slide says.
+    pub fn arena_peak(&self) -> usize {
+        self.arena.peak()
+    }
+
+    fn state(&self, which: State) -> &Buffer {
+        match which {
+            State::Params => &self.params,
+            State::Grads => &self.grads,
+            State::M => &self.moments[0],
+            State::V => &self.moments[1],
+        }
+    }
+
+    /// A whole arena, padding included.
+    pub fn read_state(&self, which: State) -> Vec<T> {
+        self.device.download(self.state(which).flat())
+    }
+
+    pub fn write_state(&mut self, which: State, values: &[T]) -> Result<()> {
+        self.device.upload(values, self.state(which).flat())
+    }
+
+    /// A named tensor of an arena.
+    pub fn read(&self, which: State, name: &str) -> Option<Vec<T>> {
+        let entry = self.model.layout.entries().iter().find(|entry| entry.name == name)?;
+        Some(self.device.download(self.state(which).view(entry.offset, 1, entry.len())))
+    }
+
+    /// Replaces all parameters; every tensor of the model must be there with its shape, and no other.
+    pub fn load(&mut self, tensors: &BTreeMap<String, (Vec<usize>, Vec<T>)>) -> Result<()> {
+        for entry in self.model.layout.entries() {
+            let Some((shape, values)) = tensors.get(&entry.name) else {
+                return Err(Error::Usage(format!("the checkpoint lacks tensor `{}` {:?}", entry.name, entry.shape)));
+            };
+            if *shape != entry.shape || values.len() != entry.len() {
+                let (tensor, got, expected) = (entry.name.clone(), shape.clone(), entry.shape.clone());
+                return Err(Error::Shape { op: "checkpoint", tensor, got, expected });
+            }
+            self.device.upload(values, self.params.view(entry.offset, 1, entry.len()))?;
+        }
+        let unknown = tensors.keys().find(|name| self.model.layout.entries().iter().all(|entry| &entry.name != *name));
+        match unknown {
+            Some(name) => {
+                Err(Error::Usage(format!("the checkpoint holds tensor `{name}`, which this model does not have")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// [`Engine::plan`] without an engine.
+pub fn plan<T: Real>(model: &CrossFusion, sizes: BagSizes, training: bool) -> Result<Plan> {
+    let device = Device::dry();
+    let bytes = model.layout.len() * size_of::<T>();
+    let (params, grads) = (device.alloc(bytes)?, device.alloc(bytes)?);
+    let mut arena = Arena::unlimited();
+    let features = model.config.features;
+    let bag =
+        |rows: usize| Ok::<_, Error>(device.alloc(rows * features * size_of::<T>())?.view::<T>(0, rows, features));
+    let bags = Bags { x5: bag(sizes.x5)?, x10: bag(sizes.x10)?, x20: bag(sizes.x20)? };
+    let draw = training.then_some(Draw { seed: 0, step: 0 });
+    let mut ctx =
+        Context { device: &device, arena: &mut arena, params: &params, grads: &grads, draw, config: &model.config };
+    let saved = model.forward(&mut ctx, bags)?;
+    let flop = || if let Device::Dry(dry) = &device { dry.flop() } else { 0.0 };
+    let forward_flop = flop();
+    if training {
+        model.backward(&mut ctx, saved, &vec![T::ZERO; model.config.n_classes], None)?;
+    }
+    let step_flop = flop();
+    Ok(Plan { arena_bytes: arena.peak(), forward_flop, step_flop })
+}
+
+fn sizes<T: Real>(bags: &Bags<T>) -> BagSizes {
+    BagSizes { x5: bags.x5.rows(), x10: bags.x10.rows(), x20: bags.x20.rows() }
+}
+
+fn logits<T: Real>(device: &Device, saved: &Saved<T>) -> Vec<f64> {
+    device.download(saved.logits).into_iter().map(T::f64).collect()
+}

@@ -1,0 +1,213 @@
+//! Agreement with the PyTorch reference, computed in float64: every file of the folder in CROSSFUSION_GOLDENS (default tests/goldens).
+//! The device is CROSSFUSION_DEVICE's (default cpu).
+
+mod common;
+
+use std::{collections::BTreeMap, path::Path};
+
+use common::{Law, ModelConfig, Parameter, bag, parameters};
+use crossfusion::{
+    device::{Device, View},
+    loss::{Loss, Prediction, Target},
+    model::Bags,
+    ops::adam::Adam,
+    train::step::{Engine, State},
+};
+use safetensors::SafeTensors;
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+struct Golden {
+    model: String,
+    config: ModelConfig,
+    bags: BTreeMap<String, usize>,
+    fill_tag: String,
+    input_law: Law,
+    parameters: BTreeMap<String, Parameter>,
+    loss: LossSpec,
+}
+
+#[derive(Deserialize)]
+struct LossSpec {
+    name: String,
+    label: usize,
+    censorship: f64,
+    alpha: f64,
+}
+
+fn loss_of(name: &str) -> Loss {
+    match name {
+        "nll" => Loss::NllSurv,
+        "ce" => Loss::CeSurv,
+        other => panic!("unknown loss {other}"),
+    }
+}
+
+fn device() -> Device {
+    let name = std::env::var("CROSSFUSION_DEVICE").unwrap_or_else(|_| "cpu".into());
+    Device::from_name(&name, 0).unwrap()
+}
+
+fn files(prefix: &str, suffix: &str) -> Vec<std::path::PathBuf> {
+    let folder = common::goldens();
+    let mut files: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            name.starts_with(prefix) && name.ends_with(suffix)
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+fn f32s(file: &SafeTensors, name: &str) -> Option<Vec<f64>> {
+    let data = file.tensor(name).ok()?.data().to_vec();
+    Some(data.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect())
+}
+
+fn assert_close(what: &str, got: &[f64], expected: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    for (i, (g, e)) in got.iter().zip(expected).enumerate() {
+        assert!((g - e).abs() <= tolerance * e.abs().max(1.0), "{what}[{i}] = {g}, expected {e}");
+    }
+}
+
+fn norm(x: &[f64]) -> f64 {
+    x.iter().map(|v| v * v).sum::<f64>().sqrt()
+}
+
+/// A gradient against its golden, relative to the golden's norm with an absolute term: the key bias' gradient is zero but for rounding.
+struct GradientCheck {
+    /// Absolute term: this share of the largest gradient norm.
+    floor: f64,
+    worst: (f64, String),
+}
+
+impl GradientCheck {
+    const RELATIVE: f64 = 1e-4;
+
+    fn distance(&mut self, file: &str, name: &str, distance: f64, size: f64) {
+        let error = distance / (size + self.floor);
+        assert!(error <= Self::RELATIVE, "{file}: gradient of {name} is off by {distance:e} of {size:e}");
+        if error > self.worst.0 {
+            self.worst = (error, name.into());
+        }
+    }
+}
+
+#[test]
+fn models() {
+    let files = files("", ".safetensors");
+    assert!(!files.is_empty(), "no goldens in {}", common::goldens().display());
+    for path in files {
+        check_model(&path);
+    }
+}
+
+fn check_model(path: &Path) {
+    let file = path.file_stem().unwrap().to_string_lossy().into_owned();
+    let bytes = std::fs::read(path).unwrap();
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let metadata = metadata.metadata().clone().unwrap();
+    let golden: Golden = serde_json::from_str(&metadata["golden"]).unwrap();
+    if golden.model != "CrossFusion" {
+        println!("SKIPPED {file}: model {} is not built yet", golden.model);
+        return;
+    }
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let config = golden.config.build();
+    let mut engine = Engine::<f32>::new(device(), &config, 0).unwrap();
+    engine.load(&parameters(&golden.fill_tag, &golden.parameters)).unwrap();
+
+    let width = config.features;
+    let data = ["x5", "x10", "x20"].map(|x| bag(&golden.fill_tag, x, golden.bags[x], width, golden.input_law));
+    let gradients = data.clone();
+    let bags = |data: &[Vec<f32>; 3]| {
+        let [x5, x10, x20] = [0, 1, 2].map(|i| View::of_slice(&data[i], data[i].len() / width, width));
+        Bags { x5, x10, x20 }
+    };
+    let target = Target { label: golden.loss.label, censored: golden.loss.censorship == 1.0 };
+    let loss = loss_of(&golden.loss.name);
+    let alpha = golden.loss.alpha;
+    let evaluated = engine.evaluate(bags(&data)).unwrap();
+    let logits = engine
+        .accumulate(bags(&data), None, Some(bags(&gradients)), |logits| loss.evaluate(logits, target, alpha).1)
+        .unwrap();
+    assert_eq!(evaluated, logits, "{file}: evaluation and training without dropout differ");
+
+    let prediction = Prediction::from_logits(&logits);
+    let expected = |name: &str| f32s(&tensors, name).unwrap();
+    assert_close(&format!("{file} logits"), &logits, &expected("logits"), 1e-5);
+    assert_close(&format!("{file} hazards"), &prediction.hazards, &expected("hazards"), 1e-5);
+    assert_close(&format!("{file} survival"), &prediction.survival, &expected("survival"), 1e-5);
+    assert_close(&format!("{file} risk"), &[prediction.risk], &expected("risk"), 1e-5);
+    assert_close(&format!("{file} loss"), &[loss.evaluate(&logits, target, alpha).0], &expected("loss"), 1e-5);
+
+    let of = |name: &str| -> Vec<f64> {
+        let input = ["x5", "x10", "x20"].iter().position(|x| *x == name);
+        let values = match input {
+            Some(i) => gradients[i].clone(),
+            None => engine.read(State::Grads, name).unwrap_or_else(|| panic!("{file}: no parameter {name}")),
+        };
+        values.into_iter().map(f64::from).collect()
+    };
+    let mut checked = 0;
+    let names: Vec<_> = tensors.names().into_iter().map(String::from).collect();
+    let largest = names
+        .iter()
+        .filter(|name| name.starts_with("grad.") || name.starts_with("gradnorm."))
+        .map(|name| norm(&expected(name)))
+        .fold(0.0, f64::max);
+    let mut check = GradientCheck { floor: 1e-4 * largest, worst: (0.0, String::new()) };
+    for name in &names {
+        if let Some(parameter) = name.strip_prefix("grad.") {
+            let (got, expected) = (of(parameter), expected(name));
+            let difference: Vec<f64> = got.iter().zip(&expected).map(|(g, e)| g - e).collect();
+            assert_eq!(got.len(), expected.len(), "{file} {parameter}");
+            check.distance(&file, parameter, norm(&difference), norm(&expected));
+            checked += 1;
+        } else if let Some(parameter) = name.strip_prefix("gradnorm.") {
+            let (got, size) = (of(parameter), expected(name)[0]);
+            check.distance(&file, parameter, (norm(&got) - size).abs(), size);
+            let sample = expected(&format!("gradsample.{parameter}"));
+            // 16 entries at round(linspace(0, n - 1, 16)), half to even as numpy rounds
+            let at = |i: usize| (i as f64 * (got.len() - 1) as f64 / 15.0).round_ties_even() as usize;
+            let typical = size / (got.len() as f64).sqrt();
+            for (i, &e) in sample.iter().enumerate() {
+                let g = got[at(i)];
+                let allowed = 1e-4 * (e.abs() + typical) + 1e-4 * check.floor;
+                assert!((g - e).abs() <= allowed, "{file}: gradient of {parameter}[{}] = {g:e}, expected {e:e}", at(i));
+            }
+            checked += 1;
+        }
+    }
+    let expected_count = golden.parameters.len() + if names.iter().any(|n| n == "grad.x10") { 3 } else { 0 };
+    assert!(checked >= golden.parameters.len(), "{file}: {checked} gradients of {expected_count} checked");
+    println!("{file}: {checked} gradients agree, worst {:.1e} ({})", check.worst.0, check.worst.1);
+}
+
+#[test]
+fn losses() {
+    #[derive(Deserialize)]
+    struct Case {
+        loss: String,
+        alpha: f64,
+        logits: Vec<f64>,
+        label: usize,
+        censorship: f64,
+        value: f64,
+        grad: Vec<f64>,
+    }
+    for path in files("losses", ".json") {
+        let cases: Vec<Case> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        for (i, case) in cases.iter().enumerate() {
+            let target = Target { label: case.label, censored: case.censorship == 1.0 };
+            let (value, gradient) = loss_of(&case.loss).evaluate(&case.logits, target, case.alpha);
+            assert_close(&format!("case {i} value"), &[value], &[case.value], 1e-6);
+            assert_close(&format!("case {i} gradient"), &gradient, &case.grad, 1e-6);
+        }
+        println!("{}: {} cases agree", path.display(), cases.len());
+    }
+}
