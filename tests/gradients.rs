@@ -34,8 +34,16 @@ impl<T: Real> Slide<T> {
     }
 
     fn bags(&self) -> Bags<T> {
-        let [x5, x10, x20] =
-            [0, 1, 2].map(|i| View::of_slice(&self.data[i], self.data[i].len() / self.features, self.features));
+        let [x5, x10, x20] = self.data.each_ref().map(|x| View::of_slice(x, x.len() / self.features, self.features));
+        Bags { x5, x10, x20 }
+    }
+
+    fn bags_mut(&mut self) -> Bags<T> {
+        let features = self.features;
+        let [x5, x10, x20] = self.data.each_mut().map(|x| {
+            let patches = x.len() / features;
+            View::of_slice_mut(x, patches, features)
+        });
         Bags { x5, x10, x20 }
     }
 }
@@ -69,9 +77,9 @@ fn check_finite_differences(config: &Config, patches: [usize; 3], draw: Option<D
     const STEP: f64 = 1e-5;
     let mut engine = engine::<f64>(Device::from_name("cpu", 0).unwrap(), config);
     let mut slide = Slide::new(patches, config.features);
-    let dslide = slide.zeros_like();
+    let mut dslide = slide.zeros_like();
     engine
-        .accumulate(slide.bags(), draw, Some(dslide.bags()), |logits| Loss::NllSurv.evaluate(logits, TARGET, 0.2).1)
+        .accumulate(slide.bags(), draw, Some(dslide.bags_mut()), |logits| Loss::NllSurv.evaluate(logits, TARGET, 0.2).1)
         .unwrap();
     let params = engine.read_state(State::Params);
     let grads = engine.read_state(State::Grads);

@@ -178,7 +178,7 @@ pub fn sum<T: Real>(n: usize, term: impl Fn(usize) -> T) -> T {
     }
     for half in [8, 4, 2, 1] {
         for l in 0..half {
-            lanes[l] = lanes[l] + lanes[l + half];
+            lanes[l] += lanes[l + half];
         }
     }
     lanes[0]
