@@ -19,15 +19,25 @@
 //! # Ok::<(), crossfusion::Error>(())
 //! ```
 
+mod auc;
+mod brier;
 mod cohort;
 mod concordance;
+mod cox;
 mod distributions;
 mod ipcw;
 mod kaplan_meier;
 mod log_rank;
+mod nelson_aalen;
+mod time_order;
+mod vector_exp;
 
+pub use auc::{DynamicAuc, dynamic_auc};
+pub use brier::{BrierScore, brier_score};
 pub use cohort::{RiskSet, number_at_risk, risk_sets};
 pub use concordance::{Concordance, RISK_TIE, concordance_index, concordance_index_ipcw};
+pub use cox::{CoxCohort, Scalar, Ties, cox_loglik_and_gradient};
 pub use ipcw::CensoringDistribution;
 pub use kaplan_meier::{KaplanMeier, Limits, Quantile, Step, kaplan_meier};
 pub use log_rank::{LogRank, log_rank};
+pub use nelson_aalen::{CumulativeHazard, baseline_hazard, nelson_aalen};
