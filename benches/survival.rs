@@ -8,7 +8,7 @@ use crossfusion::survival::{CoxCohort, Ties, concordance_index};
 
 /// Uniform numbers in 0..1 (splitmix64).
 fn uniform(i: u64, stream: u64) -> f64 {
-    let mut z = (i + (stream << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mut z = (i + 1 + (stream << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     (z ^ (z >> 31)) as f64 / u64::MAX as f64

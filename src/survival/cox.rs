@@ -25,18 +25,22 @@ pub trait Scalar: Copy + Send + Sync {
 }
 
 impl Scalar for f32 {
+    #[inline]
     fn to_f64(self) -> f64 {
         f64::from(self)
     }
+    #[inline]
     fn from_f64(value: f64) -> Self {
         value as f32
     }
 }
 
 impl Scalar for f64 {
+    #[inline]
     fn to_f64(self) -> f64 {
         self
     }
+    #[inline]
     fn from_f64(value: f64) -> Self {
         value
     }
@@ -90,7 +94,8 @@ impl CoxCohort {
     pub fn presorted(time: &[f64], event: &[bool], strata: Option<&[usize]>, weights: Option<&[f64]>) -> Result<Self> {
         check_columns(time, event, strata, weights)?;
         let stratum = |row: usize| strata.map_or(0, |strata| strata[row]);
-        if let Some(row) = (1..time.len()).find(|&row| (stratum(row - 1), time[row - 1]) > (stratum(row), time[row])) {
+        let rows = (1..time.len()).into_par_iter().with_min_len(CHUNK);
+        if let Some(row) = rows.find_first(|&i| (stratum(i - 1), time[i - 1]) > (stratum(i), time[i])) {
             let (before, time) = (time[row - 1], time[row]);
             let reason =
                 format!("its rows are not presorted by stratum and time: {before} comes before {time} (row {row})");
@@ -274,6 +279,7 @@ impl CoxCohort {
     }
 
     /// Backward in time through a piece: the risk sets, and the increments of the hazard. Forward: their sums.
+    /// Whether a patient had an event is chance, so wherever it can be it is an index and not a branch.
     fn scan(
         &self,
         exp_risk: &[f64],
@@ -292,46 +298,47 @@ impl CoxCohort {
             let (mut events, mut of_events, mut weight_of_events) = (0usize, 0.0, 0.0);
             loop {
                 end -= 1;
-                let event = f64::from(flags[end] & EVENT);
+                let event = flags[end] & EVENT;
                 at_risk += exp_risk[end];
-                of_events += exp_risk[end] * event;
-                weight_of_events += weights.map_or(event, |weights| weights[end] * event);
-                events += usize::from(flags[end] & EVENT);
+                of_events += exp_risk[end] * f64::from(event);
+                weight_of_events += weights.map_or(1.0, |weights| weights[end]) * f64::from(event);
+                events += usize::from(event);
                 if flags[end] & FIRST != 0 {
                     break;
                 }
             }
-            let mut increment = Increment::default();
-            if events == 1 || events > 0 && ties == Ties::Breslow {
-                let hazard = weight_of_events / at_risk;
-                increment = Increment { of_censored: hazard, of_events: hazard };
-                logs.add(weight_of_events, at_risk);
-            } else if events > 0 {
-                let d = events as f64;
+            let d = events as f64;
+            if events < 2 && weights.is_none() {
+                increments.push([d / at_risk; 2]);
+                logs.add([1.0, at_risk][events]);
+            } else if events < 2 || ties == Ties::Breslow {
+                increments.push([weight_of_events / at_risk; 2]);
+                logs.add_times(weight_of_events, at_risk);
+            } else {
                 let weight = weight_of_events / d;
+                let mut increment = [0.0; 2];
                 for l in 0..events {
                     let gone = l as f64 / d;
                     let denominator = at_risk - gone * of_events;
                     let hazard = weight / denominator;
-                    increment.of_censored += hazard;
-                    increment.of_events += hazard * (1.0 - gone);
-                    logs.add(weight, denominator);
+                    increment[0] += hazard;
+                    increment[1] += hazard * (1.0 - gone);
+                    if weights.is_none() { logs.add(denominator) } else { logs.add_times(weight, denominator) }
                 }
+                increments.push(increment);
             }
-            increments.push(increment);
         }
         piece.loglik -= logs.total();
 
-        let mut before = 0.0;
-        let mut increment = Increment::default();
+        let (mut before, mut increment) = (0.0, [0.0; 2]);
         for (hazard, &flag) in hazard.iter_mut().zip(flags) {
             if flag & FIRST != 0 {
-                before += increment.of_censored;
+                before += increment[0];
                 increment = increments.pop().unwrap_or_default();
             }
-            *hazard = before + if flag & EVENT != 0 { increment.of_events } else { increment.of_censored };
+            *hazard = before + increment[usize::from(flag & EVENT)];
         }
-        piece.hazard = before + increment.of_censored;
+        piece.hazard = before + increment[0];
     }
 
     fn combine(&self, exp_risk: &[f64], hazard: &[f64], piece: &Piece, mut put: impl FnMut(usize, f64)) {
@@ -380,15 +387,10 @@ impl Piece {
 
 const HEADROOM: f64 = 300.0;
 
-/// What the events of one time add to the hazard of those that outlive it, and to their own.
-#[derive(Clone, Copy, Default)]
-struct Increment {
-    of_censored: f64,
-    of_events: f64,
-}
+/// What the events of one time add to the hazard of the others in the risk set (0), and to their own (1 = [`EVENT`]).
+type Increment = [f64; 2];
 
-/// sum of c log x. The terms with c = 1, nearly all, share one logarithm: that of their product, kept as
-/// `mantissa * 2^exponent`.
+/// A sum of logarithms as the logarithm of a product, which is `mantissa * 2^exponent`.
 struct LogSum {
     mantissa: f64,
     exponent: i64,
@@ -402,14 +404,16 @@ impl Default for LogSum {
 }
 
 impl LogSum {
-    fn add(&mut self, c: f64, x: f64) {
-        if c != 1.0 {
-            self.rest += c * x.ln();
-            return;
-        }
+    /// Adds log x; x is a normal number.
+    fn add(&mut self, x: f64) {
         let bits = (self.mantissa * x).to_bits();
         self.exponent += (bits >> 52) as i64 - 1023;
         self.mantissa = f64::from_bits(bits & (u64::MAX >> 12) | 1023 << 52);
+    }
+
+    /// Adds c log x.
+    fn add_times(&mut self, c: f64, x: f64) {
+        self.rest += c * x.ln();
     }
 
     fn total(&self) -> f64 {

@@ -1,5 +1,7 @@
 //! The order of a million times: a radix sort of 64-bit words, key above, row number below.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
 use rayon::prelude::*;
 
 /// Rows in ascending order of time; equal times keep their order.
@@ -30,8 +32,9 @@ impl<'a> TimeOrder<'a> {
         let shift = idle_bits.max(key_bits.saturating_sub(32));
 
         let words = time.par_iter().with_min_len(1 << 14).enumerate();
-        let mut words: Vec<u64> = words.map(|(row, &t)| ((key(t) - min) >> shift) << 32 | row as u64).collect();
-        sort_upper_half(&mut words, key_bits.saturating_sub(shift));
+        let words: Vec<AtomicU64> =
+            words.map(|(row, &t)| ((key(t) - min) >> shift) << 32 | row as u64).map(AtomicU64::new).collect();
+        let mut words = sort_upper_half(words, key_bits.saturating_sub(shift));
         let exact = shift <= idle_bits;
         if !exact {
             for run in words.chunk_by_mut(|a, b| a >> 32 == b >> 32).filter(|run| run.len() > 1) {
@@ -46,55 +49,68 @@ impl<'a> TimeOrder<'a> {
         self.words.sort_by_key(|&word| strata[row_of(word)]);
     }
 
+    #[inline]
     pub(super) fn row(&self, place: usize) -> usize {
         row_of(self.words[place])
     }
 
     /// Whether the rows at `place - 1` and `place` have the same time.
+    #[inline]
     pub(super) fn tied_with_previous(&self, place: usize) -> bool {
         let (a, b) = (self.words[place - 1], self.words[place]);
         a >> 32 == b >> 32 && (self.exact || self.time[row_of(a)] == self.time[row_of(b)])
     }
 }
 
+#[inline]
 fn row_of(word: u64) -> usize {
     word as u32 as usize
 }
 
 /// An integer that orders as the time does; -0 and 0 have one key.
+#[inline]
 fn key(time: f64) -> u64 {
     let bits = (time + 0.0).to_bits();
     if bits >> 63 == 0 { bits | 1 << 63 } else { !bits }
 }
 
 /// Stable sort by the `bits` low bits of the upper halves: least significant digit first, at most 11 bits a digit.
-fn sort_upper_half(words: &mut Vec<u64>, bits: u32) {
+///
+/// Every thread counts the digits of its block of words and then moves that block, to places that no other thread has.
+/// Atomics say so without unsafe code; a relaxed load or store is an ordinary one.
+fn sort_upper_half(mut words: Vec<AtomicU64>, bits: u32) -> Vec<u64> {
     let digits = bits.div_ceil(11);
-    if digits == 0 {
-        return;
-    }
-    let width = bits.div_ceil(digits);
-    let digit = |word: u64, d: u32| (word >> (32 + d * width)) as usize & ((1 << width) - 1);
-    let mut counts = vec![vec![0u32; 1 << width]; digits as usize];
-    for &word in words.iter() {
-        for d in 0..digits {
-            counts[d as usize][digit(word, d)] += 1;
-        }
-    }
-    let mut sorted = vec![0; words.len()];
-    for d in 0..digits {
-        let next = &mut counts[d as usize];
+    let width = bits.div_ceil(digits.max(1));
+    let block = words.len().div_ceil(rayon::current_num_threads()).max(1 << 14);
+    let mut sorted: Vec<AtomicU64> = Vec::new();
+    sorted.resize_with(words.len(), AtomicU64::default);
+    for shift in (0..digits).map(|d| 32 + d * width) {
+        let digit = |word: u64| (word >> shift) as usize & ((1 << width) - 1);
+        let mut places: Vec<Vec<u32>> = words
+            .par_chunks(block)
+            .map(|block| {
+                let mut counts = vec![0; 1 << width];
+                block.iter().for_each(|word| counts[digit(word.load(Relaxed))] += 1);
+                counts
+            })
+            .collect();
         let mut place = 0;
-        for count in next.iter_mut() {
-            place += std::mem::replace(count, place);
+        for value in 0..1 << width {
+            for counts in &mut places {
+                place += std::mem::replace(&mut counts[value], place);
+            }
         }
-        for &word in words.iter() {
-            let place = &mut next[digit(word, d)];
-            sorted[*place as usize] = word;
-            *place += 1;
-        }
-        std::mem::swap(words, &mut sorted);
+        words.par_chunks(block).zip(&mut places).for_each(|(block, places)| {
+            for word in block {
+                let word = word.load(Relaxed);
+                let place = &mut places[digit(word)];
+                sorted[*place as usize].store(word, Relaxed);
+                *place += 1;
+            }
+        });
+        std::mem::swap(&mut words, &mut sorted);
     }
+    words.into_iter().map(AtomicU64::into_inner).collect()
 }
 
 #[cfg(test)]
