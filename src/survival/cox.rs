@@ -51,7 +51,9 @@ impl Scalar for f64 {
 /// With w the weights (1 if none are given), t_g the distinct event times of a stratum, D_g the d events at t_g,
 /// W = sum of w over D_g, R = sum of w e^r over the risk set {t >= t_g} and E that over D_g:
 ///
-///     loglik = sum over g of [ sum over D_g of w r  -  W/d  sum over l < d of log(R - c_l E) ]
+/// ```text
+/// loglik = sum over g of [ sum over D_g of w r  -  W/d  sum over l < d of log(R - c_l E) ]
+/// ```
 ///
 /// with c_l = l/d for Efron and 0 for Breslow. The gradient in r is w times R's martingale residuals.
 pub struct CoxCohort {
@@ -218,7 +220,7 @@ impl CoxCohort {
         let highest: Vec<f64> = self.chunks.par_iter().zip(split_at(ends, ordered)).map(copy).collect();
         if highest.iter().any(|h| h.is_nan()) {
             let row = risk.iter().position(|r| !r.to_f64().is_finite()).unwrap_or(0);
-            let reason = format!("`risk` of patient {row} is {}, not a finite number", risk[row].to_f64());
+            let reason = format!("entry {row} of `risk` is {}, not a finite number", risk[row].to_f64());
             return Err(undefined(NAME, reason));
         }
         Ok(highest)
@@ -435,7 +437,7 @@ fn parts<'a, T: Send>(pieces: &[Piece], column: &'a mut [T]) -> rayon::vec::Into
     split_at(pieces.iter().map(|piece| piece.end), column)
 }
 
-fn split_at<'a, T: Send>(ends: impl Iterator<Item = usize>, column: &'a mut [T]) -> rayon::vec::IntoIter<&'a mut [T]> {
+fn split_at<T: Send>(ends: impl Iterator<Item = usize>, column: &mut [T]) -> rayon::vec::IntoIter<&mut [T]> {
     let (mut rest, mut start) = (column, 0);
     let parts: Vec<&mut [T]> = ends
         .map(|end| {

@@ -14,8 +14,8 @@ pub(super) fn exp_in_place(column: &mut [f64]) {
 #[inline(always)]
 fn exp(x: f64) -> f64 {
     const ROUND: f64 = 6755399441055744.0; // 1.5 * 2^52: the sum with it ends in an integer's bits
-    const LN2_HIGH: f64 = 6.93147180369123816490e-01; // 33 bits of log 2, so that k * LN2_HIGH is exact (fdlibm)
-    const LN2_LOW: f64 = 1.90821492927058770002e-10;
+    const LN2_HIGH: f64 = 6.931_471_803_691_238e-1; // 33 bits of log 2, so that k * LN2_HIGH is exact (fdlibm)
+    const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
     let x = if x > -708.0 { x } else { -708.0 };
     let shifted = x * std::f64::consts::LOG2_E + ROUND;
     let k = shifted - ROUND;
