@@ -3,8 +3,8 @@
 use rayon::prelude::*;
 
 use super::cohort::{check_cohort, check_length, undefined};
+use super::numeric::{LogSum, exp_in_place, sum};
 use super::time_order::TimeOrder;
-use super::vector_exp::exp_in_place;
 use crate::Result;
 
 const NAME: &str = "the Cox partial likelihood";
@@ -56,6 +56,7 @@ impl Scalar for f64 {
 /// ```
 ///
 /// with c_l = l/d for Efron and 0 for Breslow. The gradient in r is w times R's martingale residuals.
+#[derive(Debug, Clone)]
 pub struct CoxCohort {
     /// The row at each place in the order of (stratum, time); `None` if the rows came in that order.
     rows: Option<Vec<u32>>,
@@ -72,6 +73,7 @@ const EVENT: u8 = 1;
 const FIRST: u8 = 2;
 
 /// Places `start..end`, whole ties of one stratum: the unit of parallel work, the same for any number of threads.
+#[derive(Debug, Clone)]
 struct Chunk {
     start: usize,
     end: usize,
@@ -391,46 +393,6 @@ const HEADROOM: f64 = 300.0;
 
 /// What the events of one time add to the hazard of the others in the risk set (0), and to their own (1 = [`EVENT`]).
 type Increment = [f64; 2];
-
-/// A sum of logarithms as the logarithm of a product, which is `mantissa * 2^exponent`.
-struct LogSum {
-    mantissa: f64,
-    exponent: i64,
-    rest: f64,
-}
-
-impl Default for LogSum {
-    fn default() -> Self {
-        Self { mantissa: 1.0, exponent: 0, rest: 0.0 }
-    }
-}
-
-impl LogSum {
-    /// Adds log x; x is a normal number.
-    fn add(&mut self, x: f64) {
-        let bits = (self.mantissa * x).to_bits();
-        self.exponent += (bits >> 52) as i64 - 1023;
-        self.mantissa = f64::from_bits(bits & (u64::MAX >> 12) | 1023 << 52);
-    }
-
-    /// Adds c log x.
-    fn add_times(&mut self, c: f64, x: f64) {
-        self.rest += c * x.ln();
-    }
-
-    fn total(&self) -> f64 {
-        self.rest + self.mantissa.ln() + self.exponent as f64 * std::f64::consts::LN_2
-    }
-}
-
-/// Eight sums side by side: the adder's latency is hidden, and less is lost to rounding than in one.
-fn sum(values: impl Iterator<Item = f64>) -> f64 {
-    let mut lanes = [0.0; 8];
-    for (i, value) in values.enumerate() {
-        lanes[i % 8] += value;
-    }
-    lanes.iter().sum()
-}
 
 /// The pieces' parts of a column.
 fn parts<'a, T: Send>(pieces: &[Piece], column: &'a mut [T]) -> rayon::vec::IntoIter<&'a mut [T]> {

@@ -31,8 +31,8 @@ mod ipcw;
 mod kaplan_meier;
 mod log_rank;
 mod nelson_aalen;
+mod numeric;
 mod time_order;
-mod vector_exp;
 
 pub use auc::{DynamicAuc, dynamic_auc};
 pub use bootstrap::{
