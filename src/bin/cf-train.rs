@@ -9,7 +9,10 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use crossfusion::{
     Error, Result,
     data::demo,
-    train::{config::RunConfig, run},
+    train::{
+        config::RunConfig,
+        run::{self, Run},
+    },
 };
 
 /// Set by Ctrl-C; a second one ends the program at once.
@@ -70,7 +73,7 @@ fn train() -> Result<()> {
         (folder.clone(), resumed(&settings, &matches, folder)?)
     } else if arguments.demo {
         let folder = arguments.out.unwrap_or_else(|| run::fresh_folder("demo"));
-        let config = settings.resolve(&matches, "--demo", demo::settings(&folder.join("cohort"))?)?;
+        let config = settings.resolve(&matches, "--demo", demo::settings(&folder.join(run::DEMO_DATA))?)?;
         (folder, config)
     } else {
         let name = arguments.config.as_ref().map_or("the flags".into(), |path| path.display().to_string());
@@ -78,12 +81,14 @@ fn train() -> Result<()> {
         let config = settings.resolve(&matches, &name, table.unwrap_or_default())?;
         (arguments.out.unwrap_or_else(|| run::fresh_folder(&config.backbone)), config)
     };
-    if arguments.resume.is_none() {
-        run::create(&folder, &config)?;
-    }
     if arguments.demo {
-        println!("writing a synthetic cohort to {}", folder.join("cohort").display());
-        demo::write_demo(&folder.join("cohort"), config.seed)?;
+        let cohort = folder.join(run::DEMO_DATA);
+        println!("writing a synthetic cohort to {}", cohort.display());
+        demo::write_demo(&cohort, config.seed)?;
+    }
+    let run = Run::open(config)?;
+    if arguments.resume.is_none() {
+        run.create(&folder)?;
     }
     let handler = || {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
@@ -92,7 +97,7 @@ fn train() -> Result<()> {
         eprintln!("finishing the slide in hand; once more stops at once");
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
-    let bests = run::train(&folder, &config, &INTERRUPTED)?;
+    let bests = run.train(&folder, &INTERRUPTED)?;
     for (fold, best) in bests.iter().enumerate() {
         match best {
             Some(best) => {
