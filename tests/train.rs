@@ -2,7 +2,6 @@
 //! sentence.
 
 use std::{
-    collections::BTreeMap,
     ops::ControlFlow,
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -12,7 +11,7 @@ use std::{
 
 use crossfusion::{
     Result,
-    data::{dataset::Dataset, demo, labels::Bins, torch::read_state_dict},
+    data::{dataset::Dataset, demo, labels::Bins, torch::{StateDict, read_state_dict}},
     train::{
         config::RunConfig,
         fold::{FoldTrainer, Observer, Outcome, SlideDone},
@@ -69,7 +68,7 @@ impl Observer for StopAt {
 }
 
 /// Trains fold 0 in a new folder, dropping and re-opening everything at each stop; returns its best model's and last checkpoint's parts.
-fn train(config: &RunConfig, stops: &[usize]) -> (BTreeMap<String, (Vec<usize>, Vec<f32>)>, Vec<u8>) {
+fn train(config: &RunConfig, stops: &[usize]) -> (StateDict, Vec<u8>) {
     let folder = tempfile::tempdir().unwrap();
     let dataset = Dataset::open(&config.source()).unwrap();
     let bins = Bins::cut(&dataset.slides, config.n_classes).unwrap();
