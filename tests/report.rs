@@ -1,7 +1,7 @@
 //! The report on a synthetic cohort: what it shows is what went in, and it is whole without network, fonts or a model.
 
 use crossfusion::{
-    report::{About, Fold, Prediction, Summary, figure::escape, history, html, km, risk},
+    report::{About, Fold, SlideResult, Summary, figure::escape, history, html, km, risk},
     survival::{concordance_index, log_rank},
 };
 use resvg::{tiny_skia::Pixmap, usvg::roxmltree};
@@ -15,7 +15,7 @@ fn uniform(state: &mut u64) -> f64 {
 }
 
 /// Exponential survival whose rate rises with the risk, about half of it censored.
-fn cohort(slides: usize, folds: usize) -> Vec<Prediction> {
+fn cohort(slides: usize, folds: usize) -> Vec<SlideResult> {
     let state = &mut 7;
     let mut slide = |i: usize| {
         let score = uniform(state) + uniform(state) + uniform(state) - 1.5;
@@ -31,7 +31,7 @@ fn cohort(slides: usize, folds: usize) -> Vec<Prediction> {
                 })
             })
             .collect();
-        Prediction {
+        SlideResult {
             case_id: format!("TCGA-{:02X}-{:04}", i % 23, i),
             slide_id: format!("TCGA-{:02X}-{:04}-01Z-00-DX1.svs", i % 23, i),
             fold: i % folds,
@@ -45,7 +45,7 @@ fn cohort(slides: usize, folds: usize) -> Vec<Prediction> {
     (0..slides).map(&mut slide).collect()
 }
 
-fn folds(predictions: &[Prediction], folds: usize) -> Vec<Fold> {
+fn folds(predictions: &[SlideResult], folds: usize) -> Vec<Fold> {
     let slides = |fold| predictions.iter().filter(|p| p.fold != fold).count();
     (0..folds).map(|fold| Fold { fold, train_slides: Some(slides(fold)), best_epoch: Some(9 + 3 * fold) }).collect()
 }
@@ -103,7 +103,7 @@ fn keep(name: &str, content: impl AsRef<[u8]>) {
     std::fs::write(std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name), content).unwrap();
 }
 
-fn page(predictions: &[Prediction], n_folds: usize) -> String {
+fn page(predictions: &[SlideResult], n_folds: usize) -> String {
     let summary = Summary::new(&folds(predictions, n_folds), predictions).unwrap();
     html::page(&about(), &summary, predictions, &epochs(n_folds)).unwrap()
 }
@@ -112,8 +112,8 @@ fn page(predictions: &[Prediction], n_folds: usize) -> String {
 fn the_summary_equals_the_statistics_of_the_predictions() {
     let predictions = cohort(200, 5);
     let summary = Summary::new(&folds(&predictions, 5), &predictions).unwrap();
-    let columns = |keep: &dyn Fn(&Prediction) -> bool| {
-        let rows: Vec<&Prediction> = predictions.iter().filter(|p| keep(p)).collect();
+    let columns = |keep: &dyn Fn(&SlideResult) -> bool| {
+        let rows: Vec<&SlideResult> = predictions.iter().filter(|p| keep(p)).collect();
         let time: Vec<f64> = rows.iter().map(|p| p.time).collect();
         let event: Vec<bool> = rows.iter().map(|p| p.event).collect();
         let risk: Vec<f64> = rows.iter().map(|p| p.risk).collect();
@@ -256,9 +256,13 @@ fn degenerate_cohorts_give_notes_and_a_page() {
     assert_eq!((summary.folds[1].c_index, summary.folds[2].c_index), (None, None));
     assert_eq!((summary.c_index_mean, summary.c_index_std, &summary.log_rank), (Some(0.5), Some(0.0), &None));
     let notes = summary.notes.join("\n");
-    for part in
-        ["Fold 1: ", "none of the 30 patients had an event", "Fold 2: ", "1 of 3 folds", "low-risk group is empty"]
-    {
+    for part in [
+        "Fold 1 has no C-index: ",
+        "none of the 30 patients had an event",
+        "Fold 2 has no C-index: ",
+        "1 of 3 folds",
+        "low-risk group is empty",
+    ] {
         assert!(notes.contains(part), "{notes}");
     }
     let html = page(&predictions, 3);

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{
-    About, FoldResult, Prediction, Summary,
+    About, FoldResult, SlideResult, Summary,
     figure::{escape, page_style},
     history::{self, Epoch},
     km, p_text, risk,
@@ -17,7 +17,7 @@ const ICON: &str = "data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/sv
 %3Cpath d=%22M2 3h4v4h4v3h4v3%22 fill=%22none%22 stroke=%22%23d96a00%22 stroke-width=%222.5%22/%3E%3C/svg%3E";
 
 /// The page, from the numbers, the predictions that they are of, and the run's epochs (none for a lone checkpoint).
-pub fn page(about: &About, summary: &Summary, predictions: &[Prediction], epochs: &[Epoch]) -> Result<String> {
+pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], epochs: &[Epoch]) -> Result<String> {
     let title = escape(&about.title);
     let mut page = format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -93,10 +93,11 @@ fn header(page: &mut String, title: &str, about: &About) {
 }
 
 fn key_figures(page: &mut String, summary: &Summary) {
-    let folds = summary.folds.iter().filter(|fold| fold.c_index.is_some()).count();
+    let (all, folds) = (summary.folds.len(), summary.folds.iter().filter(|fold| fold.c_index.is_some()).count());
+    let which = if folds < all { format!("{folds} of {all} folds") } else { format!("{all} folds") };
     let (c_index, name) = match (summary.c_index_mean, summary.c_index_std) {
-        (Some(mean), Some(std)) if summary.folds.len() > 1 => {
-            (format!("{mean:.3} <small>\u{b1} {std:.3}</small>"), format!("C-index, mean of {folds} folds"))
+        (Some(mean), Some(std)) if all > 1 => {
+            (format!("{mean:.3} <small>\u{b1} {std:.3}</small>"), format!("C-index, mean of {which}"))
         }
         (Some(c_index), _) => (format!("{c_index:.3}"), "C-index".to_string()),
         _ => ("\u{2013}".to_string(), "C-index undefined".to_string()),
@@ -170,17 +171,20 @@ fn strip(c_index: f64, spread: f64) -> String {
     )
 }
 
-fn slide_table(page: &mut String, summary: &Summary, predictions: &[Prediction]) {
-    let mut sorted: Vec<&Prediction> = predictions.iter().collect();
+fn slide_table(page: &mut String, summary: &Summary, predictions: &[SlideResult]) {
+    let mut sorted: Vec<&SlideResult> = predictions.iter().collect();
     sorted.sort_by(|a, b| b.risk.total_cmp(&a.risk));
     let shown = sorted.len().min(MOST_ROWS);
-    let which = if shown < sorted.len() { format!("The {shown} of highest risk") } else { "All".to_string() };
+    let which = if shown < sorted.len() {
+        format!("{shown} of highest risk of {} slides", sorted.len())
+    } else {
+        format!("All {shown} slides, by risk")
+    };
     let _ = write!(
         page,
-        "<details>\n<summary>{which} of {} slides, by risk</summary>\n<div class=\"wide tall\"><table>\n<thead><tr>\
+        "<details>\n<summary>{which}</summary>\n<div class=\"wide tall\"><table>\n<thead><tr>\
          <th>Rank</th><th class=\"word\">Case</th><th class=\"word\">Slide</th><th>Fold</th><th>Risk</th>\
-         <th class=\"word\">Group</th><th>Months</th><th class=\"word\">Outcome</th></tr></thead>\n<tbody>\n",
-        sorted.len()
+         <th class=\"word\">Group</th><th>Months</th><th class=\"word\">Outcome</th></tr></thead>\n<tbody>\n"
     );
     for (i, p) in sorted[..shown].iter().enumerate() {
         let group =

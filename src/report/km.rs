@@ -31,19 +31,24 @@ const MONTHS: [f64; 11] = [1.0, 2.0, 3.0, 6.0, 12.0, 24.0, 36.0, 60.0, 120.0, 24
 
 /// The figure of these groups in the order given; empty ones are left out. `p` is the log-rank test's, where it is defined.
 pub fn figure(groups: &[Group], p: Option<f64>) -> Result<Figure> {
-    let groups: Vec<&Group> = groups.iter().filter(|group| !group.time.is_empty()).collect();
+    let groups: Vec<(String, &Group)> = groups
+        .iter()
+        .enumerate()
+        .filter(|(_, group)| !group.time.is_empty())
+        .map(|(i, group)| (format!("c{}", i % SERIES), group))
+        .collect();
     let curves = groups
         .iter()
-        .map(|group| kaplan_meier(&group.time, &group.event, Limits::Log, LEVEL))
+        .map(|(_, group)| kaplan_meier(&group.time, &group.event, Limits::Log, LEVEL))
         .collect::<Result<Vec<_>>>()?;
     let rows = groups.len() as f64;
     let top = 24.0 + ROW * rows;
     let bottom = top + PLOT_HEIGHT;
     let height = bottom + 78.0 + ROW * rows;
-    let names: Vec<&str> = groups.iter().map(|group| group.label.as_str()).collect();
+    let names: Vec<&str> = groups.iter().map(|(_, group)| group.label.as_str()).collect();
     let mut figure = Figure::new(WIDTH, height, format!("Kaplan-Meier curves: {}", names.join(", ")));
 
-    let times = || groups.iter().flat_map(|group| &group.time).copied();
+    let times = || groups.iter().flat_map(|(_, group)| &group.time).copied();
     let (first, last) = (times().fold(0.0, f64::min), times().fold(0.0, f64::max));
     let step = MONTHS.into_iter().find(|step| (last - first) / step <= 9.0).unwrap_or(nice_step(last - first, 8));
     let x = Axis::new((first, last), (LEFT, WIDTH - RIGHT));
@@ -65,13 +70,13 @@ pub fn figure(groups: &[Group], p: Option<f64>) -> Result<Figure> {
     figure.text("strong", Anchor::End, (LEFT - 24.0, bottom + 58.0), "At risk");
 
     // Bands first, so that no band lies over another group's curve.
-    for (i, curve) in curves.iter().enumerate() {
-        figure.group(&series(i), |figure| figure.path("band", &band_path(curve, x, y)));
+    for ((colour, _), curve) in groups.iter().zip(&curves) {
+        figure.group(colour, |figure| figure.path("band", &band_path(curve, x, y)));
     }
-    for (i, (group, curve)) in groups.iter().zip(&curves).enumerate() {
+    for (i, ((colour, group), curve)) in groups.iter().zip(&curves).enumerate() {
         let legend = 14.0 + ROW * i as f64;
         let at_risk = bottom + 58.0 + ROW * (i + 1) as f64;
-        figure.group(&series(i), |figure| {
+        figure.group(colour, |figure| {
             figure.path("curve", &curve_path(curve, x, y));
             figure.path("mark", &censor_path(curve, x, y));
             figure.line("curve", (LEFT, legend), (LEFT + 22.0, legend));
@@ -88,10 +93,6 @@ pub fn figure(groups: &[Group], p: Option<f64>) -> Result<Figure> {
         figure.text("strong", Anchor::End, (WIDTH - RIGHT, 18.0), &text);
     }
     Ok(figure)
-}
-
-fn series(i: usize) -> String {
-    format!("c{}", i % SERIES)
 }
 
 fn describe(group: &Group, curve: &KaplanMeier) -> String {

@@ -9,7 +9,7 @@ pub mod km;
 pub mod risk;
 mod summary;
 
-pub use summary::{Fold, FoldResult, LogRankResult, Prediction, Summary};
+pub use summary::{Fold, FoldResult, LogRankResult, SlideResult, Summary};
 
 /// The run a report is about, as far as numbers do not tell.
 #[derive(Clone, Debug, Default)]

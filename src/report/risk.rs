@@ -1,7 +1,7 @@
 //! The histogram of predicted risk by group and outcome.
 
 use super::{
-    Prediction,
+    SlideResult,
     figure::{Anchor, Axis, Figure, nice_step, tick_label},
 };
 
@@ -13,7 +13,7 @@ const RIGHT: f64 = 20.0;
 const BINS: f64 = 30.0;
 
 /// Slides by risk; a bin's edge lies on `cut`, so that every bin is of one group. None where all risks are equal.
-pub fn figure(predictions: &[Prediction], cut: f64) -> Option<Figure> {
+pub fn figure(predictions: &[SlideResult], cut: f64) -> Option<Figure> {
     let risks = || predictions.iter().map(|p| p.risk);
     let (low, high) = (risks().fold(f64::INFINITY, f64::min), risks().fold(f64::NEG_INFINITY, f64::max));
     let width = nice_step(high - low, BINS as usize);

@@ -12,7 +12,7 @@ use crate::{
 
 /// A slide, its outcome and what the model said. A row of predictions.csv.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Prediction {
+pub struct SlideResult {
     pub case_id: String,
     pub slide_id: String,
     /// The fold whose model made the prediction; the slide is of its validation part.
@@ -79,7 +79,7 @@ pub struct Summary {
 impl Summary {
     /// A statistic that the cohort does not define becomes a note, not an error. An error if there is no prediction, or
     /// one is not finite.
-    pub fn new(folds: &[Fold], predictions: &[Prediction]) -> Result<Self> {
+    pub fn new(folds: &[Fold], predictions: &[SlideResult]) -> Result<Self> {
         if predictions.is_empty() {
             return Err(Error::Usage("there are no slides to evaluate".into()));
         }
@@ -95,13 +95,14 @@ impl Summary {
         let std = mean.map(|mean| (c.iter().map(|c| (c - mean).powi(2)).sum::<f64>() / c.len() as f64).sqrt());
 
         let mut notes = Vec::new();
-        let of = |f: &FoldResult| f.note.as_ref().map(|note| format!("Fold {}: {note}.", f.fold));
+        let of = |f: &FoldResult| f.note.as_ref().map(|note| format!("Fold {} has no C-index: {note}.", f.fold));
         notes.extend(folds.iter().filter_map(of));
-        if !notes.is_empty() {
+        if !notes.is_empty() && !c.is_empty() {
             notes.push(format!("The mean is over the {} of {} folds that have a C-index.", c.len(), folds.len()));
         }
         let median_risk = median(predictions.iter().map(|p| p.risk).collect());
-        let log_rank = pooled_log_rank(predictions, median_risk).map_err(|e| notes.push(format!("{}.", capital(&e))));
+        let log_rank = pooled_log_rank(predictions, median_risk)
+            .map_err(|e| notes.push(format!("There is no log-rank test: {}.", reason(&e))));
         let patients = patients(predictions.iter());
         if patients < predictions.len() {
             notes.push(format!(
@@ -123,7 +124,7 @@ impl Summary {
     }
 
     /// Low risk, then high risk; one may be empty.
-    pub fn risk_groups(&self, predictions: &[Prediction]) -> [Group; 2] {
+    pub fn risk_groups(&self, predictions: &[SlideResult]) -> [Group; 2] {
         [("Low risk", false), ("High risk", true)].map(|(label, high)| {
             let of_group = || predictions.iter().filter(|p| (p.risk >= self.median_risk) == high);
             Group {
@@ -136,8 +137,8 @@ impl Summary {
 }
 
 impl FoldResult {
-    fn new(fold: &Fold, predictions: &[Prediction]) -> Self {
-        let of_fold: Vec<&Prediction> = predictions.iter().filter(|p| p.fold == fold.fold).collect();
+    fn new(fold: &Fold, predictions: &[SlideResult]) -> Self {
+        let of_fold: Vec<&SlideResult> = predictions.iter().filter(|p| p.fold == fold.fold).collect();
         let c_index = concordance_index(
             &of_fold.iter().map(|p| p.time).collect::<Vec<_>>(),
             &of_fold.iter().map(|p| p.event).collect::<Vec<_>>(),
@@ -150,13 +151,13 @@ impl FoldResult {
             patients: patients(of_fold.iter().copied()),
             events: of_fold.iter().filter(|p| p.event).count(),
             best_epoch: fold.best_epoch,
-            note: c_index.as_ref().err().map(Error::to_string),
+            note: c_index.as_ref().err().map(reason),
             c_index: c_index.ok().map(|c| c.index),
         }
     }
 }
 
-fn pooled_log_rank(predictions: &[Prediction], median_risk: f64) -> Result<LogRankResult> {
+fn pooled_log_rank(predictions: &[SlideResult], median_risk: f64) -> Result<LogRankResult> {
     let time: Vec<f64> = predictions.iter().map(|p| p.time).collect();
     let event: Vec<bool> = predictions.iter().map(|p| p.event).collect();
     let high: Vec<usize> = predictions.iter().map(|p| usize::from(p.risk >= median_risk)).collect();
@@ -168,7 +169,7 @@ fn pooled_log_rank(predictions: &[Prediction], median_risk: f64) -> Result<LogRa
     Ok(LogRankResult { chi_squared: test.chi_squared, p_value: test.p_value })
 }
 
-fn patients<'a>(predictions: impl Iterator<Item = &'a Prediction>) -> usize {
+fn patients<'a>(predictions: impl Iterator<Item = &'a SlideResult>) -> usize {
     predictions.map(|p| p.case_id.as_str()).collect::<BTreeSet<_>>().len()
 }
 
@@ -178,8 +179,10 @@ fn median(mut values: Vec<f64>) -> f64 {
     if values.len() % 2 == 1 { values[half] } else { 0.5 * (values[half - 1] + values[half]) }
 }
 
-fn capital(error: &Error) -> String {
-    let text = error.to_string();
-    let first: String = text.chars().take(1).flat_map(char::to_uppercase).collect();
-    first + text.get(1..).unwrap_or_default()
+/// What an error says besides the statistic's name.
+fn reason(error: &Error) -> String {
+    match error {
+        Error::Statistic { reason, .. } => reason.clone(),
+        other => other.to_string(),
+    }
 }
