@@ -1,5 +1,6 @@
 //! CrossFusion: cancer-survival prediction from whole-slide-image feature bags at 5x, 10x and 20x.
 
+pub mod bench;
 pub mod data;
 pub mod device;
 pub mod error;

@@ -10,7 +10,6 @@ use crossfusion::{
     device::{Device, View},
     loss::{Loss, Prediction, Target},
     model::Bags,
-    ops::adam::Adam,
     train::step::{Engine, State},
 };
 use safetensors::SafeTensors;
@@ -123,18 +122,19 @@ fn check_model(path: &Path) {
 
     let width = config.features;
     let data = ["x5", "x10", "x20"].map(|x| bag(&golden.fill_tag, x, golden.bags[x], width, golden.input_law));
-    let gradients = data.clone();
-    let bags = |data: &[Vec<f32>; 3]| {
-        let [x5, x10, x20] = [0, 1, 2].map(|i| View::of_slice(&data[i], data[i].len() / width, width));
-        Bags { x5, x10, x20 }
-    };
+    let mut gradients = data.clone();
+    let [x5, x10, x20] = data.each_ref().map(|x| View::of_slice(x, x.len() / width, width));
+    let bags = Bags { x5, x10, x20 };
+    let [x5, x10, x20] = gradients.each_mut().map(|x| {
+        let patches = x.len() / width;
+        View::of_slice_mut(x, patches, width)
+    });
+    let inputs = Some(Bags { x5, x10, x20 });
     let target = Target { label: golden.loss.label, censored: golden.loss.censorship == 1.0 };
     let loss = loss_of(&golden.loss.name);
     let alpha = golden.loss.alpha;
-    let evaluated = engine.evaluate(bags(&data)).unwrap();
-    let logits = engine
-        .accumulate(bags(&data), None, Some(bags(&gradients)), |logits| loss.evaluate(logits, target, alpha).1)
-        .unwrap();
+    let evaluated = engine.evaluate(bags).unwrap();
+    let logits = engine.accumulate(bags, None, inputs, |logits| loss.evaluate(logits, target, alpha).1).unwrap();
     assert_eq!(evaluated, logits, "{file}: evaluation and training without dropout differ");
 
     let prediction = Prediction::from_logits(&logits);

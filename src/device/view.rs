@@ -75,10 +75,16 @@ impl<T: Real> View<T> {
         Self { address, rows, cols, stride: cols, element: PhantomData }
     }
 
-    /// A view of host memory that some other owner keeps alive (a memory-mapped bag, say).
+    /// A view of host memory that some other owner keeps alive (a memory-mapped bag, say), to read.
     pub fn of_slice(data: &[T], rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), rows * cols);
         Self::new(data.as_ptr() as usize, rows, cols)
+    }
+
+    /// The same, to write.
+    pub fn of_slice_mut(data: &mut [T], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols);
+        Self::new(data.as_mut_ptr() as usize, rows, cols)
     }
 
     pub fn rows(self) -> usize {

@@ -56,7 +56,7 @@ pub struct CrossFusion {
 pub struct Saved<T> {
     bags: Bags<T>,
     side: usize,
-    projections: [Option<SavedProjection<T>>; 3],
+    projections: SavedProjections<T>,
     tokens: [View<T>; 3],
     before_cross: Mark,
     cross: Vec<SavedLayer<T>>,
@@ -70,6 +70,9 @@ pub struct Saved<T> {
     /// `[1, n_classes]`
     pub logits: View<T>,
 }
+
+/// None where a bag is its own projection.
+type SavedProjections<T> = [Option<SavedProjection<T>>; 3];
 
 struct SavedProjection<T> {
     /// Before the norm.
@@ -172,7 +175,7 @@ impl CrossFusion {
         let (fusion, fused) = self.fuse(ctx, [SOURCE, FINE, COARSE].map(|scale| problems[scale].y), side)?;
 
         let (last, out) = PadTransformer::forward(ctx, &[&self.last], &[fused], (n + 1, side), 1)?;
-        let linear: super::LinearViews<T> = ctx.linear(self.head);
+        let linear = ctx.linear::<T>(self.head);
         let (stats, normed) = (ctx.arena.save(1, 2)?, ctx.arena.save(1, dim)?);
         let logits = ctx.arena.save(1, self.config.n_classes)?;
         let head = Head {
@@ -200,12 +203,7 @@ impl CrossFusion {
     }
 
     /// Step 1: Linear and LayerNorm of each bag.
-    #[allow(clippy::type_complexity)] // three saved projections and three token matrices
-    fn project<T: Real>(
-        &self,
-        ctx: &mut Context,
-        inputs: [View<T>; 3],
-    ) -> Result<([Option<SavedProjection<T>>; 3], [View<T>; 3])> {
+    fn project<T: Real>(&self, ctx: &mut Context, inputs: [View<T>; 3]) -> Result<(SavedProjections<T>, [View<T>; 3])> {
         let mut tokens = inputs;
         let mut saved = [None, None, None];
         let (mut products, mut norms) = (Vec::new(), Vec::new());
@@ -214,7 +212,7 @@ impl CrossFusion {
             let (rows, dim) = (inputs[scale].rows(), self.config.dim);
             let (projected, stats) = (ctx.arena.save(rows, dim)?, ctx.arena.save(rows, 2)?);
             tokens[scale] = ctx.arena.save(rows, dim)?;
-            let linear: super::LinearViews<T> = ctx.linear(linear);
+            let linear = ctx.linear::<T>(linear);
             let epilogue = Epilogue { bias: Some(linear.bias), ..Default::default() };
             products.push(Matmul { a: inputs[scale], b: linear.weight, out: projected, epilogue });
             norms.push(norm(ctx, layer_norm, projected, stats, tokens[scale]));
@@ -255,7 +253,7 @@ impl CrossFusion {
         let weights = self.fusion_weights(ctx.params);
         let problem = ConvFusion { streams: &streams, weights, grid: self.grid(side), dropout, out: convolved };
         conv_fusion::forward(ctx.device, ctx.arena, &problem)?;
-        let linear: super::LinearViews<T> = ctx.linear(self.fusion_linear);
+        let linear = ctx.linear::<T>(self.fusion_linear);
         let epilogue = Epilogue { bias: Some(linear.bias), ..Default::default() };
         matmul::forward(ctx.device, &[Matmul { a: convolved, b: linear.weight, out: projected, epilogue }])?;
         layer_norm::forward(ctx.device, &[norm(ctx, self.fusion_norm, projected, stats, fused.rows_range(1..n + 1))])?;
@@ -288,7 +286,7 @@ impl CrossFusion {
         let gradient = ctx.arena.scratch(n + 1, dim)?;
         let dlogits_view = ctx.arena.scratch(1, dlogits.len())?;
         ctx.device.upload(dlogits, dlogits_view)?;
-        let linear: super::LinearViews<T> = ctx.linear(self.head);
+        let linear = ctx.linear::<T>(self.head);
         let head_grad = HeadGrad {
             dlogits: dlogits_view,
             dx: gradient.rows_range(0..1),
@@ -348,7 +346,7 @@ impl CrossFusion {
             ctx.device,
             &[norm_grad(ctx, self.fusion_norm, saved.projected, saved.stats, dprojected, dprojected)],
         )?;
-        let linear: super::LinearViews<T> = ctx.linear(self.fusion_linear);
+        let linear = ctx.linear::<T>(self.fusion_linear);
         let weight_grad = WeightGrad { dy: dprojected, x: saved.convolved, dw: linear.dweight, db: Some(linear.dbias) };
         matmul::backward_weight(ctx.device, &[weight_grad])?;
         let dconvolved = ctx.arena.scratch(n, self.config.dim / 2)?;
@@ -366,7 +364,7 @@ impl CrossFusion {
         &self,
         ctx: &mut Context,
         bags: &Bags<T>,
-        saved: &[Option<SavedProjection<T>>; 3],
+        saved: &SavedProjections<T>,
         dtokens: [View<T>; 3],
         inputs: Option<Bags<T>>,
     ) -> Result<()> {
@@ -380,7 +378,7 @@ impl CrossFusion {
                 }
                 continue;
             };
-            let linear: super::LinearViews<T> = ctx.linear(linear);
+            let linear = ctx.linear::<T>(linear);
             norms.push(norm_grad(ctx, layer_norm, saved.projected, saved.stats, dy, dy));
             weights.push(WeightGrad { dy, x, dw: linear.dweight, db: Some(linear.dbias) });
             if let Some(dbags) = dbags {

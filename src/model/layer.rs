@@ -6,7 +6,7 @@
 //! values. Every function takes a group of layers, which run in lockstep so that each op is one launch.
 
 use super::{
-    Context,
+    Context, LinearViews,
     params::{Layout, Linear, Norm, Param},
 };
 use crate::{
@@ -45,6 +45,9 @@ pub(super) struct Names<'a> {
 pub(super) fn sites(heads: usize) -> u32 {
     heads as u32 + 2
 }
+
+/// What backward needs of each layer of a group, and each out.
+type Forwarded<S, T> = (Vec<S>, Vec<View<T>>);
 
 /// What backward needs of one layer.
 pub(super) struct SavedLayer<T> {
@@ -102,7 +105,7 @@ impl Layer {
     }
 
     /// The projections that the scale embedding goes into, with their outputs.
-    fn folds<T: Real>(&self, ctx: &Context) -> Vec<(LinearPart<T>, View<T>)> {
+    fn folds<T: Real>(&self, ctx: &Context) -> Vec<(LinearViews<T>, View<T>)> {
         let Some(embedding) = self.embedding else { return Vec::new() };
         [self.q, self.kv].map(|linear| (ctx.linear(linear), embedding.of(ctx.params))).to_vec()
     }
@@ -111,8 +114,6 @@ impl Layer {
         ctx.dropout(self.site + ctx.config.heads as u32 + which, ctx.config.ffn_dropout)
     }
 }
-
-type LinearPart<T> = super::LinearViews<T>;
 
 pub(super) fn norm<T: Real>(ctx: &Context, norm: Norm, x: View<T>, stats: View<T>, y: View<T>) -> layer_norm::Norm<T> {
     layer_norm::Norm { x, stats, weight: norm.weight.of(ctx.params), bias: norm.bias.of(ctx.params), y }
@@ -136,7 +137,7 @@ pub(super) fn forward<T: Real>(
     layers: &[&Layer],
     x: &[View<T>],
     context: &[View<T>],
-) -> Result<(Vec<SavedLayer<T>>, Vec<View<T>>)> {
+) -> Result<Forwarded<SavedLayer<T>, T>> {
     let d = ctx.config.dim;
     let (mut saved, mut outs) = (Vec::new(), Vec::new());
     for g in 0..layers.len() {
@@ -178,7 +179,7 @@ pub(super) fn forward<T: Real>(
     attention::forward(ctx.device, &problems)?;
 
     let products = layers.iter().enumerate().map(|(g, layer)| {
-        let out: LinearPart<T> = ctx.linear(layer.out);
+        let out = ctx.linear::<T>(layer.out);
         let epilogue = Epilogue { bias: Some(out.bias), residual: Some(x[g]), ..Default::default() };
         Matmul { a: saved[g].attended, b: out.weight, out: saved[g].u, epilogue }
     });
@@ -190,7 +191,7 @@ pub(super) fn forward<T: Real>(
 
     let z = scratch(ctx, x, 2 * d)?;
     let products = layers.iter().enumerate().map(|(g, layer)| {
-        let linear: LinearPart<T> = ctx.linear(layer.ffn[0]);
+        let linear = ctx.linear::<T>(layer.ffn[0]);
         let (gelu, dropout) = (Some(saved[g].hidden), layer.ffn_dropout(ctx, 0));
         Matmul {
             a: y[g],
@@ -201,7 +202,7 @@ pub(super) fn forward<T: Real>(
     });
     matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
     let products = layers.iter().enumerate().map(|(g, layer)| {
-        let linear: LinearPart<T> = ctx.linear(layer.ffn[1]);
+        let linear = ctx.linear::<T>(layer.ffn[1]);
         let (dropout, residual) = (layer.ffn_dropout(ctx, 1), Some(y[g]));
         Matmul {
             a: z[g],
@@ -246,7 +247,7 @@ pub(super) fn backward<T: Real>(
 
     // u = x + out_proj(attended)
     let dattended = scratch(ctx, &x, d)?;
-    let linear: Vec<LinearPart<T>> = layers.iter().map(|layer| ctx.linear(layer.out)).collect();
+    let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.out)).collect();
     let weights = all.clone().map(|g| WeightGrad {
         dy: du[g],
         x: saved[g].attended,
@@ -274,7 +275,7 @@ pub(super) fn backward<T: Real>(
     let mut weights = Vec::new();
     let mut folds = Vec::new();
     for (g, layer) in layers.iter().enumerate() {
-        let linear: [LinearPart<T>; 2] = [ctx.linear(layer.q), ctx.linear(layer.kv)];
+        let linear: [LinearViews<T>; 2] = [ctx.linear(layer.q), ctx.linear(layer.kv)];
         let mut biases = linear.map(|linear| linear.dbias);
         for ((part, embedding), bias) in layer.folds(ctx).into_iter().zip(&mut biases) {
             let dfolded = ctx.arena.scratch(1, bias.cols())?;
@@ -333,7 +334,7 @@ fn feed_forward_backward<T: Real>(
             elementwise::dropout(ctx.device, grads[g].dout, dropout, dz[g])?;
         }
     }
-    let linear: Vec<LinearPart<T>> = layers.iter().map(|layer| ctx.linear(layer.ffn[1])).collect();
+    let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.ffn[1])).collect();
     let weights =
         all.clone().map(|g| WeightGrad { dy: dz[g], x: z[g], dw: linear[g].dweight, db: Some(linear[g].dbias) });
     matmul::backward_weight(ctx.device, &weights.collect::<Vec<_>>())?;
@@ -345,7 +346,7 @@ fn feed_forward_backward<T: Real>(
     matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
     ctx.arena.release_scratch(second);
 
-    let linear: Vec<LinearPart<T>> = layers.iter().map(|layer| ctx.linear(layer.ffn[0])).collect();
+    let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.ffn[0])).collect();
     let weights =
         all.clone().map(|g| WeightGrad { dy: dhidden[g], x: y[g], dw: linear[g].dweight, db: Some(linear[g].dbias) });
     matmul::backward_weight(ctx.device, &weights.collect::<Vec<_>>())?;
@@ -390,7 +391,7 @@ impl SelfLayer {
         x: &[View<T>],
         rows: usize,
         queries: usize,
-    ) -> Result<(Vec<SavedSelf<T>>, Vec<View<T>>)> {
+    ) -> Result<Forwarded<SavedSelf<T>, T>> {
         let before = ctx.arena.mark();
         let d = ctx.config.dim;
         let (mut norms, mut stats) = (Vec::new(), Vec::new());

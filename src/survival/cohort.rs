@@ -52,7 +52,7 @@ pub(super) fn check_column(statistic: &'static str, name: &str, values: &[f64], 
     check_length(statistic, name, values.len(), patients)?;
     match values.iter().position(|v| !v.is_finite()) {
         Some(row) => {
-            Err(undefined(statistic, format!("`{name}` of patient {row} is {}, not a finite number", values[row])))
+            Err(undefined(statistic, format!("entry {row} of `{name}` is {}, not a finite number", values[row])))
         }
         None => Ok(()),
     }

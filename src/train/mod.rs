@@ -1,3 +1,8 @@
-//! Training: one step, then epochs, checkpoints and runs around it.
+//! Training: one step, then folds, checkpoints and runs around it.
 
+pub mod checkpoint;
+pub mod config;
+pub mod fold;
+mod progress;
+pub mod run;
 pub mod step;

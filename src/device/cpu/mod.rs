@@ -3,6 +3,7 @@
 //! Work is cut into tasks by the shape alone, never by the number of threads, and every sum is taken inside one task in a
 //! fixed order: the same inputs give the same bits with any number of threads.
 
+mod peak;
 pub mod real;
 pub mod tile;
 

@@ -1,0 +1,230 @@
+//! What `cf-bench` measures.
+
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use crate::{
+    Error, Result,
+    device::{Device, View},
+    loss::{Loss, Target},
+    model::{Bags, Config},
+    ops::{Draw, adam::Adam},
+    train::step::{BagSizes, Engine},
+};
+
+#[derive(Args)]
+pub struct StepArguments {
+    /// Where to run: auto or cpu
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Threads; 0 is one for each core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Patches at 5x, 10x and 20x
+    #[arg(long, default_value = "800,3000,12000", value_parser = parse_bags)]
+    bags: BagSizes,
+    /// Width of the patch features
+    #[arg(long, default_value_t = 2048)]
+    features: usize,
+    /// Dropout as published, or none
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    dropout: Switch,
+    /// Storage precision
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
+    /// Timed steps, after one that warms up
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Precision {
+    F32,
+}
+
+fn parse_bags(text: &str) -> Result<BagSizes, String> {
+    let counts: Result<Vec<usize>, _> = text.split(',').map(|n| n.trim().parse()).collect();
+    match counts.as_deref() {
+        Ok(&[x5, x10, x20]) if x5 > 0 && x10 > 0 && x20 > 0 => Ok(BagSizes { x5, x10, x20 }),
+        _ => Err("expected three positive patch counts M5,N,M20".into()),
+    }
+}
+
+/// Seconds of repeated runs.
+#[derive(Serialize)]
+struct Seconds {
+    min: f64,
+    median: f64,
+}
+
+impl Seconds {
+    fn of(mut runs: Vec<f64>) -> Self {
+        runs.sort_by(f64::total_cmp);
+        Self { min: runs[0], median: 0.5 * (runs[(runs.len() - 1) / 2] + runs[runs.len() / 2]) }
+    }
+}
+
+#[derive(Serialize)]
+struct StepReport {
+    device: String,
+    threads: usize,
+    bags: [usize; 3],
+    features: usize,
+    dropout: Switch,
+    precision: Precision,
+    forward_s: Seconds,
+    backward_s: Seconds,
+    optimizer_s: Seconds,
+    step_s: Seconds,
+    arena_bytes: usize,
+    peak_rss_bytes: u64,
+    /// Measured on this machine just before and just after the steps, the better of the two.
+    fma_peak_gflops: f64,
+    /// Operations of the model as published, the convention of model FLOP utilisation.
+    step_gflop: f64,
+    /// Operations that were done: the last layer computes the class token's row alone.
+    executed_gflop: f64,
+    /// step_gflop / step_s.min / fma_peak_gflops
+    fraction_of_peak: f64,
+}
+
+/// `cf-bench step`.
+pub fn step(arguments: &StepArguments) -> Result<()> {
+    let device = Device::from_name(&arguments.device, arguments.threads)?;
+    let Device::Cpu(cpu) = &device else {
+        return Err(Error::Usage(format!("--device {}: cf-bench step runs on cpu", arguments.device)));
+    };
+    let (name, threads) = (format!("cpu, {}", cpu.instruction_set()), cpu.threads());
+    let peak_before = cpu.fma_peak::<f32>(3);
+    let mut engine = Engine::<f32>::new(device, &Config::new(arguments.features), 1)?;
+    engine.reserve(arguments.bags, true)?;
+    let BagSizes { x5, x10, x20 } = arguments.bags;
+    let data = [x5, x10, x20].map(|patches| random(patches * arguments.features));
+    let view = |i: usize, patches| View::of_slice(&data[i], patches, arguments.features);
+    let bags = Bags { x5: view(0, x5), x10: view(1, x10), x20: view(2, x20) };
+    // the published optimizer
+    let adam = Adam { learning_rate: 1e-4, weight_decay: 4e-6, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
+
+    let mut times = [const { Vec::new() }; 4];
+    for run in 0..=arguments.repeat {
+        let draw = (arguments.dropout == Switch::On).then_some(Draw { seed: 1, step: run });
+        let start = Instant::now();
+        let mut forward = start;
+        engine.accumulate(bags, draw, None, |logits| {
+            forward = Instant::now();
+            Loss::NllSurv.evaluate(logits, Target { label: 1, censored: false }, 0.2).1
+        })?;
+        let backward = Instant::now();
+        engine.update(&adam)?;
+        let end = Instant::now();
+        let parts = [forward - start, backward - forward, end - backward, end - start];
+        if run > 0 {
+            times.iter_mut().zip(parts).for_each(|(times, part)| times.push(part.as_secs_f64()));
+        }
+    }
+    let Device::Cpu(cpu) = &engine.device else { return Ok(()) };
+    let peak = peak_before.max(cpu.fma_peak::<f32>(3)) / 1e9;
+    let [forward_s, backward_s, optimizer_s, step_s] = times.map(Seconds::of);
+    let plan = engine.plan(arguments.bags, true)?;
+    let step_gflop = published_step_flop(arguments.bags, arguments.features) / 1e9;
+    let report = StepReport {
+        device: name,
+        threads,
+        bags: [x5, x10, x20],
+        features: arguments.features,
+        dropout: arguments.dropout,
+        precision: arguments.precision,
+        arena_bytes: engine.arena_bytes(),
+        peak_rss_bytes: peak_rss_bytes(),
+        fma_peak_gflops: peak,
+        step_gflop,
+        executed_gflop: plan.step_flop / 1e9,
+        fraction_of_peak: step_gflop / step_s.min / peak,
+        forward_s,
+        backward_s,
+        optimizer_s,
+        step_s,
+    };
+    if arguments.json {
+        println!("{}", serde_json::to_string(&report).map_err(|e| Error::Device(e.to_string()))?);
+    } else {
+        print(&report);
+    }
+    Ok(())
+}
+
+fn print(report: &StepReport) {
+    let [x5, x10, x20] = report.bags;
+    println!(
+        "{} with {} threads; bags {x5}, {x10}, {x20} of {} features",
+        report.device, report.threads, report.features
+    );
+    println!("{:<12}{:>10}{:>10}", "", "min", "median");
+    let rows = [
+        ("forward", &report.forward_s),
+        ("backward", &report.backward_s),
+        ("optimizer", &report.optimizer_s),
+        ("step", &report.step_s),
+    ];
+    for (name, seconds) in rows {
+        println!("{name:<12}{:>8.3} s{:>8.3} s", seconds.min, seconds.median);
+    }
+    println!(
+        "{:.0} GFLOP a step, {:.0} % of the measured peak of {:.0} GFLOP/s",
+        report.step_gflop,
+        100.0 * report.fraction_of_peak,
+        report.fma_peak_gflops
+    );
+    println!(
+        "arena {:.0} MiB, peak resident {:.0} MiB",
+        mib(report.arena_bytes as f64),
+        mib(report.peak_rss_bytes as f64)
+    );
+}
+
+fn mib(bytes: f64) -> f64 {
+    bytes / 1048576.0
+}
+
+/// Operations of one step of the published model (d = 512, one layer), products and convolutions only: twice the forward for the input
+/// projection (its input needs no gradient), three times for the rest, 3.5 times for attention, which recomputes its scores.
+fn published_step_flop(bags: BagSizes, features: usize) -> f64 {
+    let (x5, x10, x20, f, d) = (bags.x5 as f64, bags.x10 as f64, bags.x20 as f64, features as f64, 512.0);
+    let side = x10.sqrt().ceil();
+    let n = side * side;
+    let input = if features == 512 { 0.0 } else { 2.0 * f * d * (x5 + x10 + x20) };
+    let attention = 4.0 * d * x10 * (x5 + x20) + 32.0 * d * n * n;
+    let cross = 2.0 * 4.0 * d * d * x10 + 4.0 * d * d * (x5 + x20) + 16.0 * d * d * x10;
+    let rest = cross + 128.0 * d * d * n + 98.0 * d * 5.0 * n + d * d * n;
+    2.0 * input + 3.5 * attention + 3.0 * rest
+}
+
+/// The most memory that this process has held, from the system; 0 where it does not tell.
+pub fn peak_rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).map_or(0, |kib| kib * 1024)
+}
+
+/// Uniform on [-1, 1), fixed.
+fn random(len: usize) -> Vec<f32> {
+    let mut state = 1u64;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 * (2.0f32).powi(-23) - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}

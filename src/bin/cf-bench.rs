@@ -1,0 +1,27 @@
+//! Measures CrossFusion on this machine.
+
+use clap::{Parser, Subcommand};
+use crossfusion::bench;
+
+#[derive(Parser)]
+#[command(version, about = "Measures CrossFusion on this machine")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// One training step on one slide: forward, backward, optimizer
+    Step(bench::StepArguments),
+}
+
+fn main() {
+    let result = match Arguments::parse().command {
+        Command::Step(arguments) => bench::step(&arguments),
+    };
+    if let Err(error) = result {
+        eprintln!("cf-bench: {error}");
+        std::process::exit(error.exit_code());
+    }
+}

@@ -1,0 +1,84 @@
+//! Which slides an epoch shows: draws with replacement in which every class is as likely as its share of 1 / count, so that rare
+//! classes are seen as often as common ones.
+
+/// Draws slides by weight; a pure function of seed, fold and epoch, so that a resumed run needs no generator state.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    /// Running sums of the weights.
+    cumulative: Vec<f64>,
+}
+
+impl Sampler {
+    /// `classes`: each slide's class. A slide's weight is n / count(its class); classes without a slide take no part.
+    pub fn new(classes: &[usize]) -> Self {
+        let mut counts = vec![0usize; classes.iter().max().map_or(0, |max| max + 1)];
+        classes.iter().for_each(|&class| counts[class] += 1);
+        let mut total = 0.0;
+        let weight = |&class: &usize| {
+            total += classes.len() as f64 / counts[class] as f64;
+            total
+        };
+        Self { cumulative: classes.iter().map(weight).collect() }
+    }
+
+    /// As many draws as there are slides.
+    pub fn epoch(&self, seed: u64, fold: usize, epoch: usize) -> Vec<usize> {
+        let stream = mix(mix(mix(seed) ^ fold as u64) ^ epoch as u64);
+        let total = self.cumulative.last().copied().unwrap_or(0.0);
+        let draw = |i: usize| {
+            let uniform = (mix(stream.wrapping_add(i as u64)) >> 11) as f64 * (0.5f64).powi(53);
+            let target = uniform * total;
+            self.cumulative.partition_point(|&sum| sum <= target).min(self.cumulative.len() - 1)
+        };
+        (0..self.cumulative.len()).map(draw).collect()
+    }
+}
+
+/// The finaliser of splitmix64 (Steele et al. 2014), after its increment.
+fn mix(x: u64) -> u64 {
+    let z = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_are_drawn_equally_often() {
+        // 100 slides of class 0, 10 of class 3, 1 of class 7
+        let classes: Vec<usize> = (0..111)
+            .map(|i| {
+                if i < 100 {
+                    0
+                } else if i < 110 {
+                    3
+                } else {
+                    7
+                }
+            })
+            .collect();
+        let sampler = Sampler::new(&classes);
+        let mut drawn = [0.0f64; 8];
+        for epoch in 0..200 {
+            sampler.epoch(5, 1, epoch).into_iter().for_each(|i| drawn[classes[i]] += 1.0);
+        }
+        let (n, expected) = (200.0 * 111.0, 200.0 * 37.0);
+        for class in [0, 3, 7] {
+            // six standard deviations of a binomial share of 1/3
+            let six_sigma = 6.0 * f64::sqrt(n * 2.0 / 9.0);
+            assert!((drawn[class] - expected).abs() < six_sigma, "class {class} drawn {} times", drawn[class]);
+        }
+    }
+
+    #[test]
+    fn epochs_repeat_and_differ() {
+        let sampler = Sampler::new(&[0, 1, 1, 2, 0, 5]);
+        assert_eq!(sampler.epoch(1, 2, 3), sampler.epoch(1, 2, 3));
+        let others = [sampler.epoch(2, 2, 3), sampler.epoch(1, 3, 3), sampler.epoch(1, 2, 4)];
+        assert!(others.iter().all(|other| *other != sampler.epoch(1, 2, 3)));
+        assert!(Sampler::new(&[]).epoch(1, 0, 0).is_empty());
+    }
+}

@@ -1,0 +1,41 @@
+//! The machine's fused-multiply-add ceiling, measured: what every CPU figure is a fraction of.
+
+use std::{hint::black_box, time::Instant};
+
+use pulp::Simd;
+
+use super::{Cpu, Kernel, Real};
+
+const CHAINS: usize = 12;
+const STEPS: usize = 1 << 16;
+
+/// Independent chains of multiply-adds that live in registers.
+struct Chains<T>(std::marker::PhantomData<T>);
+
+impl<T: Real> Kernel for Chains<T> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, _: usize) {
+        let (a, b) = (T::splat(simd, black_box(T::of(0.999))), T::splat(simd, black_box(T::of(0.001))));
+        let mut sums = [b; CHAINS];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = T::mul_add(simd, a, *sum, b);
+            }
+        }
+        black_box(sums);
+    }
+}
+
+impl Cpu {
+    /// Floating-point operations a second of all threads together, the best of `repeats` short runs.
+    pub fn fma_peak<T: Real>(&self, repeats: usize) -> f64 {
+        let tasks = 16 * self.threads();
+        let flop = (2 * tasks * STEPS * CHAINS * self.lanes::<T>()) as f64;
+        let run = |_| {
+            let start = Instant::now();
+            self.parallel_kernel(tasks, &Chains::<T>(std::marker::PhantomData));
+            flop / start.elapsed().as_secs_f64()
+        };
+        (0..repeats).map(run).fold(0.0, f64::max)
+    }
+}

@@ -1,0 +1,36 @@
+//! The mean of a statistic over the folds of a cross-validation.
+
+use super::cohort::{check_column, check_level, undefined};
+use super::distributions::student_two_sided;
+use crate::Result;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FoldMean {
+    pub mean: f64,
+    /// Standard deviation with the divisor `folds - ddof`.
+    pub sd: f64,
+    /// Delta degrees of freedom of `sd`: the field's papers print 0 (numpy's default), statisticians 1.
+    pub ddof: usize,
+    /// mean -+ t(folds - 1) * (the standard deviation of ddof 1) / sqrt(folds), whatever `ddof`.
+    pub lower: f64,
+    pub upper: f64,
+    pub level: f64,
+}
+
+/// Mean over folds with Student's t interval. Folds share training patients, so they are not independent and
+/// the interval is too narrow (Bengio & Grandvalet 2004): it tells how folds vary, not how patients do.
+pub fn fold_mean(values: &[f64], ddof: usize, level: f64) -> Result<FoldMean> {
+    const NAME: &str = "the mean over folds";
+    check_column(NAME, "values", values, values.len())?;
+    check_level(NAME, level)?;
+    let folds = values.len();
+    if folds < 2 || folds <= ddof {
+        return Err(undefined(NAME, format!("{folds} folds are too few for an interval (ddof {ddof})")));
+    }
+    let n = folds as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let squares = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>();
+    let sd = (squares / (folds - ddof) as f64).sqrt();
+    let margin = student_two_sided(level, folds - 1) * (squares / (n - 1.0) / n).sqrt();
+    Ok(FoldMean { mean, sd, ddof, lower: mean - margin, upper: mean + margin, level })
+}

@@ -1,0 +1,212 @@
+//! What a run is: every setting of `cf-train`, from defaults, a TOML file and flags, in this order.
+//!
+//! Names and defaults are those of the published script where it has the setting; its spellings of the paths are aliases.
+
+use std::path::{Path, PathBuf};
+
+use clap::{ArgMatches, parser::ValueSource};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    data::dataset::Source,
+    loss::Loss,
+    model::{self, Fusion},
+    ops::adam::Adam,
+};
+
+/// A run's settings: the flags of `cf-train`, and the keys of the `config.toml` in a run's folder.
+#[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Clinical table: CSV, or a zip of one, with case_id, slide_id, censorship, survival_months
+    #[arg(long, alias = "clinical-path", default_value = "", hide_default_value = true, value_parser = path)]
+    pub clinical: PathBuf,
+    /// GDC manifest; slides that it does not list are left out
+    #[arg(long, alias = "csv-path")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<PathBuf>,
+    /// Folder of splits_<fold>.csv
+    #[arg(long, alias = "splits-path", default_value = "", hide_default_value = true, value_parser = path)]
+    pub splits: PathBuf,
+    /// Folder of <backbone>/x{5,10,20}/pt_files/<slide>.pt
+    #[arg(long, default_value = "", hide_default_value = true, value_parser = path)]
+    pub pt_dir: PathBuf,
+    /// Name of the feature extractor, a folder in --pt-dir
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub backbone: String,
+    /// Folds to train, from 0
+    #[arg(long, alias = "num-folds", default_value_t = 5)]
+    pub folds: usize,
+
+    /// Width of the model
+    #[arg(long, default_value_t = 512)]
+    pub embed_dim: usize,
+    #[arg(long, default_value_t = 4)]
+    pub num_heads: usize,
+    /// Self-attention layers before and after each positional encoding
+    #[arg(long, default_value_t = 1)]
+    pub num_attn_layers: usize,
+    /// Time bins
+    #[arg(long, default_value_t = 4)]
+    pub n_classes: usize,
+    /// Convolve the fused tokens on their square grid, or along the sequence
+    #[arg(long, value_enum, default_value_t = Fusion::Conv2d)]
+    pub fusion: Fusion,
+    #[arg(long, default_value_t = 0.3)]
+    pub ffn_dropout: f64,
+    #[arg(long, default_value_t = 0.2)]
+    pub attention_dropout: f64,
+    #[arg(long, default_value_t = 0.3)]
+    pub fusion_dropout: f64,
+
+    #[arg(long, value_enum, default_value_t = Loss::NllSurv)]
+    pub loss_fn: Loss,
+    /// Weight of the uncensored part of the loss
+    #[arg(long, default_value_t = 0.2)]
+    pub alpha_surv: f64,
+    #[arg(long, default_value_t = 1e-4)]
+    pub learning_rate: f64,
+    /// L2, added to the gradient
+    #[arg(long, default_value_t = 4e-6)]
+    pub weight_decay: f64,
+    /// Epochs from the highest learning rate to the lowest
+    #[arg(long, default_value_t = 10)]
+    pub cosine_t_max: usize,
+    /// Lowest learning rate
+    #[arg(long, default_value_t = 0.0)]
+    pub eta_min: f64,
+    /// Slides whose gradients are averaged into one update
+    #[arg(long, default_value_t = 32)]
+    pub grad_accum_steps: usize,
+    #[arg(long, default_value_t = 100)]
+    pub num_epochs: usize,
+    /// Epochs without a better validation C-index before a fold ends
+    #[arg(long, default_value_t = 20)]
+    pub es_patience: usize,
+    /// First epochs, which never give the best model
+    #[arg(long, default_value_t = 5)]
+    pub warmup_epochs: usize,
+    #[arg(long, alias = "random-seed", default_value_t = 7)]
+    pub seed: u64,
+
+    /// Bags read ahead
+    #[arg(long, default_value_t = 3)]
+    pub prefetch_factor: usize,
+    /// Where to run: auto or cpu
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Threads; 0 is one for each core. Results do not depend on it
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+}
+
+/// A path that may still be empty: the file of settings may give it.
+fn path(text: &str) -> std::result::Result<PathBuf, std::convert::Infallible> {
+    Ok(text.into())
+}
+
+impl RunConfig {
+    /// Settings from a table (a file's, say, called `name` in messages), overridden by the flags that were given; `self` is what clap made of the
+    /// command line, with defaults where nothing was given.
+    pub fn resolve(&self, matches: &ArgMatches, name: &str, table: toml::Table) -> Result<Self> {
+        let mut settings = toml::Table::try_from(self).map_err(|e| Error::Usage(format!("{name}: {e}")))?;
+        for (key, value) in table {
+            let given =
+                matches.try_contains_id(&key).is_ok() && matches.value_source(&key) == Some(ValueSource::CommandLine);
+            if !given {
+                settings.insert(key, value);
+            }
+        }
+        let config: Self =
+            settings.try_into().map_err(|e: toml::de::Error| Error::Usage(format!("{name}: {}", e.message())))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The table in a TOML file.
+    pub fn read_table(path: &Path) -> Result<toml::Table> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Error::Usage(format!("{}: cannot be read: {e}", path.display())))?;
+        toml::from_str(&text).map_err(|e| Error::Usage(format!("{}: {}", path.display(), e.message())))
+    }
+
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+        toml::from_str(&text).map_err(|e| Error::file(path, e.message()))
+    }
+
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| Error::Usage(format!("the settings cannot be written as TOML: {e}")))
+    }
+
+    fn check(&self) -> Result<()> {
+        let usage = |message: String| Err(Error::Usage(message));
+        let given = [
+            ("--clinical", self.clinical.as_os_str().is_empty()),
+            ("--splits", self.splits.as_os_str().is_empty()),
+            ("--pt-dir", self.pt_dir.as_os_str().is_empty()),
+            ("--backbone", self.backbone.is_empty()),
+        ];
+        let missing: Vec<_> = given.iter().filter(|(_, empty)| *empty).map(|(flag, _)| *flag).collect();
+        if !missing.is_empty() {
+            return usage(format!("missing {}; see --help, or try --demo", missing.join(", ")));
+        }
+        let counts = [
+            ("--folds", self.folds),
+            ("--grad-accum-steps", self.grad_accum_steps),
+            ("--num-epochs", self.num_epochs),
+            ("--cosine-t-max", self.cosine_t_max),
+            ("--prefetch-factor", self.prefetch_factor),
+        ];
+        if let Some((flag, _)) = counts.iter().find(|(_, value)| *value == 0) {
+            return usage(format!("{flag} 0: expected at least 1"));
+        }
+        if self.n_classes < 2 {
+            return usage(format!("--n-classes {}: expected at least 2", self.n_classes));
+        }
+        let rates = [
+            ("--learning-rate", self.learning_rate),
+            ("--weight-decay", self.weight_decay),
+            ("--eta-min", self.eta_min),
+        ];
+        if let Some((flag, value)) = rates.iter().find(|(_, value)| !(0.0..=1.0).contains(value)) {
+            return usage(format!("{flag} {value}: expected a number from 0 to 1"));
+        }
+        if !(0.0..=1.0).contains(&self.alpha_surv) {
+            return usage(format!("--alpha-surv {}: expected a number from 0 to 1", self.alpha_surv));
+        }
+        self.model(1).check()
+    }
+
+    /// The model for features of this width.
+    pub fn model(&self, features: usize) -> model::Config {
+        model::Config {
+            features,
+            dim: self.embed_dim,
+            heads: self.num_heads,
+            layers: self.num_attn_layers,
+            n_classes: self.n_classes,
+            fusion: self.fusion,
+            ffn_dropout: self.ffn_dropout,
+            attention_dropout: self.attention_dropout,
+            fusion_dropout: self.fusion_dropout,
+        }
+    }
+
+    pub fn source(&self) -> Source<'_> {
+        Source {
+            clinical: &self.clinical,
+            manifest: self.manifest.as_deref(),
+            pt_dir: &self.pt_dir,
+            backbone: &self.backbone,
+        }
+    }
+
+    /// The optimizer in an epoch: cosine annealing (Loshchilov & Hutter 2017, eq. 5), stepped once an epoch, that goes on past its period.
+    pub fn adam(&self, epoch: usize) -> Adam {
+        let phase = std::f64::consts::PI * epoch as f64 / self.cosine_t_max as f64;
+        let learning_rate = self.eta_min + (self.learning_rate - self.eta_min) * 0.5 * (1.0 + phase.cos());
+        Adam { learning_rate, weight_decay: self.weight_decay, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 }
+    }
+}

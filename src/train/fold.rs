@@ -1,0 +1,336 @@
+//! Training one fold, slide by slide, so that it can stop and go on anywhere.
+
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    checkpoint::{self, ModelCard},
+    config::RunConfig,
+    step::{BagSizes, Engine},
+};
+use crate::{
+    Result,
+    data::{
+        dataset::{Dataset, Fold},
+        labels::Bins,
+        sampler::Sampler,
+    },
+    device::Device,
+    loss::{Prediction, Target},
+    model::Bags,
+    ops::Draw,
+    survival::concordance_index,
+};
+
+/// A checkpoint is written at the end of each epoch, and in between when the last is older than this.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(300);
+
+/// What an interrupted fold needs besides the engine's arenas.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Progress {
+    epoch: usize,
+    /// Slides of this epoch that are done.
+    position: usize,
+    updates: u64,
+    /// Sum of this epoch's losses so far, and each slide's risk, in the order shown.
+    loss_sum: f64,
+    risks: Vec<f64>,
+    best: Option<Best>,
+    finished: bool,
+}
+
+/// The best epoch so far.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    pub epoch: usize,
+    pub c_index: f64,
+}
+
+/// A line of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EpochMetrics {
+    pub fold: usize,
+    pub epoch: usize,
+    pub learning_rate: f64,
+    pub train_loss: f64,
+    /// C-indices are absent where no pair of slides can be compared.
+    pub train_c_index: Option<f64>,
+    pub val_loss: f64,
+    pub val_c_index: Option<f64>,
+    /// Whether this epoch gave the best model so far.
+    pub best: bool,
+    pub seconds: f64,
+    pub patches_per_second: f64,
+}
+
+/// What a slide's pass came to, for progress displays.
+#[derive(Clone, Copy, Debug)]
+pub struct SlideDone {
+    pub fold: usize,
+    pub epoch: usize,
+    /// Slides done in this epoch, of how many.
+    pub position: usize,
+    pub slides: usize,
+    pub validating: bool,
+    /// Mean loss of the epoch so far.
+    pub loss: f64,
+    pub patches: usize,
+}
+
+/// Is told what happens; may ask for a stop after any training slide.
+pub trait Observer {
+    fn slide(&mut self, _done: &SlideDone) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+    fn epoch(&mut self, _metrics: &EpochMetrics, _best: Option<Best>) -> Result<()> {
+        Ok(())
+    }
+}
+
+pub struct FoldTrainer<'a> {
+    config: &'a RunConfig,
+    dataset: &'a Dataset,
+    fold: usize,
+    slides: Fold,
+    bins: Bins,
+    sampler: Sampler,
+    /// The fold's part of the run folder.
+    folder: PathBuf,
+    engine: Engine<f32>,
+    progress: Progress,
+    last_checkpoint: Instant,
+}
+
+/// Whether a fold came to its end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Outcome {
+    Finished(Option<Best>),
+    Stopped,
+}
+
+impl<'a> FoldTrainer<'a> {
+    pub fn checkpoint_path(folder: &Path) -> PathBuf {
+        folder.join("checkpoint.safetensors")
+    }
+
+    pub fn best_path(folder: &Path) -> PathBuf {
+        folder.join("best.safetensors")
+    }
+
+    /// Epochs that a fold's checkpoint has seen to their end, and whether that was all.
+    pub fn epochs_done(folder: &Path) -> Result<(usize, bool)> {
+        let progress = checkpoint::read_state::<Progress>(&Self::checkpoint_path(folder))?.unwrap_or_default();
+        Ok((progress.epoch, progress.finished))
+    }
+
+    /// A fold from its start, or from its checkpoint if there is one in `folder`.
+    pub fn new(config: &'a RunConfig, dataset: &'a Dataset, bins: &Bins, fold: usize, folder: &Path) -> Result<Self> {
+        let slides = dataset.fold(&config.splits, fold)?;
+        let device = Device::from_name(&config.device, config.threads)?;
+        let mut engine = Engine::new(device, &config.model(dataset.features), config.seed.wrapping_add(fold as u64))?;
+        let path = Self::checkpoint_path(folder);
+        let progress = checkpoint::read_state::<Progress>(&path)?.unwrap_or_default();
+        if progress != Progress::default() && !progress.finished {
+            checkpoint::load_state(&path, &mut engine)?;
+        }
+        engine.updates = progress.updates;
+        engine.reserve(largest(dataset, &slides), true)?;
+        let classes: Vec<_> = slides.train.iter().map(|&i| bins.class(&dataset.slides[i])).collect();
+        Ok(Self {
+            config,
+            dataset,
+            fold,
+            bins: bins.clone(),
+            sampler: Sampler::new(&classes),
+            slides,
+            folder: folder.to_path_buf(),
+            engine,
+            progress,
+            last_checkpoint: Instant::now(),
+        })
+    }
+
+    /// Trains until early stopping, the last epoch, or the observer's word.
+    pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
+        while !self.progress.finished {
+            if self.epoch(observer)?.is_break() {
+                return Ok(Outcome::Stopped);
+            }
+        }
+        Ok(Outcome::Finished(self.progress.best))
+    }
+
+    /// One epoch: training, validation, the best model, a line of metrics, a checkpoint.
+    fn epoch(&mut self, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
+        let start = Instant::now();
+        let epoch = self.progress.epoch;
+        let draws = self.sampler.epoch(self.config.seed, self.fold, epoch);
+        let order: Vec<usize> = draws.into_iter().map(|i| self.slides.train[i]).collect();
+        let mut patches = 0;
+        if self.train(&order, &mut patches, observer)?.is_break() {
+            self.checkpoint()?;
+            return Ok(ControlFlow::Break(()));
+        }
+        let train_loss = self.progress.loss_sum / order.len() as f64;
+        let train_c_index = self.c_index(&order, &self.progress.risks);
+        let (val_loss, val_c_index) = self.validate(&mut patches, observer)?;
+
+        let best_so_far = self.progress.best.map_or(0.0, |best| best.c_index);
+        let best = epoch >= self.config.warmup_epochs && val_c_index.is_some_and(|c| c > best_so_far);
+        if best {
+            self.progress.best = val_c_index.map(|c_index| Best { epoch, c_index });
+            self.save_model(epoch, val_c_index)?;
+        }
+        let since_best = epoch - self.progress.best.map_or(0, |best| best.epoch);
+        let last = epoch + 1 == self.config.num_epochs || (!best && since_best >= self.config.es_patience);
+        if last && self.progress.best.is_none() {
+            self.save_model(epoch, val_c_index)?; // too short a run, or no comparable pair: the last epoch's model
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let metrics = EpochMetrics {
+            fold: self.fold,
+            epoch,
+            learning_rate: self.config.adam(epoch).learning_rate,
+            train_loss,
+            train_c_index,
+            val_loss,
+            val_c_index,
+            best,
+            seconds,
+            patches_per_second: patches as f64 / seconds,
+        };
+        observer.epoch(&metrics, self.progress.best)?;
+        let (best, updates) = (self.progress.best, self.progress.updates);
+        self.progress = Progress { epoch: epoch + 1, updates, best, finished: last, ..Progress::default() };
+        self.checkpoint()?;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// The slides of an epoch that are not done yet.
+    fn train(&mut self, order: &[usize], patches: &mut usize, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
+        let dataset = self.dataset;
+        let mut stopped = ControlFlow::Continue(());
+        dataset.for_each(&order[self.progress.position..], self.config.prefetch_factor, |slide, bag| {
+            let step = (self.progress.epoch * order.len() + self.progress.position) as u32;
+            let draw = Some(Draw { seed: self.config.seed ^ (self.fold as u64) << 32, step });
+            let (config, target) = (self.config, dataset.target(&self.bins, slide));
+            let (loss, risk) = train_slide(
+                &mut self.engine,
+                config,
+                bag.views(),
+                target,
+                draw,
+                self.progress.epoch,
+                self.progress.position,
+            )?;
+            self.progress.updates = self.engine.updates;
+            self.progress.position += 1;
+            self.progress.loss_sum += loss;
+            self.progress.risks.push(risk);
+            let position = self.progress.position;
+            let done = SlideDone {
+                fold: self.fold,
+                epoch: self.progress.epoch,
+                position,
+                slides: order.len(),
+                validating: false,
+                loss: self.progress.loss_sum / position as f64,
+                patches: total(dataset.sizes[slide]),
+            };
+            *patches += done.patches;
+            stopped = observer.slide(&done);
+            if position < order.len() && self.last_checkpoint.elapsed() > CHECKPOINT_EVERY {
+                self.checkpoint()?;
+            }
+            Ok(stopped.is_continue())
+        })?;
+        Ok(stopped)
+    }
+
+    /// Mean loss (alpha = 0) and C-index of the fold's validation slides, without dropout.
+    fn validate(&mut self, patches: &mut usize, observer: &mut dyn Observer) -> Result<(f64, Option<f64>)> {
+        let (dataset, order) = (self.dataset, self.slides.val.clone());
+        let (mut loss_sum, mut risks) = (0.0, Vec::new());
+        dataset.for_each(&order, self.config.prefetch_factor, |slide, bag| {
+            let logits = self.engine.evaluate(bag.views())?;
+            loss_sum += self.config.loss_fn.evaluate(&logits, dataset.target(&self.bins, slide), 0.0).0;
+            risks.push(Prediction::from_logits(&logits).risk);
+            let done = SlideDone {
+                fold: self.fold,
+                epoch: self.progress.epoch,
+                position: risks.len(),
+                slides: order.len(),
+                validating: true,
+                loss: loss_sum / risks.len() as f64,
+                patches: total(dataset.sizes[slide]),
+            };
+            *patches += done.patches;
+            let _ = observer.slide(&done); // validation is short: a stop waits for the next training slide
+            Ok(true)
+        })?;
+        Ok((loss_sum / order.len() as f64, self.c_index(&order, &risks)))
+    }
+
+    fn c_index(&self, order: &[usize], risks: &[f64]) -> Option<f64> {
+        let slides = order.iter().map(|&i| &self.dataset.slides[i]);
+        let (time, event): (Vec<_>, Vec<_>) = slides.map(|slide| (slide.months, !slide.censored)).unzip();
+        concordance_index(&time, &event, risks).ok().map(|c| c.index)
+    }
+
+    fn save_model(&self, epoch: usize, c_index: Option<f64>) -> Result<()> {
+        let card = ModelCard {
+            model: self.engine.model.config.clone(),
+            fold: self.fold,
+            epoch,
+            c_index,
+            bin_edges: self.bins.edges.clone(),
+        };
+        checkpoint::save_model(&Self::best_path(&self.folder), &self.engine, &card)
+    }
+
+    fn checkpoint(&mut self) -> Result<()> {
+        self.last_checkpoint = Instant::now();
+        let engine = (!self.progress.finished).then_some(&self.engine);
+        checkpoint::save_state(&Self::checkpoint_path(&self.folder), engine, &self.progress)
+    }
+}
+
+/// One slide of training: forward, loss, backward, and an update after every `grad_accum_steps`-th slide of the epoch. Gradients left at an
+/// epoch's end carry into the next epoch's first update, as published. Returns loss and risk.
+pub fn train_slide(
+    engine: &mut Engine<f32>,
+    config: &RunConfig,
+    bags: Bags<f32>,
+    target: Target,
+    draw: Option<Draw>,
+    epoch: usize,
+    position: usize,
+) -> Result<(f64, f64)> {
+    let mut loss = 0.0;
+    let share = 1.0 / config.grad_accum_steps as f64;
+    let logits = engine.accumulate(bags, draw, None, |logits| {
+        let (value, gradient) = config.loss_fn.evaluate(logits, target, config.alpha_surv);
+        loss = value;
+        gradient.into_iter().map(|g| g * share).collect()
+    })?;
+    if (position + 1).is_multiple_of(config.grad_accum_steps) {
+        engine.update(&config.adam(epoch))?;
+    }
+    Ok((loss, Prediction::from_logits(&logits).risk))
+}
+
+fn total(sizes: BagSizes) -> usize {
+    sizes.x5 + sizes.x10 + sizes.x20
+}
+
+/// The most patches at each magnification of any slide in the fold.
+fn largest(dataset: &Dataset, fold: &Fold) -> BagSizes {
+    let sizes = || fold.train.iter().chain(&fold.val).map(|&i| dataset.sizes[i]);
+    let max = |of: fn(BagSizes) -> usize| sizes().map(of).max().unwrap_or(0);
+    BagSizes { x5: max(|s| s.x5), x10: max(|s| s.x10), x20: max(|s| s.x20) }
+}

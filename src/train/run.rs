@@ -1,0 +1,139 @@
+//! A run: a folder, its folds one after the other, and what is shown meanwhile.
+//!
+//!   RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
+//!   RUN/metrics.jsonl          a line an epoch
+//!   RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
+
+use std::{
+    io::Write,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use super::{
+    config::RunConfig,
+    fold::{Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
+    progress::Display,
+};
+use crate::{
+    Error, Result,
+    data::{atomic::write_text, dataset::Dataset, labels::Bins},
+};
+
+pub fn config_path(run: &Path) -> PathBuf {
+    run.join("config.toml")
+}
+
+pub fn metrics_path(run: &Path) -> PathBuf {
+    run.join("metrics.jsonl")
+}
+
+pub fn fold_folder(run: &Path, fold: usize) -> PathBuf {
+    run.join(format!("fold_{fold}"))
+}
+
+/// The first of `runs/<name>-1`, `runs/<name>-2`, ... that is not there yet.
+pub fn fresh_folder(name: &str) -> PathBuf {
+    let name = name.replace(['/', '\\'], "_");
+    let folder = |i: usize| Path::new("runs").join(format!("{name}-{i}"));
+    (1..).map(folder).find(|folder| !folder.exists()).unwrap_or_else(|| folder(0))
+}
+
+/// Makes a run's folder and writes its settings. It may be there already only if it is empty or holds nothing but `cohort`, the demo's data.
+pub fn create(run: &Path, config: &RunConfig) -> Result<()> {
+    let failed = |e: std::io::Error| Error::file(run, format!("cannot be made: {e}"));
+    std::fs::create_dir_all(run).map_err(failed)?;
+    for entry in std::fs::read_dir(run).map_err(failed)? {
+        if entry.map_err(failed)?.file_name() != "cohort" {
+            let message = format!("{} is not empty; choose another --out, or go on with --resume {0}", run.display());
+            return Err(Error::Usage(message));
+        }
+    }
+    write_text(&config_path(run), &config.to_toml()?)
+}
+
+/// A run's epochs so far, in order.
+pub fn read_metrics(run: &Path) -> Result<Vec<EpochMetrics>> {
+    let path = metrics_path(run);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::file(&path, format!("cannot be read: {e}"))),
+    };
+    // a last line without an end was cut off by a crash
+    let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+    let parse = |(i, line)| serde_json::from_str(line).map_err(|e| Error::file(&path, format!("line {}: {e}", i + 1)));
+    whole.enumerate().map(parse).collect()
+}
+
+/// Drops the lines of epochs that no checkpoint has seen to their end, which will be run again.
+fn trim_metrics(run: &Path, folds: usize) -> Result<()> {
+    let mut kept = String::new();
+    let done =
+        (0..folds).map(|fold| Ok(FoldTrainer::epochs_done(&fold_folder(run, fold))?.0)).collect::<Result<Vec<_>>>()?;
+    for metrics in read_metrics(run)? {
+        if done.get(metrics.fold).is_some_and(|&epochs| metrics.epoch < epochs) {
+            kept += &line(&metrics);
+        }
+    }
+    write_text(&metrics_path(run), &kept)
+}
+
+fn line(metrics: &EpochMetrics) -> String {
+    serde_json::to_string(metrics).unwrap_or_default() + "\n"
+}
+
+/// Trains all folds of the run in `run`, from the beginning or from where its checkpoints are. `interrupted` asks for a stop after the slide in
+/// hand. Returns each fold's best epoch.
+pub fn train(run: &Path, config: &RunConfig, interrupted: &AtomicBool) -> Result<Vec<Option<Best>>> {
+    let dataset = Dataset::open(&config.source())?;
+    let bins = Bins::cut(&dataset.slides, config.n_classes)?;
+    let mut display = Display::new(run, config, &dataset, interrupted);
+    // all folds are looked at before the first is trained
+    for fold in 0..config.folds {
+        display.fold(fold, &dataset.fold(&config.splits, fold)?);
+    }
+    trim_metrics(run, config.folds)?;
+    let mut bests = Vec::new();
+    for fold in 0..config.folds {
+        let folder = fold_folder(run, fold);
+        std::fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be made: {e}")))?;
+        let mut trainer = FoldTrainer::new(config, &dataset, &bins, fold, &folder)?;
+        let mut log = Log { path: metrics_path(run), display: &mut display };
+        match trainer.run(&mut log)? {
+            Outcome::Finished(best) => bests.push(best),
+            Outcome::Stopped => {
+                display.finish();
+                return Err(Error::Interrupted(format!("stopped; go on with: cf-train --resume {}", run.display())));
+            }
+        }
+    }
+    display.finish();
+    Ok(bests)
+}
+
+/// Appends each epoch to `metrics.jsonl` and passes on to the display.
+struct Log<'a, 'b> {
+    path: PathBuf,
+    display: &'a mut Display<'b>,
+}
+
+impl Observer for Log<'_, '_> {
+    fn slide(&mut self, done: &SlideDone) -> ControlFlow<()> {
+        self.display.slide(done);
+        if self.display.interrupted.load(Ordering::Relaxed) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
+    fn epoch(&mut self, metrics: &EpochMetrics, best: Option<Best>) -> Result<()> {
+        let failed = |e: std::io::Error| Error::file(&self.path, format!("cannot be written: {e}"));
+        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&self.path).map_err(failed)?;
+        file.write_all(line(metrics).as_bytes()).and_then(|()| file.sync_data()).map_err(failed)?;
+        self.display.epoch(metrics, best);
+        Ok(())
+    }
+}
