@@ -1,8 +1,9 @@
 //! The report on a synthetic cohort: what it shows is what went in, and it is whole without network, fonts or a model.
 
 use crossfusion::{
-    report::{About, Fold, SlideResult, Summary, figure::escape, history, html, km, risk},
+    report::{self, About, Fold, SlideResult, Summary, figure::escape, history, html, km, risk},
     survival::{concordance_index, log_rank},
+    train::fold::EpochMetrics,
 };
 use resvg::{tiny_skia::Pixmap, usvg::roxmltree};
 
@@ -75,10 +76,8 @@ fn metrics(folds: usize) -> String {
     lines
 }
 
-fn epochs(folds: usize) -> Vec<history::Epoch> {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), metrics(folds)).unwrap();
-    history::read(file.path()).unwrap()
+fn epochs(folds: usize) -> Vec<EpochMetrics> {
+    metrics(folds).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 fn about() -> About {
@@ -92,7 +91,7 @@ fn about() -> About {
             fact("Seed", "1"),
             fact("Run on", "2026-03-02, cpu, 2 h 41 min"),
         ],
-        notes: vec!["12 slides were left out because a magnification is missing.".into()],
+        protocol: "Each fold's epoch was chosen by its validation C-index.".into(),
         config: "[model]\nfeatures = 2048\ndim = 512\nheads = 4\n\n[train]\nlearning_rate = 1e-4\nseed = 1\n".into(),
         commands: "cf-train --config runs/blca/config.toml --out runs/blca\ncf-eval runs/blca".into(),
     }
@@ -206,7 +205,7 @@ fn the_page_is_self_contained_and_shows_the_numbers() {
         cell(format!("{:.4}", fold.c_index.unwrap()));
         cell(fold.events.to_string());
         cell(fold.train_slides.unwrap().to_string());
-        cell(fold.best_epoch.unwrap().to_string());
+        cell((fold.best_epoch.unwrap() + 1).to_string());
     }
     let (mean, std) = (summary.c_index_mean.unwrap(), summary.c_index_std.unwrap());
     cell(format!("{mean:.4}"));
@@ -228,7 +227,7 @@ fn names_are_escaped() {
     let about = About {
         title: evil.into(),
         facts: vec![(evil.into(), evil.into())],
-        notes: vec![evil.into()],
+        protocol: evil.into(),
         config: evil.into(),
         commands: evil.into(),
     };
@@ -284,28 +283,41 @@ fn degenerate_cohorts_give_notes_and_a_page() {
 }
 
 #[test]
-fn a_resumed_runs_last_line_counts_and_null_breaks_the_curve() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let line = |epoch: usize, loss: f64, c: &str, best: bool| {
-        format!(
-            "{{\"fold\":0,\"epoch\":{epoch},\"train_loss\":{loss},\"val_loss\":1.0,\"train_c_index\":0.6,\"val_c_index\":{c},\"best\":{best}}}\n"
-        )
-    };
-    let lines = [
-        line(0, 2.0, "0.5", true),
-        line(1, 9.0, "null", false),
-        line(1, 1.5, "null", false),
-        line(2, 1.0, "0.7", true),
-    ];
-    std::fs::write(file.path(), lines.concat()).unwrap();
-    let epochs = history::read(file.path()).unwrap();
-    assert_eq!(epochs.iter().map(|e| e.train_loss.unwrap()).collect::<Vec<_>>(), [2.0, 1.5, 1.0]);
-    assert_eq!(history::best_epoch(&epochs, 0), Some(2));
+fn an_undefined_metric_breaks_its_curve_alone() {
+    let mut epochs = epochs(1);
+    epochs[4].val_c_index = None;
     let svg = history::figures(&epochs)[0].standalone();
-    let broken = svg.lines().filter(|line| line.contains("class=\"thin\"") && line.matches('M').count() == 2).count();
-    assert_eq!(broken, 1, "only the validation C-index has a gap");
+    let curves = svg.lines().filter(|line| line.contains("class=\"thin\""));
+    assert_eq!(curves.map(|line| line.matches('M').count()).collect::<Vec<_>>(), [1, 1, 1, 2]);
+}
 
-    std::fs::write(file.path(), lines.concat() + "{\"fold\": 0,").unwrap();
-    let error = history::read(file.path()).unwrap_err().to_string();
-    assert!(error.contains("line 5"), "{error}");
+#[test]
+fn the_files_hold_the_predictions_in_full() {
+    let predictions = cohort(40, 2);
+    let summary = Summary::new(&folds(&predictions, 2), &predictions).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    report::write(&folder.path().join("new"), &about(), &summary, &predictions, &epochs(2)).unwrap();
+    let mut names: Vec<_> =
+        std::fs::read_dir(folder.path().join("new")).unwrap().map(|f| f.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["km.png", "km.svg", "predictions.csv", "report.html", "summary.json"]);
+
+    let mut table = csv::Reader::from_path(folder.path().join("new/predictions.csv")).unwrap();
+    let heads: Vec<String> = table.headers().unwrap().iter().map(String::from).collect();
+    assert_eq!(heads[..7], ["case_id", "slide_id", "fold", "time", "event", "risk", "hazard_0"]);
+    assert_eq!((heads.len(), heads[10].as_str()), (14, "survival_0"));
+    for (row, p) in table.records().zip(&predictions) {
+        let row = row.unwrap();
+        assert_eq!(
+            (&row[0], &row[1], &row[4]),
+            (p.case_id.as_str(), p.slide_id.as_str(), if p.event { "1" } else { "0" })
+        );
+        let numbers: Vec<f64> = row.iter().skip(5).map(|cell| cell.parse().unwrap()).collect();
+        assert_eq!(numbers, [&[p.risk], p.hazards.as_slice(), p.survival.as_slice()].concat());
+    }
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder.path().join("new/summary.json")).unwrap()).unwrap();
+    assert_eq!(json["c_index_mean"].as_f64(), summary.c_index_mean);
+    assert_eq!(json["folds"][1]["c_index"].as_f64(), summary.folds[1].c_index);
+    assert_eq!(json["log_rank"]["p_value"].as_f64(), summary.log_rank.map(|test| test.p_value));
 }

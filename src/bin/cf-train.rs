@@ -9,6 +9,8 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use crossfusion::{
     Error, Result,
     data::demo,
+    device::Device,
+    eval,
     train::{config::RunConfig, run},
 };
 
@@ -92,14 +94,9 @@ fn train() -> Result<()> {
         eprintln!("finishing the slide in hand; once more stops at once");
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
-    let bests = run::train(&folder, &config, &INTERRUPTED)?;
-    for (fold, best) in bests.iter().enumerate() {
-        match best {
-            Some(best) => {
-                println!("fold {fold}: best validation C-index {:.3} in epoch {}", best.c_index, best.epoch + 1)
-            }
-            None => println!("fold {fold}: no epoch was chosen by C-index; the last one's model was kept"),
-        }
-    }
+    run::train(&folder, &config, &INTERRUPTED)?;
+    let summary = eval::evaluate_run(&folder, Device::from_name(&config.device, config.threads)?)?;
+    print!("\n{}", summary.table());
+    println!("report {}", folder.join("report.html").display());
     Ok(())
 }

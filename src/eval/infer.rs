@@ -1,22 +1,21 @@
 //! A published checkpoint says nothing of its model but the names and shapes of its tensors; this reads the rest off them.
 
-use std::collections::BTreeMap;
-
 use crate::{
     Error, Result,
+    data::torch::StateDict,
     model::{Config, Fusion},
 };
 
-/// The model of tensors with these shapes. The number of attention heads leaves no trace in them, so it is given.
+/// The model of these tensors. The number of attention heads leaves no trace in them, so it is given.
 /// Dropout rates are the published ones; they do nothing in an evaluation.
-pub fn config(shapes: &BTreeMap<String, Vec<usize>>, heads: usize) -> Result<Config> {
-    let shape = |name: &str, rank: &str, ranks: &[usize]| match shapes.get(name) {
+pub fn config(tensors: &StateDict, heads: usize) -> Result<Config> {
+    let shape = |name: &str, rank: &str, ranks: &[usize]| match tensors.get(name).map(|(shape, _)| shape) {
         Some(shape) if ranks.contains(&shape.len()) => Ok(shape.as_slice()),
         Some(shape) => Err(Error::Usage(format!("tensor `{name}` has shape {shape:?}, expected {rank}"))),
         None => Err(Error::Usage(format!("there is no tensor `{name}`, so this is not a CrossFusion checkpoint"))),
     };
     let dim = shape("cls_token", "[1, 1, dim]", &[3])?[2];
-    let features = match shapes.contains_key("s_lin_proj.0.weight") {
+    let features = match tensors.contains_key("s_lin_proj.0.weight") {
         true => shape("s_lin_proj.0.weight", "[dim, features]", &[2])?[1],
         false => dim, // features as wide as the model are not projected
     };
@@ -26,7 +25,7 @@ pub fn config(shapes: &BTreeMap<String, Vec<usize>>, heads: usize) -> Result<Con
         _ => Fusion::Conv1d,
     };
     let layers =
-        (0..).take_while(|i| shapes.contains_key(&format!("s_transformer.pre_layers.layers.{i}.0.weight"))).count();
+        (0..).take_while(|i| tensors.contains_key(&format!("s_transformer.pre_layers.layers.{i}.0.weight"))).count();
     let n_classes = shape("mlp_head.0.weight", "[n_classes, dim]", &[2])?[0];
     let config = Config { dim, heads, layers, n_classes, fusion, ..Config::new(features) };
     config.check()?;
@@ -38,9 +37,9 @@ mod tests {
     use super::*;
     use crate::model::CrossFusion;
 
-    fn shapes(config: &Config) -> BTreeMap<String, Vec<usize>> {
+    fn tensors(config: &Config) -> StateDict {
         let model = CrossFusion::new(config).unwrap();
-        model.layout.entries().iter().map(|entry| (entry.name.clone(), entry.shape.clone())).collect()
+        model.layout.entries().iter().map(|entry| (entry.name.clone(), (entry.shape.clone(), Vec::new()))).collect()
     }
 
     #[test]
@@ -53,18 +52,18 @@ mod tests {
             Config { layers: 3, n_classes: 1, fusion: Fusion::Conv1d, ..small },
         ];
         for expected in configs {
-            assert_eq!(config(&shapes(&expected), expected.heads).unwrap(), expected);
+            assert_eq!(config(&tensors(&expected), expected.heads).unwrap(), expected);
         }
     }
 
     #[test]
     fn other_tensors_are_refused_by_name() {
-        let mut shapes = shapes(&Config { dim: 64, ..Config::new(24) });
-        shapes.insert("cls_token".into(), vec![64]);
-        let error = config(&shapes, 4).unwrap_err().to_string();
+        let mut tensors = tensors(&Config { dim: 64, ..Config::new(24) });
+        tensors.insert("cls_token".into(), (vec![64], Vec::new()));
+        let error = config(&tensors, 4).unwrap_err().to_string();
         assert!(error.contains("`cls_token` has shape [64]"), "{error}");
-        shapes.remove("cls_token");
-        let error = config(&shapes, 4).unwrap_err().to_string();
+        tensors.remove("cls_token");
+        let error = config(&tensors, 4).unwrap_err().to_string();
         assert!(error.contains("no tensor `cls_token`"), "{error}");
     }
 }

@@ -1,44 +1,9 @@
-//! Training curves: a run's metrics.jsonl, and one figure a fold.
+//! Training curves, one figure a fold.
 
-use std::{fmt::Write, path::Path};
-
-use serde::Deserialize;
+use std::fmt::Write;
 
 use super::figure::{Anchor, Axis, Figure, nice_step, tick_label};
-use crate::{Error, Result};
-
-/// A line of metrics.jsonl, as far as it is drawn. A statistic that was undefined is null.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Epoch {
-    pub fold: usize,
-    pub epoch: usize,
-    pub train_loss: Option<f64>,
-    pub val_loss: Option<f64>,
-    pub train_c_index: Option<f64>,
-    pub val_c_index: Option<f64>,
-    /// This epoch's weights became the fold's best.
-    #[serde(default)]
-    pub best: bool,
-}
-
-/// The epochs of a run by fold and epoch; of lines for the same epoch (a run that was resumed) the last counts.
-pub fn read(path: &Path) -> Result<Vec<Epoch>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
-    let mut epochs: Vec<Epoch> = Vec::new();
-    for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let epoch = serde_json::from_str(line).map_err(|e| Error::file(path, format!("line {}: {e}", i + 1)))?;
-        epochs.push(epoch);
-    }
-    epochs.reverse();
-    epochs.sort_by_key(|epoch| (epoch.fold, epoch.epoch));
-    epochs.dedup_by_key(|epoch| (epoch.fold, epoch.epoch));
-    Ok(epochs)
-}
-
-/// The epoch whose weights a fold kept.
-pub fn best_epoch(epochs: &[Epoch], fold: usize) -> Option<usize> {
-    epochs.iter().filter(|epoch| epoch.fold == fold && epoch.best).map(|epoch| epoch.epoch).max()
-}
+use crate::train::fold::EpochMetrics;
 
 const WIDTH: f64 = 300.0;
 const LEFT: f64 = 42.0;
@@ -46,13 +11,13 @@ const RIGHT: f64 = 12.0;
 const PANEL: f64 = 92.0;
 const TOPS: [f64; 2] = [48.0, 182.0];
 
-type Metric = fn(&Epoch) -> Option<f64>;
-const LOSS: [Metric; 2] = [|e| e.train_loss, |e| e.val_loss];
+type Metric = fn(&EpochMetrics) -> Option<f64>;
+const LOSS: [Metric; 2] = [|e| Some(e.train_loss), |e| Some(e.val_loss)];
 const C_INDEX: [Metric; 2] = [|e| e.train_c_index, |e| e.val_c_index];
 
 /// One figure for each fold, all on the same axes so that folds compare at a glance: the loss above, the C-index below,
-/// training in grey, validation in blue, the best epoch marked.
-pub fn figures(epochs: &[Epoch]) -> Vec<Figure> {
+/// training in grey, validation in blue, the best epoch marked. Epochs come fold by fold and in order, and are shown from 1.
+pub fn figures(epochs: &[EpochMetrics]) -> Vec<Figure> {
     let range = |metrics: [Metric; 2], start: (f64, f64)| {
         let values = epochs.iter().flat_map(|epoch| metrics.map(|metric| metric(epoch))).flatten();
         values.fold(start, |(low, high), value| (low.min(value), high.max(value)))
@@ -60,20 +25,19 @@ pub fn figures(epochs: &[Epoch]) -> Vec<Figure> {
     let loss = range(LOSS, (f64::INFINITY, f64::NEG_INFINITY));
     let ranges = [if loss.0 <= loss.1 { loss } else { (0.0, 1.0) }, range(C_INDEX, (0.5, 0.5))];
     let last = epochs.iter().map(|epoch| epoch.epoch).max().unwrap_or(0);
-    let first = epochs.iter().map(|epoch| epoch.epoch).min().unwrap_or(0);
-    epochs.chunk_by(|a, b| a.fold == b.fold).map(|fold| one_fold(fold, (first, last), ranges)).collect()
+    epochs.chunk_by(|a, b| a.fold == b.fold).map(|fold| one_fold(fold, last, ranges)).collect()
 }
 
-fn one_fold(epochs: &[Epoch], (first, last): (usize, usize), ranges: [(f64, f64); 2]) -> Figure {
+fn one_fold(epochs: &[EpochMetrics], last: usize, ranges: [(f64, f64); 2]) -> Figure {
     let fold = epochs[0].fold;
     let bottom = TOPS[1] + PANEL;
     let mut figure = Figure::new(WIDTH, bottom + 42.0, format!("Training curves of fold {fold}"));
-    let x = Axis::new((first as f64, last as f64), (LEFT, WIDTH - RIGHT));
-    let best = best_epoch(epochs, fold);
+    let x = Axis::new((1.0, (last + 1) as f64), (LEFT, WIDTH - RIGHT));
+    let best = epochs.iter().rfind(|epoch| epoch.best).map(|epoch| epoch.epoch);
     figure.text("strong", Anchor::Start, (0.0, 12.0), &format!("Fold {fold}"));
     if let Some(best) = best {
-        figure.text("muted small", Anchor::End, (WIDTH - RIGHT, 12.0), &format!("best epoch {best}"));
-        let at = x.at(best as f64);
+        figure.text("muted small", Anchor::End, (WIDTH - RIGHT, 12.0), &format!("best epoch {}", best + 1));
+        let at = x.at((best + 1) as f64);
         figure.line("guide", (at, TOPS[0] - 6.0), (at, bottom));
     }
     for (panel, metrics) in [LOSS, C_INDEX].into_iter().enumerate() {
@@ -90,12 +54,12 @@ fn one_fold(epochs: &[Epoch], (first, last): (usize, usize), ranges: [(f64, f64)
                 figure.path("thin", &polyline(epochs, metric, x, y));
                 let marked = epochs.iter().find(|epoch| epochs.len() == 1 || Some(epoch.epoch) == best);
                 if let Some((epoch, value)) = marked.and_then(|epoch| Some((epoch, metric(epoch)?))) {
-                    figure.circle("solid", (x.at(epoch.epoch as f64), y.at(value)), 3.0);
+                    figure.circle("solid", (x.at((epoch.epoch + 1) as f64), y.at(value)), 3.0);
                 }
             });
         }
     }
-    let step = nice_step((last - first) as f64, 6).max(1.0);
+    let step = nice_step((last + 1) as f64, 6).max(1.0);
     for tick in x.ticks(step) {
         figure.text("muted small", Anchor::Middle, (x.at(tick), bottom + 17.0), &tick_label(tick, step));
     }
@@ -104,12 +68,12 @@ fn one_fold(epochs: &[Epoch], (first, last): (usize, usize), ranges: [(f64, f64)
 }
 
 /// Broken where the metric is undefined.
-fn polyline(epochs: &[Epoch], metric: Metric, x: Axis, y: Axis) -> String {
+fn polyline(epochs: &[EpochMetrics], metric: Metric, x: Axis, y: Axis) -> String {
     let (mut d, mut pen) = (String::new(), 'M');
     for epoch in epochs {
         match metric(epoch) {
             Some(value) => {
-                let _ = write!(d, "{pen}{:.1} {:.1}", x.at(epoch.epoch as f64), y.at(value));
+                let _ = write!(d, "{pen}{:.1} {:.1}", x.at((epoch.epoch + 1) as f64), y.at(value));
                 pen = 'L';
             }
             None => pen = 'M',

@@ -5,10 +5,9 @@ use std::fmt::Write;
 use super::{
     About, FoldResult, SlideResult, Summary,
     figure::{escape, page_style},
-    history::{self, Epoch},
-    km, p_text, risk,
+    history, km, p_text, risk,
 };
-use crate::Result;
+use crate::{Result, train::fold::EpochMetrics};
 
 const STYLE: &str = include_str!("page.css");
 /// Rows of the table of slides; predictions.csv has all.
@@ -17,7 +16,7 @@ const ICON: &str = "data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/sv
 %3Cpath d=%22M2 3h4v4h4v3h4v3%22 fill=%22none%22 stroke=%22%23d96a00%22 stroke-width=%222.5%22/%3E%3C/svg%3E";
 
 /// The page, from the numbers, the predictions that they are of, and the run's epochs (none for a lone checkpoint).
-pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], epochs: &[Epoch]) -> Result<String> {
+pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], epochs: &[EpochMetrics]) -> Result<String> {
     let title = escape(&about.title);
     let mut page = format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -28,7 +27,7 @@ pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], epoch
     );
     header(&mut page, &title, about);
     key_figures(&mut page, summary);
-    notes(&mut page, summary.notes.iter().chain(&about.notes));
+    notes(&mut page, &summary.notes);
 
     let p = summary.log_rank.as_ref().map(|test| test.p_value);
     let groups = summary.risk_groups(predictions);
@@ -45,6 +44,9 @@ pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], epoch
     })?;
     section(&mut page, "Folds", |page| {
         fold_table(page, summary);
+        if !about.protocol.is_empty() {
+            let _ = write!(page, "<p class=\"caption\">{}</p>", escape(&about.protocol));
+        }
         Ok(())
     })?;
     if !epochs.is_empty() {
@@ -117,8 +119,8 @@ fn key_figures(page: &mut String, summary: &Summary) {
     page.push_str("</div>\n");
 }
 
-fn notes<'a>(page: &mut String, notes: impl Iterator<Item = &'a String>) {
-    let items: String = notes.map(|note| format!("<li>{}</li>\n", escape(note))).collect();
+fn notes(page: &mut String, notes: &[String]) {
+    let items: String = notes.iter().map(|note| format!("<li>{}</li>\n", escape(note))).collect();
     if !items.is_empty() {
         let _ = writeln!(page, "<ul class=\"notes\">\n{items}</ul>");
     }
@@ -134,7 +136,7 @@ fn fold_table(page: &mut String, summary: &Summary) {
     for fold in &summary.folds {
         let FoldResult { fold: number, slides, patients, events, c_index, note, .. } = fold;
         let train = fold.train_slides.map_or_else(dash, |n| n.to_string());
-        let best = fold.best_epoch.map_or_else(dash, |n| n.to_string());
+        let best = fold.best_epoch.map_or_else(dash, |epoch| (epoch + 1).to_string());
         let last = match c_index {
             Some(c) => format!("<td>{c:.4}</td><td class=\"strip\">{}</td>", strip(*c, 0.0)),
             None => format!("<td>\u{2013}</td><td class=\"why\">{}</td>", escape(note.as_deref().unwrap_or_default())),
@@ -202,7 +204,7 @@ fn slide_table(page: &mut String, summary: &Summary, predictions: &[SlideResult]
             if p.event { "event" } else { "censored" }
         );
     }
-    page.push_str("</tbody>\n</table></div>\n<p>predictions.csv has all slides, with hazards and survival by time bin.</p></details>");
+    page.push_str("</tbody>\n</table></div>\n<p class=\"caption\">predictions.csv has all slides, with hazards and survival by time bin.</p></details>");
 }
 
 fn reproduce(page: &mut String, about: &About) -> Result<()> {
@@ -218,7 +220,7 @@ fn reproduce(page: &mut String, about: &About) -> Result<()> {
             );
         }
         page.push_str(
-            "<p>The model: Soraki et al., <cite>CrossFusion</cite>, Medical Imaging with Deep Learning (MIDL) 2026, \
+            "<p class=\"caption\">The model: Soraki et al., <cite>CrossFusion</cite>, Medical Imaging with Deep Learning (MIDL) 2026, \
              <a href=\"https://arxiv.org/abs/2503.02064\">arXiv:2503.02064</a>. C-index: Harrell et al., JAMA 1982, with \
              risks within 1e-8 tied. Survival curves: Kaplan and Meier, JASA 1958, with Greenwood\u{2019}s variance on \
              the log scale. Log-rank test: Mantel 1966.</p>",

@@ -3,12 +3,14 @@
 //! Everything here is made from predictions and plain metadata; no model is needed.
 
 pub mod figure;
+mod files;
 pub mod history;
 pub mod html;
 pub mod km;
 pub mod risk;
 mod summary;
 
+pub use files::{predictions_csv, write};
 pub use summary::{Fold, FoldResult, LogRankResult, SlideResult, Summary};
 
 /// The run a report is about, as far as numbers do not tell.
@@ -18,8 +20,8 @@ pub struct About {
     pub title: String,
     /// Backbone, model, date of the run and the like, in the order shown.
     pub facts: Vec<(String, String)>,
-    /// Sentences that a reader of the numbers should know.
-    pub notes: Vec<String>,
+    /// How each fold's model was chosen, in a sentence; empty where that is not known.
+    pub protocol: String,
     /// The resolved configuration, as TOML.
     pub config: String,
     /// Commands that give this result again, one a line.

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::{
     Error, Result,
-    report::km::Group,
+    report::{km::Group, p_text},
     survival::{concordance_index, log_rank},
 };
 
@@ -34,6 +34,7 @@ pub struct Fold {
     pub fold: usize,
     /// None when a checkpoint is evaluated on a cohort that it was not trained in.
     pub train_slides: Option<usize>,
+    /// The epoch whose weights were kept, from 0 as in metrics.jsonl; people are shown it from 1.
     pub best_epoch: Option<usize>,
 }
 
@@ -73,6 +74,7 @@ pub struct Summary {
     pub median_risk: f64,
     /// None where the test is undefined; `notes` says why.
     pub log_rank: Option<LogRankResult>,
+    /// Sentences that a reader of these numbers should know.
     pub notes: Vec<String>,
 }
 
@@ -121,6 +123,27 @@ impl Summary {
             log_rank: log_rank.ok(),
             notes,
         })
+    }
+
+    /// The table that a terminal shows.
+    pub fn table(&self) -> String {
+        let number = |value: Option<usize>| value.map_or("-".into(), |value| value.to_string());
+        let mut table = String::from(" fold   train  slides  patients  events  best epoch  C-index\n");
+        for f in &self.folds {
+            let (train, best) = (number(f.train_slides), number(f.best_epoch.map(|epoch| epoch + 1)));
+            let c_index = f.c_index.map_or("-".into(), |c| format!("{c:.4}"));
+            let FoldResult { fold, slides, patients, events, .. } = f;
+            table +=
+                &format!("{fold:>5}  {train:>6}  {slides:>6}  {patients:>8}  {events:>6}  {best:>10}  {c_index:>7}\n");
+        }
+        if let (Some(mean), Some(std)) = (self.c_index_mean, self.c_index_std) {
+            table += &format!("C-index {mean:.4} +- {std:.4} (mean and standard deviation over folds)\n");
+        }
+        if let Some(test) = &self.log_rank {
+            table += &format!("log-rank {} (high against low risk, cut at the median)\n", p_text(test.p_value));
+        }
+        self.notes.iter().for_each(|note| table += &format!("note: {note}\n"));
+        table
     }
 
     /// Low risk, then high risk; one may be empty.

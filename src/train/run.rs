@@ -3,6 +3,7 @@
 //!   RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
 //!   RUN/metrics.jsonl          a line an epoch
 //!   RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
+//!   RUN/report.html, ...       what crate::report::write leaves, once all folds are trained
 
 use std::{
     io::Write,
