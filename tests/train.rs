@@ -11,7 +11,12 @@ use std::{
 
 use crossfusion::{
     Result,
-    data::{dataset::Dataset, demo, labels::Bins, torch::{StateDict, read_state_dict}},
+    data::{
+        dataset::Dataset,
+        demo,
+        labels::Bins,
+        torch::{StateDict, read_state_dict},
+    },
     train::{
         config::RunConfig,
         fold::{FoldTrainer, Observer, Outcome, SlideDone},

@@ -9,6 +9,8 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use crossfusion::{
     Error, Result,
     data::demo,
+    device::Device,
+    eval,
     train::{
         config::RunConfig,
         run::{self, Run},
@@ -81,6 +83,7 @@ fn train() -> Result<()> {
         let config = settings.resolve(&matches, &name, table.unwrap_or_default())?;
         (arguments.out.unwrap_or_else(|| run::fresh_folder(&config.backbone)), config)
     };
+    let device = Device::from_name(&config.device, config.threads)?;
     if arguments.demo {
         let cohort = folder.join(run::DEMO_DATA);
         println!("writing a synthetic cohort to {}", cohort.display());
@@ -97,14 +100,13 @@ fn train() -> Result<()> {
         eprintln!("finishing the slide in hand; once more stops at once");
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
-    let bests = run.train(&folder, &INTERRUPTED)?;
-    for (fold, best) in bests.iter().enumerate() {
-        match best {
-            Some(best) => {
-                println!("fold {fold}: best validation C-index {:.3} in epoch {}", best.c_index, best.epoch + 1)
-            }
-            None => println!("fold {fold}: no epoch was chosen by C-index; the last one's model was kept"),
-        }
-    }
+    run.train(&folder, &INTERRUPTED)?;
+    let summary = eval::evaluate_run(&folder, device)?;
+    print!(
+        "
+{}",
+        summary.table()
+    );
+    println!("report {}", folder.join("report.html").display());
     Ok(())
 }

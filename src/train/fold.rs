@@ -109,7 +109,7 @@ pub struct FoldTrainer<'a> {
 /// Whether a fold came to its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Outcome {
-    Finished(Option<Best>),
+    Finished,
     Stopped,
 }
 
@@ -167,7 +167,7 @@ impl<'a> FoldTrainer<'a> {
                 return Ok(Outcome::Stopped);
             }
         }
-        Ok(Outcome::Finished(self.progress.best))
+        Ok(Outcome::Finished)
     }
 
     /// One epoch: training, validation, the best model, a line of metrics, a checkpoint.

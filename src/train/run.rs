@@ -3,6 +3,7 @@
 //!   RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
 //!   RUN/metrics.jsonl          a line an epoch
 //!   RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
+//!   RUN/report.html, ...       what crate::report::write leaves, once all folds are trained
 
 use std::{
     io::Write,
@@ -23,7 +24,6 @@ use crate::{
         dataset::{Dataset, Fold},
         labels::Bins,
     },
-    device::Device,
 };
 
 /// The demo's cohort, in its run's folder.
@@ -90,7 +90,6 @@ pub struct Run {
 impl Run {
     /// Reads the tables, all folds, and the headers of all feature files.
     pub fn open(config: RunConfig) -> Result<Self> {
-        Device::from_name(&config.device, config.threads)?;
         let dataset = Dataset::open(&config.source())?;
         let bins = Bins::cut(&dataset.slides, config.n_classes)?;
         let folds = (0..config.folds).map(|fold| dataset.fold(&config.splits, fold)).collect::<Result<_>>()?;
@@ -112,29 +111,21 @@ impl Run {
     }
 
     /// Trains all folds, from the beginning or from where the folder's checkpoints are. `interrupted` asks for a stop after the slide in hand.
-    /// Returns each fold's best epoch.
-    pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<Vec<Option<Best>>> {
+    pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<()> {
         let mut display = Display::new(folder, &self.config, &self.dataset, &self.folds, interrupted);
         trim_metrics(folder, self.folds.len())?;
-        let mut bests = Vec::new();
         for (i, fold) in self.folds.iter().enumerate() {
             let parts = fold_folder(folder, i);
             std::fs::create_dir_all(&parts).map_err(|e| Error::file(&parts, format!("cannot be made: {e}")))?;
             let mut trainer = FoldTrainer::new(&self.config, &self.dataset, &self.bins, (i, fold), &parts)?;
             let mut log = Log { path: metrics_path(folder), display: &mut display };
-            match trainer.run(&mut log)? {
-                Outcome::Finished(best) => bests.push(best),
-                Outcome::Stopped => {
-                    display.finish();
-                    return Err(Error::Interrupted(format!(
-                        "stopped; go on with: cf-train --resume {}",
-                        folder.display()
-                    )));
-                }
+            if trainer.run(&mut log)? == Outcome::Stopped {
+                display.finish();
+                return Err(Error::Interrupted(format!("stopped; go on with: cf-train --resume {}", folder.display())));
             }
         }
         display.finish();
-        Ok(bests)
+        Ok(())
     }
 }
 
