@@ -4,10 +4,9 @@
 //!
 //! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one arena for a step's activations.
 
-use std::collections::BTreeMap;
-
 use crate::{
     Error, Result,
+    data::torch::{Parameter, StateDict},
     device::{Arena, Buffer, Device, Real},
     model::{Bags, Config, Context, CrossFusion, Saved},
     ops::{
@@ -170,16 +169,17 @@ impl<T: Real> Engine<T> {
     }
 
     /// Replaces all parameters; every tensor of the model must be there with its shape, and no other.
-    pub fn load(&mut self, tensors: &BTreeMap<String, (Vec<usize>, Vec<T>)>) -> Result<()> {
+    pub fn load(&mut self, tensors: &StateDict) -> Result<()> {
         for entry in self.model.layout.entries() {
-            let Some((shape, values)) = tensors.get(&entry.name) else {
+            let Some(Parameter { shape, values }) = tensors.get(&entry.name) else {
                 return Err(Error::Usage(format!("the checkpoint lacks tensor `{}` {:?}", entry.name, entry.shape)));
             };
             if *shape != entry.shape || values.len() != entry.len() {
                 let (tensor, got, expected) = (entry.name.clone(), shape.clone(), entry.shape.clone());
                 return Err(Error::Shape { op: "checkpoint", tensor, got, expected });
             }
-            self.device.upload(values, self.params.view(entry.offset, 1, entry.len()))?;
+            let values: Vec<T> = values.iter().map(|&x| T::of(f64::from(x))).collect();
+            self.device.upload(&values, self.params.view(entry.offset, 1, entry.len()))?;
         }
         let unknown = tensors.keys().find(|name| self.model.layout.entries().iter().all(|entry| &entry.name != *name));
         match unknown {
