@@ -45,7 +45,7 @@ pub fn settings(folder: &Path) -> Result<toml::Table> {
 }
 
 fn clinical(folder: &Path) -> PathBuf {
-    folder.join("clinical.csv")
+    folder.join("demo_cohort.csv")
 }
 
 fn splits(folder: &Path) -> PathBuf {
