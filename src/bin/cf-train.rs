@@ -11,7 +11,10 @@ use crossfusion::{
     data::demo,
     device::Device,
     eval,
-    train::{config::RunConfig, run},
+    train::{
+        config::RunConfig,
+        run::{self, Run},
+    },
 };
 
 /// Set by Ctrl-C; a second one ends the program at once.
@@ -72,7 +75,7 @@ fn train() -> Result<()> {
         (folder.clone(), resumed(&settings, &matches, folder)?)
     } else if arguments.demo {
         let folder = arguments.out.unwrap_or_else(|| run::fresh_folder("demo"));
-        let config = settings.resolve(&matches, "--demo", demo::settings(&folder.join("cohort"))?)?;
+        let config = settings.resolve(&matches, "--demo", demo::settings(&folder.join(run::DEMO_DATA))?)?;
         (folder, config)
     } else {
         let name = arguments.config.as_ref().map_or("the flags".into(), |path| path.display().to_string());
@@ -80,12 +83,15 @@ fn train() -> Result<()> {
         let config = settings.resolve(&matches, &name, table.unwrap_or_default())?;
         (arguments.out.unwrap_or_else(|| run::fresh_folder(&config.backbone)), config)
     };
-    if arguments.resume.is_none() {
-        run::create(&folder, &config)?;
-    }
+    let device = Device::from_name(&config.device, config.threads)?;
     if arguments.demo {
-        println!("writing a synthetic cohort to {}", folder.join("cohort").display());
-        demo::write_demo(&folder.join("cohort"), config.seed)?;
+        let cohort = folder.join(run::DEMO_DATA);
+        println!("writing a synthetic cohort to {}", cohort.display());
+        demo::write_demo(&cohort, config.seed)?;
+    }
+    let run = Run::open(config)?;
+    if arguments.resume.is_none() {
+        run.create(&folder)?;
     }
     let handler = || {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
@@ -94,9 +100,13 @@ fn train() -> Result<()> {
         eprintln!("finishing the slide in hand; once more stops at once");
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
-    run::train(&folder, &config, &INTERRUPTED)?;
-    let summary = eval::evaluate_run(&folder, Device::from_name(&config.device, config.threads)?)?;
-    print!("\n{}", summary.table());
+    run.train(&folder, &INTERRUPTED)?;
+    let summary = eval::evaluate_run(&folder, device)?;
+    print!(
+        "
+{}",
+        summary.table()
+    );
     println!("report {}", folder.join("report.html").display());
     Ok(())
 }
