@@ -5,7 +5,6 @@ use std::{
     sync::{OnceLock, atomic::AtomicBool},
 };
 
-use clap::{CommandFactory, FromArgMatches, Parser};
 use crossfusion::{
     data::{
         dataset::Source,
@@ -14,21 +13,11 @@ use crossfusion::{
     },
     device::Device,
     eval::{self, Checkpoint},
-    train::{config::RunConfig, run},
+    train::{
+        config::RunConfig,
+        run::{self, Run},
+    },
 };
-
-#[derive(Parser)]
-struct Flags {
-    #[command(flatten)]
-    run: RunConfig,
-}
-
-/// The demo's settings with some flags.
-fn config(cohort: &Path, flags: &[&str]) -> RunConfig {
-    let matches = Flags::command().get_matches_from([&["test"], flags].concat());
-    let flags = Flags::from_arg_matches(&matches).unwrap().run;
-    flags.resolve(&matches, "the demo", demo::settings(cohort).unwrap()).unwrap()
-}
 
 fn device() -> Device {
     Device::from_name("cpu", 1).unwrap()
@@ -48,10 +37,22 @@ fn trained() -> &'static (PathBuf, RunConfig) {
     RUN.get_or_init(|| {
         let folder = folder("trained");
         demo::write_demo(&folder.join("cohort"), 7).unwrap();
-        let flags = ["--embed-dim", "16", "--num-heads", "2", "--num-epochs", "3", "--warmup-epochs", "0"];
-        let config = config(&folder.join("cohort"), &flags);
-        run::create(&folder, &config).unwrap();
-        run::train(&folder, &config, &AtomicBool::new(false)).unwrap();
+        let cohort = folder.join("cohort");
+        let config = RunConfig {
+            clinical: cohort.join("demo_cohort.csv"),
+            splits: cohort.join("splits"),
+            pt_dir: cohort.join("features"),
+            backbone: "synthetic".into(),
+            folds: 2,
+            embed_dim: 16,
+            num_heads: 2,
+            num_epochs: 3,
+            warmup_epochs: 0,
+            ..RunConfig::default()
+        };
+        let run = Run::open(config.clone()).unwrap();
+        run.create(&folder).unwrap();
+        run.train(&folder, &AtomicBool::new(false)).unwrap();
         (folder, config)
     })
 }

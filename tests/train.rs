@@ -37,7 +37,7 @@ fn cohort() -> &'static Path {
 
 fn config() -> RunConfig {
     let table: RunConfig = RunConfig {
-        clinical: cohort().join("clinical.csv"),
+        clinical: cohort().join("demo_cohort.csv"),
         splits: cohort().join("splits"),
         pt_dir: cohort().join("features"),
         backbone: "synthetic".into(),
