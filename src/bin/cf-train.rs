@@ -102,11 +102,7 @@ fn train() -> Result<()> {
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
     run.train(&folder, &INTERRUPTED)?;
     let summary = eval::evaluate_run(&folder, device)?;
-    print!(
-        "
-{}",
-        summary.table()
-    );
+    print!("{}", summary.table());
     println!("report {}", folder.join("report.html").display());
     Ok(())
 }
