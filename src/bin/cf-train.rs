@@ -32,7 +32,7 @@ struct Arguments {
     /// Settings as TOML; flags override it
     #[arg(long, value_name = "F.toml")]
     config: Option<PathBuf>,
-    /// Run folder [default: runs/<backbone>-<number>]
+    /// Run folder [default: runs/BACKBONE-NUMBER]
     #[arg(long, alias = "save-dir", value_name = "RUN")]
     out: Option<PathBuf>,
     #[command(flatten)]

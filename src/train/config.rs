@@ -26,10 +26,10 @@ pub struct RunConfig {
     #[arg(long, alias = "csv-path")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest: Option<PathBuf>,
-    /// Folder of splits_<fold>.csv
+    /// Folder of splits_0.csv, splits_1.csv, ...
     #[arg(long, alias = "splits-path", default_value = "", hide_default_value = true, value_parser = path)]
     pub splits: PathBuf,
-    /// Folder of <backbone>/x{5,10,20}/pt_files/<slide>.pt
+    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
     #[arg(long, default_value = "", hide_default_value = true, value_parser = path)]
     pub pt_dir: PathBuf,
     /// Name of the feature extractor, a folder in --pt-dir

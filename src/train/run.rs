@@ -1,9 +1,11 @@
 //! A run: a folder, its folds one after the other, and what is shown meanwhile.
 //!
-//!   RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
-//!   RUN/metrics.jsonl          a line an epoch
-//!   RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
-//!   RUN/report.html, ...       what crate::report::write leaves, once all folds are trained
+//! ```text
+//! RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
+//! RUN/metrics.jsonl          a line an epoch
+//! RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
+//! RUN/report.html, ...       what `crate::report::write` leaves, once all folds are trained
+//! ```
 
 use std::{
     io::Write,

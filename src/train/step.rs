@@ -45,7 +45,7 @@ pub struct Plan {
     pub step_flop: f64,
 }
 
-/// The arenas that [`Engine::arena_view`] names, and that a checkpoint holds.
+/// The arenas that [`Engine::read_state`] names, and that a checkpoint holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     Params,
