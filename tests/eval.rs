@@ -179,7 +179,7 @@ fn published_checkpoints_predict() {
         eprintln!("SKIPPED published_checkpoints_predict: {} not found", files[0].display());
         return;
     }
-    let features = read_state_dict(&files[0]).unwrap()["s_lin_proj.0.weight"].0[1];
+    let features = read_state_dict(&files[0]).unwrap()["s_lin_proj.0.weight"].shape[1];
     let folder = folder("published");
     let mut table = String::from(",case_id,slide_id,censorship,survival_months\n");
     for slide in 0..8 {

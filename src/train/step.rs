@@ -70,17 +70,8 @@ impl<T: Real> Engine<T> {
     /// Logits of a slide, without dropout.
     pub fn evaluate(&mut self, bags: Bags<T>) -> Result<Vec<f64>> {
         self.reserve(sizes(&bags), false)?;
-        self.arena.reset();
-        let (device, model) = (&self.device, &self.model);
-        let mut ctx = Context {
-            device,
-            arena: &mut self.arena,
-            params: &self.params,
-            grads: &self.grads,
-            draw: None,
-            config: &model.config,
-        };
-        device.install(|| Ok(logits(device, &model.forward(&mut ctx, bags)?)))
+        let (model, mut ctx) = self.pass(None);
+        ctx.device.install(|| Ok(logits(ctx.device, &model.forward(&mut ctx, bags)?)))
     }
 
     /// Forward, `loss` (from logits to their gradient, scaled as it shall be summed), backward: adds one slide's gradients.
@@ -93,23 +84,21 @@ impl<T: Real> Engine<T> {
         loss: impl FnOnce(&[f64]) -> Vec<f64> + Send,
     ) -> Result<Vec<f64>> {
         self.reserve(sizes(&bags), true)?;
-        self.arena.reset();
-        let (device, model) = (&self.device, &self.model);
-        let mut ctx = Context {
-            device,
-            arena: &mut self.arena,
-            params: &self.params,
-            grads: &self.grads,
-            draw,
-            config: &model.config,
-        };
-        device.install(|| {
+        let (model, mut ctx) = self.pass(draw);
+        ctx.device.install(|| {
             let saved = model.forward(&mut ctx, bags)?;
-            let logits = logits(device, &saved);
+            let logits = logits(ctx.device, &saved);
             let dlogits: Vec<T> = loss(&logits).into_iter().map(T::of).collect();
             model.backward(&mut ctx, saved, &dlogits, inputs)?;
             Ok(logits)
         })
+    }
+
+    /// What a pass works with; the arena is empty.
+    fn pass(&mut self, draw: Option<Draw>) -> (&CrossFusion, Context<'_>) {
+        self.arena.reset();
+        let Self { device, model, arena, params, grads, .. } = self;
+        (model, Context { device, arena, params, grads, draw, config: &model.config })
     }
 
     /// One Adam update from the summed gradients, which are zero afterwards.
