@@ -35,6 +35,10 @@ pub struct RunConfig {
     /// Name of the feature extractor, a folder in --pt-dir
     #[arg(long, default_value = "", hide_default_value = true)]
     pub backbone: String,
+    /// Width of the features, checked if given
+    #[arg(long)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backbone_dim: Option<usize>,
     /// Folds to train, from 0
     #[arg(long, alias = "num-folds", default_value_t = 5)]
     pub folds: usize,

@@ -93,6 +93,11 @@ impl Run {
     /// Reads the tables, all folds, and the headers of all feature files.
     pub fn open(config: RunConfig) -> Result<Self> {
         let dataset = Dataset::open(&config.source())?;
+        if let Some(width) = config.backbone_dim.filter(|&width| width != dataset.features) {
+            let message =
+                format!("--backbone-dim {width}: the features of {} have width {}", config.backbone, dataset.features);
+            return Err(Error::Usage(message));
+        }
         let bins = Bins::cut(&dataset.slides, config.n_classes)?;
         let folds = (0..config.folds).map(|fold| dataset.fold(&config.splits, fold)).collect::<Result<_>>()?;
         Ok(Self { config, dataset, bins, folds })
