@@ -1,0 +1,17 @@
+#![no_main]
+
+use crossfusion::data::features::FeatureFile;
+
+libfuzzer_sys::fuzz_target!(
+    init: {
+        // libFuzzer's hook aborts at once; the reader turns panics of rust-hdf5 into errors, so it must get to see them.
+        // A panic that leaves the reader still aborts.
+        std::panic::set_hook(Box::new(|_| ()));
+    },
+    |data: &[u8]| {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("bag.h5");
+        std::fs::write(&path, data).expect("a temporary file");
+        let _ = FeatureFile::open(&path).and_then(|file| (file.read(), file.coordinates()).0);
+    }
+);
