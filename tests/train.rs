@@ -211,6 +211,7 @@ fn wrong_input_is_refused_in_a_sentence() {
         (vec!["--config", good, "--learning-rate=-1"], 2, "--learning-rate -1: expected a number from 0 to 1"),
         (vec!["--config", good, "--loss-fn", "mse"], 2, "possible values: nll_surv, ce_surv"),
         (vec!["--config", good, "--embed-dim", "30", "--num-heads", "4"], 2, "expected an even dim that heads divides"),
+        (vec!["--config", good, "--threads", "100000"], 2, "100000 threads: expected at most 1024"),
         (vec!["--config", good, "--device", "tpu"], 2, "expected auto or cpu"),
         (vec!["--config", good, "--device", "cuda"], 1, "no CUDA kernels"),
         (vec!["--config", "typo.toml"], 2, "unknown field `learning_rat`"),

@@ -16,6 +16,9 @@ pub use real::Real;
 use super::View;
 use crate::{Error, Result};
 
+/// More threads than this are a slip of the pen, and would only take memory.
+const MOST_THREADS: usize = 1024;
+
 pub struct Cpu {
     pool: rayon::ThreadPool,
     arch: Arch,
@@ -36,6 +39,9 @@ impl Cpu {
 
     /// With a given instruction set, for tests of the narrower ones.
     pub fn with_arch(threads: usize, arch: Arch) -> Result<Self> {
+        if threads > MOST_THREADS {
+            return Err(Error::Usage(format!("{threads} threads: expected at most {MOST_THREADS}")));
+        }
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("cpu-{i}"))
