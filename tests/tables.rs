@@ -49,6 +49,31 @@ fn counts(slides: &[&Slide], bins: &Bins) -> Vec<usize> {
     counts
 }
 
+/// The labels alone, from the rows that the goldens carry: needs no data but them.
+#[test]
+fn labels_are_cut_as_pandas_does_it() {
+    for name in ["blca", "coad", "luad", "ucec"] {
+        let path = common::goldens().join(format!("labels_{name}.json"));
+        let Ok(bytes) = std::fs::read(&path) else {
+            eprintln!("SKIPPED {name}: {} not found", path.display());
+            continue;
+        };
+        let golden: Labels = serde_json::from_slice(&bytes).unwrap();
+        let slide = |row: &Row| Slide {
+            case_id: row.case_id.clone(),
+            slide_id: row.slide_id.clone(),
+            months: row.months,
+            censored: row.censorship == 1,
+        };
+        let slides: Vec<_> = golden.slides.iter().map(slide).collect();
+        let bins = Bins::cut(&slides, 4).unwrap();
+        for (slide, row) in slides.iter().zip(&golden.slides) {
+            assert_eq!(bins.label(slide.months), row.label, "{name} {}", row.slide_id);
+        }
+        assert_eq!(counts(&slides.iter().collect::<Vec<_>>(), &bins), golden.class_counts, "{name}");
+    }
+}
+
 #[test]
 fn real_cohorts_are_joined_cut_and_split_as_pandas_does_it() {
     let data = match std::env::var_os("CROSSFUSION_DATA") {
@@ -129,7 +154,9 @@ fn odd_clinical_tables_are_refused_by_row_and_column() {
             "row 3, column `slide_id`: slide `S1.svs` stands in row 2 already",
         ),
         (format!("{HEADER}0,,S1.svs,0,5\n"), "row 2, column `case_id`: the cell is empty"),
-        (format!("{HEADER}0,P1,S1.svs\n"), "row 2, column `censorship`: the row has 3 cells, expected 5"),
+        (format!("{HEADER}0,P1,S1.svs\n"), "row 2, column `case_id`: the row has 3 cells, expected 5"),
+        (format!("{HEADER}0,P1,S1,x.svs,0,5\n"), "row 2, column `case_id`: the row has 6 cells, expected 5"),
+        (format!("{HEADER}0,P1,S1.svs,0,5\r\n\r\n1,P2,S2.svs,0,abc\r\n"), "row 4, column `survival_months`: `abc`"),
         ("case_id,case_id,slide_id,censorship,survival_months\n".into(), "two columns named `case_id`"),
         (String::new(), "lacks the column `case_id`"),
     ];
@@ -155,6 +182,7 @@ fn odd_folds_are_refused_by_row_and_column() {
     assert_eq!(split(",train,val\n0,A,C\n1,D,\n").unwrap().without_outcome, 1);
     for (text, expected) in [
         (",train,val\n0,A,X\n", "row 2, column `val`: case `X` is neither in the clinical table nor in the manifest"),
+        (",train,val\n0,A,D-0\n", "row 2, column `val`: case `D-0` is neither"),
         (",train,val\n0,A,B\n1,B,\n", "row 3, column `train`: case `B` is in `val` in row 2 already"),
         (",train,val\n0,A,B\n1,A,\n", "row 3, column `train`: case `A` is in `train` in row 2 already"),
         (",train,val\n0,A,\n", "no case in its column `val`"),

@@ -75,10 +75,17 @@ impl Cohort {
         self.cases.contains(case)
     }
 
+    pub fn has_manifest(&self) -> bool {
+        !self.manifest.is_empty()
+    }
+
     /// Whether the manifest lists a file of this case; TCGA's file names start with the case.
     pub fn in_manifest(&self, case: &str) -> bool {
-        let at = self.manifest.partition_point(|name| name.as_str() < case);
-        self.manifest.get(at).is_some_and(|name| name.starts_with(case))
+        // a case without its last letters is a typing error, not a case
+        let of_case =
+            |name: &String| name.strip_prefix(case).is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', '.']));
+        let from = self.manifest.partition_point(|name| name.as_str() < case);
+        self.manifest[from..].iter().take_while(|name| name.starts_with(case)).any(of_case)
     }
 }
 
@@ -151,7 +158,7 @@ pub fn find_features(slides: Vec<Slide>, pt_dir: &Path, backbone: &str) -> Resul
         PLACES.iter().map(place).find(|path| path.is_file())
     };
     let (mut found, mut missing) = (Vec::new(), Missing::default());
-    let total = slides.len();
+    let (total, first) = (slides.len(), slides.first().map(|slide| slide.name().to_string()).unwrap_or_default());
     for slide in slides {
         match MAGNIFICATIONS.map(|magnification| find(magnification, slide.name())) {
             [Some(x5), Some(x10), Some(x20)] => found.push((slide, [x5, x10, x20])),
@@ -164,7 +171,13 @@ pub fn find_features(slides: Vec<Slide>, pt_dir: &Path, backbone: &str) -> Resul
         }
     }
     if found.is_empty() {
-        return Err(Error::file(&folder, format!("has features at 5x, 10x and 20x of none of the {total} slides")));
+        let [x5, x10, x20] = missing.by_magnification;
+        let message = format!(
+            "has features at all three magnifications of none of the {total} slides ({x5} lack x5, {x10} x10, {x20} x20); \
+             looked for the likes of {}",
+            folder.join("x20/pt_files").join(format!("{first}.pt")).display()
+        );
+        return Err(Error::file(&folder, message));
     }
     Ok((found, missing))
 }

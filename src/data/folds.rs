@@ -39,7 +39,12 @@ pub fn parse_split(table: &Table, path: &Path, cohort: &Cohort) -> Result<Split>
         for (column, case) in cells.iter().enumerate().filter(|(_, case)| !case.is_empty()) {
             if !cohort.has_outcome(case) {
                 if !cohort.in_manifest(case) {
-                    let message = format!("case `{case}` is neither in the clinical table nor in the manifest");
+                    let message = match cohort.has_manifest() {
+                        true => format!("case `{case}` is neither in the clinical table nor in the manifest"),
+                        false => format!(
+                            "case `{case}` is not in the clinical table (with --manifest, cases that it lists are left out)"
+                        ),
+                    };
                     return Err(table.error(row, column, message));
                 }
                 split.without_outcome += 1;

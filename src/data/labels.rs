@@ -16,7 +16,7 @@ impl Bins {
     /// Cuts at the quantiles of the uncensored slides (linear interpolation, as `pandas.qcut`); the outer edges are moved to the ends of all
     /// slides.
     pub fn cut(slides: &[Slide], bins: usize) -> Result<Self> {
-        let undefined = |reason: String| Error::Statistic { statistic: "the survival bins", reason };
+        let undefined = |reason: String| Error::Statistic { statistic: "the set of survival bins", reason };
         let mut events: Vec<f64> = slides.iter().filter(|s| !s.censored).map(|s| s.months).collect();
         events.sort_by(f64::total_cmp);
         if events.is_empty() {

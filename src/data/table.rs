@@ -45,17 +45,19 @@ impl Table {
             }
         }
         let mut rows = Vec::new();
+        let (mut row, mut counted) = (1, 0);
         for record in reader.records() {
             let record = record.map_err(|e| Error::file(path, format!("is not a table: {e}")))?;
-            let row = record.position().map_or(0, |p| p.line() as usize);
-            let mut cells = Vec::new();
-            for (&place, column) in places.iter().zip(columns) {
-                let cell = record.get(place).ok_or_else(|| {
-                    let message = format!("the row has {} cells, expected {}", record.len(), header.len());
-                    Error::cell(path, row, column, message)
-                })?;
-                cells.push(cell.to_string());
+            // The reader's own line number is off after empty lines and with \r\n; count the lines up to the record's first character.
+            let start = record.position().map_or(0, |p| p.byte() as usize);
+            let start = start + text[start..].iter().take_while(|&&b| b == b'\r' || b == b'\n').count();
+            row += text[counted..start].iter().filter(|&&b| b == b'\n').count();
+            counted = start;
+            if record.len() != header.len() {
+                let message = format!("the row has {} cells, expected {} as in the header", record.len(), header.len());
+                return Err(Error::cell(path, row, columns.first().unwrap_or(&""), message));
             }
+            let cells = places.iter().map(|&place| record[place].to_string()).collect();
             rows.push((row, cells));
         }
         let columns = columns.iter().map(|c| c.to_string()).collect();
