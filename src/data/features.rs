@@ -47,7 +47,7 @@ impl FeatureFile {
         if !bytes.starts_with(HDF5_MAGIC) {
             return Self::from_mapped(path, bytes);
         }
-        let bag = H5Bag::open(path, bytes.len() as u64).map_err(|e| Error::file(path, e))?;
+        let bag = H5Bag::open(path, &bytes).map_err(|e| Error::file(path, e))?;
         let (patches, features) = bag.shape();
         Self::checked(path, patches, features, bag.dtype(), Numbers::H5(bag))
     }

@@ -32,8 +32,14 @@ pub struct H5Bag {
 }
 
 impl H5Bag {
-    /// `file_size` in bytes bounds what the header may claim.
-    pub fn open(path: &Path, file_size: u64) -> Result<Self, String> {
+    /// `content` is the file at `path`: it is measured here, and read by rust-hdf5 through its own handle.
+    pub fn open(path: &Path, content: &[u8]) -> Result<Self, String> {
+        let file_size = content.len() as u64;
+        if let Some(end) = stored_end(content)
+            && end > file_size
+        {
+            return Err(format!("is truncated: {file_size} bytes of {end}"));
+        }
         guarded(|| {
             // Without a lock, so that a file on a read-only or network file system opens too.
             let file = H5File::options().no_locking().open(path).map_err(damaged)?;
@@ -120,6 +126,18 @@ impl H5Bag {
             Array2::from_shape_vec((self.patches, 2), values).map(Some).map_err(damaged)
         })
     }
+}
+
+/// Where the file ends according to its superblock, as libhdf5 checks too: without that, chunks whose index was cut off
+/// would read as zeros. Layout: HDF5 File Format Specification 3.0, section II.A, with the usual 8-byte addresses.
+fn stored_end(content: &[u8]) -> Option<u64> {
+    let (size_of_addresses, end) = match content.get(8)? {
+        0 => (13, 40),
+        1 => (13, 44),
+        _ => (9, 28),
+    };
+    let end = content.get(end..)?.first_chunk().map(|&bytes| u64::from_le_bytes(bytes));
+    end.filter(|_| content[size_of_addresses] == 8)
 }
 
 /// A dataset of this file itself, of a size that the file can hold. Links and layouts that lead to other files are
