@@ -10,7 +10,11 @@ use crossfusion::{
     device::{Device, View},
     loss::{Loss, Prediction, Target},
     model::Bags,
-    train::step::{Engine, State},
+    train::{
+        config::RunConfig,
+        fold::train_slide,
+        step::{Engine, State},
+    },
 };
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -209,5 +213,85 @@ fn losses() {
             assert_close(&format!("case {i} gradient"), &gradient, &case.grad, 1e-6);
         }
         println!("{}: {} cases agree", path.display(), cases.len());
+    }
+}
+
+/// 36 slides of training as published but without dropout, through the function that `cf-train` calls for each slide: every learning rate, loss
+/// and risk, and the final parameters.
+#[test]
+fn trajectory() {
+    #[derive(Deserialize)]
+    struct Trajectory {
+        config: ModelConfig,
+        fill_tag: String,
+        parameters: BTreeMap<String, Parameter>,
+        input_law: Law,
+        bags: Vec<[usize; 3]>,
+        labels: Vec<usize>,
+        censorship: Vec<f64>,
+        epochs: usize,
+        accumulate: usize,
+        lr: f64,
+        weight_decay: f64,
+        cosine_t_max: usize,
+        eta_min: f64,
+        alpha: f64,
+        steps: Vec<Step>,
+        #[serde(rename = "final")]
+        last: BTreeMap<String, Summary>,
+    }
+    #[derive(Deserialize)]
+    struct Step {
+        epoch: usize,
+        slide: usize,
+        lr: f64,
+        loss: f64,
+        risk: f64,
+    }
+    #[derive(Deserialize)]
+    struct Summary {
+        norm: f64,
+        mean: f64,
+    }
+    for path in files("trajectory", ".json") {
+        let t: Trajectory = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let model = t.config.build();
+        let mut engine = Engine::<f32>::new(device(), &model, 0).unwrap();
+        engine.load(&parameters(&t.fill_tag, &t.parameters)).unwrap();
+        let run = RunConfig {
+            learning_rate: t.lr,
+            weight_decay: t.weight_decay,
+            cosine_t_max: t.cosine_t_max,
+            eta_min: t.eta_min,
+            grad_accum_steps: t.accumulate,
+            alpha_surv: t.alpha,
+            ..RunConfig::default()
+        };
+        assert_eq!(t.steps.len(), t.epochs * t.bags.len());
+        for step in &t.steps {
+            let data = [0, 1, 2].map(|i| {
+                let name = format!("{}/{}", step.slide, ["x5", "x10", "x20"][i]);
+                bag(&t.fill_tag, &name, t.bags[step.slide][i], model.features, t.input_law)
+            });
+            let [x5, x10, x20] = data.each_ref().map(|x| View::of_slice(x, x.len() / model.features, model.features));
+            let target = Target { label: t.labels[step.slide], censored: t.censorship[step.slide] == 1.0 };
+            let bags = Bags { x5, x10, x20 };
+            let (loss, risk) = train_slide(&mut engine, &run, bags, target, None, step.epoch, step.slide).unwrap();
+            let what = format!("epoch {} slide {}", step.epoch, step.slide);
+            assert_close(&format!("{what} rate"), &[run.adam(step.epoch).learning_rate], &[step.lr], 1e-12);
+            assert_close(&format!("{what} loss, risk"), &[loss, risk], &[step.loss, step.risk], 1e-4);
+        }
+        let updates = t.epochs * (t.bags.len() / t.accumulate);
+        for (name, expected) in &t.last {
+            let values: Vec<f64> = engine.read(State::Params, name).unwrap().into_iter().map(f64::from).collect();
+            let mean = values.iter().sum::<f64>() / values.len() as f64;
+            // A key bias' gradient is rounding alone, which Adam scales up to the learning rate: what it may move in all updates.
+            let drift = if name.ends_with("k_proj.bias") { t.lr * updates as f64 } else { 1e-5 };
+            let error = (norm(&values) - expected.norm).abs();
+            let allowed = 1e-4 * expected.norm + drift * (values.len() as f64).sqrt();
+            assert!(error <= allowed, "{name}: norm {}, expected {}", norm(&values), expected.norm);
+            assert!((mean - expected.mean).abs() <= 1e-4 + drift, "{name}: mean {mean}, expected {}", expected.mean);
+        }
+        println!("{}: {} steps agree", path.display(), t.steps.len());
     }
 }

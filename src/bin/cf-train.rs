@@ -9,7 +9,12 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use crossfusion::{
     Error, Result,
     data::demo,
-    train::{config::RunConfig, run},
+    device::Device,
+    eval,
+    train::{
+        config::RunConfig,
+        run::{self, Run},
+    },
 };
 
 /// Set by Ctrl-C; a second one ends the program at once.
@@ -70,7 +75,7 @@ fn train() -> Result<()> {
         (folder.clone(), resumed(&settings, &matches, folder)?)
     } else if arguments.demo {
         let folder = arguments.out.unwrap_or_else(|| run::fresh_folder("demo"));
-        let config = settings.resolve(&matches, "--demo", demo::settings(&folder.join("cohort"))?)?;
+        let config = settings.resolve(&matches, "--demo", demo::settings(&folder.join(run::DEMO_DATA))?)?;
         (folder, config)
     } else {
         let name = arguments.config.as_ref().map_or("the flags".into(), |path| path.display().to_string());
@@ -78,12 +83,15 @@ fn train() -> Result<()> {
         let config = settings.resolve(&matches, &name, table.unwrap_or_default())?;
         (arguments.out.unwrap_or_else(|| run::fresh_folder(&config.backbone)), config)
     };
-    if arguments.resume.is_none() {
-        run::create(&folder, &config)?;
-    }
+    let device = Device::from_name(&config.device, config.threads)?;
     if arguments.demo {
-        println!("writing a synthetic cohort to {}", folder.join("cohort").display());
-        demo::write_demo(&folder.join("cohort"), config.seed)?;
+        let cohort = folder.join(run::DEMO_DATA);
+        println!("writing a synthetic cohort to {}", cohort.display());
+        demo::write_demo(&cohort, config.seed)?;
+    }
+    let run = Run::open(config)?;
+    if arguments.resume.is_none() {
+        run.create(&folder)?;
     }
     let handler = || {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
@@ -92,14 +100,13 @@ fn train() -> Result<()> {
         eprintln!("finishing the slide in hand; once more stops at once");
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
-    let bests = run::train(&folder, &config, &INTERRUPTED)?;
-    for (fold, best) in bests.iter().enumerate() {
-        match best {
-            Some(best) => {
-                println!("fold {fold}: best validation C-index {:.3} in epoch {}", best.c_index, best.epoch + 1)
-            }
-            None => println!("fold {fold}: no epoch was chosen by C-index; the last one's model was kept"),
-        }
-    }
+    run.train(&folder, &INTERRUPTED)?;
+    let summary = eval::evaluate_run(&folder, device)?;
+    print!(
+        "
+{}",
+        summary.table()
+    );
+    println!("report {}", folder.join("report.html").display());
     Ok(())
 }

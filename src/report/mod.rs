@@ -1,1 +1,38 @@
-//! Plots and the report page.
+//! What an evaluation shows: its numbers ([`Summary`]), plots, and one page that holds them all.
+//!
+//! Everything here is made from predictions and plain metadata; no model is needed.
+
+pub mod figure;
+mod files;
+pub mod history;
+pub mod html;
+pub mod km;
+pub mod risk;
+mod summary;
+
+pub use files::{predictions_csv, write};
+pub use summary::{Fold, FoldResult, LogRankResult, SlideResult, Summary};
+
+/// The run a report is about, as far as numbers do not tell.
+#[derive(Clone, Debug, Default)]
+pub struct About {
+    /// The headline: the cohort.
+    pub title: String,
+    /// Backbone, model, date of the run and the like, in the order shown.
+    pub facts: Vec<(String, String)>,
+    /// How each fold's model was chosen, in a sentence; empty where that is not known.
+    pub protocol: String,
+    /// The resolved configuration, as TOML.
+    pub config: String,
+    /// Commands that give this result again, one a line.
+    pub commands: String,
+}
+
+/// "p = 0.034", "p < 0.0001".
+pub fn p_text(p: f64) -> String {
+    match p {
+        p if p < 1e-4 => "p < 0.0001".into(),
+        p if p < 0.01 => format!("p = {p:.4}"),
+        p => format!("p = {p:.3}"),
+    }
+}

@@ -98,8 +98,9 @@ impl CoxCohort {
     pub fn presorted(time: &[f64], event: &[bool], strata: Option<&[usize]>, weights: Option<&[f64]>) -> Result<Self> {
         check_columns(time, event, strata, weights)?;
         let stratum = |row: usize| strata.map_or(0, |strata| strata[row]);
-        let rows = (1..time.len()).into_par_iter().with_min_len(CHUNK);
-        if let Some(row) = rows.find_first(|&i| (stratum(i - 1), time[i - 1]) > (stratum(i), time[i])) {
+        let descends = |row: &usize| (stratum(row - 1), time[row - 1]) > (stratum(*row), time[*row]);
+        let blocks = (1..time.len()).into_par_iter().step_by(CHUNK);
+        if let Some(row) = blocks.find_map_first(|i| (i..time.len().min(i + CHUNK)).find(descends)) {
             let (before, time) = (time[row - 1], time[row]);
             let reason =
                 format!("its rows are not presorted by stratum and time: {before} comes before {time} (row {row})");

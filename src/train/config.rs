@@ -101,6 +101,18 @@ pub struct RunConfig {
     pub threads: usize,
 }
 
+/// The published settings, without paths.
+impl Default for RunConfig {
+    fn default() -> Self {
+        #[derive(clap::Parser)]
+        struct NoFlags {
+            #[command(flatten)]
+            config: RunConfig,
+        }
+        <NoFlags as clap::Parser>::parse_from(["cf-train"]).config
+    }
+}
+
 /// A path that may still be empty: the file of settings may give it.
 fn path(text: &str) -> std::result::Result<PathBuf, std::convert::Infallible> {
     Ok(text.into())

@@ -109,7 +109,7 @@ pub struct FoldTrainer<'a> {
 /// Whether a fold came to its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Outcome {
-    Finished(Option<Best>),
+    Finished,
     Stopped,
 }
 
@@ -129,8 +129,13 @@ impl<'a> FoldTrainer<'a> {
     }
 
     /// A fold from its start, or from its checkpoint if there is one in `folder`.
-    pub fn new(config: &'a RunConfig, dataset: &'a Dataset, bins: &Bins, fold: usize, folder: &Path) -> Result<Self> {
-        let slides = dataset.fold(&config.splits, fold)?;
+    pub fn new(
+        config: &'a RunConfig,
+        dataset: &'a Dataset,
+        bins: &Bins,
+        (fold, slides): (usize, &Fold),
+        folder: &Path,
+    ) -> Result<Self> {
         let device = Device::from_name(&config.device, config.threads)?;
         let mut engine = Engine::new(device, &config.model(dataset.features), config.seed.wrapping_add(fold as u64))?;
         let path = Self::checkpoint_path(folder);
@@ -139,7 +144,7 @@ impl<'a> FoldTrainer<'a> {
             checkpoint::load_state(&path, &mut engine)?;
         }
         engine.updates = progress.updates;
-        engine.reserve(largest(dataset, &slides), true)?;
+        engine.reserve(largest(dataset, slides), true)?;
         let classes: Vec<_> = slides.train.iter().map(|&i| bins.class(&dataset.slides[i])).collect();
         Ok(Self {
             config,
@@ -147,7 +152,7 @@ impl<'a> FoldTrainer<'a> {
             fold,
             bins: bins.clone(),
             sampler: Sampler::new(&classes),
-            slides,
+            slides: slides.clone(),
             folder: folder.to_path_buf(),
             engine,
             progress,
@@ -162,7 +167,7 @@ impl<'a> FoldTrainer<'a> {
                 return Ok(Outcome::Stopped);
             }
         }
-        Ok(Outcome::Finished(self.progress.best))
+        Ok(Outcome::Finished)
     }
 
     /// One epoch: training, validation, the best model, a line of metrics, a checkpoint.

@@ -24,26 +24,25 @@ pub struct Display<'a> {
 
 impl<'a> Display<'a> {
     /// Says what the run works on.
-    pub fn new(run: &Path, config: &RunConfig, dataset: &Dataset, interrupted: &'a AtomicBool) -> Self {
+    pub fn new(run: &Path, config: &RunConfig, dataset: &Dataset, folds: &[Fold], interrupted: &'a AtomicBool) -> Self {
         println!("run folder {}", run.display());
         let events = dataset.slides.iter().filter(|slide| !slide.censored).count();
         println!("{} slides with features of width {}, {events} events", dataset.slides.len(), dataset.features);
         if let Some(sentence) = dataset.left_out() {
             println!("{sentence}");
         }
+        for (i, fold) in folds.iter().enumerate() {
+            let without = match fold.without_outcome {
+                0 => String::new(),
+                n => format!(" ({n} cases without an outcome left out)"),
+            };
+            println!("fold {i}: {} slides to train, {} to validate{without}", fold.train.len(), fold.val.len());
+        }
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{msg} {wide_bar:.cyan/blue} {pos}/{len} {elapsed}<{eta}");
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
         Self { interrupted, epochs: config.num_epochs, bar, patches: 0, start: Instant::now(), c_index: None }
-    }
-
-    pub fn fold(&self, fold: usize, slides: &Fold) {
-        let without = match slides.without_outcome {
-            0 => String::new(),
-            n => format!(" ({n} cases without an outcome left out)"),
-        };
-        println!("fold {fold}: {} slides to train, {} to validate{without}", slides.train.len(), slides.val.len());
     }
 
     pub fn slide(&mut self, done: &SlideDone) {

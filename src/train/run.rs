@@ -3,6 +3,7 @@
 //!   RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
 //!   RUN/metrics.jsonl          a line an epoch
 //!   RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
+//!   RUN/report.html, ...       what crate::report::write leaves, once all folds are trained
 
 use std::{
     io::Write,
@@ -18,8 +19,15 @@ use super::{
 };
 use crate::{
     Error, Result,
-    data::{atomic::write_text, dataset::Dataset, labels::Bins},
+    data::{
+        atomic::write_text,
+        dataset::{Dataset, Fold},
+        labels::Bins,
+    },
 };
+
+/// The demo's cohort, in its run's folder.
+pub const DEMO_DATA: &str = "cohort";
 
 pub fn config_path(run: &Path) -> PathBuf {
     run.join("config.toml")
@@ -38,19 +46,6 @@ pub fn fresh_folder(name: &str) -> PathBuf {
     let name = name.replace(['/', '\\'], "_");
     let folder = |i: usize| Path::new("runs").join(format!("{name}-{i}"));
     (1..).map(folder).find(|folder| !folder.exists()).unwrap_or_else(|| folder(0))
-}
-
-/// Makes a run's folder and writes its settings. It may be there already only if it is empty or holds nothing but `cohort`, the demo's data.
-pub fn create(run: &Path, config: &RunConfig) -> Result<()> {
-    let failed = |e: std::io::Error| Error::file(run, format!("cannot be made: {e}"));
-    std::fs::create_dir_all(run).map_err(failed)?;
-    for entry in std::fs::read_dir(run).map_err(failed)? {
-        if entry.map_err(failed)?.file_name() != "cohort" {
-            let message = format!("{} is not empty; choose another --out, or go on with --resume {0}", run.display());
-            return Err(Error::Usage(message));
-        }
-    }
-    write_text(&config_path(run), &config.to_toml()?)
 }
 
 /// A run's epochs so far, in order.
@@ -84,33 +79,54 @@ fn line(metrics: &EpochMetrics) -> String {
     serde_json::to_string(metrics).unwrap_or_default() + "\n"
 }
 
-/// Trains all folds of the run in `run`, from the beginning or from where its checkpoints are. `interrupted` asks for a stop after the slide in
-/// hand. Returns each fold's best epoch.
-pub fn train(run: &Path, config: &RunConfig, interrupted: &AtomicBool) -> Result<Vec<Option<Best>>> {
-    let dataset = Dataset::open(&config.source())?;
-    let bins = Bins::cut(&dataset.slides, config.n_classes)?;
-    let mut display = Display::new(run, config, &dataset, interrupted);
-    // all folds are looked at before the first is trained
-    for fold in 0..config.folds {
-        display.fold(fold, &dataset.fold(&config.splits, fold)?);
+/// A run's settings and data, checked before anything is written.
+pub struct Run {
+    config: RunConfig,
+    dataset: Dataset,
+    bins: Bins,
+    folds: Vec<Fold>,
+}
+
+impl Run {
+    /// Reads the tables, all folds, and the headers of all feature files.
+    pub fn open(config: RunConfig) -> Result<Self> {
+        let dataset = Dataset::open(&config.source())?;
+        let bins = Bins::cut(&dataset.slides, config.n_classes)?;
+        let folds = (0..config.folds).map(|fold| dataset.fold(&config.splits, fold)).collect::<Result<_>>()?;
+        Ok(Self { config, dataset, bins, folds })
     }
-    trim_metrics(run, config.folds)?;
-    let mut bests = Vec::new();
-    for fold in 0..config.folds {
-        let folder = fold_folder(run, fold);
-        std::fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be made: {e}")))?;
-        let mut trainer = FoldTrainer::new(config, &dataset, &bins, fold, &folder)?;
-        let mut log = Log { path: metrics_path(run), display: &mut display };
-        match trainer.run(&mut log)? {
-            Outcome::Finished(best) => bests.push(best),
-            Outcome::Stopped => {
-                display.finish();
-                return Err(Error::Interrupted(format!("stopped; go on with: cf-train --resume {}", run.display())));
+
+    /// Makes the run's folder and writes its settings there. It may exist already only if it is empty, or holds the demo's data.
+    pub fn create(&self, folder: &Path) -> Result<()> {
+        let failed = |e: std::io::Error| Error::file(folder, format!("cannot be made: {e}"));
+        std::fs::create_dir_all(folder).map_err(failed)?;
+        for entry in std::fs::read_dir(folder).map_err(failed)? {
+            if entry.map_err(failed)?.file_name() != DEMO_DATA {
+                let message =
+                    format!("{} is not empty; choose another --out, or go on with --resume {0}", folder.display());
+                return Err(Error::Usage(message));
             }
         }
+        write_text(&config_path(folder), &self.config.to_toml()?)
     }
-    display.finish();
-    Ok(bests)
+
+    /// Trains all folds, from the beginning or from where the folder's checkpoints are. `interrupted` asks for a stop after the slide in hand.
+    pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<()> {
+        let mut display = Display::new(folder, &self.config, &self.dataset, &self.folds, interrupted);
+        trim_metrics(folder, self.folds.len())?;
+        for (i, fold) in self.folds.iter().enumerate() {
+            let parts = fold_folder(folder, i);
+            std::fs::create_dir_all(&parts).map_err(|e| Error::file(&parts, format!("cannot be made: {e}")))?;
+            let mut trainer = FoldTrainer::new(&self.config, &self.dataset, &self.bins, (i, fold), &parts)?;
+            let mut log = Log { path: metrics_path(folder), display: &mut display };
+            if trainer.run(&mut log)? == Outcome::Stopped {
+                display.finish();
+                return Err(Error::Interrupted(format!("stopped; go on with: cf-train --resume {}", folder.display())));
+            }
+        }
+        display.finish();
+        Ok(())
+    }
 }
 
 /// Appends each epoch to `metrics.jsonl` and passes on to the display.

@@ -207,6 +207,9 @@ fn cox_edges() {
     assert_eq!(new(&[1.0], &[true], Some(&[1, 2]), None), "`strata` has 2 entries for 1 patients");
     assert_eq!(new(&[1.0, 2.0], &[true; 2], None, Some(&[1.0, 0.0])), "the weight of patient 1 is 0, not above 0");
     assert!(reason(CoxCohort::presorted(&[2.0, 1.0], &[true; 2], None, None)).contains("2 comes before 1 (row 1)"));
+    let mut time: Vec<f64> = (0..50_000).map(f64::from).collect();
+    (time[32_768], time[40_000]) = (0.5, 0.5); // the first row of a block, and a later one
+    assert!(reason(CoxCohort::presorted(&time, &vec![true; 50_000], None, None)).contains("(row 32768)"));
     let mut gradient = [0.0; 2];
     let cohort = CoxCohort::new(&[1.0, 2.0], &[true; 2], None, None).unwrap();
     let mut run = |risk: &[f64]| reason(cohort.loglik_and_gradient(risk, Ties::Efron, &mut gradient));

@@ -1,0 +1,89 @@
+//! Evaluates a run, or one checkpoint on any cohort.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use crossfusion::{
+    Error, Result,
+    data::dataset::Source,
+    device::Device,
+    eval::{self, Checkpoint},
+    train::run,
+};
+
+/// Evaluates a run's folds, or one checkpoint on any cohort: C-index, Kaplan-Meier curves, predictions and a report
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Run folder of cf-train; each fold's best model is evaluated on the fold's validation slides
+    #[arg(required_unless_present = "checkpoint", conflicts_with = "checkpoint")]
+    run: Option<PathBuf>,
+    /// A model: best.safetensors of a run, or a published best_model.pt
+    #[arg(long, value_name = "F", requires_all = ["clinical", "pt_dir", "backbone"])]
+    checkpoint: Option<PathBuf>,
+    /// Clinical table: CSV, or a zip of one, with case_id, slide_id, censorship, survival_months
+    #[arg(long, value_name = "F", requires = "checkpoint")]
+    clinical: Option<PathBuf>,
+    /// GDC manifest; slides that it does not list are left out
+    #[arg(long, value_name = "F", requires = "checkpoint")]
+    manifest: Option<PathBuf>,
+    /// Folder of <backbone>/x{5,10,20}/pt_files/<slide>.pt
+    #[arg(long, value_name = "DIR", requires = "checkpoint")]
+    pt_dir: Option<PathBuf>,
+    /// Name of the feature extractor, a folder in --pt-dir
+    #[arg(long, value_name = "NAME", requires = "checkpoint")]
+    backbone: Option<String>,
+    /// Folder of splits_<fold>.csv; with --fold, only that fold's validation slides are evaluated
+    #[arg(long, value_name = "DIR", requires_all = ["checkpoint", "fold"])]
+    splits: Option<PathBuf>,
+    #[arg(long, value_name = "K", requires = "splits")]
+    fold: Option<usize>,
+    /// Attention heads of a checkpoint that does not say; its other sizes are read off its tensors
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    num_heads: usize,
+    /// Folder for the results of --checkpoint; a run's go into its own folder [default: runs/eval-<backbone>-<number>]
+    #[arg(long, value_name = "DIR", requires = "checkpoint")]
+    out: Option<PathBuf>,
+    /// Where to run: auto or cpu
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Threads; 0 is one for each core. Results do not depend on it
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+fn main() {
+    if let Err(error) = evaluate(&Arguments::parse()) {
+        eprintln!("cf-eval: {error}");
+        std::process::exit(error.exit_code());
+    }
+}
+
+fn evaluate(arguments: &Arguments) -> Result<()> {
+    let device = Device::from_name(&arguments.device, arguments.threads)?;
+    let (summary, folder) = match arguments {
+        Arguments { run: Some(run), .. } => (eval::evaluate_run(run, device)?, run.clone()),
+        Arguments {
+            checkpoint: Some(path),
+            clinical: Some(clinical),
+            pt_dir: Some(pt_dir),
+            backbone: Some(backbone),
+            manifest,
+            splits,
+            fold,
+            num_heads,
+            out,
+            ..
+        } => {
+            let source = Source { clinical, manifest: manifest.as_deref(), pt_dir, backbone };
+            let split = splits.as_deref().zip(*fold);
+            let out = out.clone().unwrap_or_else(|| run::fresh_folder(&format!("eval-{backbone}")));
+            let checkpoint = Checkpoint { path, source, split, heads: *num_heads };
+            (eval::evaluate_checkpoint(&checkpoint, &out, device)?, out)
+        }
+        _ => return Err(Error::Usage("expected a run folder, or --checkpoint; see --help".into())),
+    };
+    print!("{}", summary.table());
+    println!("report {}", folder.join("report.html").display());
+    Ok(())
+}

@@ -1,0 +1,151 @@
+//! What a report says about where its numbers come from.
+
+use std::{
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use super::Checkpoint;
+use crate::{
+    Error, Result,
+    model::Fusion,
+    report::About,
+    train::{config::RunConfig, fold::EpochMetrics, run::metrics_path, step::Engine},
+};
+
+const PROTOCOL: &str = "As published, each fold\u{2019}s epoch was chosen by the C-index on the validation slides that it \
+     is shown for, and label bins were cut over all slides: an optimistic estimate. Epochs count from 1.";
+
+pub fn run(run: &Path, config: &RunConfig, engine: &Engine<f32>, metrics: &[EpochMetrics]) -> Result<About> {
+    let seconds: f64 = metrics.iter().map(|epoch| epoch.seconds).sum();
+    let mut facts = model_facts(&config.backbone, engine);
+    facts.push(fact(
+        "Loss",
+        clap::ValueEnum::to_possible_value(&config.loss_fn).map_or_else(String::new, |v| v.get_name().into()),
+    ));
+    facts.push(fact("Seed", config.seed));
+    if let Ok(modified) = std::fs::metadata(metrics_path(run)).and_then(|file| file.modified()) {
+        facts.push(fact("Trained", format!("{}, in {}", date(modified), duration(seconds))));
+    }
+    let folder = quote(&run.display().to_string());
+    Ok(About {
+        title: cohort_name(&config.clinical),
+        facts,
+        protocol: PROTOCOL.into(),
+        config: config.to_toml()?,
+        commands: format!("cf-train --config {folder}/config.toml --out NEW_RUN\ncf-eval {folder}"),
+    })
+}
+
+pub fn checkpoint(checkpoint: &Checkpoint, engine: &Engine<f32>) -> Result<About> {
+    let source = &checkpoint.source;
+    let mut facts = model_facts(source.backbone, engine);
+    facts.push(fact("Checkpoint", checkpoint.path.display()));
+    let mut arguments = vec![("--checkpoint", checkpoint.path.display().to_string())];
+    arguments.push(("--clinical", source.clinical.display().to_string()));
+    arguments.extend(source.manifest.map(|path| ("--manifest", path.display().to_string())));
+    arguments.push(("--pt-dir", source.pt_dir.display().to_string()));
+    arguments.push(("--backbone", source.backbone.to_string()));
+    if let Some((splits, fold)) = checkpoint.split {
+        facts.push(fact("Slides", format!("validation part of fold {fold}")));
+        arguments.extend([("--splits", splits.display().to_string()), ("--fold", fold.to_string())]);
+    }
+    arguments.push(("--num-heads", engine.model.config.heads.to_string()));
+    let arguments: Vec<String> = arguments.iter().map(|(flag, value)| format!("{flag} {}", quote(value))).collect();
+    Ok(About {
+        title: cohort_name(source.clinical),
+        facts,
+        protocol: String::new(),
+        config: toml::to_string(&engine.model.config).map_err(|e| Error::Usage(e.to_string()))?,
+        commands: format!("cf-eval {}", arguments.join(" \\\n  ")),
+    })
+}
+
+fn fact(name: &str, value: impl std::fmt::Display) -> (String, String) {
+    (name.to_string(), value.to_string())
+}
+
+fn model_facts(backbone: &str, engine: &Engine<f32>) -> Vec<(String, String)> {
+    let fusion = match engine.model.config.fusion {
+        Fusion::Conv2d => "conv2d",
+        Fusion::Conv1d => "conv1d",
+    };
+    let millions = engine.model.layout.parameters() as f64 / 1e6;
+    vec![
+        fact("Backbone", format!("{backbone}, {} features", engine.model.config.features)),
+        fact("Model", format!("CrossFusion {fusion}, {millions:.1} M parameters")),
+    ]
+}
+
+/// The table's file name without its extensions.
+fn cohort_name(clinical: &Path) -> String {
+    let name = clinical.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = name.strip_suffix(".zip").unwrap_or(&name);
+    name.strip_suffix(".csv").unwrap_or(name).to_string()
+}
+
+/// An argument as a shell takes it.
+fn quote(argument: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c);
+    if !argument.is_empty() && argument.chars().all(plain) {
+        return argument.to_string();
+    }
+    format!("'{}'", argument.replace('\'', r"'\''"))
+}
+
+fn duration(seconds: f64) -> String {
+    let minutes = (seconds / 60.0).round() as u64;
+    match minutes {
+        0 => format!("{seconds:.0} s"),
+        1..60 => format!("{minutes} min"),
+        _ => format!("{} h {} min", minutes / 60, minutes % 60),
+    }
+}
+
+/// The day in UTC, as 2026-03-02 (Hinnant, "chrono-compatible low-level date algorithms": years begin in March, 400 years are an era).
+fn date(time: SystemTime) -> String {
+    let days = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() / 86_400) + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153; // 0 = March
+    let (day, month) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    format!("{:04}-{month:02}-{day:02}", era * 400 + year + u64::from(month <= 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        // seconds from `date -u -d DATE +%s`
+        for (seconds, expected) in [
+            (0, "1970-01-01"),
+            (951_782_399, "2000-02-28"),
+            (951_782_400, "2000-02-29"),
+            (951_868_800, "2000-03-01"),
+            (1_735_689_599, "2024-12-31"),
+            (1_772_409_600, "2026-03-02"),
+            (4_107_542_400, "2100-03-01"),
+        ] {
+            assert_eq!(date(UNIX_EPOCH + Duration::from_secs(seconds)), expected);
+        }
+    }
+
+    #[test]
+    fn arguments_survive_a_shell() {
+        assert_eq!(quote("runs/blca-1"), "runs/blca-1");
+        assert_eq!(quote("my runs"), "'my runs'");
+        assert_eq!(quote("it's"), r"'it'\''s'");
+        assert_eq!(quote(""), "''");
+    }
+
+    #[test]
+    fn durations_and_names_read_well() {
+        assert_eq!([3.2, 59.0, 7_260.0].map(duration), ["3 s", "1 min", "2 h 1 min"]);
+        assert_eq!(cohort_name(Path::new("data/tcga_blca_all_clean.csv.zip")), "tcga_blca_all_clean");
+    }
+}

@@ -1,0 +1,142 @@
+//! Evaluation: of a run's folds, each on its validation slides, or of one checkpoint on any cohort.
+//!
+//!   model files + cohort -> a prediction a slide -> [`Summary`] -> predictions.csv, summary.json, km.svg, km.png, report.html
+
+mod describe;
+pub mod infer;
+
+use std::path::Path;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{
+    Error, Result,
+    data::{
+        dataset::{Dataset, Source},
+        torch::{StateDict, read_state_dict},
+    },
+    device::Device,
+    loss::Prediction,
+    report::{self, Fold, SlideResult, Summary},
+    train::{checkpoint::read_card, config::RunConfig, fold::FoldTrainer, run, step::Engine},
+};
+
+/// Bags read ahead.
+const AHEAD: usize = 3;
+
+/// One checkpoint and the cohort to evaluate it on.
+#[derive(Clone, Debug)]
+pub struct Checkpoint<'a> {
+    /// `best.safetensors` of a run, or a published `best_model.pt`.
+    pub path: &'a Path,
+    pub source: Source<'a>,
+    /// Folder of splits and a fold's number: its validation slides alone. None evaluates all slides.
+    pub split: Option<(&'a Path, usize)>,
+    /// For a checkpoint that does not say its number of attention heads.
+    pub heads: usize,
+}
+
+/// Evaluates every fold of a run that has a model, on its validation slides, and writes the files into the run's folder.
+/// Paths in the run's settings are as `cf-train` was given them.
+pub fn evaluate_run(run: &Path, device: Device) -> Result<Summary> {
+    let path = run::config_path(run);
+    if !path.is_file() {
+        return Err(Error::Usage(format!("{}: is not a run folder, it has no config.toml", run.display())));
+    }
+    let config = RunConfig::read(&path)?;
+    let dataset = Dataset::open(&config.source())?;
+    let metrics = run::read_metrics(run)?;
+    let mut engine = Engine::new(device, &config.model(dataset.features), config.seed)?;
+    let (mut folds, mut slides, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+    for fold in 0..config.folds {
+        let folder = run::fold_folder(run, fold);
+        let path = FoldTrainer::best_path(&folder);
+        if !path.is_file() {
+            notes.push(format!("Fold {fold} has no model yet and is left out."));
+            continue;
+        }
+        let part = dataset.fold(&config.splits, fold)?;
+        load(&mut engine, &path, read_state_dict(&path)?)?;
+        slides.extend(predict(&mut engine, &dataset, &part.val, fold)?);
+        let best_epoch = read_card(&path)?.map(|card| card.epoch);
+        folds.push(Fold { fold, train_slides: Some(part.train.len()), best_epoch });
+        if part.without_outcome > 0 {
+            notes.push(format!("Fold {fold} names {} cases whose outcome is not known.", part.without_outcome));
+        }
+        if !FoldTrainer::epochs_done(&folder)?.1 {
+            notes.push(format!("Fold {fold} is not trained to its end; this is its best model so far."));
+        } else if !metrics.iter().any(|epoch| epoch.fold == fold && epoch.best) {
+            notes
+                .push(format!("No epoch of fold {fold} could be chosen by its C-index; the last one's model is used."));
+        }
+    }
+    if folds.is_empty() {
+        return Err(Error::Usage(format!("{}: has no trained fold yet", run.display())));
+    }
+    let mut summary = Summary::new(&folds, &slides)?;
+    summary.notes.extend(notes);
+    summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
+    let about = describe::run(run, &config, &engine, &metrics)?;
+    report::write(run, &about, &summary, &slides, &metrics)?;
+    Ok(summary)
+}
+
+/// Evaluates one checkpoint and writes the files into `out`.
+pub fn evaluate_checkpoint(checkpoint: &Checkpoint, out: &Path, device: Device) -> Result<Summary> {
+    let path = checkpoint.path;
+    let tensors = read_state_dict(path)?;
+    let ours = path.extension().is_some_and(|extension| extension == "safetensors");
+    let card = if ours { read_card(path)? } else { None };
+    let model = match &card {
+        Some(card) => card.model.clone(),
+        None => infer::config(&tensors, checkpoint.heads).map_err(|e| Error::file(path, e))?,
+    };
+    let dataset = Dataset::open(&checkpoint.source)?;
+    if dataset.features != model.features {
+        let backbone = checkpoint.source.backbone;
+        let message = format!("takes features of width {}, but {backbone}'s are {}", model.features, dataset.features);
+        return Err(Error::file(path, message));
+    }
+    let (fold, order) = match checkpoint.split {
+        Some((splits, fold)) => (fold, dataset.fold(splits, fold)?.val),
+        None => (0, (0..dataset.slides.len()).collect()),
+    };
+    let mut engine = Engine::new(device, &model, 0)?;
+    load(&mut engine, path, tensors)?;
+    let slides = predict(&mut engine, &dataset, &order, fold)?;
+    let best_epoch = card.map(|card| card.epoch);
+    let mut summary = Summary::new(&[Fold { fold, train_slides: None, best_epoch }], &slides)?;
+    summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
+    report::write(out, &describe::checkpoint(checkpoint, &engine)?, &summary, &slides, &[])?;
+    Ok(summary)
+}
+
+fn load(engine: &mut Engine<f32>, path: &Path, tensors: StateDict) -> Result<()> {
+    engine.load(&tensors).map_err(|e| Error::file(path, e))
+}
+
+/// A prediction for each slide of `order`, without dropout.
+fn predict(engine: &mut Engine<f32>, dataset: &Dataset, order: &[usize], fold: usize) -> Result<Vec<SlideResult>> {
+    let style = ProgressStyle::with_template("evaluating fold {msg} {wide_bar:.cyan/blue} {pos}/{len} {elapsed}<{eta}");
+    let bar = ProgressBar::new(order.len() as u64).with_message(fold.to_string()); // hidden where output is piped
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let mut slides = Vec::new();
+    dataset.for_each(order, AHEAD, |i, bag| {
+        let slide = &dataset.slides[i];
+        let Prediction { hazards, survival, risk } = Prediction::from_logits(&engine.evaluate(bag.views())?);
+        slides.push(SlideResult {
+            case_id: slide.case_id.clone(),
+            slide_id: slide.slide_id.clone(),
+            fold,
+            time: slide.months,
+            event: !slide.censored,
+            risk,
+            hazards,
+            survival,
+        });
+        bar.inc(1);
+        Ok(true)
+    })?;
+    bar.finish_and_clear();
+    Ok(slides)
+}

@@ -1,0 +1,230 @@
+//! report.html: one page that holds everything it shows.
+
+use std::fmt::Write;
+
+use super::{
+    About, FoldResult, SlideResult, Summary,
+    figure::{escape, page_style},
+    history, km, p_text, risk,
+};
+use crate::{Result, train::fold::EpochMetrics};
+
+const STYLE: &str = include_str!("page.css");
+/// Rows of the table of slides; predictions.csv has all.
+const MOST_ROWS: usize = 1000;
+const ICON: &str = "data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 viewBox=%220 0 16 16%22%3E\
+%3Cpath d=%22M2 3h4v4h4v3h4v3%22 fill=%22none%22 stroke=%22%23d96a00%22 stroke-width=%222.5%22/%3E%3C/svg%3E";
+
+/// The page, from the numbers, the predictions that they are of, and the run's epochs (none for a lone checkpoint).
+pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], epochs: &[EpochMetrics]) -> Result<String> {
+    let title = escape(&about.title);
+    let mut page = format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n\
+         <title>{title} \u{b7} CrossFusion</title>\n<link rel=\"icon\" href=\"{ICON}\">\n<style>\n{}{STYLE}</style>\n\
+         </head>\n<body>\n<main>\n",
+        page_style()
+    );
+    header(&mut page, &title, about);
+    key_figures(&mut page, summary);
+    notes(&mut page, &summary.notes);
+
+    let p = summary.log_rank.as_ref().map(|test| test.p_value);
+    let groups = summary.risk_groups(predictions);
+    section(&mut page, "Survival by predicted risk", |page| {
+        let _ = write!(page, "<figure>{}", km::figure(&groups, p)?.inline());
+        let _ = write!(
+            page,
+            "<figcaption>Kaplan-Meier curves of the validation slides of all folds, with 95% confidence bands; small \
+             strokes mark censored slides. A slide is of high risk when its predicted risk is at or above the median, \
+             {:.3}.</figcaption></figure>",
+            summary.median_risk
+        );
+        Ok(())
+    })?;
+    section(&mut page, "Folds", |page| {
+        fold_table(page, summary);
+        if !about.protocol.is_empty() {
+            let _ = write!(page, "<p class=\"caption\">{}</p>", escape(&about.protocol));
+        }
+        Ok(())
+    })?;
+    if !epochs.is_empty() {
+        section(&mut page, "Training", |page| {
+            page.push_str(
+                "<p class=\"legend\"><span class=\"key grey\"></span>training <span class=\"key c0\"></span>validation \
+                 <span class=\"key guide\"></span>best epoch</p>\n<div class=\"folds\">\n",
+            );
+            for figure in history::figures(epochs) {
+                let _ = writeln!(page, "<div>{}</div>", figure.inline());
+            }
+            page.push_str("</div>\n");
+            Ok(())
+        })?;
+    }
+    section(&mut page, "Predicted risk", |page| {
+        if let Some(figure) = risk::figure(predictions, summary.median_risk) {
+            let _ = write!(page, "<figure>{}</figure>", figure.inline());
+        }
+        slide_table(page, summary, predictions);
+        Ok(())
+    })?;
+    reproduce(&mut page, about)?;
+    let _ = write!(
+        page,
+        "</main>\n<footer>Made by CrossFusion {}. Risk predictions of a research model: not for clinical use.</footer>\n\
+         </body>\n</html>\n",
+        env!("CARGO_PKG_VERSION")
+    );
+    Ok(page)
+}
+
+fn section(page: &mut String, title: &str, content: impl FnOnce(&mut String) -> Result<()>) -> Result<()> {
+    let _ = writeln!(page, "<section>\n<h2>{title}</h2>");
+    content(page)?;
+    page.push_str("\n</section>\n");
+    Ok(())
+}
+
+fn header(page: &mut String, title: &str, about: &About) {
+    let _ = write!(page, "<header>\n<p class=\"kind\">CrossFusion survival report</p>\n<h1>{title}</h1>\n<dl>");
+    for (name, value) in &about.facts {
+        let _ = write!(page, "<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(value));
+    }
+    page.push_str("</dl>\n</header>\n");
+}
+
+fn key_figures(page: &mut String, summary: &Summary) {
+    let (all, folds) = (summary.folds.len(), summary.folds.iter().filter(|fold| fold.c_index.is_some()).count());
+    let which = if folds < all { format!("{folds} of {all} folds") } else { format!("{all} folds") };
+    let (c_index, name) = match (summary.c_index_mean, summary.c_index_std) {
+        (Some(mean), Some(std)) if all > 1 => {
+            (format!("{mean:.3} <small>\u{b1} {std:.3}</small>"), format!("C-index, mean of {which}"))
+        }
+        (Some(c_index), _) => (format!("{c_index:.3}"), "C-index".to_string()),
+        _ => ("\u{2013}".to_string(), "C-index undefined".to_string()),
+    };
+    let p = summary.log_rank.as_ref().map_or("\u{2013}".to_string(), |test| escape(&p_text(test.p_value)));
+    let rate = 100.0 * summary.events as f64 / summary.slides as f64;
+    let figures = [
+        (c_index, name),
+        (p, "log-rank, high vs low risk".to_string()),
+        (summary.slides.to_string(), format!("slides of {} patients", summary.patients)),
+        (summary.events.to_string(), format!("events, {:.0}% censored", 100.0 - rate)),
+    ];
+    page.push_str("<div class=\"keys\">\n");
+    for (value, name) in figures {
+        let _ = writeln!(page, "<div><strong>{value}</strong><span>{name}</span></div>");
+    }
+    page.push_str("</div>\n");
+}
+
+fn notes(page: &mut String, notes: &[String]) {
+    let items: String = notes.iter().map(|note| format!("<li>{}</li>\n", escape(note))).collect();
+    if !items.is_empty() {
+        let _ = writeln!(page, "<ul class=\"notes\">\n{items}</ul>");
+    }
+}
+
+fn fold_table(page: &mut String, summary: &Summary) {
+    page.push_str(
+        "<div class=\"wide\"><table class=\"fold-table\">\n<thead><tr><th>Fold</th><th>Training slides</th><th>Validation slides</th>\
+         <th>Patients</th><th>Events</th><th>Best epoch</th><th>C-index</th><th class=\"strip\">\
+         <span>0.3</span><span>0.5</span><span>0.7</span><span>0.9</span></th></tr></thead>\n<tbody>\n",
+    );
+    let dash = || "\u{2013}".to_string();
+    for fold in &summary.folds {
+        let FoldResult { fold: number, slides, patients, events, c_index, note, .. } = fold;
+        let train = fold.train_slides.map_or_else(dash, |n| n.to_string());
+        let best = fold.best_epoch.map_or_else(dash, |epoch| (epoch + 1).to_string());
+        let last = match c_index {
+            Some(c) => format!("<td>{c:.4}</td><td class=\"strip\">{}</td>", strip(*c, 0.0)),
+            None => format!("<td>\u{2013}</td><td class=\"why\">{}</td>", escape(note.as_deref().unwrap_or_default())),
+        };
+        let _ = writeln!(
+            page,
+            "<tr><td>{number}</td><td>{train}</td><td>{slides}</td><td>{patients}</td><td>{events}</td><td>{best}</td>{last}</tr>"
+        );
+    }
+    if let (Some(mean), Some(std)) = (summary.c_index_mean, summary.c_index_std) {
+        let (slides, patients, events) = (summary.slides, summary.patients, summary.events);
+        let _ = writeln!(
+            page,
+            "<tr class=\"total\"><td>All</td><td></td><td>{slides}</td><td>{patients}</td><td>{events}</td><td>Mean</td>\
+             <td>{mean:.4}</td><td class=\"strip\">{}</td></tr>\n\
+             <tr class=\"total\"><td></td><td></td><td></td><td></td><td></td><td>S.d.</td><td>{std:.4}</td><td></td></tr>",
+            strip(mean, std)
+        );
+    }
+    page.push_str("</tbody>\n</table></div>\n");
+}
+
+/// A C-index, and a spread about it, on a line from 0.2 to 1 with a stroke at 0.5, which is chance.
+fn strip(c_index: f64, spread: f64) -> String {
+    let at = |c: f64| 200.0 * (c.clamp(0.2, 1.0) - 0.2) / 0.8;
+    format!(
+        "<svg class=\"plot\" viewBox=\"0 0 200 16\" aria-hidden=\"true\"><path class=\"grid\" d=\"M0 8H200\"/>\
+         <path class=\"guide\" d=\"M{:.1} 0V16\"/><g class=\"c0\"><path class=\"curve\" d=\"M{:.1} 8H{:.1}\"/>\
+         <circle class=\"solid\" cx=\"{:.1}\" cy=\"8\" r=\"4\"/></g></svg>",
+        at(0.5),
+        at(c_index - spread),
+        at(c_index + spread),
+        at(c_index)
+    )
+}
+
+fn slide_table(page: &mut String, summary: &Summary, predictions: &[SlideResult]) {
+    let mut sorted: Vec<&SlideResult> = predictions.iter().collect();
+    sorted.sort_by(|a, b| b.risk.total_cmp(&a.risk));
+    let shown = sorted.len().min(MOST_ROWS);
+    let which = if shown < sorted.len() {
+        format!("{shown} of highest risk of {} slides", sorted.len())
+    } else {
+        format!("All {shown} slides, by risk")
+    };
+    let _ = write!(
+        page,
+        "<details>\n<summary>{which}</summary>\n<div class=\"wide tall\"><table>\n<thead><tr>\
+         <th>Rank</th><th class=\"word\">Case</th><th class=\"word\">Slide</th><th>Fold</th><th>Risk</th>\
+         <th class=\"word\">Group</th><th>Months</th><th class=\"word\">Outcome</th></tr></thead>\n<tbody>\n"
+    );
+    for (i, p) in sorted[..shown].iter().enumerate() {
+        let group =
+            if p.risk >= summary.median_risk { "<td class=\"word c1\">high" } else { "<td class=\"word c0\">low" };
+        let _ = writeln!(
+            page,
+            "<tr><td>{}</td><td class=\"word\">{}</td><td class=\"word\">{}</td><td>{}</td><td>{:.4}</td>{group}</td>\
+             <td>{:.2}</td><td class=\"word\">{}</td></tr>",
+            i + 1,
+            escape(&p.case_id),
+            escape(&p.slide_id),
+            p.fold,
+            p.risk,
+            p.time,
+            if p.event { "event" } else { "censored" }
+        );
+    }
+    page.push_str("</tbody>\n</table></div>\n<p class=\"caption\">predictions.csv has all slides, with hazards and survival by time bin.</p></details>");
+}
+
+fn reproduce(page: &mut String, about: &About) -> Result<()> {
+    section(page, "Reproduce and cite", |page| {
+        if !about.commands.is_empty() {
+            let _ = writeln!(page, "<pre><code>{}</code></pre>", escape(&about.commands));
+        }
+        if !about.config.is_empty() {
+            let _ = write!(
+                page,
+                "<details>\n<summary>Configuration, as resolved</summary>\n<pre><code>{}</code></pre>\n</details>\n",
+                escape(&about.config)
+            );
+        }
+        page.push_str(
+            "<p class=\"caption\">The model: Soraki et al., <cite>CrossFusion</cite>, Medical Imaging with Deep Learning (MIDL) 2026, \
+             <a href=\"https://arxiv.org/abs/2503.02064\">arXiv:2503.02064</a>. C-index: Harrell et al., JAMA 1982, with \
+             risks within 1e-8 tied. Survival curves: Kaplan and Meier, JASA 1958, with Greenwood\u{2019}s variance on \
+             the log scale. Log-rank test: Mantel 1966.</p>",
+        );
+        Ok(())
+    })
+}
