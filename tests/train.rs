@@ -219,6 +219,7 @@ fn wrong_input_is_refused_in_a_sentence() {
         (vec!["--config", good, "--clinical", "no.csv"], 1, "no.csv: cannot be read"),
         (vec!["--config", good, "--backbone", "resnet"], 1, "is not a folder"),
         (vec!["--config", good, "--splits", "splits"], 1, "row 2, column `val`: case `NOBODY`"),
+        (vec!["--config", good, "--backbone-dim", "65"], 2, "the features of synthetic have width 64"),
         (vec!["--config", good, "--folds", "9"], 1, "splits_2.csv: cannot be read"),
         (vec!["--resume", "nowhere"], 2, "is not a run folder"),
         (vec!["--resume", "nowhere", "--demo"], 2, "cannot be used with"),

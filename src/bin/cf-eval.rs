@@ -27,13 +27,13 @@ struct Arguments {
     /// GDC manifest; slides that it does not list are left out
     #[arg(long, value_name = "F", requires = "checkpoint")]
     manifest: Option<PathBuf>,
-    /// Folder of <backbone>/x{5,10,20}/pt_files/<slide>.pt
+    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
     #[arg(long, value_name = "DIR", requires = "checkpoint")]
     pt_dir: Option<PathBuf>,
     /// Name of the feature extractor, a folder in --pt-dir
     #[arg(long, value_name = "NAME", requires = "checkpoint")]
     backbone: Option<String>,
-    /// Folder of splits_<fold>.csv; with --fold, only that fold's validation slides are evaluated
+    /// Folder of splits_0.csv, splits_1.csv, ...; with --fold, only that fold's validation slides are evaluated
     #[arg(long, value_name = "DIR", requires_all = ["checkpoint", "fold"])]
     splits: Option<PathBuf>,
     #[arg(long, value_name = "K", requires = "splits")]
@@ -41,7 +41,7 @@ struct Arguments {
     /// Attention heads of a checkpoint that does not say; its other sizes are read off its tensors
     #[arg(long, default_value_t = 4, value_name = "N")]
     num_heads: usize,
-    /// Folder for the results of --checkpoint; a run's go into its own folder [default: runs/eval-<backbone>-<number>]
+    /// Folder for the results of --checkpoint; a run's go into its own folder [default: runs/eval-BACKBONE-NUMBER]
     #[arg(long, value_name = "DIR", requires = "checkpoint")]
     out: Option<PathBuf>,
     /// Where to run: auto or cpu

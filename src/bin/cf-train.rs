@@ -32,7 +32,7 @@ struct Arguments {
     /// Settings as TOML; flags override it
     #[arg(long, value_name = "F.toml")]
     config: Option<PathBuf>,
-    /// Run folder [default: runs/<backbone>-<number>]
+    /// Run folder [default: runs/BACKBONE-NUMBER]
     #[arg(long, alias = "save-dir", value_name = "RUN")]
     out: Option<PathBuf>,
     #[command(flatten)]
@@ -102,11 +102,7 @@ fn train() -> Result<()> {
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
     run.train(&folder, &INTERRUPTED)?;
     let summary = eval::evaluate_run(&folder, device)?;
-    print!(
-        "
-{}",
-        summary.table()
-    );
+    print!("{}", summary.table());
     println!("report {}", folder.join("report.html").display());
     Ok(())
 }

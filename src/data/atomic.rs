@@ -1,34 +1,41 @@
-//! Files that are there whole or not at all.
+//! Files that are either the old or the new version, never a half-written one, also after a power cut.
 
-use std::{
-    fs::File,
-    io::{BufWriter, Write},
-    path::Path,
-};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// Writes a file under a temporary name beside it, syncs it, and renames it into place: after a crash at any moment the old file or the new
-/// one is there. On an error nothing is left behind.
+/// Writes `path` through a temporary file beside it: written, synced, renamed, and the folder synced.
+/// When anything fails, `path` stays as it was and the temporary file is removed.
 pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
-    let failed = |e: std::io::Error| Error::file(path, format!("cannot be written: {e}"));
-    let name = path.file_name().ok_or_else(|| Error::file(path, "is not a file name"))?;
-    let temporary = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
-    let result = (|| {
-        let mut writer = BufWriter::new(File::create(&temporary).map_err(failed)?);
-        write(&mut writer)?;
-        writer.flush().map_err(failed)?;
-        writer.get_ref().sync_all().map_err(failed)?;
-        std::fs::rename(&temporary, path).map_err(failed)
-    })();
-    if result.is_err() {
-        let _ = std::fs::remove_file(&temporary);
+    let failed = |e: io::Error| Error::file(path, format!("cannot be written: {e}"));
+    let temporary = temporary_beside(path)?;
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(failed)?);
+    let written = write(&mut file).and_then(|()| {
+        file.flush().and_then(|()| file.get_ref().sync_all()).map_err(failed)?;
+        fs::rename(&temporary, path).and_then(|()| sync_folder(path)).map_err(failed)
+    });
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
     }
-    // The rename itself must reach the disk; not every system lets a folder be opened, and then it syncs by itself.
-    if let Some(Ok(folder)) = path.parent().map(File::open) {
-        let _ = folder.sync_all();
+    written
+}
+
+/// In the same folder, since a rename is atomic only within one file system; named by the process, so that
+/// two programs writing one file do not write into each other's temporary.
+fn temporary_beside(path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().ok_or_else(|| Error::file(path, "is not the name of a file to write"))?;
+    Ok(path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id())))
+}
+
+/// A rename is durable only once its folder is synced. Other systems than Unix cannot open a folder for that.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    if cfg!(unix) {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(folder)?.sync_all()?;
     }
-    result
+    Ok(())
 }
 
 /// [`write_atomically`] for text.

@@ -18,8 +18,8 @@ const PATIENTS: usize = 150;
 const FOLDS: usize = 2;
 const BACKBONE: &str = "synthetic";
 const FEATURES: usize = 64;
-/// Every sixth patient has a second slide.
-const SECOND_SLIDE: usize = 6;
+/// Every seventh patient has a second slide.
+const SECOND_SLIDE: usize = 7;
 /// Patches at 10x of the one large slide; the others have 40 to 140.
 const LARGE: usize = 900;
 

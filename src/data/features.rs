@@ -1,246 +1,197 @@
-//! A bag's features on disk: `.pt`, `.safetensors` or `.h5`, opened by content and read by rows.
+//! Feature bags: one type that opens every kind of feature file and reads it by ranges of patches, so that a bag
+//! larger than memory can be streamed.
 
-use std::{
-    ops::Range,
-    path::{Path, PathBuf},
-};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
-use half::f16;
+use bytes::Bytes;
+use memmap2::Mmap;
 use ndarray::Array2;
-use rust_hdf5::{H5Dataset, H5File, format::messages::datatype::DatatypeMessage};
-use safetensors::SafeTensors;
 
-use super::{
-    pickle::{self, Element},
-    torch::{Bytes, Located, TorchFile, safetensors_tensors, to_f32},
-};
+use super::h5::H5Bag;
+pub use super::tensor::DType;
+use super::tensor::{Entry, StoredTensor, first_non_finite};
+use super::torch::{Archive, is_safetensors, is_torch, safetensors_entries};
 use crate::{Error, Result};
 
-/// One bag, `[patches, features]`. Its header has been read and checked against the file's length; the features are read when asked for, from a
-/// memory map where the format allows.
+/// The names under which tools store features: CLAM and TRIDENT, STAMP, older STAMP.
+pub(super) const FEATURE_NAMES: [&str; 3] = ["features", "feats", "patch_embeddings"];
+
+const HDF5_MAGIC: &[u8] = b"\x89HDF\r\n\x1a\n";
+
+/// A feature file whose header has been read and checked, and whose numbers are read on demand.
+///
+/// Formats, told apart by content: `.pt` of `torch.save` (zip or legacy; a tensor `[N, F]` or `[1, N, F]`, a Parameter,
+/// or a dict holding one under `features`), `.safetensors`, and the `.h5` of CLAM, TRIDENT and STAMP.
+/// `.pt` and `.safetensors` are memory-mapped; only compressed members of a `.pt` are unpacked into memory on opening.
+/// A mapped file must not be shortened while it is open (the operating system ends the program on a read past the end).
 pub struct FeatureFile {
     path: PathBuf,
     patches: usize,
     features: usize,
-    content: Content,
+    dtype: DType,
+    numbers: Numbers,
 }
 
-enum Content {
-    /// A strided matrix in the file's bytes.
-    Matrix { bytes: Bytes, matrix: Located },
-    /// A dataset of an HDF5 file, read through the library, which opens the file again for each range of rows.
-    Hdf5 { dataset: String, element: Element, batch: bool },
+enum Numbers {
+    Tensor(StoredTensor),
+    H5(H5Bag),
 }
-
-/// Names under which a feature matrix is stored: CLAM and TRIDENT, STAMP, older STAMP.
-const NAMES: [&str; 3] = ["features", "feats", "patch_embeddings"];
 
 impl FeatureFile {
+    /// Opens a file and checks everything but its numbers. Errors name the file and say what it holds instead of a bag.
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = Bytes::open(path)?;
-        if bytes.starts_with(b"\x89HDF\r\n\x1a\n") {
-            return Self::hdf5(path);
+        let bytes = map_file(path)?;
+        if !bytes.starts_with(HDF5_MAGIC) {
+            return Self::from_mapped(path, bytes);
         }
-        Self::matrix(path, bytes)
+        let bag = H5Bag::open(path, bytes.len() as u64).map_err(|e| Error::file(path, e))?;
+        let (patches, features) = bag.shape();
+        Self::checked(path, patches, features, bag.dtype(), Numbers::H5(bag))
     }
 
-    /// From bytes that are not HDF5; `name` is only for messages.
-    pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self> {
-        Self::matrix(Path::new(name), Bytes::Owned(bytes))
+    /// A `.pt` or `.safetensors` file that is already in memory; `name` stands for its path in errors.
+    pub fn from_bytes(name: &Path, bytes: Vec<u8>) -> Result<Self> {
+        Self::from_mapped(name, bytes.into())
     }
 
+    fn from_mapped(path: &Path, bytes: Bytes) -> Result<Self> {
+        let tensor = tensor_of(&bytes).map_err(|e| Error::file(path, e))?.without_batch_of_one();
+        let &[patches, features] = &tensor.shape[..] else {
+            return Err(Error::file(path, wrong_shape(&tensor.shape)));
+        };
+        Self::checked(path, patches, features, tensor.dtype, Numbers::Tensor(tensor))
+    }
+
+    fn checked(path: &Path, patches: usize, features: usize, dtype: DType, numbers: Numbers) -> Result<Self> {
+        if patches == 0 || features == 0 {
+            let message = format!("is an empty bag: {patches} patches of {features} features, expected at least one");
+            return Err(Error::file(path, message));
+        }
+        Ok(Self { path: path.to_path_buf(), patches, features, dtype, numbers })
+    }
+
+    /// Patches in the bag (N), at least 1.
     pub fn patches(&self) -> usize {
         self.patches
     }
 
+    /// Features of a patch (F), at least 1.
     pub fn features(&self) -> usize {
         self.features
     }
 
-    fn matrix(path: &Path, bytes: Bytes) -> Result<Self> {
-        let located = locate(&bytes).map_err(|message| Error::file(path, message))?;
-        let (patches, features) = check_shape(path, &located.shape, located.element)?;
-        // a batch of one is a matrix, too
-        let strides = located.strides[located.strides.len() - 2..].to_vec();
-        let matrix = Located { shape: vec![patches, features], strides, ..located };
-        Ok(Self { path: path.to_path_buf(), patches, features, content: Content::Matrix { bytes, matrix } })
+    /// The type that the numbers are stored in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
     }
 
-    fn hdf5(path: &Path) -> Result<Self> {
-        let (shape, dataset, element) = with_dataset(path, None, |name, dataset| {
-            let element = hdf5_element(&dataset.datatype().map_err(|e| e.to_string())?)?;
-            Ok((dataset.shape(), name.to_string(), element))
-        })?;
-        let (patches, features) = check_shape(path, &shape, element)?;
-        let content = Content::Hdf5 { dataset, element, batch: shape.len() == 3 };
-        Ok(Self { path: path.to_path_buf(), patches, features, content })
-    }
-
-    /// The whole bag.
-    pub fn read(&self) -> Result<Array2<f32>> {
-        let mut values = vec![0.0; self.patches * self.features];
-        self.read_rows(0..self.patches, &mut values)?;
-        Array2::from_shape_vec((self.patches, self.features), values).map_err(|e| Error::file(&self.path, e))
-    }
-
-    /// Rows `rows` into `out` `[rows, features]`, as f32. A value that is not finite is an error naming its patch and column.
+    /// Reads patches `rows` into `out` (row-major, `rows.len() * features()` numbers), converted to f32.
+    /// A NaN or an infinity is an error that names its patch and its feature, both counted from 0.
     pub fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        if rows.end > self.patches || out.len() != rows.len() * self.features {
-            let (got, expected) = (vec![rows.end, out.len()], vec![self.patches, rows.len() * self.features]);
-            return Err(Error::Shape { op: "read_rows", tensor: "rows and out".into(), got, expected });
+        if rows.start > rows.end || rows.end > self.patches || out.len() != rows.len() * self.features {
+            let message = format!(
+                "was asked for patches {rows:?} of {} into room for {} numbers of {} a patch",
+                self.patches,
+                out.len(),
+                self.features
+            );
+            return Err(Error::file(&self.path, message));
         }
-        match &self.content {
-            Content::Matrix { bytes, matrix } => read_matrix(&bytes[matrix.storage.clone()], matrix, rows.clone(), out),
-            Content::Hdf5 { dataset, element, batch } => {
-                let (mut starts, mut counts) = (vec![rows.start, 0], vec![rows.len(), self.features]);
-                if *batch {
-                    starts.insert(0, 0);
-                    counts.insert(0, 1);
-                }
-                with_dataset(&self.path, Some(dataset), |_, dataset| {
-                    read_hdf5(dataset, *element, &starts, &counts, out)
-                })?;
+        // Small enough that the check for NaN finds the converted block in the cache.
+        let block = match &self.numbers {
+            Numbers::Tensor(_) => (16 * 1024 / self.features).max(1),
+            Numbers::H5(bag) => bag.rows_per_read(),
+        };
+        for (i, out) in out.chunks_mut(block * self.features).enumerate() {
+            let start = rows.start + i * block;
+            let rows = start..start + out.len() / self.features;
+            match &self.numbers {
+                Numbers::Tensor(tensor) => tensor.read(rows, out),
+                Numbers::H5(bag) => bag.read(rows, out).map_err(|e| Error::file(&self.path, e))?,
             }
-        }
-        self.check_finite(rows.start, out)
-    }
-
-    fn check_finite(&self, first: usize, values: &[f32]) -> Result<()> {
-        // An exponent of all ones is an infinity or NaN. Whole blocks are looked at without a branch, so that this vectorizes.
-        const EXPONENT: u32 = 0x7f80_0000;
-        for (block, values) in values.chunks(4096).enumerate() {
-            let bad = values.iter().fold(0, |bad, x| bad | u32::from(x.to_bits() & EXPONENT == EXPONENT));
-            if bad != 0
-                && let Some(i) = values.iter().position(|x| !x.is_finite())
-            {
-                let at = block * 4096 + i;
-                let (patch, column) = (first + at / self.features, at % self.features);
-                return Err(Error::file(&self.path, format!("holds {} at patch {patch}, column {column}", values[i])));
+            if let Some(bad) = first_non_finite(out) {
+                let (patch, feature) = (start + bad / self.features, bad % self.features);
+                let message = format!("patch {patch}, feature {feature} is {}, expected a finite number", out[bad]);
+                return Err(Error::file(&self.path, message));
             }
         }
         Ok(())
     }
-}
 
-/// The features' place in a torch or safetensors file.
-fn locate(bytes: &[u8]) -> pickle::Result<Located> {
-    if bytes.is_empty() {
-        return Err("is an empty file".into());
+    /// The whole bag, `[N, F]`.
+    pub fn read(&self) -> Result<Array2<f32>> {
+        let mut bag = Array2::zeros((self.patches, self.features));
+        if let Some(out) = bag.as_slice_mut() {
+            self.read_rows(0..self.patches, out)?;
+        }
+        Ok(bag)
     }
-    // a safetensors file starts with its header's length and a JSON object
-    if bytes.get(8) != Some(&b'{') {
-        return TorchFile::parse(bytes)?.features();
-    }
-    let file = SafeTensors::deserialize(bytes).map_err(|e| format!("is not a readable safetensors file: {e}"))?;
-    let mut tensors = safetensors_tensors(bytes, &file)?;
-    if let Some(name) = NAMES.iter().find(|name| tensors.contains_key(**name)) {
-        return tensors.remove(*name).ok_or_else(String::new);
-    }
-    let mut matrices = tensors.into_values().filter(|tensor| tensor.shape.len() == 2);
-    match (matrices.next(), matrices.next()) {
-        (Some(matrix), None) => Ok(matrix),
-        _ => Err("has no tensor `features`, and not exactly one matrix".into()),
-    }
-}
 
-/// (patches, features) of `[N, F]` or `[1, N, F]`.
-fn check_shape(path: &Path, shape: &[usize], element: Element) -> Result<(usize, usize)> {
-    if !matches!(element, Element::F64 | Element::F32 | Element::F16 | Element::BF16) {
-        return Err(Error::file(path, format!("holds {element:?} values, expected floating-point features")));
-    }
-    match *shape {
-        [0, _] | [1, 0, _] => Err(Error::file(path, format!("is an empty bag, of shape {shape:?}"))),
-        [_, 0] | [1, _, 0] => Err(Error::file(path, format!("has patches without features, shape {shape:?}"))),
-        [patches, features] | [1, patches, features] => Ok((patches, features)),
-        _ => Err(Error::file(path, format!("holds a tensor of shape {shape:?}, expected [patches, features]"))),
-    }
-}
-
-fn read_matrix(storage: &[u8], matrix: &Located, rows: Range<usize>, out: &mut [f32]) {
-    let (features, size) = (matrix.shape[1], matrix.element.bytes());
-    let [row_stride, column_stride] = [matrix.strides[0], matrix.strides[1]];
-    for (row, out) in rows.zip(out.chunks_exact_mut(features)) {
-        let start = (matrix.offset + row * row_stride) * size;
-        if column_stride == 1 || features == 1 {
-            convert(matrix.element, &storage[start..start + features * size], out);
-        } else {
-            for (column, out) in out.iter_mut().enumerate() {
-                *out = to_f32(matrix.element, &storage[start + column * column_stride * size..]).unwrap_or(f32::NAN);
-            }
+    /// The patches' x and y, `[N, 2]`, in the unit of the tool that wrote the file (CLAM and TRIDENT: pixels at level
+    /// 0). `None` where the file has no integer `coords`; only `.h5` files are looked at.
+    pub fn coordinates(&self) -> Result<Option<Array2<i64>>> {
+        match &self.numbers {
+            Numbers::Tensor(_) => Ok(None),
+            Numbers::H5(bag) => bag.coordinates().map_err(|e| Error::file(&self.path, e)),
         }
     }
 }
 
-/// Little-endian elements to f32, a row at a time.
-fn convert(element: Element, data: &[u8], out: &mut [f32]) {
-    match element {
-        #[cfg(target_endian = "little")]
-        Element::F32 => bytemuck::cast_slice_mut(out).copy_from_slice(data),
-        _ => {
-            for (data, out) in data.chunks_exact(element.bytes()).zip(out) {
-                *out = to_f32(element, data).unwrap_or(f32::NAN);
-            }
-        }
+pub(super) fn wrong_shape(shape: &[usize]) -> String {
+    format!("holds a tensor of shape {shape:?}, expected [patches, features]")
+}
+
+/// Maps a whole file into memory.
+pub(super) fn map_file(path: &Path) -> Result<Bytes> {
+    let unreadable = |e| Error::file(path, format!("cannot be read: {e}"));
+    let file = File::open(path).map_err(unreadable)?;
+    if file.metadata().map_err(unreadable)?.len() == 0 {
+        return Err(Error::file(path, "is an empty file (0 bytes)"));
+    }
+    // SAFETY: the map is read-only and outlives every view of it (`Bytes` counts references). Another program that
+    // rewrites the file may change the numbers under us, which is no worse than reading them later; FeatureFile's
+    // documentation says what happens when the file is shortened.
+    let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+    Ok(Bytes::from_owner(map))
+}
+
+fn tensor_of(bytes: &Bytes) -> Result<StoredTensor, String> {
+    if is_safetensors(bytes) {
+        return features_among(safetensors_entries(bytes)?);
+    }
+    if !is_torch(bytes) {
+        return Err("is not a feature file: its content is neither .pt, .safetensors nor .h5".into());
+    }
+    let archive = Archive::open(bytes)?;
+    match (archive.root_tensor()?, archive.root_dict()) {
+        (Some(Entry::Float(tensor)), _) => Ok(tensor),
+        (Some(Entry::Other(what)), _) => Err(format!("holds {what}, expected floats")),
+        (None, Some(dict)) => features_among(archive.entries(dict)?),
+        (None, None) => Err("holds neither a tensor nor a dict with `features`".into()),
     }
 }
 
-/// Opens the file's feature dataset (or the one named) and hands it to `work`.
-fn with_dataset<R>(
-    path: &Path,
-    name: Option<&str>,
-    work: impl FnOnce(&str, &H5Dataset) -> pickle::Result<R>,
-) -> Result<R> {
-    let open = || {
-        let file = H5File::open(path).map_err(|e| format!("is not a readable HDF5 file: {e}"))?;
-        let names = file.dataset_names();
-        let stored = |candidate: &&&str| names.iter().any(|name| name.trim_start_matches('/') == **candidate);
-        let name = match name {
-            Some(name) => name,
-            None => NAMES
-                .iter()
-                .find(stored)
-                .ok_or_else(|| format!("has none of the datasets {}; it has {}", NAMES.join(", "), names.join(", ")))?,
-        };
-        let dataset = file.dataset(name).map_err(|e| format!("dataset `{name}` cannot be opened: {e}"))?;
-        work(name, &dataset)
-    };
-    // The library may panic on a damaged file; that is the file's fault, not the user's.
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(open));
-    let result = result.unwrap_or_else(|_| Err("is a damaged HDF5 file".into()));
-    result.map_err(|message| Error::file(path, message))
-}
-
-fn hdf5_element(datatype: &DatatypeMessage) -> pickle::Result<Element> {
-    match datatype {
-        DatatypeMessage::FloatingPoint { size: 8, .. } => Ok(Element::F64),
-        DatatypeMessage::FloatingPoint { size: 4, .. } => Ok(Element::F32),
-        DatatypeMessage::FloatingPoint { size: 2, exponent_size: 5, .. } => Ok(Element::F16),
-        DatatypeMessage::FloatingPoint { size: 2, exponent_size: 8, .. } => Ok(Element::BF16),
-        other => Err(format!("holds features of type {other:?}, expected floating-point")),
-    }
-}
-
-fn read_hdf5(
-    dataset: &H5Dataset,
-    element: Element,
-    starts: &[usize],
-    counts: &[usize],
-    out: &mut [f32],
-) -> pickle::Result<()> {
-    let failed = |e: rust_hdf5::Hdf5Error| format!("cannot be read: {e}");
-    match element {
-        Element::F32 => dataset.read_slice_into(out, starts, counts).map_err(failed)?,
-        Element::F64 => {
-            let values = dataset.read_slice::<f64>(starts, counts).map_err(failed)?;
-            out.iter_mut().zip(values).for_each(|(out, x)| *out = x as f32);
-        }
-        _ => {
-            let values = dataset.read_slice::<u16>(starts, counts).map_err(failed)?;
-            let f16s = element == Element::F16;
-            let wide =
-                |bits: u16| if f16s { f16::from_bits(bits).to_f32() } else { half::bf16::from_bits(bits).to_f32() };
-            out.iter_mut().zip(values).for_each(|(out, bits)| *out = wide(bits));
+/// The tensor under one of the usual names, or else the only one that has a bag's shape.
+fn features_among(mut entries: BTreeMap<String, Entry>) -> Result<StoredTensor, String> {
+    for name in FEATURE_NAMES {
+        match entries.remove(name) {
+            Some(Entry::Float(tensor)) => return Ok(tensor),
+            Some(Entry::Other(what)) => return Err(format!("holds {what} as `{name}`, expected a tensor of floats")),
+            None => {}
         }
     }
-    Ok(())
+    let names = entries.keys().take(5).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let mut bags = entries.into_values().filter_map(|entry| match entry {
+        Entry::Float(tensor) => Some(tensor.without_batch_of_one()).filter(|tensor| tensor.shape.len() == 2),
+        Entry::Other(_) => None,
+    });
+    match (bags.next(), bags.next()) {
+        (Some(bag), None) => Ok(bag),
+        (Some(_), Some(_)) => Err(format!("holds several tensors ({names}, ...), and none is named `features`")),
+        (None, _) if names.is_empty() => Err("holds nothing, expected a tensor `features`".into()),
+        (None, _) => Err(format!("holds no tensor `features` of [patches, features], only {names}")),
+    }
 }

@@ -1,395 +1,434 @@
-//! Just enough of Python's pickle to read what `torch.save` writes, and nothing that could run.
+//! A pickle machine that builds plain data and executes nothing: the opcodes that `torch.save` writes, and a fixed
+//! list of callables which it recognises by name. Any other opcode or callable is an error that names it.
 //!
-//! A pickle is a program for a stack machine that may call any function that it names. This machine calls none: the few names
-//! that tensors need build plain values, and any other name, or any opcode beyond those below, is an error that says it.
-//! (Opcodes: Python's `Lib/pickletools.py`.)
+//! Nodes live in one arena and refer to each other by index, so shared and cyclic objects need no recursion, and every
+//! opcode adds at most one node: memory is bounded by the number of opcodes, which is bounded too.
+//! Reference: CPython's `Lib/pickletools.py`.
 
-use std::{collections::HashMap, rc::Rc};
+use std::collections::HashMap;
+use std::rc::Rc;
 
-/// A message without the file's name; the caller adds it.
-pub type Result<T> = std::result::Result<T, String>;
+use super::tensor::DType;
 
-/// A value; containers are indices into [`Pickle::containers`], so that deep nesting costs no stack.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Value {
+/// More than a hundred times what a large model needs.
+const MAX_OPCODES: usize = 1 << 21;
+/// Torch allows 64; what is read here has four at most. It bounds the memory of many tensors sharing one huge size.
+const MAX_RANK: usize = 8;
+
+/// The index of a node in its pickle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Id(u32);
+
+#[derive(Debug)]
+pub enum Node {
     None,
     Bool(bool),
-    Int(i64),
-    /// An integer of more than 64 bits, little-endian.
-    BigInt(Rc<[u8]>),
+    Int(i128),
     Float(f64),
     Text(Rc<str>),
-    Bytes,
-    Tuple(usize),
-    List(usize),
-    /// Keys and values alternate.
-    Dict(usize),
-    Global(Global),
-    Storage(Rc<Storage>),
-    Tensor(Rc<Tensor>),
+    Tuple(Vec<Id>),
+    List(Vec<Id>),
+    Dict(Vec<(Id, Id)>),
+    Callable(Callable),
+    StorageType(StorageType),
+    /// A named blob of `elements` numbers; the container that holds the pickle knows where it lies.
+    Storage {
+        numbers: StorageType,
+        key: Rc<str>,
+        elements: usize,
+    },
+    /// A strided view (in elements) of a storage.
+    Tensor {
+        storage: Id,
+        offset: usize,
+        shape: Vec<usize>,
+        strides: Vec<usize>,
+    },
 }
 
-/// The names that may be mentioned.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Global {
+/// The callables that may be "called": each one only builds a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Callable {
+    OrderedDict,
     RebuildTensor,
     RebuildParameter,
-    OrderedDict,
-    Size,
-    Storage(Element),
 }
 
-/// Element types of torch's storages.
+/// The numbers of a storage: floats, which are read, or others, of which only name and size (bytes) matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Element {
-    F64,
-    F32,
-    F16,
-    BF16,
-    I64,
-    I32,
-    I16,
-    I8,
-    U8,
-    Bool,
+pub enum StorageType {
+    Float(DType),
+    Other { name: &'static str, size: usize },
 }
 
-impl Element {
-    pub fn bytes(self) -> usize {
+impl StorageType {
+    /// Bytes of one number.
+    pub fn size(self) -> usize {
         match self {
-            Self::F64 | Self::I64 => 8,
-            Self::F32 | Self::I32 => 4,
-            Self::F16 | Self::BF16 | Self::I16 => 2,
-            Self::I8 | Self::U8 | Self::Bool => 1,
+            StorageType::Float(dtype) => dtype.size(),
+            StorageType::Other { size, .. } => size,
         }
     }
 }
 
-/// Memory that a tensor views, stored under a key.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Storage {
-    pub element: Element,
-    pub key: Rc<str>,
-    pub len: usize,
+/// The whole list of what a pickle may name.
+fn global(module: &str, name: &str) -> Option<Node> {
+    let storage = |numbers| Some(Node::StorageType(numbers));
+    let other = |name, size| Some(Node::StorageType(StorageType::Other { name, size }));
+    match (module, name) {
+        ("collections", "OrderedDict") => Some(Node::Callable(Callable::OrderedDict)),
+        ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => Some(Node::Callable(Callable::RebuildTensor)),
+        ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => {
+            Some(Node::Callable(Callable::RebuildParameter))
+        }
+        ("torch", "FloatStorage") => storage(StorageType::Float(DType::F32)),
+        ("torch", "DoubleStorage") => storage(StorageType::Float(DType::F64)),
+        ("torch", "HalfStorage") => storage(StorageType::Float(DType::F16)),
+        ("torch", "BFloat16Storage") => storage(StorageType::Float(DType::BF16)),
+        ("torch", "LongStorage") => other("int64", 8),
+        ("torch", "IntStorage") => other("int32", 4),
+        ("torch", "ShortStorage") => other("int16", 2),
+        ("torch", "CharStorage") => other("int8", 1),
+        ("torch", "ByteStorage") => other("uint8", 1),
+        ("torch", "BoolStorage") => other("bool", 1),
+        _ => None,
+    }
 }
 
-/// A tensor: a strided view of a storage, all in elements.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Tensor {
-    pub storage: Rc<Storage>,
-    pub offset: usize,
-    pub shape: Vec<usize>,
-    pub strides: Vec<usize>,
-}
-
-/// A pickle that was read: its value, and the containers that it holds.
+/// A pickle's objects.
+#[derive(Debug)]
 pub struct Pickle {
-    pub value: Value,
-    pub containers: Vec<Vec<Value>>,
-    /// Bytes that the pickle took.
-    pub len: usize,
+    nodes: Vec<Node>,
+    pub root: Id,
 }
 
 impl Pickle {
-    pub fn items(&self, container: usize) -> &[Value] {
-        &self.containers[container]
+    pub fn node(&self, id: Id) -> &Node {
+        &self.nodes[id.0 as usize]
     }
 
-    /// The value of a text key.
-    pub fn get(&self, dict: usize, key: &str) -> Option<&Value> {
-        self.entries(dict).find(|(k, _)| *k == key).map(|(_, value)| value)
-    }
-
-    /// The entries with text keys.
-    pub fn entries(&self, dict: usize) -> impl Iterator<Item = (&str, &Value)> {
-        self.items(dict).chunks_exact(2).filter_map(|pair| match &pair[0] {
-            Value::Text(key) => Some((key.as_ref(), &pair[1])),
-            _ => None,
-        })
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
     }
 }
 
-/// Reads the pickle at the start of `bytes`.
-pub fn read(bytes: &[u8]) -> Result<Pickle> {
+/// Runs the pickle at the start of `input`; returns its objects and its length in bytes. The error is a sentence's
+/// end, to be put after the file's name.
+pub fn load(input: &[u8]) -> Result<(Pickle, usize), String> {
     let mut machine =
-        Machine { bytes, at: 0, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), containers: Vec::new() };
-    let value = machine.run()?;
-    Ok(Pickle { value, containers: machine.containers, len: machine.at })
+        Machine { input, at: 0, nodes: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
+    for _ in 0..MAX_OPCODES {
+        let start = machine.at;
+        let done = machine.step().map_err(|e| format!("cannot be unpickled: {e} (at byte {start} of the pickle)"))?;
+        if let Some(root) = done {
+            return Ok((Pickle { nodes: machine.nodes, root }, machine.at));
+        }
+    }
+    Err(format!("cannot be unpickled: it has more than {MAX_OPCODES} opcodes"))
 }
 
 struct Machine<'a> {
-    bytes: &'a [u8],
+    input: &'a [u8],
     at: usize,
-    stack: Vec<Value>,
+    nodes: Vec<Node>,
+    stack: Vec<Id>,
+    /// Heights of the stack at which a MARK was set.
     marks: Vec<usize>,
-    memo: HashMap<usize, Value>,
-    containers: Vec<Vec<Value>>,
+    memo: HashMap<u32, Id>,
 }
 
 impl Machine<'_> {
-    fn run(&mut self) -> Result<Value> {
-        loop {
-            let opcode = self.take(1)?[0];
-            match opcode {
-                0x80 => drop(self.take(1)?),               // PROTO
-                0x95 => drop(self.take(8)?),               // FRAME
-                b'.' => return self.pop(),                 // STOP
-                b'(' => self.marks.push(self.stack.len()), // MARK
-                b'0' => drop(self.pop()?),                 // POP
-                b'1' => drop(self.pop_mark()?),            // POP_MARK
-                b'2' => {
-                    let top = self.stack.last().cloned().ok_or("takes from an empty stack")?; // DUP
-                    self.stack.push(top);
-                }
-                b'N' => self.stack.push(Value::None),
-                0x88 => self.stack.push(Value::Bool(true)),
-                0x89 => self.stack.push(Value::Bool(false)),
-                b'J' => {
-                    let value = i32::from_le_bytes(self.array()?); // BININT
-                    self.stack.push(Value::Int(value.into()));
-                }
-                b'K' => {
-                    let value = self.take(1)?[0]; // BININT1
-                    self.stack.push(Value::Int(value.into()));
-                }
-                b'M' => {
-                    let value = u16::from_le_bytes(self.array()?); // BININT2
-                    self.stack.push(Value::Int(value.into()));
-                }
-                0x8a => {
-                    let len = self.take(1)?[0].into(); // LONG1
-                    let value = long(self.take(len)?);
-                    self.stack.push(value);
-                }
-                b'G' => {
-                    let value = f64::from_be_bytes(self.array()?); // BINFLOAT
-                    self.stack.push(Value::Float(value));
-                }
-                b'X' => self.text(4)?, // BINUNICODE
-                0x8c => self.text(1)?, // SHORT_BINUNICODE
-                0x8d => self.text(8)?, // BINUNICODE8
-                b'U' => self.text(1)?, // SHORT_BINSTRING
-                b'T' => self.text(4)?, // BINSTRING
-                b'B' | b'C' => {
-                    let len = self.length(if opcode == b'B' { 4 } else { 1 })?; // BINBYTES, SHORT_BINBYTES
-                    self.take(len)?;
-                    self.stack.push(Value::Bytes);
-                }
-                b')' => self.push_container(Vec::new(), Value::Tuple), // EMPTY_TUPLE
-                b']' => self.push_container(Vec::new(), Value::List),  // EMPTY_LIST
-                b'}' => self.push_container(Vec::new(), Value::Dict),  // EMPTY_DICT
-                b't' => {
-                    let items = self.pop_mark()?; // TUPLE
-                    self.push_container(items, Value::Tuple);
-                }
-                0x85..=0x87 => {
-                    let count = usize::from(opcode - 0x84); // TUPLE1, TUPLE2, TUPLE3
-                    let from = self.stack.len().checked_sub(count).ok_or("takes from an empty stack")?;
-                    let items = self.stack.split_off(from);
-                    self.push_container(items, Value::Tuple);
-                }
-                b'a' => {
-                    let item = self.pop()?; // APPEND
-                    self.extend(vec![item])?;
-                }
-                b'e' | b'u' => {
-                    let items = self.pop_mark()?; // APPENDS, SETITEMS
-                    self.extend(items)?;
-                }
-                b's' => {
-                    let (value, key) = (self.pop()?, self.pop()?); // SETITEM
-                    self.extend(vec![key, value])?;
-                }
-                b'c' => {
-                    let (module, name) = (self.line()?, self.line()?); // GLOBAL
-                    self.stack.push(Value::Global(global(&module, &name)?));
-                }
-                0x93 => {
-                    let (name, module) = (self.pop()?, self.pop()?); // STACK_GLOBAL
-                    let (Value::Text(module), Value::Text(name)) = (module, name) else {
-                        return Err("names a global by something that is not text".into());
-                    };
-                    self.stack.push(Value::Global(global(&module, &name)?));
-                }
-                b'R' => {
-                    let (arguments, callable) = (self.pop()?, self.pop()?); // REDUCE
-                    let value = self.reduce(callable, arguments)?;
-                    self.stack.push(value);
-                }
-                b'b' => drop(self.pop()?), // BUILD: attributes, which no value here has
-                b'Q' => {
-                    let id = self.pop()?; // BINPERSID
-                    let storage = self.storage(id)?;
-                    self.stack.push(storage);
-                }
-                b'q' => {
-                    let key = self.length(1)?; // BINPUT
-                    self.put(key)?;
-                }
-                b'r' => {
-                    let key = self.length(4)?; // LONG_BINPUT
-                    self.put(key)?;
-                }
-                0x94 => self.put(self.memo.len())?, // MEMOIZE
-                b'h' => {
-                    let key = self.length(1)?; // BINGET
-                    self.get(key)?;
-                }
-                b'j' => {
-                    let key = self.length(4)?; // LONG_BINGET
-                    self.get(key)?;
-                }
-                other => return Err(format!("uses pickle opcode 0x{other:02x}, which no tensor needs")),
+    /// One opcode; the result once it was STOP.
+    fn step(&mut self) -> Result<Option<Id>, String> {
+        match self.byte()? {
+            b'.' => return Ok(Some(self.pop()?)),
+            0x80 => match self.byte()? {
+                2..=5 => {}
+                version => return Err(format!("pickle protocol {version} is not one of 2 to 5")),
+            },
+            0x95 => drop(self.take(8)?), // FRAME: only a hint for buffered reading
+
+            b'(' => self.marks.push(self.stack.len()),
+            b'0' => drop(self.pop()?),
+            b'1' => drop(self.pop_to_mark()?),
+
+            b'N' => self.push(Node::None),
+            0x88 => self.push(Node::Bool(true)),
+            0x89 => self.push(Node::Bool(false)),
+            b'K' => {
+                let value = self.byte()?;
+                self.push(Node::Int(value.into()));
             }
+            b'M' => {
+                let value = u16::from_le_bytes(self.array()?);
+                self.push(Node::Int(value.into()));
+            }
+            b'J' => {
+                let value = i32::from_le_bytes(self.array()?);
+                self.push(Node::Int(value.into()));
+            }
+            0x8a => {
+                let length = self.byte()?.into();
+                let value = long(self.take(length)?)?;
+                self.push(Node::Int(value));
+            }
+            b'G' => {
+                let value = f64::from_be_bytes(self.array()?);
+                self.push(Node::Float(value));
+            }
+            0x8c | b'U' => {
+                let length = self.byte()?.into();
+                self.text(length)?;
+            }
+            b'X' | b'T' => {
+                let length = u32::from_le_bytes(self.array()?);
+                self.text(length as usize)?;
+            }
+
+            b')' => self.push(Node::Tuple(Vec::new())),
+            opcode @ 0x85..=0x87 => {
+                let items = self.pop_last(usize::from(opcode - 0x84))?;
+                self.push(Node::Tuple(items));
+            }
+            b't' => {
+                let items = self.pop_to_mark()?;
+                self.push(Node::Tuple(items));
+            }
+            b']' => self.push(Node::List(Vec::new())),
+            b'a' => {
+                let items = self.pop_last(1)?;
+                self.append(items)?;
+            }
+            b'e' => {
+                let items = self.pop_to_mark()?;
+                self.append(items)?;
+            }
+            b'}' => self.push(Node::Dict(Vec::new())),
+            b's' => {
+                let items = self.pop_last(2)?;
+                self.set_items(&items)?;
+            }
+            b'u' => {
+                let items = self.pop_to_mark()?;
+                self.set_items(&items)?;
+            }
+
+            b'q' => {
+                let slot = self.byte()?.into();
+                self.memoize(slot)?;
+            }
+            b'r' => {
+                let slot = u32::from_le_bytes(self.array()?);
+                self.memoize(slot)?;
+            }
+            0x94 => self.memoize(self.memo.len() as u32)?,
+            b'h' => {
+                let slot = self.byte()?.into();
+                self.recall(slot)?;
+            }
+            b'j' => {
+                let slot = u32::from_le_bytes(self.array()?);
+                self.recall(slot)?;
+            }
+
+            b'c' => {
+                let (module, name) = (self.line()?, self.line()?);
+                self.global(&module, &name)?;
+            }
+            0x93 => {
+                let names = self.pop_last(2)?;
+                let (Node::Text(module), Node::Text(name)) = (self.node(names[0]), self.node(names[1])) else {
+                    return Err("a callable is named by something that is not text".into());
+                };
+                let (module, name) = (module.clone(), name.clone());
+                self.global(&module, &name)?;
+            }
+            b'Q' => {
+                let id = self.pop()?;
+                let storage = self.storage(id)?;
+                self.push(storage);
+            }
+            b'R' => {
+                let operands = self.pop_last(2)?;
+                let result = self.reduce(operands[0], operands[1])?;
+                self.stack.push(result);
+            }
+            b'b' => {
+                // BUILD sets attributes; the only ones met are a state dict's `_metadata`, which nothing here needs.
+                let operands = self.pop_last(2)?;
+                if !matches!(self.node(operands[0]), Node::Dict(_)) {
+                    return Err("it sets attributes of an object that is not a dict".into());
+                }
+                self.stack.push(operands[0]);
+            }
+            opcode => return Err(format!("opcode 0x{opcode:02x} ({:?}) is not allowed", char::from(opcode))),
+        }
+        Ok(None)
+    }
+
+    /// What calling `callable` would have built, of arguments that are checked one by one.
+    fn reduce(&mut self, callable: Id, arguments: Id) -> Result<Id, String> {
+        let Node::Callable(callable) = *self.node(callable) else {
+            return Err("it calls something that is not a function".into());
+        };
+        let Node::Tuple(arguments) = self.node(arguments) else {
+            return Err("it calls a function with something that is not a tuple".into());
+        };
+        let node = match (callable, arguments.as_slice()) {
+            (Callable::OrderedDict, []) => Node::Dict(Vec::new()),
+            (Callable::RebuildParameter, &[tensor, _, ..]) if matches!(self.node(tensor), Node::Tensor { .. }) => {
+                return Ok(tensor);
+            }
+            (Callable::RebuildTensor, &[storage, offset, shape, strides, ..])
+                if matches!(self.node(storage), Node::Storage { .. }) =>
+            {
+                let (shape, strides) = (self.sizes(shape)?, self.sizes(strides)?);
+                Node::Tensor { storage, offset: self.size(offset)?, shape, strides }
+            }
+            _ => return Err(format!("{callable:?} is called with arguments that torch.save does not write")),
+        };
+        self.push(node);
+        self.pop()
+    }
+
+    /// Torch's persistent id: `("storage", type, key, device, elements)`, and None in the legacy format.
+    fn storage(&self, id: Id) -> Result<Node, String> {
+        let error = || "a storage is described in a way that torch.save does not write".to_string();
+        let Node::Tuple(items) = self.node(id) else { return Err(error()) };
+        let (&[kind, numbers, key, _device, elements], rest) = items.split_first_chunk().ok_or_else(error)?;
+        match (self.node(kind), self.node(numbers), self.node(key), rest) {
+            (Node::Text(kind), &Node::StorageType(numbers), Node::Text(key), rest)
+                if &**kind == "storage" && rest.iter().all(|&view| matches!(self.node(view), Node::None)) =>
+            {
+                Ok(Node::Storage { numbers, key: key.clone(), elements: self.size(elements)? })
+            }
+            _ => Err(error()),
         }
     }
 
-    fn take(&mut self, len: usize) -> Result<&[u8]> {
-        let end = self.at.checked_add(len).filter(|&end| end <= self.bytes.len()).ok_or("ends inside its pickle")?;
-        let taken = &self.bytes[self.at..end];
-        self.at = end;
-        Ok(taken)
+    fn sizes(&self, id: Id) -> Result<Vec<usize>, String> {
+        let Node::Tuple(items) = self.node(id) else { return Err("a tensor's size is not a tuple".into()) };
+        if items.len() > MAX_RANK {
+            return Err(format!("a tensor has {} dimensions, expected at most {MAX_RANK}", items.len()));
+        }
+        items.iter().map(|&item| self.size(item)).collect()
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let mut array = [0; N];
-        array.copy_from_slice(self.take(N)?);
-        Ok(array)
+    fn size(&self, id: Id) -> Result<usize, String> {
+        let Node::Int(value) = *self.node(id) else { return Err("a tensor's size is not an integer".into()) };
+        value.try_into().map_err(|_| format!("a tensor's size is {value}"))
     }
 
-    /// A little-endian length of 1, 4 or 8 bytes.
-    fn length(&mut self, bytes: usize) -> Result<usize> {
-        let mut length = [0; 8];
-        length[..bytes].copy_from_slice(self.take(bytes)?);
-        usize::try_from(u64::from_le_bytes(length)).map_err(|_| "holds an impossible length".into())
-    }
-
-    fn text(&mut self, bytes: usize) -> Result<()> {
-        let len = self.length(bytes)?;
-        let text = String::from_utf8_lossy(self.take(len)?).into();
-        self.stack.push(Value::Text(text));
+    fn global(&mut self, module: &str, name: &str) -> Result<(), String> {
+        let node = global(module, name).ok_or_else(|| {
+            let full: String = format!("{module}.{name}").chars().take(120).collect();
+            format!("it refers to `{}`, which is not allowed", full.escape_debug())
+        })?;
+        self.push(node);
         Ok(())
     }
 
-    fn line(&mut self) -> Result<String> {
-        let rest = &self.bytes[self.at..];
-        let len = rest.iter().position(|&b| b == b'\n').ok_or("ends inside its pickle")?;
-        let line = String::from_utf8_lossy(&rest[..len]).into_owned();
-        self.at += len + 1;
-        Ok(line)
+    fn append(&mut self, items: Vec<Id>) -> Result<(), String> {
+        match self.top().map(|id| &mut self.nodes[id.0 as usize])? {
+            Node::List(list) => list.extend(items),
+            _ => return Err("it appends to something that is not a list".into()),
+        }
+        Ok(())
     }
 
-    fn pop(&mut self) -> Result<Value> {
-        self.stack.pop().ok_or_else(|| "takes from an empty stack".into())
+    fn set_items(&mut self, items: &[Id]) -> Result<(), String> {
+        let (pairs, rest) = items.as_chunks::<2>();
+        match self.top().map(|id| &mut self.nodes[id.0 as usize])? {
+            Node::Dict(dict) if rest.is_empty() => dict.extend(pairs.iter().map(|&[key, value]| (key, value))),
+            Node::Dict(_) => return Err("a dict has a key without a value".into()),
+            _ => return Err("it sets items of something that is not a dict".into()),
+        }
+        Ok(())
     }
 
-    fn pop_mark(&mut self) -> Result<Vec<Value>> {
-        let mark =
-            self.marks.pop().filter(|&mark| mark <= self.stack.len()).ok_or("closes a group that it never opened")?;
+    fn memoize(&mut self, slot: u32) -> Result<(), String> {
+        let id = self.top()?;
+        self.memo.insert(slot, id);
+        Ok(())
+    }
+
+    fn recall(&mut self, slot: u32) -> Result<(), String> {
+        let id = *self.memo.get(&slot).ok_or_else(|| format!("it recalls object {slot}, which was never stored"))?;
+        self.stack.push(id);
+        Ok(())
+    }
+
+    fn node(&self, id: Id) -> &Node {
+        &self.nodes[id.0 as usize]
+    }
+
+    fn push(&mut self, node: Node) {
+        self.stack.push(Id(self.nodes.len() as u32)); // MAX_OPCODES keeps it far below u32::MAX
+        self.nodes.push(node);
+    }
+
+    /// Items below the last mark are out of reach until it is taken.
+    fn floor(&self) -> usize {
+        self.marks.last().copied().unwrap_or(0)
+    }
+
+    fn top(&self) -> Result<Id, String> {
+        self.stack[self.floor()..].last().copied().ok_or_else(|| "its stack runs empty".into())
+    }
+
+    fn pop(&mut self) -> Result<Id, String> {
+        let top = self.top()?;
+        self.stack.pop();
+        Ok(top)
+    }
+
+    fn pop_last(&mut self, count: usize) -> Result<Vec<Id>, String> {
+        if self.stack.len() - self.floor() < count {
+            return Err("its stack runs empty".into());
+        }
+        Ok(self.stack.split_off(self.stack.len() - count))
+    }
+
+    fn pop_to_mark(&mut self) -> Result<Vec<Id>, String> {
+        let mark = self.marks.pop().ok_or("it has no mark where one is needed")?;
         Ok(self.stack.split_off(mark))
     }
 
-    fn push_container(&mut self, items: Vec<Value>, kind: fn(usize) -> Value) {
-        self.containers.push(items);
-        self.stack.push(kind(self.containers.len() - 1));
+    fn byte(&mut self) -> Result<u8, String> {
+        self.array().map(|[byte]| byte)
     }
 
-    /// Appends to the list or dict on top of the stack.
-    fn extend(&mut self, items: Vec<Value>) -> Result<()> {
-        match self.stack.last() {
-            Some(&(Value::List(i) | Value::Dict(i))) => self.containers[i].extend(items),
-            _ => return Err("appends to something that is no list or dict".into()),
-        }
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
+        let (&bytes, _) = self.input[self.at..].split_first_chunk().ok_or("it ends too early")?;
+        self.at += N;
+        Ok(bytes)
+    }
+
+    fn take(&mut self, count: usize) -> Result<&[u8], String> {
+        let bytes = self.input[self.at..].get(..count).ok_or("it ends too early")?;
+        self.at += count;
+        Ok(bytes)
+    }
+
+    fn text(&mut self, length: usize) -> Result<(), String> {
+        let text = std::str::from_utf8(self.take(length)?).map_err(|_| "a string is not UTF-8")?.into();
+        self.push(Node::Text(text));
         Ok(())
     }
 
-    fn put(&mut self, key: usize) -> Result<()> {
-        let top = self.stack.last().cloned().ok_or("remembers from an empty stack")?;
-        self.memo.insert(key, top);
-        Ok(())
-    }
-
-    fn get(&mut self, key: usize) -> Result<()> {
-        let value = self.memo.get(&key).cloned().ok_or("recalls what it never remembered")?;
-        self.stack.push(value);
-        Ok(())
-    }
-
-    fn tuple(&self, value: &Value) -> Option<&[Value]> {
-        if let Value::Tuple(i) = value { Some(&self.containers[*i]) } else { None }
-    }
-
-    fn reduce(&mut self, callable: Value, arguments: Value) -> Result<Value> {
-        let arguments = self.tuple(&arguments).ok_or("calls something without a tuple of arguments")?.to_vec();
-        match (&callable, arguments.as_slice()) {
-            (Value::Global(Global::OrderedDict), []) => {
-                self.containers.push(Vec::new());
-                Ok(Value::Dict(self.containers.len() - 1))
-            }
-            (Value::Global(Global::Size), [sizes]) => Ok(sizes.clone()),
-            (Value::Global(Global::RebuildParameter), [tensor @ Value::Tensor(_), ..]) => Ok(tensor.clone()),
-            (Value::Global(Global::RebuildTensor), [Value::Storage(storage), offset, shape, strides, ..]) => {
-                let (offset, shape, strides) = (size(offset)?, self.sizes(shape)?, self.sizes(strides)?);
-                if shape.len() != strides.len() {
-                    return Err(format!("holds a tensor with {} sizes and {} strides", shape.len(), strides.len()));
-                }
-                Ok(Value::Tensor(Rc::new(Tensor { storage: storage.clone(), offset, shape, strides })))
-            }
-            _ => Err("calls a tensor function with arguments that it does not take".into()),
-        }
-    }
-
-    fn sizes(&self, value: &Value) -> Result<Vec<usize>> {
-        self.tuple(value).ok_or("holds a tensor whose shape is no tuple")?.iter().map(size).collect()
-    }
-
-    /// ('storage', type, key, location, number of elements); older files add a view, which must be None.
-    fn storage(&self, id: Value) -> Result<Value> {
-        match self.tuple(&id) {
-            Some([Value::Text(kind), Value::Global(Global::Storage(element)), Value::Text(key), _, len, rest @ ..])
-                if &**kind == "storage" && rest.iter().all(|view| *view == Value::None) =>
-            {
-                Ok(Value::Storage(Rc::new(Storage { element: *element, key: key.clone(), len: size(len)? })))
-            }
-            _ => Err("refers to something that is no tensor storage".into()),
-        }
+    /// A name that ends with a newline.
+    fn line(&mut self) -> Result<String, String> {
+        let rest = &self.input[self.at..];
+        let end = rest.iter().take(256).position(|&byte| byte == b'\n').ok_or("a callable's name does not end")?;
+        self.at += end + 1;
+        Ok(String::from_utf8_lossy(&rest[..end]).into_owned())
     }
 }
 
-fn size(value: &Value) -> Result<usize> {
-    match value {
-        Value::Int(i) => usize::try_from(*i).map_err(|_| format!("holds the negative size {i}")),
-        _ => Err("holds a size that is no integer".into()),
-    }
-}
-
-/// Two's complement, little-endian.
-fn long(bytes: &[u8]) -> Value {
-    if bytes.len() > 8 {
-        return Value::BigInt(bytes.into());
-    }
-    let negative = bytes.last().is_some_and(|b| b & 0x80 != 0);
-    let mut wide = [if negative { 0xff } else { 0 }; 8];
-    wide[..bytes.len()].copy_from_slice(bytes);
-    Value::Int(i64::from_le_bytes(wide))
-}
-
-fn global(module: &str, name: &str) -> Result<Global> {
-    Ok(match (module, name) {
-        ("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor") => Global::RebuildTensor,
-        ("torch._utils", "_rebuild_parameter") => Global::RebuildParameter,
-        ("collections", "OrderedDict") => Global::OrderedDict,
-        ("torch", "Size") => Global::Size,
-        ("torch", "DoubleStorage") => Global::Storage(Element::F64),
-        ("torch", "FloatStorage") => Global::Storage(Element::F32),
-        ("torch", "HalfStorage") => Global::Storage(Element::F16),
-        ("torch", "BFloat16Storage") => Global::Storage(Element::BF16),
-        ("torch", "LongStorage") => Global::Storage(Element::I64),
-        ("torch", "IntStorage") => Global::Storage(Element::I32),
-        ("torch", "ShortStorage") => Global::Storage(Element::I16),
-        ("torch", "CharStorage") => Global::Storage(Element::I8),
-        ("torch", "ByteStorage") => Global::Storage(Element::U8),
-        ("torch", "BoolStorage") => Global::Storage(Element::Bool),
-        _ => return Err(format!("asks to call `{module}.{name}`, which is not allowed in a tensor file")),
-    })
+/// Little-endian two's complement of any length; longer than 16 bytes is nothing that torch writes.
+fn long(bytes: &[u8]) -> Result<i128, String> {
+    let negative = bytes.last().is_some_and(|&byte| byte >= 0x80);
+    let mut wide = [if negative { 0xff } else { 0 }; 16];
+    wide.get_mut(..bytes.len()).ok_or("an integer is longer than 16 bytes")?.copy_from_slice(bytes);
+    Ok(i128::from_le_bytes(wide))
 }

@@ -1,374 +1,372 @@
-//! PyTorch's files: tensors and state dicts as `torch.save` writes them, zip or legacy, read without running anything; and bags written so that
-//! `torch.load` and our own reader map them.
+//! The files of `torch.save` (zip archives, and the legacy format of before torch 1.6), safetensors, and a writer.
+//! Layouts: torch/serialization.py; a pickle describes the objects, and raw little-endian storages lie beside it.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    fs::File,
-    io::{Cursor, Write},
-    ops::Range,
-    path::Path,
-    rc::Rc,
-};
+use std::collections::{BTreeMap, HashMap};
+use std::io::{Cursor, Read, Write};
+use std::path::Path;
+use std::rc::Rc;
 
-use half::{bf16, f16};
-use memmap2::Mmap;
+use bytes::Bytes;
 use ndarray::ArrayView2;
-use safetensors::SafeTensors;
+use safetensors::{Dtype, SafeTensors};
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
-use super::{
-    atomic::write_atomically,
-    pickle::{self, Element, Pickle, Tensor, Value},
-};
+use super::atomic::write_atomically;
+use super::pickle::{self, Id, Node, Pickle, StorageType};
+use super::tensor::{DType, Entry, StoredTensor, first_non_finite};
 use crate::{Error, Result};
 
-/// A file's bytes, mapped or in memory.
-pub enum Bytes {
-    Mapped(Mmap),
-    Owned(Vec<u8>),
-}
+/// Deflate cannot expand by more than this (1032 : 1), so a larger claim is false.
+pub(super) const MAX_EXPANSION: u64 = 1032;
 
-impl Bytes {
-    pub fn open(path: &Path) -> Result<Self> {
-        let failed = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
-        let file = File::open(path).map_err(failed)?;
-        if file.metadata().map_err(failed)?.len() == 0 {
-            return Ok(Self::Owned(Vec::new()));
-        }
-        // SAFETY: feature files are not written while they are read; a file cut short meanwhile ends the program, as any mapping does.
-        unsafe { Mmap::map(&file) }.map(Self::Mapped).map_err(failed)
-    }
-}
+/// The first object of a legacy file.
+const LEGACY_MAGIC: i128 = 0x1950_a86a_20f9_469c_fc6c;
 
-impl std::ops::Deref for Bytes {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Owned(bytes) => bytes,
-        }
-    }
-}
+/// Objects that a published checkpoint wraps its parameters in.
+const STATE_DICT_KEYS: [&str; 3] = ["state_dict", "model_state_dict", "model"];
 
-/// A tensor's place in a file: bytes of its storage, and the view of it in elements.
+/// One parameter of a checkpoint: its shape, and its numbers in row-major order.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Located {
-    pub element: Element,
-    /// Of the storage, in the file.
-    pub storage: Range<usize>,
-    pub offset: usize,
+pub struct Parameter {
     pub shape: Vec<usize>,
-    pub strides: Vec<usize>,
+    pub values: Vec<f32>,
 }
 
-impl Located {
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
+/// A checkpoint's parameters by name.
+pub type StateDict = BTreeMap<String, Parameter>;
 
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Checks that every element lies in the storage.
-    fn new(tensor: &Tensor, storage: Range<usize>) -> pickle::Result<Self> {
-        let past = || {
-            format!(
-                "is truncated: a tensor of shape {:?} needs more than the {} bytes stored",
-                tensor.shape,
-                storage.len()
-            )
-        };
-        let len = tensor.shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size)).ok_or_else(past)?;
-        if len > 0 {
-            let reach =
-                |sum: usize, (&size, &stride): (&usize, &usize)| sum.checked_add((size - 1).checked_mul(stride)?);
-            let last = tensor.shape.iter().zip(&tensor.strides).try_fold(tensor.offset, reach).ok_or_else(past)?;
-            let end =
-                last.checked_add(1).and_then(|n| n.checked_mul(tensor.storage.element.bytes())).ok_or_else(past)?;
-            if end > storage.len() {
-                return Err(past());
-            }
-        }
-        let (offset, shape, strides) = (tensor.offset, tensor.shape.clone(), tensor.strides.clone());
-        Ok(Self { element: tensor.storage.element, storage, offset, shape, strides })
-    }
-
-    /// All elements in row-major order, as f32.
-    fn to_f32(&self, bytes: &[u8]) -> pickle::Result<Vec<f32>> {
-        let data = &bytes[self.storage.clone()];
-        // strides may repeat elements, so the number of them is bounded by nothing in the file
-        if self.len() > data.len() {
-            return Err(format!("holds a tensor of {} elements in {} bytes", self.len(), data.len()));
-        }
-        let mut values = Vec::with_capacity(self.len());
-        let mut index = vec![0usize; self.shape.len()];
-        for _ in 0..self.len() {
-            let at = self.offset + index.iter().zip(&self.strides).map(|(i, stride)| i * stride).sum::<usize>();
-            values.push(
-                to_f32(self.element, &data[at * self.element.bytes()..])
-                    .ok_or("holds a tensor that is not floating-point")?,
-            );
-            for (i, &size) in index.iter_mut().zip(&self.shape).rev() {
-                *i += 1;
-                if *i < size {
-                    break;
-                }
-                *i = 0;
-            }
-        }
-        Ok(values)
-    }
-}
-
-/// The first element of `data`; None unless it is floating-point.
-pub fn to_f32(element: Element, data: &[u8]) -> Option<f32> {
-    Some(match element {
-        Element::F64 => f64::from_le_bytes(data[..8].try_into().ok()?) as f32,
-        Element::F32 => f32::from_le_bytes(data[..4].try_into().ok()?),
-        Element::F16 => f16::from_le_bytes([data[0], data[1]]).to_f32(),
-        Element::BF16 => bf16::from_le_bytes([data[0], data[1]]).to_f32(),
-        _ => return None,
-    })
-}
-
-/// A torch file: its pickle, and where each storage lies.
-pub struct TorchFile {
-    pickle: Pickle,
-    storages: HashMap<Rc<str>, Range<usize>>,
-}
-
-impl TorchFile {
-    /// Zip or legacy. Messages do not name the file.
-    pub fn parse(bytes: &[u8]) -> pickle::Result<Self> {
-        if bytes.starts_with(b"PK\x03\x04") { Self::zip(bytes) } else { Self::legacy(bytes) }
-    }
-
-    /// A bare tensor, or a dict's tensor `features`.
-    pub fn features(&self) -> pickle::Result<Located> {
-        let tensor = match &self.pickle.value {
-            Value::Tensor(tensor) => tensor,
-            Value::Dict(dict) => match self.pickle.get(*dict, "features") {
-                Some(Value::Tensor(tensor)) => tensor,
-                _ => return Err("is a dict without a tensor `features`".into()),
-            },
-            _ => return Err("holds neither a tensor nor a dict with `features`".into()),
-        };
-        self.locate(tensor)
-    }
-
-    /// A state dict's tensors, also where it lies under a key of a larger checkpoint.
-    pub fn state_dict(&self) -> pickle::Result<BTreeMap<String, Located>> {
-        let Value::Dict(mut dict) = self.pickle.value else {
-            return Err("holds no dict of tensors".into());
-        };
-        for key in ["state_dict", "model_state_dict", "model"] {
-            if let Some(Value::Dict(inner)) = self.pickle.get(dict, key) {
-                dict = *inner;
-                break;
-            }
-        }
-        let mut tensors = BTreeMap::new();
-        for (name, value) in self.pickle.entries(dict) {
-            if let Value::Tensor(tensor) = value {
-                tensors.insert(name.to_string(), self.locate(tensor)?);
-            }
-        }
-        if tensors.is_empty() { Err("holds no tensor".into()) } else { Ok(tensors) }
-    }
-
-    fn locate(&self, tensor: &Tensor) -> pickle::Result<Located> {
-        let storage = self
-            .storages
-            .get(&tensor.storage.key)
-            .ok_or_else(|| format!("lacks the storage `{}`", tensor.storage.key))?;
-        Located::new(tensor, storage.clone())
-    }
-
-    /// `<name>/data.pkl`, `<name>/data/<key>`, all stored without compression.
-    fn zip(bytes: &[u8]) -> pickle::Result<Self> {
-        let broken = |e: zip::result::ZipError| format!("is truncated or not a zip: {e}");
-        let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).map_err(broken)?;
-        let mut members = HashMap::new();
-        for i in 0..archive.len() {
-            let member = archive.by_index(i).map_err(broken)?;
-            let name = String::from_utf8_lossy(member.name_raw()).into_owned();
-            let start = member.data_start().and_then(|start| usize::try_from(start).ok());
-            let range = start
-                .zip(usize::try_from(member.size()).ok())
-                .and_then(|(start, size)| Some(start..start.checked_add(size)?));
-            let range = range
-                .filter(|range| range.end <= bytes.len())
-                .ok_or_else(|| format!("is truncated in its member `{name}`"))?;
-            members.insert(name, (range, member.compression() == zip::CompressionMethod::Stored));
-        }
-        let root = members
-            .keys()
-            .find_map(|name| name.strip_suffix("/data.pkl"))
-            .ok_or("is a zip, but not one that torch wrote")?;
-        let stored = |name: &str| match members.get(&format!("{root}/{name}")) {
-            Some((range, true)) => Ok(Some(range.clone())),
-            Some(_) => Err(format!("has a compressed member `{name}`, which torch never writes")),
-            None => Ok(None),
-        };
-        if let Some(order) = stored("byteorder")?
-            && &bytes[order.clone()] != b"little"
-        {
-            return Err("was written on a big-endian machine".into());
-        }
-        let pickle = stored("data.pkl")?.ok_or("lacks its pickle")?;
-        let pickle = pickle::read(&bytes[pickle])?;
-        let prefix = format!("{root}/data/");
-        let mut storages = HashMap::new();
-        for (name, (range, plain)) in &members {
-            if let Some(key) = name.strip_prefix(&prefix).filter(|_| *plain) {
-                storages.insert(Rc::from(key), range.clone());
-            }
-        }
-        Ok(Self { pickle, storages })
-    }
-
-    /// Five pickles (magic number, protocol, system, object, storage keys), then each storage's length and data.
-    fn legacy(bytes: &[u8]) -> pickle::Result<Self> {
-        const MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
-        let mut at = 0;
-        let next = |at: &mut usize| {
-            let pickle = pickle::read(&bytes[*at..])?;
-            *at += pickle.len;
-            Ok::<_, String>(pickle)
-        };
-        let not_torch = "is not a file that torch.save wrote";
-        if next(&mut at).map_err(|_| not_torch)?.value != Value::BigInt(MAGIC.as_slice().into()) {
-            return Err(not_torch.into());
-        }
-        next(&mut at)?; // protocol
-        next(&mut at)?; // system
-        let pickle = next(&mut at)?;
-        let keys = next(&mut at)?;
-        let Value::List(keys_list) = keys.value else { return Err("lacks its list of storages".into()) };
-        let tensors = pickle.containers.iter().flatten().chain([&pickle.value]);
-        let storage = |value: &Value| match value {
-            Value::Tensor(tensor) => Some((tensor.storage.key.clone(), tensor.storage.element)),
-            _ => None,
-        };
-        let elements: HashMap<_, _> = tensors.filter_map(storage).collect();
-        let mut storages = HashMap::new();
-        for key in keys.items(keys_list) {
-            let Value::Text(key) = key else { return Err("names a storage by something that is not text".into()) };
-            let truncated = || format!("is truncated in its storage `{key}`");
-            let header = bytes.get(at..at.checked_add(8).ok_or_else(truncated)?).ok_or_else(truncated)?;
-            let len = u64::from_le_bytes(header.try_into().map_err(|_| truncated())?);
-            let element = elements.get(key).copied().unwrap_or(Element::U8);
-            let len = usize::try_from(len).ok().and_then(|n| n.checked_mul(element.bytes())).ok_or_else(truncated)?;
-            let end = (at + 8).checked_add(len).filter(|&end| end <= bytes.len()).ok_or_else(truncated)?;
-            storages.insert(key.clone(), at + 8..end);
-            at = end;
-        }
-        Ok(Self { pickle, storages })
-    }
-}
-
-/// A checkpoint's tensors by name, with shape and values.
-pub type StateDict = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
-
-/// Reads a checkpoint: `.safetensors`, or a torch state dict, bare or under `state_dict`, `model_state_dict` or `model`. A prefix `module.` that all
-/// names have (torch's DataParallel) is dropped.
+/// Reads a checkpoint's float tensors by name, from `.safetensors` or from what `torch.save` wrote: a state dict, bare
+/// or under `state_dict`, `model_state_dict` or `model`. A `module.` in front of every name (DataParallel) is taken off.
+/// Other objects, such as integer buffers, are left out. Errors name the file and the tensor; a NaN or infinity is one.
 pub fn read_state_dict(path: &Path) -> Result<StateDict> {
-    parse_state_dict(&Bytes::open(path)?).map_err(|message| Error::file(path, message))
+    let bytes = super::features::map_file(path)?;
+    state_dict(bytes).map_err(|e| Error::file(path, e))
 }
 
-/// The same from bytes; messages do not name the file.
-pub fn parse_state_dict(bytes: &[u8]) -> pickle::Result<StateDict> {
-    let located = match SafeTensors::deserialize(bytes) {
-        Ok(file) => safetensors_tensors(bytes, &file)?,
-        Err(_) => TorchFile::parse(bytes)?.state_dict()?,
+/// [`read_state_dict`] of a file that is already in memory; `name` stands for its path in errors.
+pub fn state_dict_from_bytes(name: &Path, bytes: Vec<u8>) -> Result<StateDict> {
+    state_dict(bytes.into()).map_err(|e| Error::file(name, e))
+}
+
+fn state_dict(bytes: Bytes) -> Result<StateDict, String> {
+    let (mut entries, stored) = if is_safetensors(&bytes) {
+        (safetensors_entries(&bytes)?, bytes.len())
+    } else if is_torch(&bytes) {
+        let archive = Archive::open(&bytes)?;
+        let root = archive.state_dict().ok_or("holds no state dict")?;
+        (archive.entries(root)?, archive.storages.values().map(Bytes::len).sum())
+    } else {
+        return Err("is not a checkpoint: its content is neither .safetensors nor .pt".into());
     };
-    let prefixed = located.keys().all(|name| name.starts_with("module."));
-    let mut tensors = StateDict::new();
-    for (name, tensor) in located {
-        let values = tensor.to_f32(bytes).map_err(|e| format!("{e} (`{name}`)"))?;
-        let name = if prefixed { name["module.".len()..].to_string() } else { name };
-        tensors.insert(name, (tensor.shape, values));
+    if entries.keys().all(|name| name.starts_with("module.")) {
+        entries = entries.into_iter().map(|(name, entry)| (name["module.".len()..].to_string(), entry)).collect();
     }
-    Ok(tensors)
-}
-
-/// Where the tensors of a safetensors file lie in it.
-pub fn safetensors_tensors(bytes: &[u8], file: &SafeTensors) -> pickle::Result<BTreeMap<String, Located>> {
-    let mut tensors = BTreeMap::new();
-    for (name, view) in file.tensors() {
-        use safetensors::Dtype;
-        let element = match view.dtype() {
-            Dtype::F64 => Element::F64,
-            Dtype::F32 => Element::F32,
-            Dtype::F16 => Element::F16,
-            Dtype::BF16 => Element::BF16,
-            Dtype::I64 => Element::I64,
-            Dtype::I32 => Element::I32,
-            Dtype::I16 => Element::I16,
-            Dtype::I8 => Element::I8,
-            Dtype::U8 => Element::U8,
-            Dtype::BOOL => Element::Bool,
-            other => return Err(format!("holds tensor `{name}` of type {other:?}, expected floating-point")),
-        };
-        let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
-        let shape = view.shape().to_vec();
-        let mut strides = vec![1; shape.len()];
-        for i in (1..shape.len()).rev() {
-            strides[i - 1] = strides[i] * shape[i].max(1);
+    // Tensors may share numbers (tied weights), but hardly more than a few; a small file that claims gigabytes is an attack.
+    let total = entries.values().fold(0usize, |sum, entry| match entry {
+        Entry::Float(tensor) => sum.saturating_add(tensor.elements()),
+        Entry::Other(_) => sum,
+    });
+    if total > stored.saturating_mul(8) {
+        return Err(format!("claims {total} parameters in {stored} bytes of data"));
+    }
+    let mut parameters = BTreeMap::new();
+    for (name, entry) in entries {
+        let Entry::Float(tensor) = entry else { continue };
+        let values = tensor.to_f32();
+        if let Some(i) = first_non_finite(&values) {
+            return Err(format!("tensor `{name}` holds {} at element {i}, expected finite numbers", values[i]));
         }
-        tensors.insert(name, Located { element, storage: start..start + view.data().len(), offset: 0, shape, strides });
+        parameters.insert(name, Parameter { shape: tensor.shape, values });
     }
-    Ok(tensors)
+    if parameters.is_empty() {
+        return Err("holds no float tensors".into());
+    }
+    Ok(parameters)
 }
 
-/// Data of a torch zip starts on multiples of this, as torch itself does it.
-const ALIGNMENT: u16 = 64;
+/// Whether the bytes begin like a file of `torch.save`: a zip archive, or a pickle.
+pub(super) fn is_torch(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"PK\x03\x04") || bytes.first() == Some(&0x80)
+}
 
-/// Writes a bag `[patches, features]` as torch would write a bare f32 tensor.
-pub fn write_pt(path: &Path, bag: ArrayView2<f32>) -> Result<()> {
+/// Whether the bytes begin like a safetensors file: a header's length that fits, and then JSON.
+pub(super) fn is_safetensors(bytes: &[u8]) -> bool {
+    let Some((&length, rest)) = bytes.split_first_chunk() else { return false };
+    rest.first() == Some(&b'{') && u64::from_le_bytes(length) <= rest.len() as u64
+}
+
+/// All tensors of a safetensors file.
+pub(super) fn safetensors_entries(bytes: &Bytes) -> Result<BTreeMap<String, Entry>, String> {
+    let file = SafeTensors::deserialize(bytes).map_err(|e| format!("is not a sound safetensors file: {e}"))?;
+    let entry = |name: &str, view: safetensors::tensor::TensorView| {
+        let dtype = match view.dtype() {
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            Dtype::F32 => DType::F32,
+            Dtype::F64 => DType::F64,
+            other => return Ok(Entry::Other(format!("a tensor of {other:?}"))),
+        };
+        StoredTensor::contiguous(dtype, view.shape().to_vec(), bytes.slice_ref(view.data()))
+            .map(Entry::Float)
+            .map_err(|e| format!("tensor `{name}` {e}"))
+    };
+    file.iter().map(|(name, view)| Ok((name.to_string(), entry(name, view)?))).collect()
+}
+
+/// An opened torch file: its objects, and its storages by key.
+pub(super) struct Archive {
+    pickle: Pickle,
+    storages: HashMap<Rc<str>, Bytes>,
+}
+
+impl Archive {
+    /// Storages are views of `bytes`, except where a zip member is compressed.
+    pub fn open(bytes: &Bytes) -> Result<Self, String> {
+        if bytes.starts_with(b"PK\x03\x04") { Self::open_zip(bytes) } else { Self::open_legacy(bytes) }
+    }
+
+    fn open_zip(bytes: &Bytes) -> Result<Self, String> {
+        let mut zip =
+            ZipArchive::new(Cursor::new(&bytes[..])).map_err(|e| format!("is a truncated or damaged .pt file: {e}"))?;
+        let names = zip.file_names().flatten();
+        let pickle_name = names.into_iter().find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
+        let pickle_name = pickle_name.ok_or("is a zip archive without a data.pkl, so not a torch file")?.into_owned();
+        let folder = pickle_name.trim_end_matches("data.pkl");
+
+        let mut budget = MAX_EXPANSION.saturating_mul(bytes.len() as u64);
+        let order = format!("{folder}byteorder");
+        if zip.index_for_name(&order).is_some() && member(&mut zip, bytes, &order, &mut budget)?[..] != b"little"[..] {
+            return Err("is not little-endian: load it with torch and save it on a little-endian machine".into());
+        }
+        let (pickle, _) = pickle::load(&member(&mut zip, bytes, &pickle_name, &mut budget)?)?;
+        let mut storages = HashMap::new();
+        for node in pickle.nodes() {
+            if let Node::Storage { key, .. } = node
+                && !storages.contains_key(key)
+            {
+                storages.insert(key.clone(), member(&mut zip, bytes, &format!("{folder}data/{key}"), &mut budget)?);
+            }
+        }
+        Ok(Self { pickle, storages })
+    }
+
+    /// Five pickles (magic number, version, machine, objects, storage keys), then each storage: its count and its data.
+    fn open_legacy(bytes: &Bytes) -> Result<Self, String> {
+        let mut at = 0;
+        let mut next = || -> Result<Pickle, String> {
+            let (pickle, length) = pickle::load(&bytes[at..])?;
+            at += length;
+            Ok(pickle)
+        };
+        let magic = next()?;
+        if !matches!(magic.node(magic.root), Node::Int(LEGACY_MAGIC)) {
+            return Err("is a pickle, but not one that torch.save wrote".into());
+        }
+        let (_version, machine, objects, keys) = (next()?, next()?, next()?, next()?);
+        if let Some(order) = lookup(&machine, machine.root, "little_endian")
+            && !matches!(machine.node(order), Node::Bool(true))
+        {
+            return Err("is not little-endian: load it with torch and save it on a little-endian machine".into());
+        }
+        let Node::List(order) = keys.node(keys.root) else { return Err("has no list of storages".into()) };
+        let sizes: HashMap<&Rc<str>, usize> = objects
+            .nodes()
+            .iter()
+            .filter_map(|node| match node {
+                Node::Storage { key, numbers, .. } => Some((key, numbers.size())),
+                _ => None,
+            })
+            .collect();
+        let mut storages = HashMap::new();
+        for &id in order {
+            let Node::Text(key) = keys.node(id) else {
+                return Err("names a storage by something else than text".into());
+            };
+            let size = *sizes.get(key).ok_or_else(|| format!("has a storage {key:?} that nothing describes"))?;
+            let (&count, rest) =
+                bytes[at..].split_first_chunk().ok_or("is truncated: it ends before its last storage")?;
+            let length = usize::try_from(u64::from_le_bytes(count)).ok().and_then(|count| count.checked_mul(size));
+            let data = length.and_then(|length| rest.get(..length)).ok_or_else(|| {
+                format!(
+                    "is truncated: a storage of {} numbers needs more than the {} bytes left",
+                    u64::from_le_bytes(count),
+                    rest.len()
+                )
+            })?;
+            at += 8 + data.len();
+            storages.insert(key.clone(), bytes.slice_ref(data));
+        }
+        Ok(Self { pickle: objects, storages })
+    }
+
+    /// The whole file as one tensor, if that is what it is.
+    pub fn root_tensor(&self) -> Result<Option<Entry>, String> {
+        match self.pickle.node(self.pickle.root) {
+            Node::Tensor { .. } => self.entry(self.pickle.root).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// The whole file as one dict, if that is what it is.
+    pub fn root_dict(&self) -> Option<Id> {
+        self.is_dict(self.pickle.root).then_some(self.pickle.root)
+    }
+
+    /// The dict of parameters: the root, or what is under the usual names in it.
+    fn state_dict(&self) -> Option<Id> {
+        let root = self.root_dict()?;
+        let nested = STATE_DICT_KEYS.iter().filter_map(|key| lookup(&self.pickle, root, key));
+        Some(nested.into_iter().find(|&id| self.is_dict(id)).unwrap_or(root))
+    }
+
+    fn is_dict(&self, id: Id) -> bool {
+        matches!(self.pickle.node(id), Node::Dict(_))
+    }
+
+    /// The objects of one dict by name (of a name given twice the last, as in Python).
+    pub fn entries(&self, dict: Id) -> Result<BTreeMap<String, Entry>, String> {
+        let Node::Dict(pairs) = self.pickle.node(dict) else { return Ok(BTreeMap::new()) };
+        let named: BTreeMap<&str, Id> = pairs
+            .iter()
+            .filter_map(|&(key, value)| match self.pickle.node(key) {
+                Node::Text(name) => Some((&**name, value)),
+                _ => None,
+            })
+            .collect();
+        let entry = |(name, id)| match self.entry(id) {
+            Ok(entry) => Ok((String::from(name), entry)),
+            Err(e) => Err(format!("tensor `{name}` {e}")),
+        };
+        named.into_iter().map(entry).collect()
+    }
+
+    fn entry(&self, id: Id) -> Result<Entry, String> {
+        let Node::Tensor { storage, offset, shape, strides } = self.pickle.node(id) else {
+            return Ok(Entry::Other(kind(self.pickle.node(id)).into()));
+        };
+        let Node::Storage { numbers, key, elements } = self.pickle.node(*storage) else {
+            return Err("has no storage".into()); // the pickle machine builds no such tensor
+        };
+        let dtype = match *numbers {
+            StorageType::Float(dtype) => dtype,
+            StorageType::Other { name, .. } => return Ok(Entry::Other(format!("a tensor of {name}"))),
+        };
+        let bytes = self.storages.get(key).ok_or_else(|| format!("has no data: storage {key:?} is missing"))?;
+        let needed = elements.checked_mul(dtype.size());
+        let bytes = needed.filter(|&needed| needed <= bytes.len()).map(|needed| bytes.slice(..needed));
+        let bytes = bytes.ok_or_else(|| format!("has truncated data: its storage should hold {elements} numbers"))?;
+        StoredTensor::new(dtype, shape.clone(), strides.clone(), *offset, bytes).map(Entry::Float)
+    }
+}
+
+/// A dict's value, by name.
+fn lookup(pickle: &Pickle, dict: Id, name: &str) -> Option<Id> {
+    let Node::Dict(pairs) = pickle.node(dict) else { return None };
+    let is_named = |key: Id| matches!(pickle.node(key), Node::Text(text) if **text == *name);
+    pairs.iter().rev().find(|&&(key, _)| is_named(key)).map(|&(_, value)| value)
+}
+
+fn kind(node: &Node) -> &'static str {
+    match node {
+        Node::None => "None",
+        Node::Bool(_) | Node::Int(_) | Node::Float(_) => "a single number",
+        Node::Text(_) => "text",
+        Node::Tuple(_) | Node::List(_) => "a list",
+        Node::Dict(_) => "a dict",
+        Node::Tensor { .. } => "a tensor",
+        Node::Callable(_) | Node::StorageType(_) | Node::Storage { .. } => "not a tensor",
+    }
+}
+
+/// A zip member's bytes: a view where it is stored, else decompressed, as long as `budget` (bytes) lasts.
+fn member(zip: &mut ZipArchive<Cursor<&[u8]>>, bytes: &Bytes, name: &str, budget: &mut u64) -> Result<Bytes, String> {
+    let mut file = zip.by_name(name).map_err(|e| format!("has no readable member `{}`: {e}", name.escape_debug()))?;
+    let size = file.size();
+    if file.compression() == CompressionMethod::Stored {
+        let range = file.data_start().and_then(|start| Some(start..start.checked_add(size)?));
+        let range = range.filter(|range| range.end <= bytes.len() as u64);
+        let range = range.ok_or_else(|| format!("is truncated inside its member `{}`", name.escape_debug()))?;
+        return Ok(bytes.slice(range.start as usize..range.end as usize));
+    }
+    *budget = budget.checked_sub(size).ok_or("claims to unpack to more than a zip archive of its size can")?;
+    let mut data = Vec::new();
+    (&mut file)
+        .take(size)
+        .read_to_end(&mut data)
+        .map_err(|e| format!("cannot be unpacked at its member `{}`: {e}", name.escape_debug()))?;
+    Ok(data.into())
+}
+
+/// Writes a bag as `torch.save(tensor, path)` does, stored and with its numbers 64-byte aligned, so that
+/// `torch.load(path)` and the memory-mapped reader here both take it.
+pub fn write_pt(path: &Path, features: ArrayView2<f32>) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written: {e}"));
     write_atomically(path, |file| {
-        let mut zip = zip::ZipWriter::new(file);
-        let options = zip::write::SimpleFileOptions::default()
-            .compression_method(zip::CompressionMethod::Stored)
-            .with_alignment(ALIGNMENT)
-            .large_file(false);
-        let rows: Vec<u8> = bag.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let members: [(&str, &[u8]); 4] = [
-            ("data.pkl", &tensor_pickle(bag.nrows(), bag.ncols())),
+        let mut zip = ZipWriter::new(file);
+        let options = SimpleFileOptions::default()
+            .compression_method(CompressionMethod::Stored)
+            .last_modified_time(zip::DateTime::default())
+            .with_alignment(64)
+            .large_file(features.len() as u64 * 4 >= u32::MAX.into());
+        let small = [
+            ("data.pkl", &tensor_pickle(features.nrows(), features.ncols())[..]),
             ("byteorder", b"little"),
-            ("data/0", &rows),
             ("version", b"3\n"),
         ];
-        for (name, data) in members {
-            let large = data.len() as u64 >= u64::from(u32::MAX);
-            zip.start_file(format!("archive/{name}"), options.large_file(large)).map_err(|e| failed(&e))?;
-            zip.write_all(data).map_err(|e| failed(&e))?;
+        for (name, content) in small {
+            zip.start_file(format!("archive/{name}"), options).map_err(|e| failed(&e))?;
+            zip.write_all(content).map_err(|e| failed(&e))?;
+        }
+        zip.start_file("archive/data/0", options).map_err(|e| failed(&e))?;
+        // The machine is little-endian (rust-hdf5 builds on no other), so its own bytes are the file's.
+        match features.as_slice() {
+            Some(all) => zip.write_all(bytemuck::cast_slice(all)).map_err(|e| failed(&e))?,
+            None => {
+                for row in features.rows() {
+                    zip.write_all(bytemuck::cast_slice(&row.to_vec())).map_err(|e| failed(&e))?;
+                }
+            }
         }
         zip.finish().map_err(|e| failed(&e))?;
         Ok(())
     })
 }
 
-/// `_rebuild_tensor_v2(FloatStorage '0', 0, (rows, cols), (cols, 1), False, OrderedDict())`, protocol 2.
-fn tensor_pickle(rows: usize, cols: usize) -> Vec<u8> {
-    let text = |s: &str| [b"X".as_slice(), &(s.len() as u32).to_le_bytes(), s.as_bytes()].concat();
-    let int = |n: usize| match i32::try_from(n) {
-        Ok(n) => [b"J".as_slice(), &n.to_le_bytes()].concat(),
-        Err(_) => [b"\x8a\x08".as_slice(), &(n as u64).to_le_bytes()].concat(),
-    };
-    [
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((".to_vec(),
-        text("storage"),
-        b"ctorch\nFloatStorage\n".to_vec(),
-        text("0"),
-        text("cpu"),
-        int(rows * cols),
-        b"tQ".to_vec(),
-        int(0),
-        [int(rows), int(cols), b"\x86".to_vec()].concat(),
-        [int(cols), int(1), b"\x86".to_vec()].concat(),
-        b"\x89ccollections\nOrderedDict\n)RtR.".to_vec(),
-    ]
-    .concat()
+/// `_rebuild_tensor_v2(("storage", FloatStorage, "0", "cpu", rows * columns), 0, (rows, columns), (columns, 1), False,
+/// OrderedDict())` in pickle protocol 2.
+fn tensor_pickle(rows: usize, columns: usize) -> Vec<u8> {
+    fn text(out: &mut Vec<u8>, text: &str) {
+        out.push(b'X');
+        out.extend((text.len() as u32).to_le_bytes());
+        out.extend(text.as_bytes());
+    }
+    fn integer(out: &mut Vec<u8>, value: usize) {
+        match i32::try_from(value) {
+            Ok(value) => {
+                out.push(b'J');
+                out.extend(value.to_le_bytes());
+            }
+            Err(_) => {
+                out.extend([0x8a, 8]);
+                out.extend((value as u64).to_le_bytes());
+            }
+        }
+    }
+    let mut out = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((".to_vec();
+    text(&mut out, "storage");
+    out.extend(b"ctorch\nFloatStorage\n");
+    text(&mut out, "0");
+    text(&mut out, "cpu");
+    integer(&mut out, rows * columns);
+    out.extend(b"tQ");
+    for value in [0, rows, columns] {
+        integer(&mut out, value);
+    }
+    out.push(0x86);
+    for value in [columns, 1] {
+        integer(&mut out, value);
+    }
+    out.extend(b"\x86\x89ccollections\nOrderedDict\n)RtR.");
+    out
 }

@@ -9,7 +9,7 @@ use crate::{
 /// The model of these tensors. The number of attention heads leaves no trace in them, so it is given.
 /// Dropout rates are the published ones; they do nothing in an evaluation.
 pub fn config(tensors: &StateDict, heads: usize) -> Result<Config> {
-    let shape = |name: &str, rank: &str, ranks: &[usize]| match tensors.get(name).map(|(shape, _)| shape) {
+    let shape = |name: &str, rank: &str, ranks: &[usize]| match tensors.get(name).map(|parameter| &parameter.shape) {
         Some(shape) if ranks.contains(&shape.len()) => Ok(shape.as_slice()),
         Some(shape) => Err(Error::Usage(format!("tensor `{name}` has shape {shape:?}, expected {rank}"))),
         None => Err(Error::Usage(format!("there is no tensor `{name}`, so this is not a CrossFusion checkpoint"))),
@@ -35,11 +35,16 @@ pub fn config(tensors: &StateDict, heads: usize) -> Result<Config> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::CrossFusion;
+    use crate::{data::torch::Parameter, model::CrossFusion};
 
     fn tensors(config: &Config) -> StateDict {
         let model = CrossFusion::new(config).unwrap();
-        model.layout.entries().iter().map(|entry| (entry.name.clone(), (entry.shape.clone(), Vec::new()))).collect()
+        model
+            .layout
+            .entries()
+            .iter()
+            .map(|entry| (entry.name.clone(), Parameter { shape: entry.shape.clone(), values: Vec::new() }))
+            .collect()
     }
 
     #[test]
@@ -59,7 +64,7 @@ mod tests {
     #[test]
     fn other_tensors_are_refused_by_name() {
         let mut tensors = tensors(&Config { dim: 64, ..Config::new(24) });
-        tensors.insert("cls_token".into(), (vec![64], Vec::new()));
+        tensors.insert("cls_token".into(), Parameter { shape: vec![64], values: Vec::new() });
         let error = config(&tensors, 4).unwrap_err().to_string();
         assert!(error.contains("`cls_token` has shape [64]"), "{error}");
         tensors.remove("cls_token");

@@ -33,9 +33,10 @@ pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], epoch
     let groups = summary.risk_groups(predictions);
     section(&mut page, "Survival by predicted risk", |page| {
         let _ = write!(page, "<figure>{}", km::figure(&groups, p)?.inline());
+        let which = if summary.folds.len() > 1 { "validation slides of all folds" } else { "evaluated slides" };
         let _ = write!(
             page,
-            "<figcaption>Kaplan-Meier curves of the validation slides of all folds, with 95% confidence bands; small \
+            "<figcaption>Kaplan-Meier curves of the {which}, with 95% confidence bands; small \
              strokes mark censored slides. A slide is of high risk when its predicted risk is at or above the median, \
              {:.3}.</figcaption></figure>",
             summary.median_risk
@@ -97,12 +98,12 @@ fn header(page: &mut String, title: &str, about: &About) {
 fn key_figures(page: &mut String, summary: &Summary) {
     let (all, folds) = (summary.folds.len(), summary.folds.iter().filter(|fold| fold.c_index.is_some()).count());
     let which = if folds < all { format!("{folds} of {all} folds") } else { format!("{all} folds") };
-    let (c_index, name) = match (summary.c_index_mean, summary.c_index_std) {
-        (Some(mean), Some(std)) if all > 1 => {
+    let (c_index, name) = match (summary.c_index_over_folds(), summary.c_index_mean) {
+        (Some((mean, std)), _) => {
             (format!("{mean:.3} <small>\u{b1} {std:.3}</small>"), format!("C-index, mean of {which}"))
         }
-        (Some(c_index), _) => (format!("{c_index:.3}"), "C-index".to_string()),
-        _ => ("\u{2013}".to_string(), "C-index undefined".to_string()),
+        (None, Some(c_index)) => (format!("{c_index:.3}"), "C-index".to_string()),
+        (None, None) => ("\u{2013}".to_string(), "C-index undefined".to_string()),
     };
     let p = summary.log_rank.as_ref().map_or("\u{2013}".to_string(), |test| escape(&p_text(test.p_value)));
     let rate = 100.0 * summary.events as f64 / summary.slides as f64;
@@ -146,7 +147,7 @@ fn fold_table(page: &mut String, summary: &Summary) {
             "<tr><td>{number}</td><td>{train}</td><td>{slides}</td><td>{patients}</td><td>{events}</td><td>{best}</td>{last}</tr>"
         );
     }
-    if let (Some(mean), Some(std)) = (summary.c_index_mean, summary.c_index_std) {
+    if let Some((mean, std)) = summary.c_index_over_folds() {
         let (slides, patients, events) = (summary.slides, summary.patients, summary.events);
         let _ = writeln!(
             page,

@@ -102,7 +102,7 @@ fn describe(group: &Group, curve: &KaplanMeier) -> String {
     match median.estimate {
         None => text.push_str(", median not reached"),
         Some(estimate) => {
-            let limit = |limit: Option<f64>| limit.map_or("\u{2013}".to_string(), |limit| format!("{limit:.1}"));
+            let limit = |limit: Option<f64>| limit.map_or("not reached".to_string(), |limit| format!("{limit:.1}"));
             let (lower, upper) = (limit(median.lower), limit(median.upper));
             let _ = write!(text, ", median {estimate:.1} months (95% CI {lower} to {upper})");
         }

@@ -32,7 +32,7 @@ pub fn figure(predictions: &[SlideResult], cut: f64) -> Option<Figure> {
     let most = bins.iter().map(|bin| bin[0] + bin[1]).max().unwrap_or(1) as f64;
     let x = Axis::new((edge(0), edge(bins.len())), (LEFT, WIDTH - RIGHT));
     let y = Axis::new((0.0, most), (BOTTOM, TOP));
-    let step = nice_step(most, 4).max(1.0);
+    let step = nice_step(most, 5).max(1.0);
     for tick in y.ticks(step) {
         figure.line("grid", (LEFT, y.at(tick)), (WIDTH - RIGHT, y.at(tick)));
         figure.text("muted", Anchor::End, (LEFT - 10.0, y.at(tick) + 4.0), &tick_label(tick, step));

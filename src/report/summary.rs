@@ -136,7 +136,7 @@ impl Summary {
             table +=
                 &format!("{fold:>5}  {train:>6}  {slides:>6}  {patients:>8}  {events:>6}  {best:>10}  {c_index:>7}\n");
         }
-        if let (Some(mean), Some(std)) = (self.c_index_mean, self.c_index_std) {
+        if let Some((mean, std)) = self.c_index_over_folds() {
             table += &format!("C-index {mean:.4} +- {std:.4} (mean and standard deviation over folds)\n");
         }
         if let Some(test) = &self.log_rank {
@@ -144,6 +144,11 @@ impl Summary {
         }
         self.notes.iter().for_each(|note| table += &format!("note: {note}\n"));
         table
+    }
+
+    /// Mean and standard deviation, where there are folds to speak of.
+    pub fn c_index_over_folds(&self) -> Option<(f64, f64)> {
+        self.c_index_mean.zip(self.c_index_std).filter(|_| self.folds.len() > 1)
     }
 
     /// Low risk, then high risk; one may be empty.

@@ -26,15 +26,19 @@ pub struct RunConfig {
     #[arg(long, alias = "csv-path")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest: Option<PathBuf>,
-    /// Folder of splits_<fold>.csv
+    /// Folder of splits_0.csv, splits_1.csv, ...
     #[arg(long, alias = "splits-path", default_value = "", hide_default_value = true, value_parser = path)]
     pub splits: PathBuf,
-    /// Folder of <backbone>/x{5,10,20}/pt_files/<slide>.pt
+    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
     #[arg(long, default_value = "", hide_default_value = true, value_parser = path)]
     pub pt_dir: PathBuf,
     /// Name of the feature extractor, a folder in --pt-dir
     #[arg(long, default_value = "", hide_default_value = true)]
     pub backbone: String,
+    /// Width of the features, checked if given
+    #[arg(long)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backbone_dim: Option<usize>,
     /// Folds to train, from 0
     #[arg(long, alias = "num-folds", default_value_t = 5)]
     pub folds: usize,

@@ -1,9 +1,11 @@
 //! A run: a folder, its folds one after the other, and what is shown meanwhile.
 //!
-//!   RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
-//!   RUN/metrics.jsonl          a line an epoch
-//!   RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
-//!   RUN/report.html, ...       what crate::report::write leaves, once all folds are trained
+//! ```text
+//! RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
+//! RUN/metrics.jsonl          a line an epoch
+//! RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
+//! RUN/report.html, ...       what `crate::report::write` leaves, once all folds are trained
+//! ```
 
 use std::{
     io::Write,
@@ -91,6 +93,11 @@ impl Run {
     /// Reads the tables, all folds, and the headers of all feature files.
     pub fn open(config: RunConfig) -> Result<Self> {
         let dataset = Dataset::open(&config.source())?;
+        if let Some(width) = config.backbone_dim.filter(|&width| width != dataset.features) {
+            let message =
+                format!("--backbone-dim {width}: the features of {} have width {}", config.backbone, dataset.features);
+            return Err(Error::Usage(message));
+        }
         let bins = Bins::cut(&dataset.slides, config.n_classes)?;
         let folds = (0..config.folds).map(|fold| dataset.fold(&config.splits, fold)).collect::<Result<_>>()?;
         Ok(Self { config, dataset, bins, folds })

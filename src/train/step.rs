@@ -4,10 +4,9 @@
 //!
 //! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one arena for a step's activations.
 
-use std::collections::BTreeMap;
-
 use crate::{
     Error, Result,
+    data::torch::{Parameter, StateDict},
     device::{Arena, Buffer, Device, Real},
     model::{Bags, Config, Context, CrossFusion, Saved},
     ops::{
@@ -46,7 +45,7 @@ pub struct Plan {
     pub step_flop: f64,
 }
 
-/// The arenas that [`Engine::arena_view`] names, and that a checkpoint holds.
+/// The arenas that [`Engine::read_state`] names, and that a checkpoint holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     Params,
@@ -71,17 +70,8 @@ impl<T: Real> Engine<T> {
     /// Logits of a slide, without dropout.
     pub fn evaluate(&mut self, bags: Bags<T>) -> Result<Vec<f64>> {
         self.reserve(sizes(&bags), false)?;
-        self.arena.reset();
-        let (device, model) = (&self.device, &self.model);
-        let mut ctx = Context {
-            device,
-            arena: &mut self.arena,
-            params: &self.params,
-            grads: &self.grads,
-            draw: None,
-            config: &model.config,
-        };
-        device.install(|| Ok(logits(device, &model.forward(&mut ctx, bags)?)))
+        let (model, mut ctx) = self.pass(None);
+        ctx.device.install(|| Ok(logits(ctx.device, &model.forward(&mut ctx, bags)?)))
     }
 
     /// Forward, `loss` (from logits to their gradient, scaled as it shall be summed), backward: adds one slide's gradients.
@@ -94,23 +84,21 @@ impl<T: Real> Engine<T> {
         loss: impl FnOnce(&[f64]) -> Vec<f64> + Send,
     ) -> Result<Vec<f64>> {
         self.reserve(sizes(&bags), true)?;
-        self.arena.reset();
-        let (device, model) = (&self.device, &self.model);
-        let mut ctx = Context {
-            device,
-            arena: &mut self.arena,
-            params: &self.params,
-            grads: &self.grads,
-            draw,
-            config: &model.config,
-        };
-        device.install(|| {
+        let (model, mut ctx) = self.pass(draw);
+        ctx.device.install(|| {
             let saved = model.forward(&mut ctx, bags)?;
-            let logits = logits(device, &saved);
+            let logits = logits(ctx.device, &saved);
             let dlogits: Vec<T> = loss(&logits).into_iter().map(T::of).collect();
             model.backward(&mut ctx, saved, &dlogits, inputs)?;
             Ok(logits)
         })
+    }
+
+    /// What a pass works with; the arena is empty.
+    fn pass(&mut self, draw: Option<Draw>) -> (&CrossFusion, Context<'_>) {
+        self.arena.reset();
+        let Self { device, model, arena, params, grads, .. } = self;
+        (model, Context { device, arena, params, grads, draw, config: &model.config })
     }
 
     /// One Adam update from the summed gradients, which are zero afterwards.
@@ -170,16 +158,17 @@ impl<T: Real> Engine<T> {
     }
 
     /// Replaces all parameters; every tensor of the model must be there with its shape, and no other.
-    pub fn load(&mut self, tensors: &BTreeMap<String, (Vec<usize>, Vec<T>)>) -> Result<()> {
+    pub fn load(&mut self, tensors: &StateDict) -> Result<()> {
         for entry in self.model.layout.entries() {
-            let Some((shape, values)) = tensors.get(&entry.name) else {
+            let Some(Parameter { shape, values }) = tensors.get(&entry.name) else {
                 return Err(Error::Usage(format!("the checkpoint lacks tensor `{}` {:?}", entry.name, entry.shape)));
             };
             if *shape != entry.shape || values.len() != entry.len() {
                 let (tensor, got, expected) = (entry.name.clone(), shape.clone(), entry.shape.clone());
                 return Err(Error::Shape { op: "checkpoint", tensor, got, expected });
             }
-            self.device.upload(values, self.params.view(entry.offset, 1, entry.len()))?;
+            let values: Vec<T> = values.iter().map(|&x| T::of(f64::from(x))).collect();
+            self.device.upload(&values, self.params.view(entry.offset, 1, entry.len()))?;
         }
         let unknown = tensors.keys().find(|name| self.model.layout.entries().iter().all(|entry| &entry.name != *name));
         match unknown {

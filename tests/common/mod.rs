@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+use crossfusion::data::torch::{self, StateDict};
 use serde::Deserialize;
 
 /// The folder named by CROSSFUSION_GOLDENS, or the committed one.
@@ -86,13 +87,10 @@ pub fn bag(tag: &str, name: &str, patches: usize, features: usize, law: Law) -> 
 }
 
 /// All parameters of a golden, by name.
-pub fn parameters<T: crossfusion::device::Real>(
-    tag: &str,
-    laws: &BTreeMap<String, Parameter>,
-) -> BTreeMap<String, (Vec<usize>, Vec<T>)> {
+pub fn parameters(tag: &str, laws: &BTreeMap<String, Parameter>) -> StateDict {
     let tensor = |(name, p): (&String, &Parameter)| {
         let values = fill(&format!("{tag}{name}"), p.shape.iter().product(), p.law);
-        (name.clone(), (p.shape.clone(), values.into_iter().map(|x| T::of(f64::from(x))).collect()))
+        (name.clone(), torch::Parameter { shape: p.shape.clone(), values })
     };
     laws.iter().map(tensor).collect()
 }

@@ -1,0 +1,232 @@
+//! Evaluation of a small trained run, and of single checkpoints, against what training itself measured and plain counting of pairs.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{OnceLock, atomic::AtomicBool},
+};
+
+use crossfusion::{
+    data::{
+        dataset::Source,
+        demo,
+        torch::{read_state_dict, write_pt},
+    },
+    device::Device,
+    eval::{self, Checkpoint},
+    train::{
+        config::RunConfig,
+        run::{self, Run},
+    },
+};
+
+fn device() -> Device {
+    Device::from_name("cpu", 1).unwrap()
+}
+
+/// An empty folder among cargo's temporary files, for whoever wants to look at it.
+fn folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("eval").join(name);
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+/// Two folds trained for three epochs on the demo's cohort, once for all tests; one of them writes its evaluation there.
+fn trained() -> &'static (PathBuf, RunConfig) {
+    static RUN: OnceLock<(PathBuf, RunConfig)> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let folder = folder("trained");
+        demo::write_demo(&folder.join("cohort"), 7).unwrap();
+        let cohort = folder.join("cohort");
+        let config = RunConfig {
+            clinical: cohort.join("demo_cohort.csv"),
+            splits: cohort.join("splits"),
+            pt_dir: cohort.join("features"),
+            backbone: "synthetic".into(),
+            folds: 2,
+            embed_dim: 16,
+            num_heads: 2,
+            num_epochs: 3,
+            warmup_epochs: 0,
+            ..RunConfig::default()
+        };
+        let run = Run::open(config.clone()).unwrap();
+        run.create(&folder).unwrap();
+        run.train(&folder, &AtomicBool::new(false)).unwrap();
+        (folder, config)
+    })
+}
+
+/// The trained run's settings and models in a folder of its own.
+fn copy_of_trained(name: &str) -> (PathBuf, RunConfig) {
+    let (from, config) = trained();
+    let to = folder(name);
+    for file in ["config.toml", "metrics.jsonl", "fold_0/best.safetensors", "fold_0/checkpoint.safetensors"] {
+        std::fs::create_dir_all(to.join(file).parent().unwrap()).unwrap();
+        std::fs::copy(from.join(file), to.join(file)).unwrap();
+    }
+    (to, config.clone())
+}
+
+struct Row {
+    slide: String,
+    fold: usize,
+    time: f64,
+    event: bool,
+    risk: f64,
+}
+
+fn predictions(folder: &Path) -> Vec<Row> {
+    let mut table = csv::Reader::from_path(folder.join("predictions.csv")).unwrap();
+    let row = |row: csv::StringRecord| Row {
+        slide: row[1].to_string(),
+        fold: row[2].parse().unwrap(),
+        time: row[3].parse().unwrap(),
+        event: &row[4] == "1",
+        risk: row[5].parse().unwrap(),
+    };
+    table.records().map(|record| row(record.unwrap())).collect()
+}
+
+/// Harrell's C pair by pair, as scikit-survival's `concordance_index_censored` defines it.
+fn concordance(rows: &[&Row]) -> f64 {
+    let (mut score, mut pairs) = (0.0, 0.0);
+    for a in rows.iter().filter(|a| a.event) {
+        for b in rows.iter().filter(|b| a.time < b.time || (a.time == b.time && !b.event)) {
+            pairs += 1.0;
+            score += if (a.risk - b.risk).abs() <= 1e-8 { 0.5 } else { f64::from(a.risk > b.risk) };
+        }
+    }
+    score / pairs
+}
+
+#[test]
+fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
+    let (folder, config) = trained();
+    let summary = eval::evaluate_run(folder, device()).unwrap();
+    let (rows, metrics) = (predictions(folder), run::read_metrics(folder).unwrap());
+    assert_eq!((rows.len(), summary.slides, summary.patients), (175, 175, 150));
+    let mut c = Vec::new();
+    for result in &summary.folds {
+        let of_fold: Vec<&Row> = rows.iter().filter(|row| row.fold == result.fold).collect();
+        c.push(concordance(&of_fold));
+        approx::assert_abs_diff_eq!(result.c_index.unwrap(), c[result.fold], epsilon = 1e-12);
+        let best = metrics.iter().rfind(|epoch| epoch.fold == result.fold && epoch.best).unwrap();
+        assert_eq!((result.best_epoch, result.c_index), (Some(best.epoch), best.val_c_index));
+
+        let split = std::fs::read_to_string(config.splits.join(format!("splits_{}.csv", result.fold))).unwrap();
+        let validation: Vec<&str> = split.lines().map(|line| line.rsplit(',').next().unwrap()).collect();
+        assert!(of_fold.iter().all(|row| validation.contains(&&row.slide[..8])));
+    }
+    approx::assert_abs_diff_eq!(summary.c_index_mean.unwrap(), (c[0] + c[1]) / 2.0, epsilon = 1e-12);
+    approx::assert_abs_diff_eq!(summary.c_index_std.unwrap(), (c[0] - c[1]).abs() / 2.0, epsilon = 1e-12);
+
+    let json = std::fs::read(folder.join("summary.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!(json["folds"][1]["c_index"].as_f64(), summary.folds[1].c_index);
+    let html = std::fs::read_to_string(folder.join("report.html")).unwrap();
+    assert!(html.contains(&format!("<td>{:.4}</td>", c[0])) && html.contains("synthetic, 64 features"));
+}
+
+#[test]
+fn a_checkpoint_alone_predicts_what_its_run_does() {
+    let (run, config) = copy_of_trained("checkpoint");
+    eval::evaluate_run(&run, device()).unwrap();
+    let path = run.join("fold_0/best.safetensors");
+    let mut checkpoint =
+        Checkpoint { path: &path, source: config.source(), split: Some((&config.splits, 0)), heads: 99 };
+    eval::evaluate_checkpoint(&checkpoint, &run.join("alone"), device()).unwrap();
+    let risks = |folder: &Path| predictions(folder).into_iter().map(|row| (row.slide, row.risk)).collect::<Vec<_>>();
+    assert_eq!(risks(&run.join("alone")), risks(&run));
+
+    checkpoint.split = None;
+    let summary = eval::evaluate_checkpoint(&checkpoint, &run.join("all"), device()).unwrap();
+    assert_eq!((summary.slides, summary.folds.len()), (175, 1));
+}
+
+#[test]
+fn an_unfinished_run_and_a_cohort_without_events_give_notes() {
+    let (run, mut config) = copy_of_trained("notes");
+    config.clinical = run.join("no events.csv");
+    let text = std::fs::read_to_string(&trained().1.clinical).unwrap();
+    let censor = |line: &str| {
+        let mut cells: Vec<&str> = line.split(',').collect();
+        cells[3] = if cells[3] == "0" { "1" } else { cells[3] };
+        cells.join(",") + "\n"
+    };
+    std::fs::write(&config.clinical, text.lines().map(censor).collect::<String>()).unwrap();
+    std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
+    let summary = eval::evaluate_run(&run, device()).unwrap();
+    assert_eq!((summary.c_index_mean, &summary.log_rank, summary.events), (None, &None, 0));
+    let notes = summary.notes.join("\n");
+    for part in ["Fold 1 has no model yet", "Fold 0 has no C-index: none of", "There is no log-rank test"] {
+        assert!(notes.contains(part), "{notes}");
+    }
+    for file in ["report.html", "km.svg", "km.png", "predictions.csv", "summary.json"] {
+        assert!(run.join(file).is_file(), "{file} is missing");
+    }
+}
+
+/// As the published program saved it, and from DataParallel; neither says what model it is.
+#[test]
+fn published_checkpoints_predict() {
+    let data = match std::env::var_os("CROSSFUSION_DATA") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data"),
+    };
+    let files = ["best_model.pt", "best_model_data_parallel.pt"].map(|name| data.join("files").join(name));
+    if !files[0].is_file() {
+        eprintln!("SKIPPED published_checkpoints_predict: {} not found", files[0].display());
+        return;
+    }
+    let features = read_state_dict(&files[0]).unwrap()["s_lin_proj.0.weight"].shape[1];
+    let folder = folder("published");
+    let mut table = String::from(",case_id,slide_id,censorship,survival_months\n");
+    for slide in 0..8 {
+        table += &format!("{slide},CASE-{slide},SLIDE-{slide}.svs,{},{}.5\n", slide % 2, 3 * slide);
+        for (magnification, patches) in [("x5", 3), ("x10", 10), ("x20", 35)] {
+            let folder = folder.join("backbone").join(magnification).join("pt_files");
+            std::fs::create_dir_all(&folder).unwrap();
+            let bag = ndarray::Array2::from_shape_fn((patches, features), |(i, j)| ((slide + i * j) as f32).sin());
+            write_pt(&folder.join(format!("SLIDE-{slide}.pt")), bag.view()).unwrap();
+        }
+    }
+    let clinical = folder.join("clinical.csv");
+    std::fs::write(&clinical, table).unwrap();
+    let source = Source { clinical: &clinical, manifest: None, pt_dir: &folder, backbone: "backbone" };
+    let [plain, parallel] = files.map(|path| {
+        let checkpoint = Checkpoint { path: &path, source: source.clone(), split: None, heads: 4 };
+        eval::evaluate_checkpoint(&checkpoint, &folder, device()).unwrap();
+        predictions(&folder).into_iter().map(|row| row.risk).collect::<Vec<_>>()
+    });
+    assert_eq!(plain, parallel);
+    assert!(plain.windows(2).all(|pair| pair[0] != pair[1]), "every slide has its own risk: {plain:?}");
+}
+
+#[test]
+fn what_cannot_be_evaluated_is_said() {
+    let (run, config) = copy_of_trained("refused");
+    let said =
+        |result: crossfusion::Result<_>| result.map(|_: crossfusion::report::Summary| ()).unwrap_err().to_string();
+    let error = said(eval::evaluate_run(&run.join("fold_0"), device()));
+    assert!(error.contains("is not a run folder"), "{error}");
+
+    let path = run.join("metrics.jsonl");
+    let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: 4 };
+    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device()));
+    assert!(error.contains("metrics.jsonl"), "{error}");
+
+    // features of another width
+    for magnification in ["x5", "x10", "x20"] {
+        let folder = run.join("features/narrow").join(magnification).join("pt_files");
+        std::fs::create_dir_all(&folder).unwrap();
+        write_pt(&folder.join("DEMO-001-A.pt"), ndarray::Array2::zeros((4, 8)).view()).unwrap();
+    }
+    let pt_dir = run.join("features");
+    let source = Source { pt_dir: &pt_dir, backbone: "narrow", ..config.source() };
+    let path = run.join("fold_0/best.safetensors");
+    let checkpoint = Checkpoint { path: &path, source, split: None, heads: 4 };
+    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device()));
+    assert!(error.contains("best.safetensors: takes features of width 64, but narrow's are 8"), "{error}");
+    assert!(!run.join("out").exists(), "nothing is left behind");
+}
