@@ -51,7 +51,7 @@ fn trained() -> &'static (PathBuf, RunConfig) {
             ..RunConfig::default()
         };
         let run = Run::open(config.clone()).unwrap();
-        run.create(&folder).unwrap();
+        run.save_config(&folder).unwrap();
         run.train(&folder, &AtomicBool::new(false)).unwrap();
         (folder, config)
     })

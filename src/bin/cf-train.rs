@@ -61,8 +61,9 @@ fn resumed(settings: &RunConfig, matches: &ArgMatches, folder: &Path) -> Result<
     }
     let before = RunConfig::read(&path)?;
     let config = settings.resolve(matches, &path.display().to_string(), RunConfig::read_table(&path)?)?;
-    if (RunConfig { device: before.device.clone(), threads: before.threads, ..config.clone() }) != before {
-        return Err(Error::Usage("--resume keeps the run's settings; only --device and --threads may change".into()));
+    if config.without_machine() != before.without_machine() {
+        let free = "--device, --threads, --prefetch-factor and --checkpoint-every";
+        return Err(Error::Usage(format!("--resume keeps the run's settings; only {free} may change")));
     }
     Ok(config)
 }
@@ -71,28 +72,37 @@ fn train() -> Result<()> {
     let matches = Arguments::command().get_matches();
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     let settings = arguments.settings.run;
-    let (folder, config) = if let Some(folder) = &arguments.resume {
-        (folder.clone(), resumed(&settings, &matches, folder)?)
+    // Nothing is written before all input is checked.
+    let (folder, run, device) = if let Some(folder) = arguments.resume {
+        let config = resumed(&settings, &matches, &folder)?;
+        if run::is_finished(&folder, config.folds)? {
+            println!("{} is finished; its report is {}", folder.display(), folder.join("report.html").display());
+            return Ok(());
+        }
+        let device = Device::from_name(&config.device, config.threads)?;
+        (folder, Run::open(config)?, device)
     } else if arguments.demo {
-        let folder = arguments.out.unwrap_or_else(|| run::fresh_folder("demo"));
-        let config = settings.resolve(&matches, "--demo", demo::settings(&folder.join(run::DEMO_DATA))?)?;
-        (folder, config)
+        let resolve = |run: &Path| settings.resolve(&matches, "--demo", demo::settings(&run.join(run::DEMO_DATA))?);
+        let config = resolve(Path::new("."))?;
+        let device = Device::from_name(&config.device, config.threads)?;
+        let folder = run::make_folder(arguments.out, "demo")?;
+        let cohort = folder.join(run::DEMO_DATA);
+        println!("writing a synthetic cohort to {}", cohort.display());
+        demo::write_demo(&cohort, config.seed)?;
+        let run = Run::open(resolve(&folder)?)?;
+        run.save_config(&folder)?;
+        (folder, run, device)
     } else {
         let name = arguments.config.as_ref().map_or("the flags".into(), |path| path.display().to_string());
         let table = arguments.config.as_deref().map(RunConfig::read_table).transpose()?;
         let config = settings.resolve(&matches, &name, table.unwrap_or_default())?;
-        (arguments.out.unwrap_or_else(|| run::fresh_folder(&config.backbone)), config)
+        let device = Device::from_name(&config.device, config.threads)?;
+        let backbone = config.backbone.clone();
+        let run = Run::open(config)?;
+        let folder = run::make_folder(arguments.out, &backbone)?;
+        run.save_config(&folder)?;
+        (folder, run, device)
     };
-    let device = Device::from_name(&config.device, config.threads)?;
-    if arguments.demo {
-        let cohort = folder.join(run::DEMO_DATA);
-        println!("writing a synthetic cohort to {}", cohort.display());
-        demo::write_demo(&cohort, config.seed)?;
-    }
-    let run = Run::open(config)?;
-    if arguments.resume.is_none() {
-        run.create(&folder)?;
-    }
     let handler = || {
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
             std::process::exit(130);

@@ -22,6 +22,19 @@ pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) ->
     written
 }
 
+/// Removes the temporary files that killed processes left in a folder; none may be writing there.
+pub fn remove_leftovers(folder: &Path) -> Result<()> {
+    let failed = |e: io::Error| Error::file(folder, format!("cannot be tidied: {e}"));
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with('.') && name.ends_with(".tmp") {
+            fs::remove_file(entry.path()).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
 /// In the same folder, since a rename is atomic only within one file system; named by the process, so that
 /// two programs writing one file do not write into each other's temporary.
 fn temporary_beside(path: &Path) -> Result<PathBuf> {

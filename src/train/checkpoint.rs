@@ -3,9 +3,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fs::File,
     io::Write,
     path::Path,
 };
+
+use memmap2::Mmap;
 
 use safetensors::{
     SafeTensors,
@@ -13,7 +16,10 @@ use safetensors::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::step::{Engine, State};
+use super::{
+    config::RunConfig,
+    step::{Engine, State},
+};
 use crate::{Error, Result, data::atomic::write_atomically, model};
 
 /// Metadata key of our JSON.
@@ -46,6 +52,51 @@ pub fn save_model(path: &Path, engine: &Engine<f32>, card: &ModelCard) -> Result
 pub fn read_card(path: &Path) -> Result<Option<ModelCard>> {
     let (_, metadata) = read(path)?;
     metadata.map(|json| parse(path, &json)).transpose()
+}
+
+/// What a checkpoint belongs to. With anything else a fold would go on, but not as it began, so that is refused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    format: u32,
+    settings: RunConfig,
+    /// Fingerprint of the fold's slides and labels.
+    slides: u64,
+}
+
+/// Version of the arenas' layout and of the JSON beside them.
+const FORMAT: u32 = 1;
+
+impl Origin {
+    /// Data may move to other paths; what it holds is in the fingerprint.
+    pub fn new(config: &RunConfig, slides: u64) -> Self {
+        let RunConfig { clinical, manifest, splits, pt_dir, .. } = RunConfig::default();
+        let settings = RunConfig { clinical, manifest, splits, pt_dir, ..config.without_machine() };
+        Self { format: FORMAT, settings, slides }
+    }
+
+    /// An error that says in what the checkpoint at `path` differs from `now`.
+    pub fn check(&self, path: &Path, now: &Self) -> Result<()> {
+        if self.format != now.format {
+            let message = format!("has format {}, expected {}: another version wrote it", self.format, now.format);
+            return Err(Error::file(path, message));
+        }
+        if self.settings != now.settings {
+            let keys = |origin: &Self| toml::Table::try_from(&origin.settings).unwrap_or_default();
+            let (before, now) = (keys(self), keys(now));
+            let changed = before.keys().chain(now.keys()).find(|key| before.get(*key) != now.get(*key));
+            let key = changed.map_or("", String::as_str);
+            let of = |table: &toml::Table| table.get(key).map_or("absent".into(), toml::Value::to_string);
+            let message = format!("was written with {key} = {}, but config.toml now says {}", of(&before), of(&now));
+            return Err(Error::file(path, message));
+        }
+        if self.slides != now.slides {
+            return Err(Error::file(
+                path,
+                "was written for other slides: a table, a fold or the features have changed",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// The arenas of a checkpoint, in this order.
@@ -108,8 +159,13 @@ fn save<'a, S: Serialize>(
 }
 
 /// A file's bytes, and our JSON if it has any.
-fn read(path: &Path) -> Result<(Vec<u8>, Option<String>)> {
-    let bytes = std::fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+fn read(path: &Path) -> Result<(Mmap, Option<String>)> {
+    let open = || {
+        let file = File::open(path)?;
+        // SAFETY: these files are replaced by renaming, never written in place.
+        unsafe { Mmap::map(&file) }
+    };
+    let bytes = open().map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
     let (_, metadata) =
         SafeTensors::read_metadata(&bytes).map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
     let json = metadata.metadata().as_ref().and_then(|m| m.get(KEY)).cloned();

@@ -17,14 +17,14 @@ use crate::{
 
 /// A run's settings: the flags of `cf-train`, and the keys of the `config.toml` in a run's folder.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
     /// Clinical table: CSV, or a zip of one, with case_id, slide_id, censorship, survival_months
     #[arg(long, alias = "clinical-path", default_value = "", hide_default_value = true, value_parser = path)]
     pub clinical: PathBuf,
     /// GDC manifest; slides that it does not list are left out
     #[arg(long, alias = "csv-path")]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub manifest: Option<PathBuf>,
     /// Folder of splits_0.csv, splits_1.csv, ...
     #[arg(long, alias = "splits-path", default_value = "", hide_default_value = true, value_parser = path)]
@@ -37,7 +37,7 @@ pub struct RunConfig {
     pub backbone: String,
     /// Width of the features, checked if given
     #[arg(long)]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub backbone_dim: Option<usize>,
     /// Folds to train, from 0
     #[arg(long, alias = "num-folds", default_value_t = 5)]
@@ -97,6 +97,9 @@ pub struct RunConfig {
     /// Bags read ahead
     #[arg(long, default_value_t = 3)]
     pub prefetch_factor: usize,
+    /// Slides between checkpoints within an epoch; there is one at its end in any case
+    #[arg(long, default_value_t = 100)]
+    pub checkpoint_every: usize,
     /// Where to run: auto or cpu
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -173,7 +176,9 @@ impl RunConfig {
             ("--grad-accum-steps", self.grad_accum_steps),
             ("--num-epochs", self.num_epochs),
             ("--cosine-t-max", self.cosine_t_max),
+            ("--es-patience", self.es_patience),
             ("--prefetch-factor", self.prefetch_factor),
+            ("--checkpoint-every", self.checkpoint_every),
         ];
         if let Some((flag, _)) = counts.iter().find(|(_, value)| *value == 0) {
             return usage(format!("{flag} 0: expected at least 1"));
@@ -208,6 +213,12 @@ impl RunConfig {
             attention_dropout: self.attention_dropout,
             fusion_dropout: self.fusion_dropout,
         }
+    }
+
+    /// The settings but for those of the machine, which do not touch the result: a resumed run may change these.
+    pub fn without_machine(&self) -> Self {
+        let Self { device, threads, prefetch_factor, checkpoint_every, .. } = Self::default();
+        Self { device, threads, prefetch_factor, checkpoint_every, ..self.clone() }
     }
 
     pub fn source(&self) -> Source<'_> {

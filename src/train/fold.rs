@@ -3,18 +3,18 @@
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    checkpoint::{self, ModelCard},
+    checkpoint::{self, ModelCard, Origin},
     config::RunConfig,
     step::{BagSizes, Engine},
 };
 use crate::{
-    Result,
+    Error, Result,
     data::{
         dataset::{Dataset, Fold},
         labels::Bins,
@@ -26,9 +26,6 @@ use crate::{
     ops::Draw,
     survival::concordance_index,
 };
-
-/// A checkpoint is written at the end of each epoch, and in between when the last is older than this.
-const CHECKPOINT_EVERY: Duration = Duration::from_secs(300);
 
 /// What an interrupted fold needs besides the engine's arenas.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -42,6 +39,13 @@ struct Progress {
     risks: Vec<f64>,
     best: Option<Best>,
     finished: bool,
+}
+
+/// What a checkpoint says beside its arenas.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Record {
+    origin: Origin,
+    progress: Progress,
 }
 
 /// The best epoch so far.
@@ -82,7 +86,7 @@ pub struct SlideDone {
     pub patches: usize,
 }
 
-/// Is told what happens; may ask for a stop after any training slide.
+/// Is told what happens; may ask for a stop after any slide.
 pub trait Observer {
     fn slide(&mut self, _done: &SlideDone) -> ControlFlow<()> {
         ControlFlow::Continue(())
@@ -102,8 +106,8 @@ pub struct FoldTrainer<'a> {
     /// The fold's part of the run folder.
     folder: PathBuf,
     engine: Engine<f32>,
+    origin: Origin,
     progress: Progress,
-    last_checkpoint: Instant,
 }
 
 /// Whether a fold came to its end.
@@ -124,8 +128,16 @@ impl<'a> FoldTrainer<'a> {
 
     /// Epochs that a fold's checkpoint has seen to their end, and whether that was all.
     pub fn epochs_done(folder: &Path) -> Result<(usize, bool)> {
-        let progress = checkpoint::read_state::<Progress>(&Self::checkpoint_path(folder))?.unwrap_or_default();
-        Ok((progress.epoch, progress.finished))
+        let record = checkpoint::read_state::<Record>(&Self::checkpoint_path(folder))?;
+        Ok(record.map_or((0, false), |record| (record.progress.epoch, record.progress.finished)))
+    }
+
+    /// An error if the fold's checkpoint, if any, was written with other settings or for other slides than these.
+    pub fn check(config: &RunConfig, dataset: &Dataset, bins: &Bins, slides: &Fold, folder: &Path) -> Result<()> {
+        let path = Self::checkpoint_path(folder);
+        let record = checkpoint::read_state::<Record>(&path)?;
+        let now = Origin::new(config, fingerprint(dataset, bins, slides));
+        record.map_or(Ok(()), |record| record.origin.check(&path, &now))
     }
 
     /// A fold from its start, or from its checkpoint if there is one in `folder`.
@@ -139,9 +151,14 @@ impl<'a> FoldTrainer<'a> {
         let device = Device::from_name(&config.device, config.threads)?;
         let mut engine = Engine::new(device, &config.model(dataset.features), config.seed.wrapping_add(fold as u64))?;
         let path = Self::checkpoint_path(folder);
-        let progress = checkpoint::read_state::<Progress>(&path)?.unwrap_or_default();
-        if progress != Progress::default() && !progress.finished {
-            checkpoint::load_state(&path, &mut engine)?;
+        let origin = Origin::new(config, fingerprint(dataset, bins, slides));
+        let mut progress = Progress::default();
+        if let Some(record) = checkpoint::read_state::<Record>(&path)? {
+            record.origin.check(&path, &origin)?;
+            progress = record.progress;
+            if !progress.finished {
+                checkpoint::load_state(&path, &mut engine)?;
+            }
         }
         engine.updates = progress.updates;
         engine.reserve(largest(dataset, slides), true)?;
@@ -155,8 +172,8 @@ impl<'a> FoldTrainer<'a> {
             slides: slides.clone(),
             folder: folder.to_path_buf(),
             engine,
+            origin,
             progress,
-            last_checkpoint: Instant::now(),
         })
     }
 
@@ -183,16 +200,21 @@ impl<'a> FoldTrainer<'a> {
         }
         let train_loss = self.progress.loss_sum / order.len() as f64;
         let train_c_index = self.c_index(&order, &self.progress.risks);
-        let (val_loss, val_c_index) = self.validate(&mut patches, observer)?;
+        let Some((val_loss, val_c_index)) = self.validate(&mut patches, observer)? else {
+            self.checkpoint()?;
+            return Ok(ControlFlow::Break(()));
+        };
 
-        let best_so_far = self.progress.best.map_or(0.0, |best| best.c_index);
-        let best = epoch >= self.config.warmup_epochs && val_c_index.is_some_and(|c| c > best_so_far);
+        let better = |c: f64| self.progress.best.is_none_or(|best| c > best.c_index);
+        let best = epoch >= self.config.warmup_epochs && val_c_index.is_some_and(better);
         if best {
             self.progress.best = val_c_index.map(|c_index| Best { epoch, c_index });
             self.save_model(epoch, val_c_index)?;
         }
-        let since_best = epoch - self.progress.best.map_or(0, |best| best.epoch);
-        let last = epoch + 1 == self.config.num_epochs || (!best && since_best >= self.config.es_patience);
+        // patience begins with the first epoch that may be the best
+        let since = self.progress.best.map_or(self.config.warmup_epochs, |best| best.epoch + 1);
+        let without_better = (epoch + 1).saturating_sub(since);
+        let last = epoch + 1 == self.config.num_epochs || without_better >= self.config.es_patience;
         if last && self.progress.best.is_none() {
             self.save_model(epoch, val_c_index)?; // too short a run, or no comparable pair: the last epoch's model
         }
@@ -233,6 +255,7 @@ impl<'a> FoldTrainer<'a> {
                 self.progress.epoch,
                 self.progress.position,
             )?;
+            self.check_finite(slide, risk)?;
             self.progress.updates = self.engine.updates;
             self.progress.position += 1;
             self.progress.loss_sum += loss;
@@ -249,7 +272,7 @@ impl<'a> FoldTrainer<'a> {
             };
             *patches += done.patches;
             stopped = observer.slide(&done);
-            if position < order.len() && self.last_checkpoint.elapsed() > CHECKPOINT_EVERY {
+            if position.is_multiple_of(self.config.checkpoint_every) && stopped.is_continue() {
                 self.checkpoint()?;
             }
             Ok(stopped.is_continue())
@@ -257,14 +280,17 @@ impl<'a> FoldTrainer<'a> {
         Ok(stopped)
     }
 
-    /// Mean loss (alpha = 0) and C-index of the fold's validation slides, without dropout.
-    fn validate(&mut self, patches: &mut usize, observer: &mut dyn Observer) -> Result<(f64, Option<f64>)> {
+    /// Mean loss (alpha = 0) and C-index of the fold's validation slides, without dropout. None if stopped; a resumed run validates anew.
+    fn validate(&mut self, patches: &mut usize, observer: &mut dyn Observer) -> Result<Option<(f64, Option<f64>)>> {
         let (dataset, order) = (self.dataset, self.slides.val.clone());
         let (mut loss_sum, mut risks) = (0.0, Vec::new());
+        let mut stopped = ControlFlow::Continue(());
         dataset.for_each(&order, self.config.prefetch_factor, |slide, bag| {
             let logits = self.engine.evaluate(bag.views())?;
             loss_sum += self.config.loss_fn.evaluate(&logits, dataset.target(&self.bins, slide), 0.0).0;
-            risks.push(Prediction::from_logits(&logits).risk);
+            let risk = Prediction::from_logits(&logits).risk;
+            self.check_finite(slide, risk)?;
+            risks.push(risk);
             let done = SlideDone {
                 fold: self.fold,
                 epoch: self.progress.epoch,
@@ -275,10 +301,22 @@ impl<'a> FoldTrainer<'a> {
                 patches: total(dataset.sizes[slide]),
             };
             *patches += done.patches;
-            let _ = observer.slide(&done); // validation is short: a stop waits for the next training slide
-            Ok(true)
+            stopped = observer.slide(&done);
+            Ok(stopped.is_continue())
         })?;
-        Ok((loss_sum / order.len() as f64, self.c_index(&order, &risks)))
+        Ok(stopped.is_continue().then(|| (loss_sum / order.len() as f64, self.c_index(&order, &risks))))
+    }
+
+    /// Training that has diverged ends here: the loss, which is clamped, would not show it.
+    fn check_finite(&self, slide: usize, risk: f64) -> Result<()> {
+        if risk.is_finite() {
+            return Ok(());
+        }
+        let (fold, epoch, slide) = (self.fold, self.progress.epoch + 1, &self.dataset.slides[slide].slide_id);
+        let reason = format!(
+            "it is {risk} for slide `{slide}` in epoch {epoch} of fold {fold}; a lower --learning-rate may help"
+        );
+        Err(Error::Statistic { statistic: "the risk", reason })
     }
 
     fn c_index(&self, order: &[usize], risks: &[f64]) -> Option<f64> {
@@ -298,10 +336,10 @@ impl<'a> FoldTrainer<'a> {
         checkpoint::save_model(&Self::best_path(&self.folder), &self.engine, &card)
     }
 
-    fn checkpoint(&mut self) -> Result<()> {
-        self.last_checkpoint = Instant::now();
+    fn checkpoint(&self) -> Result<()> {
         let engine = (!self.progress.finished).then_some(&self.engine);
-        checkpoint::save_state(&Self::checkpoint_path(&self.folder), engine, &self.progress)
+        let record = Record { origin: self.origin.clone(), progress: self.progress.clone() };
+        checkpoint::save_state(&Self::checkpoint_path(&self.folder), engine, &record)
     }
 }
 
@@ -331,6 +369,17 @@ pub fn train_slide(
 
 fn total(sizes: BagSizes) -> usize {
     sizes.x5 + sizes.x10 + sizes.x20
+}
+
+/// FNV-1a (64 bit) of what a fold shows: its slides in order, their outcomes and patches, and the bins.
+fn fingerprint(dataset: &Dataset, bins: &Bins, fold: &Fold) -> u64 {
+    let mut text = format!("{} {} {:?}", dataset.features, fold.train.len(), bins.edges);
+    for &i in fold.train.iter().chain(&fold.val) {
+        let (slide, sizes) = (&dataset.slides[i], dataset.sizes[i]);
+        let outcome = (slide.months.to_bits(), slide.censored);
+        text += &format!("\n{} {outcome:?} {} {} {}", slide.slide_id, sizes.x5, sizes.x10, sizes.x20);
+    }
+    text.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3))
 }
 
 /// The most patches at each magnification of any slide in the fold.

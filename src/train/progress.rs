@@ -1,6 +1,11 @@
 //! What a run shows: a bar on a terminal, plain lines elsewhere.
 
-use std::{io::IsTerminal, path::Path, sync::atomic::AtomicBool, time::Instant};
+use std::{
+    io::IsTerminal,
+    path::Path,
+    sync::atomic::AtomicBool,
+    time::{Duration, Instant},
+};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -10,14 +15,20 @@ use super::{
 };
 use crate::data::dataset::{Dataset, Fold};
 
+/// Where output is piped, a long epoch says this often that it is alive.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(60);
+
 pub struct Display<'a> {
     pub interrupted: &'a AtomicBool,
     epochs: usize,
     /// None where output is piped.
     bar: Option<ProgressBar>,
-    /// Patches and the time since the epoch began.
+    /// Fold, epoch, and whether it validates.
+    phase: Option<(usize, usize, bool)>,
+    /// Patches and the time since this phase began.
     patches: usize,
     start: Instant,
+    last_line: Instant,
     /// The last epoch's validation C-index.
     c_index: Option<f64>,
 }
@@ -42,32 +53,44 @@ impl<'a> Display<'a> {
             let style = ProgressStyle::with_template("{msg} {wide_bar:.cyan/blue} {pos}/{len} {elapsed}<{eta}");
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { interrupted, epochs: config.num_epochs, bar, patches: 0, start: Instant::now(), c_index: None }
+        let now = Instant::now();
+        let epochs = config.num_epochs;
+        Self { interrupted, epochs, bar, phase: None, patches: 0, start: now, last_line: now, c_index: None }
     }
 
     pub fn slide(&mut self, done: &SlideDone) {
-        let Some(bar) = &self.bar else { return };
-        if done.position == 1 {
-            bar.reset();
-            bar.set_length(done.slides as u64);
-            if !done.validating {
-                (self.patches, self.start) = (0, Instant::now());
+        // a resumed epoch begins in its middle
+        let phase = Some((done.fold, done.epoch, done.validating));
+        if self.phase != phase {
+            (self.phase, self.patches, self.start) = (phase, 0, Instant::now());
+            if let Some(bar) = &self.bar {
+                bar.reset();
+                bar.set_length(done.slides as u64);
+                bar.set_position(done.position as u64);
+                bar.reset_eta();
             }
+            return;
         }
         self.patches += done.patches;
         let rate = self.patches as f64 / self.start.elapsed().as_secs_f64();
         let what = if done.validating { "val" } else { "train" };
         let c_index = self.c_index.map_or(String::new(), |c| format!(" C {c:.3}"));
         let epoch = done.epoch + 1;
-        bar.set_message(format!(
+        let state = format!(
             "fold {} epoch {epoch}/{} {what} loss {:.3}{c_index} {rate:.0} patches/s",
             done.fold, self.epochs, done.loss
-        ));
-        bar.set_position(done.position as u64);
+        );
+        if let Some(bar) = &self.bar {
+            bar.set_message(state);
+            bar.set_position(done.position as u64);
+        } else if self.last_line.elapsed() >= SIGN_OF_LIFE {
+            println!("{state} slide {}/{}", done.position, done.slides);
+            self.last_line = Instant::now();
+        }
     }
 
     pub fn epoch(&mut self, metrics: &EpochMetrics, best: Option<Best>) {
-        self.c_index = metrics.val_c_index;
+        (self.c_index, self.last_line) = (metrics.val_c_index, Instant::now());
         let c_index = |c: Option<f64>| c.map_or("-".into(), |c| format!("{c:.3}"));
         let best = match best {
             _ if metrics.best => " *".into(),

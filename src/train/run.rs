@@ -8,6 +8,7 @@
 //! ```
 
 use std::{
+    fs::{File, TryLockError},
     io::Write,
     ops::ControlFlow,
     path::{Path, PathBuf},
@@ -22,7 +23,7 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        atomic::write_text,
+        atomic::{remove_leftovers, write_text},
         dataset::{Dataset, Fold},
         labels::Bins,
     },
@@ -48,6 +49,51 @@ pub fn fresh_folder(name: &str) -> PathBuf {
     let name = name.replace(['/', '\\'], "_");
     let folder = |i: usize| Path::new("runs").join(format!("{name}-{i}"));
     (1..).map(folder).find(|folder| !folder.exists()).unwrap_or_else(|| folder(0))
+}
+
+/// Makes a new run's folder: `out`, which may be there if it is empty, or a fresh one that no other process has taken.
+pub fn make_folder(out: Option<PathBuf>, name: &str) -> Result<PathBuf> {
+    let failed = |folder: &Path, e: std::io::Error| Error::file(folder, format!("cannot be made: {e}"));
+    if let Some(out) = out {
+        std::fs::create_dir_all(&out).map_err(|e| failed(&out, e))?;
+        if std::fs::read_dir(&out).map_err(|e| failed(&out, e))?.next().is_some() {
+            let message = format!("{} is not empty; choose another --out, or go on with --resume {0}", out.display());
+            return Err(Error::Usage(message));
+        }
+        return Ok(out);
+    }
+    loop {
+        let folder = fresh_folder(name);
+        if let Some(runs) = folder.parent() {
+            std::fs::create_dir_all(runs).map_err(|e| failed(runs, e))?;
+        }
+        match std::fs::create_dir(&folder) {
+            Ok(()) => return Ok(folder),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {} // another process was faster
+            Err(e) => return Err(failed(&folder, e)),
+        }
+    }
+}
+
+/// Whether all folds of a run are trained and its report is written.
+pub fn is_finished(run: &Path, folds: usize) -> Result<bool> {
+    for fold in 0..folds {
+        if !FoldTrainer::epochs_done(&fold_folder(run, fold))?.1 {
+            return Ok(false);
+        }
+    }
+    Ok(run.join("report.html").is_file())
+}
+
+/// Keeps a second process from training in the same folder, until it is dropped or the process ends.
+fn lock(run: &Path) -> Result<File> {
+    let path = run.join(".lock");
+    let file = File::create(&path).map_err(|e| Error::file(&path, format!("cannot be made: {e}")))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(Error::file(run, "another cf-train is at work in this run folder")),
+        // some network file systems have no locks: train all the same
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
 }
 
 /// A run's epochs so far, in order.
@@ -103,27 +149,27 @@ impl Run {
         Ok(Self { config, dataset, bins, folds })
     }
 
-    /// Makes the run's folder and writes its settings there. It may exist already only if it is empty, or holds the demo's data.
-    pub fn create(&self, folder: &Path) -> Result<()> {
-        let failed = |e: std::io::Error| Error::file(folder, format!("cannot be made: {e}"));
-        std::fs::create_dir_all(folder).map_err(failed)?;
-        for entry in std::fs::read_dir(folder).map_err(failed)? {
-            if entry.map_err(failed)?.file_name() != DEMO_DATA {
-                let message =
-                    format!("{} is not empty; choose another --out, or go on with --resume {0}", folder.display());
-                return Err(Error::Usage(message));
-            }
-        }
+    /// Writes the settings into the run's folder; from then on it can be resumed.
+    pub fn save_config(&self, folder: &Path) -> Result<()> {
         write_text(&config_path(folder), &self.config.to_toml()?)
     }
 
     /// Trains all folds, from the beginning or from where the folder's checkpoints are. `interrupted` asks for a stop after the slide in hand.
     pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<()> {
-        let mut display = Display::new(folder, &self.config, &self.dataset, &self.folds, interrupted);
-        trim_metrics(folder, self.folds.len())?;
+        let _lock = lock(folder)?;
         for (i, fold) in self.folds.iter().enumerate() {
             let parts = fold_folder(folder, i);
             std::fs::create_dir_all(&parts).map_err(|e| Error::file(&parts, format!("cannot be made: {e}")))?;
+            remove_leftovers(&parts)?;
+            FoldTrainer::check(&self.config, &self.dataset, &self.bins, fold, &parts)?;
+        }
+        trim_metrics(folder, self.folds.len())?;
+        let mut display = Display::new(folder, &self.config, &self.dataset, &self.folds, interrupted);
+        for (i, fold) in self.folds.iter().enumerate() {
+            let parts = fold_folder(folder, i);
+            if FoldTrainer::epochs_done(&parts)?.1 {
+                continue;
+            }
             let mut trainer = FoldTrainer::new(&self.config, &self.dataset, &self.bins, (i, fold), &parts)?;
             let mut log = Log { path: metrics_path(folder), display: &mut display };
             if trainer.run(&mut log)? == Outcome::Stopped {
