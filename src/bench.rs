@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{
     Error, Result,
-    device::{Device, View},
+    device::Device,
     loss::{Loss, Target},
     model::{Bags, Config},
     ops::{Draw, adam::Adam},
@@ -113,8 +113,7 @@ pub fn step(arguments: &StepArguments) -> Result<()> {
     engine.reserve(arguments.bags, true)?;
     let BagSizes { x5, x10, x20 } = arguments.bags;
     let data = [x5, x10, x20].map(|patches| random(patches * arguments.features));
-    let view = |i: usize, patches| View::of_slice(&data[i], patches, arguments.features);
-    let bags = Bags { x5: view(0, x5), x10: view(1, x10), x20: view(2, x20) };
+    let bags = Bags::new(data.each_ref().map(Vec::as_slice), arguments.features)?;
     // the published optimizer
     let adam = Adam { learning_rate: 1e-4, weight_decay: 4e-6, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
 

@@ -18,7 +18,7 @@
 //!
 //! ```
 //! use crossfusion::{
-//!     device::{Device, View},
+//!     device::Device,
 //!     loss::{Loss, Prediction, Target},
 //!     model::{Bags, Config},
 //!     ops::{Draw, adam::Adam},
@@ -30,8 +30,7 @@
 //! let mut engine = Engine::<f32>::new(Device::from_name("cpu", 0)?, &config, 7)?;
 //!
 //! let patches = [5, 20, 80].map(|n| vec![0.5f32; n * 16]);
-//! let [x5, x10, x20] = patches.each_ref().map(|x| View::of_slice(x, x.len() / 16, 16));
-//! let bags = Bags { x5, x10, x20 };
+//! let bags = Bags::new(patches.each_ref().map(Vec::as_slice), 16)?;
 //!
 //! // forward with dropout, the loss and its gradient, backward, Adam
 //! let target = Target { label: 1, censored: false };

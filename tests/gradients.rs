@@ -5,7 +5,7 @@ mod common;
 
 use common::{Law, fill};
 use crossfusion::{
-    device::{Cpu, Device, Real, View},
+    device::{Cpu, Device, Real},
     loss::{Loss, Target},
     model::{Bags, Config, Fusion},
     ops::Draw,
@@ -33,18 +33,12 @@ impl<T: Real> Slide<T> {
         Self { data: self.data.clone().map(|x| vec![T::ZERO; x.len()]), features: self.features }
     }
 
-    fn bags(&self) -> Bags<T> {
-        let [x5, x10, x20] = self.data.each_ref().map(|x| View::of_slice(x, x.len() / self.features, self.features));
-        Bags { x5, x10, x20 }
+    fn bags(&self) -> Bags<'_, T> {
+        Bags::new(self.data.each_ref().map(Vec::as_slice), self.features).unwrap()
     }
 
-    fn bags_mut(&mut self) -> Bags<T> {
-        let features = self.features;
-        let [x5, x10, x20] = self.data.each_mut().map(|x| {
-            let patches = x.len() / features;
-            View::of_slice_mut(x, patches, features)
-        });
-        Bags { x5, x10, x20 }
+    fn bags_mut(&mut self) -> Bags<'_, T> {
+        Bags::new_mut(self.data.each_mut().map(Vec::as_mut_slice), self.features).unwrap()
     }
 }
 
@@ -192,4 +186,50 @@ fn narrower() -> Vec<pulp::Arch> {
     #[cfg(target_arch = "x86_64")]
     sets.extend(pulp::x86::V3::try_new().map(pulp::Arch::V3));
     sets
+}
+
+/// A broken weight must not look like a prediction.
+#[test]
+fn nan_reaches_the_logits() {
+    let config = config(6, 8, 2, 1, Fusion::Conv2d);
+    let mut engine = engine::<f32>(Device::from_name("cpu", 1).unwrap(), &config);
+    let slide = Slide::new([3, 7, 11], 6);
+    assert!(engine.evaluate(slide.bags()).unwrap().iter().all(|x| x.is_finite()));
+    let entry = engine.model.layout.entries().iter().find(|entry| entry.name == "s_lin_proj.0.weight").unwrap().offset;
+    let mut params = engine.read_state(State::Params);
+    params[entry] = f32::NAN;
+    engine.write_state(State::Params, &params).unwrap();
+    let logits = engine.evaluate(slide.bags()).unwrap();
+    assert!(logits.iter().all(|x| x.is_nan()), "{logits:?}");
+    assert!(Loss::NllSurv.evaluate(&logits, TARGET, 0.2).0.is_nan());
+}
+
+#[test]
+fn a_refused_checkpoint_changes_nothing() {
+    let config = config(6, 8, 2, 1, Fusion::Conv2d);
+    let mut engine = engine::<f32>(Device::from_name("cpu", 1).unwrap(), &config);
+    let before = engine.read_state(State::Params);
+    let mut tensors: crossfusion::data::torch::StateDict = engine
+        .model
+        .layout
+        .entries()
+        .iter()
+        .map(|entry| {
+            let parameter =
+                crossfusion::data::torch::Parameter { shape: entry.shape.clone(), values: vec![0.0; entry.len()] };
+            (entry.name.clone(), parameter)
+        })
+        .collect();
+    tensors.insert("stray".into(), crossfusion::data::torch::Parameter { shape: vec![1], values: vec![0.0] });
+    assert!(engine.load(&tensors).unwrap_err().to_string().contains("`stray`"));
+    assert_eq!(engine.read_state(State::Params), before);
+}
+
+#[test]
+fn uploads_of_the_wrong_length_are_refused() {
+    let device = Device::from_name("cpu", 1).unwrap();
+    let buffer = device.alloc(64).unwrap();
+    let (view, rest) = (buffer.view::<f32>(0, 4, 1), buffer.view::<f32>(4, 1, 8));
+    assert!(device.upload(&[1.0; 7], view).is_err());
+    assert_eq!(device.download(rest), [0.0; 8]);
 }

@@ -13,7 +13,7 @@ use super::{
     folds,
     labels::Bins,
 };
-use crate::{Error, Result, device::View, loss::Target, model::Bags, train::step::BagSizes};
+use crate::{Error, Result, loss::Target, model::Bags, train::step::BagSizes};
 
 /// Where a cohort lies on disk.
 #[derive(Clone, Debug)]
@@ -53,10 +53,9 @@ pub struct Bag {
 }
 
 impl Bag {
-    /// Valid as long as the bag is.
-    pub fn views(&self) -> Bags<f32> {
-        let view = |x: &Array2<f32>| View::of_slice(x.as_slice().unwrap_or_default(), x.nrows(), x.ncols());
-        Bags { x5: view(&self.x5), x10: view(&self.x10), x20: view(&self.x20) }
+    pub fn views(&self) -> Result<Bags<'_, f32>> {
+        let slices = [&self.x5, &self.x10, &self.x20].map(|x| x.as_slice().unwrap_or_default());
+        Bags::new(slices, self.x10.ncols())
     }
 }
 

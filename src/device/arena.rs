@@ -1,7 +1,8 @@
 //! One step's memory: a buffer used as two stacks.
 //!
 //! `saved` grows up from the bottom during forward and is popped during backward; `scratch` grows down from the top and
-//! is released by the op or block that took it. A step neither allocates nor frees.
+//! is released by the op or block that took it. A step takes no activation from anywhere else. (The CPU keeps some packed panels
+//! besides, a few MiB a thread, from op to op.)
 
 use super::{Buffer, Device, Real, View};
 use crate::{Error, Result};
@@ -30,7 +31,7 @@ impl Arena {
     }
 
     /// As large as anything could ask for; only for [`Device::Dry`], which backs it with nothing.
-    pub fn unlimited() -> Self {
+    pub(crate) fn unlimited() -> Self {
         Self { buffer: Buffer::imaginary(1 << 50), saved: 0, scratch: 1 << 50, peak: 0 }
     }
 
@@ -43,14 +44,9 @@ impl Arena {
         self.peak
     }
 
-    /// Bytes on the saved stack now.
-    pub fn saved(&self) -> usize {
-        self.saved
-    }
-
     /// A matrix that lives until its mark is released in backward. Its content is whatever was there before.
     pub fn save<T: Real>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
-        let bytes = (rows * cols * size_of::<T>()).next_multiple_of(ALIGNMENT);
+        let bytes = bytes::<T>(rows, cols)?;
         let at = self.saved;
         self.saved += bytes;
         self.grown(bytes)?;
@@ -59,7 +55,7 @@ impl Arena {
 
     /// A matrix that lives until the op or block that took it releases its mark.
     pub fn scratch<T: Real>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
-        let bytes = (rows * cols * size_of::<T>()).next_multiple_of(ALIGNMENT);
+        let bytes = bytes::<T>(rows, cols)?;
         self.scratch = self.scratch.wrapping_sub(bytes);
         self.grown(bytes)?;
         Ok(View::new(self.buffer.address() + self.scratch, rows, cols))
@@ -96,4 +92,11 @@ impl Arena {
     pub fn reset(&mut self) {
         (self.saved, self.scratch) = (0, self.buffer.bytes());
     }
+}
+
+/// Bytes of a matrix, rounded up to the alignment.
+fn bytes<T>(rows: usize, cols: usize) -> Result<usize> {
+    let bytes = rows.checked_mul(cols).and_then(|len| len.checked_mul(size_of::<T>()));
+    let bytes = bytes.and_then(|bytes| bytes.checked_next_multiple_of(ALIGNMENT));
+    bytes.ok_or_else(|| Error::Device(format!("a matrix of {rows} x {cols} does not fit any memory")))
 }

@@ -49,7 +49,10 @@ impl Device {
 
     /// Copies `data` to the device, row by row.
     pub fn upload<T: Real>(&self, data: &[T], to: View<T>) -> Result<()> {
-        to.check("upload", "data", &[to.rows(), data.len() / to.rows().max(1)])?;
+        if data.len() != to.rows() * to.cols() {
+            let (got, expected) = (vec![data.len()], vec![to.rows(), to.cols()]);
+            return Err(Error::Shape { op: "upload", tensor: "data".into(), got, expected });
+        }
         if let Self::Cpu(_) = self {
             for (i, row) in data.chunks_exact(to.cols().max(1)).enumerate() {
                 // SAFETY: `to` lies in a live buffer of this device, and nothing else runs on it.

@@ -1,9 +1,6 @@
 //! Memory and the matrices in it.
 
-use std::{
-    marker::PhantomData,
-    sync::atomic::{AtomicUsize, Ordering},
-};
+use std::marker::PhantomData;
 
 use memmap2::MmapMut;
 
@@ -29,11 +26,9 @@ impl Buffer {
         Ok(Self { address: pages.as_mut_ptr() as usize, bytes, _pages: Some(pages) })
     }
 
-    /// Addresses that nothing backs, distinct from every other imaginary buffer's.
+    /// Addresses that nothing backs.
     pub(super) fn imaginary(bytes: usize) -> Self {
-        static NEXT: AtomicUsize = AtomicUsize::new(1 << 62);
-        let address = NEXT.fetch_add(bytes.min(1 << 50).next_multiple_of(4096), Ordering::Relaxed);
-        Self { address, bytes, _pages: None }
+        Self { address: 1 << 62, bytes, _pages: None }
     }
 
     pub fn bytes(&self) -> usize {
@@ -42,7 +37,11 @@ impl Buffer {
 
     /// The `[rows, cols]` matrix of `T` that starts `offset` elements into the buffer.
     pub fn view<T: Real>(&self, offset: usize, rows: usize, cols: usize) -> View<T> {
-        assert!((offset + rows * cols) * size_of::<T>() <= self.bytes, "view past the end of a buffer");
+        let end = rows
+            .checked_mul(cols)
+            .and_then(|len| len.checked_add(offset))
+            .and_then(|end| end.checked_mul(size_of::<T>()));
+        assert!(end.is_some_and(|end| end <= self.bytes), "view past the end of a buffer");
         View::new(self.address + offset * size_of::<T>(), rows, cols)
     }
 
@@ -58,8 +57,8 @@ impl Buffer {
 
 /// A row-major matrix somewhere in a [`Buffer`]: an address and a shape, free to copy.
 ///
-/// Views carry no lifetime: the arena that gave them out must outlive their use, and an op's outputs must not overlap its
-/// inputs unless the op says so. Both are the caller's duty, which is why the elements are reached by unsafe functions only.
+/// Views carry no lifetime, which keeps model code plain. Ops check shapes; that the memory behind a view is alive and on the op's device, and
+/// that an op's outputs do not overlap its inputs unless the op says so, is the caller's duty.
 #[derive(Clone, Copy, Debug)]
 pub struct View<T> {
     address: usize,
@@ -76,14 +75,14 @@ impl<T: Real> View<T> {
     }
 
     /// A view of host memory that some other owner keeps alive (a memory-mapped bag, say), to read.
-    pub fn of_slice(data: &[T], rows: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), rows * cols);
+    pub(crate) fn of_slice(data: &[T], rows: usize, cols: usize) -> Self {
+        assert_eq!(Some(data.len()), rows.checked_mul(cols));
         Self::new(data.as_ptr() as usize, rows, cols)
     }
 
     /// The same, to write.
-    pub fn of_slice_mut(data: &mut [T], rows: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), rows * cols);
+    pub(crate) fn of_slice_mut(data: &mut [T], rows: usize, cols: usize) -> Self {
+        assert_eq!(Some(data.len()), rows.checked_mul(cols));
         Self::new(data.as_mut_ptr() as usize, rows, cols)
     }
 

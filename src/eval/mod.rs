@@ -123,7 +123,7 @@ fn predict(engine: &mut Engine<f32>, dataset: &Dataset, order: &[usize], fold: u
     let mut slides = Vec::new();
     dataset.for_each(order, AHEAD, |i, bag| {
         let slide = &dataset.slides[i];
-        let Prediction { hazards, survival, risk } = Prediction::from_logits(&engine.evaluate(bag.views())?);
+        let Prediction { hazards, survival, risk } = Prediction::from_logits(&engine.evaluate(bag.views()?)?);
         slides.push(SlideResult {
             case_id: slide.case_id.clone(),
             slide_id: slide.slide_id.clone(),

@@ -93,10 +93,11 @@ impl Loss {
 }
 
 fn log_clamped(p: f64) -> f64 {
-    p.max(EPSILON).ln()
+    // f64::max would take NaN for EPSILON
+    if p < EPSILON { EPSILON.ln() } else { p.ln() }
 }
 
 /// Derivative of [`log_clamped`].
 fn inverse(p: f64) -> f64 {
-    if p >= EPSILON { 1.0 / p } else { 0.0 }
+    if p < EPSILON { 0.0 } else { 1.0 / p }
 }

@@ -1,5 +1,7 @@
 //! CrossFusion (Soraki et al. 2026, fig. 1): three bags in, survival logits out, and the way back.
 
+use std::marker::PhantomData;
+
 use super::{
     Config, Context, Fusion,
     layer::{self, Layer, LayerGrad, Names, SavedLayer, norm, norm_grad, sites},
@@ -18,12 +20,44 @@ use crate::{
     },
 };
 
-/// A slide's patch features at 5x, 10x and 20x: `[M5, F]`, `[N, F]`, `[M20, F]`.
+/// A slide's patch features at 5x, 10x and 20x, `[M5, F]`, `[N, F]`, `[M20, F]`, borrowed from host memory.
 #[derive(Clone, Copy, Debug)]
-pub struct Bags<T> {
-    pub x5: View<T>,
-    pub x10: View<T>,
-    pub x20: View<T>,
+pub struct Bags<'a, T> {
+    pub(crate) x5: View<T>,
+    pub(crate) x10: View<T>,
+    pub(crate) x20: View<T>,
+    owner: PhantomData<&'a [T]>,
+}
+
+impl<'a, T: Real> Bags<'a, T> {
+    /// Row-major features of x5, x10 and x20, `features` values a patch.
+    pub fn new(bags: [&'a [T]; 3], features: usize) -> Result<Self> {
+        let view = |x: &[T]| Ok::<_, Error>(View::of_slice(x, patches(x, features)?, features));
+        let [x5, x10, x20] = bags;
+        Ok(Self::of_views(view(x5)?, view(x10)?, view(x20)?))
+    }
+
+    /// Memory that receives the bags' gradients.
+    pub fn new_mut(bags: [&'a mut [T]; 3], features: usize) -> Result<Self> {
+        let view = |x: &mut [T]| Ok::<_, Error>(View::of_slice_mut(x, patches(x, features)?, features));
+        let [x5, x10, x20] = bags;
+        Ok(Self::of_views(view(x5)?, view(x10)?, view(x20)?))
+    }
+
+    /// Views that the caller keeps alive.
+    pub(crate) fn of_views(x5: View<T>, x10: View<T>, x20: View<T>) -> Self {
+        Self { x5, x10, x20, owner: PhantomData }
+    }
+}
+
+/// Rows of `features` values in a bag.
+fn patches<T>(bag: &[T], features: usize) -> Result<usize> {
+    if features == 0 || !bag.len().is_multiple_of(features) {
+        let message =
+            format!("a bag of {} values: expected a whole number of patches of {features} features", bag.len());
+        return Err(Error::Usage(message));
+    }
+    Ok(bag.len() / features)
 }
 
 // The three scales, in the order of the arrays below. The names in a checkpoint start with these letters.
@@ -54,7 +88,8 @@ pub struct CrossFusion {
 
 /// What backward needs of a forward pass; its views lie on the arena's saved stack.
 pub struct Saved<T> {
-    bags: Bags<T>,
+    /// x5, x20, x10
+    bags: [View<T>; 3],
     side: usize,
     projections: SavedProjections<T>,
     tokens: [View<T>; 3],
@@ -146,7 +181,7 @@ impl CrossFusion {
     }
 
     /// Logits `[1, n_classes]`, and all that backward needs.
-    pub fn forward<T: Real>(&self, ctx: &mut Context, bags: Bags<T>) -> Result<Saved<T>> {
+    pub fn forward<T: Real>(&self, ctx: &mut Context, bags: Bags<'_, T>) -> Result<Saved<T>> {
         let inputs = [bags.x5, bags.x20, bags.x10];
         for (x, name) in inputs.iter().zip(["x5", "x20", "x10"]) {
             x.check("CrossFusion", name, &[x.rows().max(1), self.config.features])?;
@@ -186,7 +221,7 @@ impl CrossFusion {
         };
         head::forward(ctx.device, &head)?;
         Ok(Saved {
-            bags,
+            bags: inputs,
             side,
             projections,
             tokens,
@@ -268,7 +303,7 @@ impl CrossFusion {
         ctx: &mut Context,
         saved: Saved<T>,
         dlogits: &[T],
-        inputs: Option<Bags<T>>,
+        inputs: Option<Bags<'_, T>>,
     ) -> Result<()> {
         if dlogits.len() != self.config.n_classes {
             let (got, expected) = (vec![1, dlogits.len()], vec![1, self.config.n_classes]);
@@ -307,8 +342,8 @@ impl CrossFusion {
         let group: Vec<_> = self.transformers.iter().collect();
         let dencoded = PadTransformer::backward(ctx, &group, saved.transformers, side, &dstreams)?;
 
-        let n0 = saved.bags.x10.rows();
-        let dtokens = [saved.bags.x5, saved.bags.x20, saved.bags.x10].map(|x| ctx.arena.scratch(x.rows(), dim));
+        let n0 = saved.bags[SOURCE].rows();
+        let dtokens = saved.bags.map(|x| ctx.arena.scratch(x.rows(), dim));
         let [coarse, fine, source] = dtokens;
         let dtokens = [coarse?, fine?, source?];
         let layers: Vec<_> = self.cross.iter().collect();
@@ -363,14 +398,14 @@ impl CrossFusion {
     fn project_backward<T: Real>(
         &self,
         ctx: &mut Context,
-        bags: &Bags<T>,
+        bags: &[View<T>; 3],
         saved: &SavedProjections<T>,
         dtokens: [View<T>; 3],
-        inputs: Option<Bags<T>>,
+        inputs: Option<Bags<'_, T>>,
     ) -> Result<()> {
         let dbags = inputs.map(|d| [d.x5, d.x20, d.x10]);
         let (mut norms, mut weights, mut products) = (Vec::new(), Vec::new(), Vec::new());
-        for (scale, x) in [bags.x5, bags.x20, bags.x10].into_iter().enumerate() {
+        for (scale, x) in bags.iter().copied().enumerate() {
             let dy = dtokens[scale];
             let (Some((linear, layer_norm)), Some(saved)) = (self.projections[scale], &saved[scale]) else {
                 if let Some(dbags) = dbags {

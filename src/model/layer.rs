@@ -104,12 +104,6 @@ impl Layer {
         norm(ctx, self.norm, saved.u, saved.stats, y)
     }
 
-    /// The projections that the scale embedding goes into, with their outputs.
-    fn folds<T: Real>(&self, ctx: &Context) -> Vec<(LinearViews<T>, View<T>)> {
-        let Some(embedding) = self.embedding else { return Vec::new() };
-        [self.q, self.kv].map(|linear| (ctx.linear(linear), embedding.of(ctx.params))).to_vec()
-    }
-
     fn ffn_dropout(&self, ctx: &Context, which: u32) -> Option<crate::ops::Dropout> {
         ctx.dropout(self.site + ctx.config.heads as u32 + which, ctx.config.ffn_dropout)
     }
@@ -158,13 +152,13 @@ pub(super) fn forward<T: Real>(
     let mut projections = Vec::new();
     for (g, layer) in layers.iter().enumerate() {
         let mut biases = [layer.q, layer.kv].map(|linear| linear.bias.of(ctx.params));
-        for ((linear, embedding), bias) in layer.folds::<T>(ctx).into_iter().zip(&mut biases) {
-            let folded = ctx.arena.scratch(1, bias.cols())?;
-            scale_embedding::forward(
-                ctx.device,
-                &[Fold { weight: linear.weight, bias: linear.bias, embedding, folded }],
-            )?;
-            *bias = folded;
+        if let Some(embedding) = layer.embedding {
+            for (linear, bias) in [layer.q, layer.kv].into_iter().zip(&mut biases) {
+                let (weight, folded) = (linear.weight.of(ctx.params), ctx.arena.scratch(1, bias.cols())?);
+                let embedding = embedding.of(ctx.params);
+                scale_embedding::forward(ctx.device, &[Fold { weight, bias: *bias, embedding, folded }])?;
+                *bias = folded;
+            }
         }
         for ((linear, bias), (a, out)) in
             [layer.q, layer.kv].into_iter().zip(biases).zip([(x[g], saved[g].q), (context[g], saved[g].kv)])
@@ -277,13 +271,15 @@ pub(super) fn backward<T: Real>(
     for (g, layer) in layers.iter().enumerate() {
         let linear: [LinearViews<T>; 2] = [ctx.linear(layer.q), ctx.linear(layer.kv)];
         let mut biases = linear.map(|linear| linear.dbias);
-        for ((part, embedding), bias) in layer.folds(ctx).into_iter().zip(&mut biases) {
-            let dfolded = ctx.arena.scratch(1, bias.cols())?;
-            elementwise::zero(ctx.device, dfolded);
-            let dembedding = layer.embedding.map_or(embedding, |param| param.of(ctx.grads));
-            let (weight, dweight, dbias) = (part.weight, part.dweight, part.dbias);
-            folds.push(FoldGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
-            *bias = dfolded;
+        if let Some(param) = layer.embedding {
+            let (embedding, dembedding) = (param.of(ctx.params), param.of(ctx.grads));
+            for (part, bias) in linear.iter().zip(&mut biases) {
+                let dfolded = ctx.arena.scratch(1, bias.cols())?;
+                elementwise::zero(ctx.device, dfolded);
+                let (weight, dweight, dbias) = (part.weight, part.dweight, part.dbias);
+                folds.push(FoldGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
+                *bias = dfolded;
+            }
         }
         weights.push(WeightGrad { dy: dq[g], x: grads[g].x, dw: linear[0].dweight, db: Some(biases[0]) });
         weights.push(WeightGrad { dy: dkv[g], x: grads[g].context, dw: linear[1].dweight, db: Some(biases[1]) });

@@ -118,8 +118,6 @@ pub fn backward<T: Real>(device: &Device, arena: &mut Arena, problems: &[Attenti
     for (p, parts) in problems.iter().zip(&partial) {
         if parts.len() > 1 {
             elementwise::sum(device, parts, p.dq)?;
-        } else if p.forward.k.rows() == 0 {
-            elementwise::zero(device, p.dq);
         }
     }
     arena.release_scratch(mark);
@@ -127,7 +125,7 @@ pub fn backward<T: Real>(device: &Device, arena: &mut Arena, problems: &[Attenti
 }
 
 // ---- CPU ----------------------------------------------------------------------------------------------------------
-// All tiles of a task lie in the 1 MiB L2 cache of a core; every product is a multiple of the register block.
+// All tiles of a task lie in the 1 MiB L2 cache of a core.
 
 /// Row stride of every tile, and so the widest head and the most keys of a tile.
 const HEAD: usize = 128;
@@ -136,7 +134,7 @@ const KEYS: usize = dropout::BLOCK;
 const ROWS: usize = 8 * tile::ROWS;
 /// Queries of a forward task: they share the packing of the keys.
 const QUERIES: usize = 4 * ROWS;
-/// Queries of a backward task's key tile are all; what is split is the keys, into few segments, because each costs a dq of its own.
+/// A backward task takes all queries and a segment of a head's keys. Segments are few, because each costs a dq of its own.
 const MOST_SEGMENTS: usize = 4;
 const BACKWARD_TASKS: usize = 16;
 
@@ -264,12 +262,13 @@ impl<T: Real> Kernel for Forward<'_, T> {
             for r in 0..n {
                 let inverse = if m > 0 { T::ONE / total[r] } else { T::ZERO };
                 unsafe {
-                    let to = &mut p.out.row_mut(rows.start + r)[columns.clone()];
+                    let to = p.out.cols_range(columns.clone()).row_mut(rows.start + r);
                     for (to, &o) in to.iter_mut().zip(&out[r * HEAD..]) {
                         *to = o * inverse;
                     }
                     let log_sum = max[r].f64() * std::f64::consts::LN_2 + total[r].f64().ln();
-                    p.lse.row_mut(head)[rows.start + r] = T::of(log_sum);
+                    let at = rows.start + r;
+                    p.lse.cols_range(at..at + 1).row_mut(head)[0] = T::of(log_sum);
                 }
             }
         });
@@ -320,9 +319,13 @@ impl<T: Real> Kernel for Backward<'_, T> {
         let dropout = p.dropout.map(|dropout| dropout.at(head as u32));
         let scale = p.scale();
         let scale2 = scale * T::of(std::f64::consts::LOG2_E);
-        if segment.is_empty() {
+        if segment.is_empty() || n == 0 {
             // SAFETY: as below.
             (0..n).for_each(|i| unsafe { dq.row_mut(i) }.fill(T::ZERO));
+            segment.for_each(|i| unsafe {
+                dk.row_mut(i).fill(T::ZERO);
+                dv.row_mut(i).fill(T::ZERO);
+            });
             return;
         }
         const SIZE: usize = 5 * KEYS * HEAD + 2 * ROWS * HEAD + 2 * (ROWS + 1) * KEYS;

@@ -17,7 +17,7 @@ use super::{
 pub use depthwise::Grid;
 
 use crate::{
-    Result,
+    Error, Result,
     device::{Arena, Cpu, Device, Real, View, cpu::with_workspace},
 };
 
@@ -42,7 +42,18 @@ pub struct ConvFusion<'a, T> {
 }
 
 fn check<T: Real>(op: &'static str, p: &ConvFusion<T>, weights: &Weights<T>) -> Result<()> {
-    let (n, d) = (p.grid.tokens(), p.streams[0].cols());
+    let (n, d) = (p.grid.tokens(), p.streams.first().map_or(0, |x| x.cols()));
+    if p.streams.is_empty()
+        || d % 2 != 0
+        || weights.mix.is_some() != p.weights.mix.is_some()
+        || (weights.mix.is_none() && p.streams.len() > 1)
+    {
+        let message = format!(
+            "{op}: {} streams of width {d}: expected an even width, and a mix for several streams",
+            p.streams.len()
+        );
+        return Err(Error::Usage(message));
+    }
     for x in p.streams {
         x.check(op, "stream", &[n, d])?;
     }
@@ -91,7 +102,8 @@ pub fn forward<T: Real>(device: &Device, arena: &mut Arena, p: &ConvFusion<T>) -
                             let out = p.out.row_mut(t);
                             for j in 0..d / 2 {
                                 let sum = products[2 * j] + products[2 * j + 1] + (b0[j] + b1[j] + b2[j] + b3[j]);
-                                out[j] = sum.max(T::ZERO) * factors[j];
+                                // written so that NaN passes
+                                out[j] = if sum < T::ZERO { T::ZERO } else { sum * factors[j] };
                             }
                         }
                     });
@@ -114,7 +126,11 @@ pub fn backward<T: Real>(
     grads: &Weights<T>,
 ) -> Result<()> {
     const OP: &str = "conv_fusion backward";
+    check(OP, p, &p.weights)?;
     check(OP, p, grads)?;
+    if dstreams.len() != p.streams.len() {
+        return Err(Error::Usage(format!("{OP}: {} gradients for {} streams", dstreams.len(), p.streams.len())));
+    }
     let (n, d) = (p.grid.tokens(), p.streams[0].cols());
     dout.check(OP, "dout", &[n, d / 2])?;
     for dx in dstreams {

@@ -173,7 +173,7 @@ pub(super) fn kernel_gradient<T: Real>(cpu: &Cpu, grid: Grid, x: View<T>, dy: Vi
                     }
                 }
                 for tap in 0..taps {
-                    let to = unsafe { &mut dkernel.row_mut(tap)[channels.clone()] };
+                    let to = unsafe { dkernel.cols_range(channels.clone()).row_mut(tap) };
                     to.copy_from_slice(&total[tap * CHANNELS..][..cols]);
                 }
             });

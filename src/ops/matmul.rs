@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// What happens to a product before it is written, in this order.
+/// What happens to a product while it is in cache, in this order.
 #[derive(Clone, Copy)]
 pub struct Epilogue<T> {
     /// Adds what `out` held before.
@@ -190,6 +190,9 @@ impl<T: Real> Kernel for Product<'_, T> {
             // SAFETY: the views are live, and each task writes its own rows of `out`.
             unsafe {
                 let (a, out) = (p.a.ptr().add(row * p.a.stride()), p.out.ptr().add(row * p.out.stride()));
+                if k == 0 && !p.epilogue.accumulate {
+                    (row..row + rows).for_each(|i| p.out.row_mut(i).fill(T::ZERO));
+                }
                 for k0 in (0..k).step_by(DEPTH) {
                     let depth = DEPTH.min(k - k0);
                     tile::copy_rows(a.add(k0), p.a.stride(), (rows, depth), block.as_mut_ptr(), DEPTH);
@@ -344,7 +347,7 @@ pub(super) fn column_sums<T: Real>(cpu: &Cpu, problems: &[(View<T>, View<T>)]) {
             let (x, sums) = problems[i];
             let cols = COLS.min(x.cols() - col);
             // SAFETY: the views are live, and each task writes its own columns of `sums`.
-            let sums = &mut unsafe { sums.row_mut(0) }[col..col + cols];
+            let sums = unsafe { sums.cols_range(col..col + cols).row_mut(0) };
             for start in (0..x.rows()).step_by(64) {
                 let mut block = [T::ZERO; COLS];
                 for r in start..x.rows().min(start + 64) {

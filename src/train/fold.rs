@@ -249,7 +249,7 @@ impl<'a> FoldTrainer<'a> {
             let (loss, risk) = train_slide(
                 &mut self.engine,
                 config,
-                bag.views(),
+                bag.views()?,
                 target,
                 draw,
                 self.progress.epoch,
@@ -286,7 +286,7 @@ impl<'a> FoldTrainer<'a> {
         let (mut loss_sum, mut risks) = (0.0, Vec::new());
         let mut stopped = ControlFlow::Continue(());
         dataset.for_each(&order, self.config.prefetch_factor, |slide, bag| {
-            let logits = self.engine.evaluate(bag.views())?;
+            let logits = self.engine.evaluate(bag.views()?)?;
             loss_sum += self.config.loss_fn.evaluate(&logits, dataset.target(&self.bins, slide), 0.0).0;
             let risk = Prediction::from_logits(&logits).risk;
             self.check_finite(slide, risk)?;
@@ -348,7 +348,7 @@ impl<'a> FoldTrainer<'a> {
 pub fn train_slide(
     engine: &mut Engine<f32>,
     config: &RunConfig,
-    bags: Bags<f32>,
+    bags: Bags<'_, f32>,
     target: Target,
     draw: Option<Draw>,
     epoch: usize,

@@ -68,7 +68,7 @@ impl<T: Real> Engine<T> {
     }
 
     /// Logits of a slide, without dropout.
-    pub fn evaluate(&mut self, bags: Bags<T>) -> Result<Vec<f64>> {
+    pub fn evaluate(&mut self, bags: Bags<'_, T>) -> Result<Vec<f64>> {
         self.reserve(sizes(&bags), false)?;
         let (model, mut ctx) = self.pass(None);
         ctx.device.install(|| Ok(logits(ctx.device, &model.forward(&mut ctx, bags)?)))
@@ -78,9 +78,9 @@ impl<T: Real> Engine<T> {
     /// `draw` is the slide's dropout; `inputs` receives the bags' gradients. Returns the logits.
     pub fn accumulate(
         &mut self,
-        bags: Bags<T>,
+        bags: Bags<'_, T>,
         draw: Option<Draw>,
-        inputs: Option<Bags<T>>,
+        inputs: Option<Bags<'_, T>>,
         loss: impl FnOnce(&[f64]) -> Vec<f64> + Send,
     ) -> Result<Vec<f64>> {
         self.reserve(sizes(&bags), true)?;
@@ -157,9 +157,10 @@ impl<T: Real> Engine<T> {
         Some(self.device.download(self.state(which).view(entry.offset, 1, entry.len())))
     }
 
-    /// Replaces all parameters; every tensor of the model must be there with its shape, and no other.
+    /// Replaces all parameters; every tensor of the model must be there with its shape, and no other. On an error nothing has changed.
     pub fn load(&mut self, tensors: &StateDict) -> Result<()> {
-        for entry in self.model.layout.entries() {
+        let entries = self.model.layout.entries();
+        for entry in entries {
             let Some(Parameter { shape, values }) = tensors.get(&entry.name) else {
                 return Err(Error::Usage(format!("the checkpoint lacks tensor `{}` {:?}", entry.name, entry.shape)));
             };
@@ -167,16 +168,15 @@ impl<T: Real> Engine<T> {
                 let (tensor, got, expected) = (entry.name.clone(), shape.clone(), entry.shape.clone());
                 return Err(Error::Shape { op: "checkpoint", tensor, got, expected });
             }
-            let values: Vec<T> = values.iter().map(|&x| T::of(f64::from(x))).collect();
+        }
+        if let Some(name) = tensors.keys().find(|name| entries.iter().all(|entry| &entry.name != *name)) {
+            return Err(Error::Usage(format!("the checkpoint holds tensor `{name}`, which this model does not have")));
+        }
+        for entry in entries {
+            let values: Vec<T> = tensors[&entry.name].values.iter().map(|&x| T::of(f64::from(x))).collect();
             self.device.upload(&values, self.params.view(entry.offset, 1, entry.len()))?;
         }
-        let unknown = tensors.keys().find(|name| self.model.layout.entries().iter().all(|entry| &entry.name != *name));
-        match unknown {
-            Some(name) => {
-                Err(Error::Usage(format!("the checkpoint holds tensor `{name}`, which this model does not have")))
-            }
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -189,7 +189,7 @@ pub fn plan<T: Real>(model: &CrossFusion, sizes: BagSizes, training: bool) -> Re
     let features = model.config.features;
     let bag =
         |rows: usize| Ok::<_, Error>(device.alloc(rows * features * size_of::<T>())?.view::<T>(0, rows, features));
-    let bags = Bags { x5: bag(sizes.x5)?, x10: bag(sizes.x10)?, x20: bag(sizes.x20)? };
+    let bags = Bags::of_views(bag(sizes.x5)?, bag(sizes.x10)?, bag(sizes.x20)?);
     let draw = training.then_some(Draw { seed: 0, step: 0 });
     let mut ctx =
         Context { device: &device, arena: &mut arena, params: &params, grads: &grads, draw, config: &model.config };
@@ -203,7 +203,7 @@ pub fn plan<T: Real>(model: &CrossFusion, sizes: BagSizes, training: bool) -> Re
     Ok(Plan { arena_bytes: arena.peak(), forward_flop, step_flop })
 }
 
-fn sizes<T: Real>(bags: &Bags<T>) -> BagSizes {
+fn sizes<T: Real>(bags: &Bags<'_, T>) -> BagSizes {
     BagSizes { x5: bags.x5.rows(), x10: bags.x10.rows(), x20: bags.x20.rows() }
 }
 

@@ -7,7 +7,10 @@ mod peak;
 pub mod real;
 pub mod tile;
 
-use std::{cell::RefCell, sync::Mutex};
+use std::{
+    cell::RefCell,
+    sync::{Mutex, PoisonError},
+};
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -95,14 +98,17 @@ impl Cpu {
         }
     }
 
-    /// Hands `work` one row of `len` elements of arbitrary content that all its tasks may use. Not to be nested.
+    /// Hands `work` one row of `len` elements of arbitrary content that all its tasks may use.
     pub fn with_panels<T: Real>(&self, len: usize, work: impl FnOnce(View<T>)) {
-        let mut pages = self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // Taken out while in use: a thread that waits inside `work` may start another op on this device.
+        let take = |pages: &mut Vec<u64>| std::mem::take(pages);
+        let mut pages = take(&mut self.shared.lock().unwrap_or_else(PoisonError::into_inner));
         let words = (len * size_of::<T>()).div_ceil(8);
         if pages.len() < words {
             pages.resize(words, 0);
         }
         work(View::new(pages.as_mut_ptr() as usize, 1, len));
+        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = pages;
     }
 
     /// Elements of `T` in a vector register.

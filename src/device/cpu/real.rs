@@ -25,7 +25,7 @@ pub trait Real:
     fn of(x: f64) -> Self;
     fn f64(self) -> f64;
     fn sqrt(self) -> Self;
-    /// 2^x; 0 for x <= -126 in f32 (results that small are not needed anywhere).
+    /// 2^x; in f32, 0 where the result would be below 2^-126.5, and NaN of NaN.
     fn exp2(self) -> Self;
     fn erf(self) -> Self;
 
@@ -38,11 +38,6 @@ pub trait Real:
     #[inline(always)]
     fn lanes<S: Simd>() -> usize {
         size_of::<Self::Vector<S>>() / size_of::<Self>()
-    }
-
-    #[inline(always)]
-    fn exp(self) -> Self {
-        (self * Self::of(std::f64::consts::LOG2_E)).exp2()
     }
 
     #[inline(always)]
@@ -71,8 +66,9 @@ impl Real for f32 {
     #[inline(always)]
     fn exp2(self) -> Self {
         const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
-        let x = Real::max(self, -127.0);
-        let x = if x < 127.0 { x } else { 127.0 };
+        // written so that NaN passes
+        let x = if self < -127.0 { -127.0 } else { self };
+        let x = if x > 127.0 { 127.0 } else { x };
         let shifted = x + ROUND;
         let f = x - (shifted - ROUND);
         let mut p = 1.540_353e-4; // ln2^k / k!
@@ -197,6 +193,7 @@ mod tests {
             let x = i as f32 * 2e-5;
             assert!((Real::erf(x).f64() - libm::erf(f64::from(x))).abs() <= 5e-7, "erf({x})");
         }
+        assert!(Real::exp2(f32::NAN).is_nan() && Real::erf(f32::NAN).is_nan());
         assert_eq!(Real::exp2(f32::NEG_INFINITY), 0.0);
         assert_eq!(Real::exp2(-1e30f32), 0.0);
     }
