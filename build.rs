@@ -34,7 +34,13 @@ fn emulator() {
     let compiler = env::var_os("CXX").unwrap_or("c++".into());
     let compile = |source: &Path, object: &Path, flags: &[&str]| {
         let mut command = Command::new(&compiler);
-        command.args(["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ftls-model=initial-exec", "-fno-strict-aliasing"]);
+        command.args([
+            "-std=c++20",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-ftls-model=initial-exec",
+            "-fno-strict-aliasing",
+        ]);
         command.args(["-Wall", "-Wextra", "-Wno-unknown-pragmas"]).arg(format!("-ffile-prefix-map={root}/="));
         command.args(flags).args(["-x", "c++", "-c"]).arg(Path::new(&root).join(source)).arg("-o").arg(object);
         command
@@ -108,7 +114,8 @@ impl Job {
 
     /// Runs the compiler; its warnings become cargo's, its errors end the build.
     fn run(&mut self) {
-        let output = self.command.output().unwrap_or_else(|e| panic!("cannot run {:?}: {e}", self.command.get_program()));
+        let output =
+            self.command.output().unwrap_or_else(|e| panic!("cannot run {:?}: {e}", self.command.get_program()));
         let text = String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
             let _ = fs::remove_file(&self.output);

@@ -90,8 +90,7 @@ template <int BUG> GPU_FN void probe_reverse_any(const float* in, float* out, in
   cp_async_commit();
   if (BUG != 1) cp_async_wait<0>();
   if (BUG != 2) __syncthreads();
-  const int j = int(blockIdx.x) * 64 + 63 - t;
-  if (j < n || BUG == 5) out[j] = s[BUG == 4 ? t + 1 : t];
+  if (i < n || BUG == 5) out[i] = s[BUG == 4 ? 64 - t : 63 - t];
 }
 KERNEL(probe_reverse, 64, const float* in, float* out, int n) { probe_reverse_any<0>(in, out, n); }
 KERNEL(probe_reverse_bug1, 64, const float* in, float* out, int n) { probe_reverse_any<1>(in, out, n); }
@@ -102,18 +101,19 @@ KERNEL(probe_reverse_bug5, 64, const float* in, float* out, int n) { probe_rever
 KERNEL(probe_reverse_bug6, 64, const float* in, float* out, int n) { probe_reverse_any<6>(in, out, n); }
 
 // Warp 0 produces, warp 1 consumes and reverses 32 elements at a time: one slot, named barriers 1 (full) and 2 (empty).
-// BUG: 1 the producer does not wait for the slot, 2 the producer never says that it is full.
+// BUG: 1 the consumer says that the slot is empty before it has read it, 2 the producer never says that it is full.
 template <int BUG> GPU_FN void probe_handoff_any(const float* in, float* out, int n) {
   SHARED_ARRAY(float, slot, [32]);
   const int lane = int(threadIdx.x) % 32;
   for (int i = 0; i < n; i++) {
     if (threadIdx.x < 32) {
-      if (BUG != 1) named_barrier_sync(2, 64);
+      named_barrier_sync(2, 64);
       slot[lane] = in[i * 32 + lane];
       if (BUG != 2) named_barrier_arrive(1, 64);
     } else {
-      if (BUG != 1) named_barrier_arrive(2, 64);
+      if (BUG != 1 || i == 0) named_barrier_arrive(2, 64);
       named_barrier_sync(1, 64);
+      if (BUG == 1 && i + 1 < n) named_barrier_arrive(2, 64);
       out[i * 32 + lane] = slot[31 - lane];
       __syncwarp();
     }

@@ -316,6 +316,10 @@ static int report(const std::string& text, char* error, size_t bytes) {
   return 1;
 }
 
+}  // namespace simt
+
+using namespace simt;
+
 extern "C" int simt_launch(const SimtLaunch* call, SimtStats* stats, char* error, size_t error_bytes) {
   if (std::string why = refusal(*call); !why.empty()) return report(call->kernel + (": " + why), error, error_bytes);
   const uint32_t *g = call->grid, *b = call->block;
@@ -345,5 +349,3 @@ extern "C" int simt_launch(const SimtLaunch* call, SimtStats* stats, char* error
 extern "C" const char* simt_kernel(size_t i) {
   return i < kernels().size() ? std::next(kernels().begin(), ptrdiff_t(i))->second.name : nullptr;
 }
-
-}  // namespace simt

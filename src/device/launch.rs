@@ -107,7 +107,9 @@ impl Matrix {
     pub fn splits_into(&self, bytes: usize, storage: Storage) -> bool {
         let size = storage.bytes() as u64;
         let row_ends_well = self.rows <= 1 || (self.stride * size).is_multiple_of(bytes as u64);
-        self.address.is_multiple_of(bytes as u64) && row_ends_well && (u64::from(self.cols) * size).is_multiple_of(bytes as u64)
+        self.address.is_multiple_of(bytes as u64)
+            && row_ends_well
+            && (u64::from(self.cols) * size).is_multiple_of(bytes as u64)
     }
 }
 
