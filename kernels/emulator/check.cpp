@@ -77,9 +77,10 @@ std::string where(uintptr_t place) {
   std::string found = "?";
   if (FILE* f = popen(command, "r")) {
     while (std::fgets(line, sizeof line, f)) {
-      line[std::strcspn(line, " \n")] = 0;
       found = line;
-      if (!std::strstr(line, "/emulator/") && !std::strstr(line, "gpu.cuh")) break;
+      found.erase(std::min(found.find_first_of(" \n"), found.size()));  // " (discriminator 2)"
+      if (size_t at = found.rfind("kernels/"); at != std::string::npos) found.erase(0, at);
+      if (found.find("kernels/emulator/") == std::string::npos && found.find("gpu.cuh") == std::string::npos) break;
     }
     while (std::fgets(line, sizeof line, f)) {}
     pclose(f);

@@ -235,28 +235,30 @@ fn has_no_races() {
         check::<bf16>(*case, &run::<bf16>(&[*case], RACE)[0]);
     }
     run::<f32>(&[CASES[2], CASES[5], CASES[0]], RACE);
+    apply_and_in_place_by(RACE);
+}
+
+#[test]
+fn apply_and_in_place() {
+    apply_and_in_place_by(PLAIN[4]);
 }
 
 /// apply gives forward's bits, and dx may take the place of dy.
-#[test]
-fn apply_and_in_place() {
+fn apply_and_in_place_by(options: Options) {
     let case = CASES[5];
-    let inputs = inputs::<bf16>(case);
-    for options in [PLAIN[4], RACE] {
-        let expected = run::<bf16>(&[case], options);
-        let p = Problem::new(case, &inputs);
-        launch(&forward_launch(bf16::STORAGE, &[p.norm()]), options).unwrap();
-        let again = Memory::<bf16>::unset(case.padded * case.cols).unwrap();
-        let norm = KernelNorm { y: again.matrix(case.padded, case.cols), ..p.norm() };
-        launch(&apply_launch(bf16::STORAGE, &[norm]), options).unwrap();
-        assert_eq!(again.read().unwrap(), p.y.read().unwrap());
+    let expected = run::<bf16>(&[case], options);
+    let p = Problem::new(case, &inputs::<bf16>(case));
+    launch(&forward_launch(bf16::STORAGE, &[p.norm()]), options).unwrap();
+    let again = Memory::<bf16>::unset(case.padded * case.cols).unwrap();
+    let norm = KernelNorm { y: again.matrix(case.padded, case.cols), ..p.norm() };
+    launch(&apply_launch(bf16::STORAGE, &[norm]), options).unwrap();
+    assert_eq!(again.read().unwrap(), p.y.read().unwrap());
 
-        let dx = Matrix::new(p.dy.address(), case.rows, case.cols);
-        for step in backward_launches(bf16::STORAGE, &[KernelNormGrad { dx, ..p.grad() }]) {
-            launch(&step, options).unwrap();
-        }
-        let dx: Vec<f64> = p.dy.read().unwrap()[..case.rows * case.cols].iter().map(|x| x.to_f64()).collect();
-        assert_eq!(dx, expected[0][2]);
-        assert_eq!(p.outputs()[3..], expected[0][3..]);
+    let dx = Matrix::new(p.dy.address(), case.rows, case.cols);
+    for step in backward_launches(bf16::STORAGE, &[KernelNormGrad { dx, ..p.grad() }]) {
+        launch(&step, options).unwrap();
     }
+    let dx: Vec<f64> = p.dy.read().unwrap()[..case.rows * case.cols].iter().map(|x| x.to_f64()).collect();
+    assert_eq!(dx, expected[0][2]);
+    assert_eq!(p.outputs()[3..], expected[0][3..]);
 }
