@@ -6,11 +6,15 @@
 mod arena;
 pub mod cpu;
 mod dry;
+#[cfg(feature = "emulator")]
+pub mod emulator;
+mod launch;
 mod view;
 
 pub use arena::{Arena, Mark};
 pub use cpu::{Cpu, Real};
 pub use dry::Dry;
+pub use launch::{Arg, Launch, Matrix, Storage, Stored};
 pub use view::{Buffer, View};
 
 use crate::{Error, Result};

@@ -75,13 +75,19 @@ impl<T: Real> View<T> {
     }
 
     /// A view of host memory that some other owner keeps alive (a memory-mapped bag, say), to read.
-    pub(crate) fn of_slice(data: &[T], rows: usize, cols: usize) -> Self {
+    ///
+    /// # Safety
+    /// `data` must stay alive and unwritten as long as the view, or a copy of it, is used, and no op may write through it.
+    pub unsafe fn of_slice(data: &[T], rows: usize, cols: usize) -> Self {
         assert_eq!(Some(data.len()), rows.checked_mul(cols));
         Self::new(data.as_ptr() as usize, rows, cols)
     }
 
     /// The same, to write.
-    pub(crate) fn of_slice_mut(data: &mut [T], rows: usize, cols: usize) -> Self {
+    ///
+    /// # Safety
+    /// `data` must stay alive and otherwise untouched as long as the view, or a copy of it, is used.
+    pub unsafe fn of_slice_mut(data: &mut [T], rows: usize, cols: usize) -> Self {
         assert_eq!(Some(data.len()), rows.checked_mul(cols));
         Self::new(data.as_mut_ptr() as usize, rows, cols)
     }

@@ -32,14 +32,16 @@ pub struct Bags<'a, T> {
 impl<'a, T: Real> Bags<'a, T> {
     /// Row-major features of x5, x10 and x20, `features` values a patch.
     pub fn new(bags: [&'a [T]; 3], features: usize) -> Result<Self> {
-        let view = |x: &[T]| Ok::<_, Error>(View::of_slice(x, patches(x, features)?, features));
+        // SAFETY: `owner` keeps the slices borrowed as long as the views can be reached.
+        let view = |x: &[T]| Ok::<_, Error>(unsafe { View::of_slice(x, patches(x, features)?, features) });
         let [x5, x10, x20] = bags;
         Ok(Self::of_views(view(x5)?, view(x10)?, view(x20)?))
     }
 
     /// Memory that receives the bags' gradients.
     pub fn new_mut(bags: [&'a mut [T]; 3], features: usize) -> Result<Self> {
-        let view = |x: &mut [T]| Ok::<_, Error>(View::of_slice_mut(x, patches(x, features)?, features));
+        // SAFETY: as above.
+        let view = |x: &mut [T]| Ok::<_, Error>(unsafe { View::of_slice_mut(x, patches(x, features)?, features) });
         let [x5, x10, x20] = bags;
         Ok(Self::of_views(view(x5)?, view(x10)?, view(x20)?))
     }

@@ -4,11 +4,13 @@
 //! to a square; `backward` folds them back, since the op is row by row and linear in dy. Saved: x and the statistics
 //! `[n0, 2]` = (mean, 1 / sqrt(var + eps)); y is recomputed from them by [`apply`].
 
+use bytemuck::{Pod, Zeroable};
+
 use super::{ROWS_PER_TASK, for_rows, matmul::column_sums};
 use crate::{
     Result,
     device::{
-        Cpu, Device, Real, View,
+        Arg, Cpu, Device, Launch, Matrix, Real, Storage, View,
         cpu::{real::sum, with_workspace},
     },
 };
@@ -183,4 +185,138 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: &NormGrad<T>) {
         );
         column_sums(cpu, &[(partial.cols_range(0..d), p.dweight), (partial.cols_range(d..2 * d), p.dbias)]);
     });
+}
+
+// ---- kernels/layer_norm.cu: a warp for a row ---------------------------------------------------------------------
+
+/// Problems of one launch.
+pub const MAX_PROBLEMS: usize = 4;
+// As in the kernel.
+const WARPS: usize = 8;
+const ROWS_PER_BLOCK: usize = 32;
+
+/// A problem of forward or apply as the kernel takes it; the addresses are contiguous, stats in f32.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct KernelNorm {
+    pub x: Matrix,
+    pub y: Matrix,
+    pub stats: u64,
+    pub weight: u64,
+    pub bias: u64,
+}
+
+/// A problem of backward; stats, partial and the parameters' gradients are f32.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct KernelNormGrad {
+    pub x: Matrix,
+    pub dy: Matrix,
+    pub dx: Matrix,
+    pub stats: u64,
+    pub weight: u64,
+    /// Scratch of [`partial_len`] elements.
+    pub partial: u64,
+    pub dweight: u64,
+    pub dbias: u64,
+}
+
+/// Elements of a backward problem's scratch.
+pub fn partial_len(rows: usize, cols: usize) -> usize {
+    rows.div_ceil(ROWS_PER_BLOCK) * 2 * cols
+}
+
+pub fn forward_launch(storage: Storage, problems: &[KernelNorm]) -> Launch {
+    norm_launch(["layer_norm_forward", "layer_norm_forward_scalar"], storage, problems)
+}
+
+pub fn apply_launch(storage: Storage, problems: &[KernelNorm]) -> Launch {
+    norm_launch(["layer_norm_apply", "layer_norm_apply_scalar"], storage, problems)
+}
+
+fn norm_launch([packed, scalar]: [&'static str; 2], storage: Storage, problems: &[KernelNorm]) -> Launch {
+    let rows = problems.iter().map(|p| p.x.rows as usize).max().unwrap_or(0);
+    let packs =
+        problems.iter().all(|p| [p.x, p.y].iter().all(|m| m.splits_into(16, storage)) && aligned(&[p.weight, p.bias]));
+    Launch {
+        kernel: if packs { packed } else { scalar },
+        storage,
+        grid: [rows.div_ceil(WARPS).max(1) as u32, problems.len() as u32, 1],
+        block: [32 * WARPS as u32, 1, 1],
+        shared_bytes: 0,
+        args: vec![Arg::new(table(problems))],
+    }
+}
+
+/// dx and the partial sums, then the sum of those.
+pub fn backward_launches(storage: Storage, problems: &[KernelNormGrad]) -> [Launch; 2] {
+    let blocks = problems.iter().map(|p| (p.x.rows as usize).div_ceil(ROWS_PER_BLOCK)).max().unwrap_or(0);
+    let cols = problems.iter().map(|p| p.x.cols as usize).max().unwrap_or(0);
+    let packs =
+        problems.iter().all(|p| [p.x, p.dy, p.dx].iter().all(|m| m.splits_into(16, storage)) && aligned(&[p.weight]));
+    let args = vec![Arg::new(table(problems))];
+    let launch = |kernel, blocks: usize, shared_bytes| Launch {
+        kernel,
+        storage,
+        grid: [blocks.max(1) as u32, problems.len() as u32, 1],
+        block: [32 * WARPS as u32, 1, 1],
+        shared_bytes,
+        args: args.clone(),
+    };
+    let backward = if packs { "layer_norm_backward" } else { "layer_norm_backward_scalar" };
+    [
+        launch(backward, blocks, (WARPS * 2 * cols * size_of::<f32>()) as u32),
+        launch("layer_norm_reduce", (2 * cols).div_ceil(32), 0),
+    ]
+}
+
+fn aligned(addresses: &[u64]) -> bool {
+    addresses.iter().all(|a| a.is_multiple_of(16))
+}
+
+/// The problems as the kernel's table; the grid ends before the empty places.
+fn table<P: Pod>(problems: &[P]) -> [P; MAX_PROBLEMS] {
+    let mut table = [P::zeroed(); MAX_PROBLEMS];
+    table[..problems.len()].copy_from_slice(problems);
+    table
+}
+
+/// A shape to test: x `[rows, cols]`, y `[padded, cols]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    pub rows: usize,
+    pub padded: usize,
+    pub cols: usize,
+}
+
+/// One element, ragged rows and columns, a whole square, twice the rows, packs in one storage type only, the model's width.
+pub const CASES: [Case; 7] = [
+    Case { rows: 1, padded: 1, cols: 1 },
+    Case { rows: 1, padded: 2, cols: 7 },
+    Case { rows: 3, padded: 4, cols: 33 },
+    Case { rows: 33, padded: 36, cols: 132 },
+    Case { rows: 64, padded: 64, cols: 96 },
+    Case { rows: 70, padded: 140, cols: 40 },
+    Case { rows: 300, padded: 324, cols: 512 },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn launches_cover_the_largest_problem() {
+        let norm = |rows, cols| KernelNorm {
+            x: Matrix::new(0, rows, cols),
+            y: Matrix::new(0, rows, cols),
+            stats: 0,
+            weight: 0,
+            bias: 0,
+        };
+        let launch = forward_launch(Storage::Bf16, &[norm(9, 512), norm(17, 512), norm(0, 512)]);
+        assert_eq!((launch.symbol().as_str(), launch.grid), ("layer_norm_forward_bf16", [3, 3, 1]));
+        let rows_of_24_bytes = forward_launch(Storage::Bf16, &[norm(9, 12)]);
+        assert_eq!(rows_of_24_bytes.kernel, "layer_norm_forward_scalar");
+        assert_eq!(forward_launch(Storage::F32, &[norm(9, 12)]).kernel, "layer_norm_forward");
+    }
 }

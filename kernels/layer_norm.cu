@@ -1,0 +1,169 @@
+// layer_norm.cu -- layer normalisation over rows, y = (x - mean) / sqrt(var + 1e-5) * weight + bias (Ba et al. 2016).
+//
+// forward   x [n0, d], weight [d], bias [d] -> y [n, d], stats [n0, 2] f32 = (mean, 1 / sqrt(var + 1e-5))
+// apply     the same y from x and saved stats
+//           n0 <= n <= 2 n0: row n0 + i of y repeats row i, the model's padding to a square
+// backward  dy [n, d] -> dx [n0, d] =, and partial [blocks, 2 d] = each block's sums for dweight and dbias
+//           dx may be dy's first n0 rows; g = dy[i] + dy[n0 + i]
+//             dx = rstd (g w - mean(g w) - x_hat mean(g w x_hat)),  dweight = sum g x_hat,  dbias = sum g
+// reduce    partial -> dweight [d] +=, dbias [d] += (f32), in the order of the blocks: the same bits on every run
+//
+// A warp takes a row and its lanes packs of V columns; it reads the row again for each sum, which is in L1 by then.
+// blockIdx.y is the problem. "_scalar": V = 1, for rows that do not split into 16 bytes.
+// Shared memory of a backward block: 64 d bytes.
+#include "gpu.cuh"
+
+namespace {
+constexpr float kEpsilon = 1e-5f;
+// As in src/ops/layer_norm.rs.
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kRowsPerBlock = 32;  // in backward
+constexpr int kProblems = 4;
+
+struct Norm {
+  Matrix<const real> x;
+  Matrix<real> y;
+  float* stats;
+  const real *weight, *bias;
+};
+struct Norms { Norm problem[kProblems]; };
+
+template <bool HAVE_STATS, int V> GPU_FN void normalise(const Norm p) {
+  const int lane = int(threadIdx.x) % 32, row = int(blockIdx.x) * kWarps + int(threadIdx.x) / 32;
+  const int n0 = p.x.rows, d = p.x.cols;
+  if (row >= n0) return;
+  const real* x = p.x.row(row);
+  float mean, rstd;
+  if (HAVE_STATS) {
+    mean = p.stats[2 * row];
+    rstd = p.stats[2 * row + 1];
+  } else {
+    float sum = 0.f;
+    for (int c = lane * V; c < d; c += 32 * V) {
+      const auto xs = load<V>(x + c);
+      for (int e = 0; e < V; e++) sum += float(xs.v[e]);
+    }
+    mean = warp_sum(sum) / float(d);
+    float squares = 0.f;
+    for (int c = lane * V; c < d; c += 32 * V) {
+      const auto xs = load<V>(x + c);
+      for (int e = 0; e < V; e++) {
+        const float centred = float(xs.v[e]) - mean;
+        squares += centred * centred;
+      }
+    }
+    rstd = 1.f / sqrtf(warp_sum(squares) / float(d) + kEpsilon);
+    if (lane == 0) {
+      p.stats[2 * row] = mean;
+      p.stats[2 * row + 1] = rstd;
+    }
+  }
+  for (int c = lane * V; c < d; c += 32 * V) {
+    const auto xs = load<V>(x + c), weight = load<V>(p.weight + c), bias = load<V>(p.bias + c);
+    Pack<real, V> y;
+    for (int e = 0; e < V; e++) y.v[e] = real((float(xs.v[e]) - mean) * rstd * float(weight.v[e]) + float(bias.v[e]));
+    store<V>(p.y.row(row) + c, y);
+    if (row + n0 < p.y.rows) store<V>(p.y.row(row + n0) + c, y);
+  }
+}
+
+struct NormGrad {
+  Matrix<const real> x, dy;
+  Matrix<real> dx;
+  const float* stats;
+  const real* weight;
+  float *partial, *dweight, *dbias;
+};
+struct NormGrads { NormGrad problem[kProblems]; };
+
+template <int V> struct Floats { float v[V]; };
+
+// The gradient of columns c .. c + V of x_hat * weight + bias: dy, and the repeated row's if there is one.
+template <int V> GPU_FN Floats<V> gradient(const real* dy, const real* repeated, int c) {
+  Floats<V> g;
+  const auto a = load<V>(dy + c);
+  for (int e = 0; e < V; e++) g.v[e] = float(a.v[e]);
+  if (repeated) {
+    const auto b = load<V>(repeated + c);
+    for (int e = 0; e < V; e++) g.v[e] += float(b.v[e]);
+  }
+  return g;
+}
+
+template <int V> GPU_FN void backward(const NormGrad p) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int n0 = p.x.rows, d = p.x.cols, first = int(blockIdx.x) * kRowsPerBlock;
+  if (first >= n0) return;
+  // Each warp's sums for dweight, then for dbias, each lane its own columns: column c at c / V + c % V * (d / V), so
+  // that neighbouring lanes fall into neighbouring banks.
+  SharedMemory shared;
+  float* sums = shared.take<float>(kWarps * 2 * d);
+  float *dweight = sums + warp * 2 * d, *dbias = dweight + d;
+  const int step = d / V;
+  for (int c = lane; c < step; c += 32)
+    for (int e = 0; e < V; e++) dweight[c + e * step] = dbias[c + e * step] = 0.f;
+
+  for (int row = first + warp; row < min(first + kRowsPerBlock, n0); row += kWarps) {
+    const real *x = p.x.row(row), *dy = p.dy.row(row);
+    const real* repeated = row + n0 < p.dy.rows ? p.dy.row(row + n0) : nullptr;
+    const float mean = p.stats[2 * row], rstd = p.stats[2 * row + 1];
+    float mean_g = 0.f, mean_gx = 0.f;
+    for (int c = lane * V; c < d; c += 32 * V) {
+      const auto xs = load<V>(x + c), weight = load<V>(p.weight + c);
+      const auto g = gradient<V>(dy, repeated, c);
+      for (int e = 0; e < V; e++) {
+        const float x_hat = (float(xs.v[e]) - mean) * rstd, gw = g.v[e] * float(weight.v[e]);
+        dweight[c / V + e * step] += g.v[e] * x_hat;
+        dbias[c / V + e * step] += g.v[e];
+        mean_g += gw;
+        mean_gx += gw * x_hat;
+      }
+    }
+    mean_g = warp_sum(mean_g) / float(d);
+    mean_gx = warp_sum(mean_gx) / float(d);
+    for (int c = lane * V; c < d; c += 32 * V) {
+      const auto xs = load<V>(x + c), weight = load<V>(p.weight + c);
+      const auto g = gradient<V>(dy, repeated, c);
+      Pack<real, V> dx;
+      for (int e = 0; e < V; e++) {
+        const float x_hat = (float(xs.v[e]) - mean) * rstd;
+        dx.v[e] = real(rstd * (g.v[e] * float(weight.v[e]) - mean_g - x_hat * mean_gx));
+      }
+      store<V>(p.dx.row(row) + c, dx);
+    }
+  }
+
+  __syncthreads();
+  for (int c = int(threadIdx.x); c < 2 * d; c += kThreads) {
+    const int in_half = c < d ? c : c - d, at = (c - in_half) + in_half / V + in_half % V * step;
+    float total = 0.f;
+    for (int w = 0; w < kWarps; w++) total += sums[w * 2 * d + at];
+    p.partial[int64_t(blockIdx.x) * (2 * d) + c] = total;
+  }
+}
+}  // namespace
+
+KERNEL(layer_norm_forward, kThreads, const Norms norms) { normalise<false, kRealsPerPack>(norms.problem[blockIdx.y]); }
+KERNEL(layer_norm_forward_scalar, kThreads, const Norms norms) { normalise<false, 1>(norms.problem[blockIdx.y]); }
+KERNEL(layer_norm_apply, kThreads, const Norms norms) { normalise<true, kRealsPerPack>(norms.problem[blockIdx.y]); }
+KERNEL(layer_norm_apply_scalar, kThreads, const Norms norms) { normalise<true, 1>(norms.problem[blockIdx.y]); }
+KERNEL(layer_norm_backward, kThreads, const NormGrads grads) { backward<kRealsPerPack>(grads.problem[blockIdx.y]); }
+KERNEL(layer_norm_backward_scalar, kThreads, const NormGrads grads) { backward<1>(grads.problem[blockIdx.y]); }
+
+// A block takes 32 of the 2 d columns, each warp every kWarps-th row of partial.
+KERNEL(layer_norm_reduce, kThreads, const NormGrads grads) {
+  const NormGrad p = grads.problem[blockIdx.y];
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int d = p.x.cols, c = int(blockIdx.x) * 32 + lane, blocks = (p.x.rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  SHARED_ARRAY(float, sums, [kWarps][32]);
+  float sum = 0.f;
+  if (c < 2 * d)
+    for (int b = warp; b < blocks; b += kWarps) sum += p.partial[int64_t(b) * (2 * d) + c];
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || c >= 2 * d) return;
+  float total = 0.f;
+  for (int w = 0; w < kWarps; w++) total += sums[w][lane];
+  if (c < d) p.dweight[c] += total;
+  else p.dbias[c - d] += total;
+}

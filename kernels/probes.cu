@@ -1,0 +1,137 @@
+// probes.cu -- small kernels that each show one feature: tests run them on the emulator, and on a GPU where there is one.
+#include "gpu.cuh"
+
+// ---- fragment layouts -------------------------------------------------------------------------------------------
+// Registers come straight from arrays [lane][register]; the test scatters matrices into them by layouts stated
+// elsewhere, so that kernel and test do not share one reading of the PTX manual.
+template <bool TF32> GPU_FN void probe_mma(const uint32_t* a, const uint32_t* b, float* d) {
+  const int lane = int(threadIdx.x);
+  uint32_t ra[4], rb[2];
+  float rd[4];
+  for (int i = 0; i < 4; i++) ra[i] = a[lane * 4 + i], rd[i] = d[lane * 4 + i];
+  for (int i = 0; i < 2; i++) rb[i] = b[lane * 2 + i];
+  if (TF32) mma_tf32(rd, ra, rb[0], rb[1]);
+  else mma_bf16(rd, ra, rb[0], rb[1]);
+  for (int i = 0; i < 4; i++) d[lane * 4 + i] = rd[i];
+}
+KERNEL(probe_mma_bf16, 32, const uint32_t* a, const uint32_t* b, float* d) { probe_mma<false>(a, b, d); }
+KERNEL(probe_mma_tf32, 32, const uint32_t* a, const uint32_t* b, float* d) { probe_mma<true>(a, b, d); }
+
+// in: 32 rows of 8
+template <bool TRANS> GPU_FN void probe_ldmatrix_any(const uint16_t* in, uint32_t* out) {
+  SharedMemory shared;
+  uint16_t* s = shared.take<uint16_t>(256);
+  const int lane = int(threadIdx.x);
+  for (int i = 0; i < 8; i++) s[lane * 8 + i] = in[lane * 8 + i];
+  __syncwarp();
+  uint32_t r[4];
+  if (TRANS) ldmatrix_x4_trans(r, s + lane * 8);
+  else ldmatrix_x4(r, s + lane * 8);
+  for (int i = 0; i < 4; i++) out[lane * 4 + i] = r[i];
+}
+KERNEL(probe_ldmatrix, 32, const uint16_t* in, uint32_t* out) { probe_ldmatrix_any<false>(in, out); }
+KERNEL(probe_ldmatrix_trans, 32, const uint16_t* in, uint32_t* out) { probe_ldmatrix_any<true>(in, out); }
+
+// ---- arithmetic -------------------------------------------------------------------------------------------------
+KERNEL(probe_convert, 256, const float* x, uint32_t* bf16_bits, uint32_t* tf32_bits, float* exp2, int n) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= n) return;
+  bf16_bits[i] = pack_bf16(x[i], -x[i]);
+  tf32_bits[i] = to_tf32(x[i]);
+  exp2[i] = fast_exp2(x[i]);
+}
+
+// ---- bugs: each kernel is right with BUG = 0; the detectors must object to every other one ---------------------------
+// out[0] = sum of in + sum of in^2 over the block's 256 threads, out[1] = sum of the first 64 elements.
+// BUG: 1 no barrier after the partial sums, 2 none before the second pass reuses them, 3 a warp-synchronous tail without
+// __syncwarp, 4 a barrier that half of the threads reach elsewhere, 5 a shuffle whose mask lacks the caller.
+template <int BUG> GPU_FN void probe_block_sum(const float* in, float* out, int n) {
+  SHARED_ARRAY(float, partial, [8]);
+  SHARED_ARRAY(float, tree, [64]);
+  const int t = int(threadIdx.x);
+  float total = 0.f;
+  for (int pass = 0; pass < 2; pass++) {
+    float s = 0.f;
+    for (int i = t; i < n; i += 256) s += pass ? in[i] * in[i] : in[i];
+    for (int d = 16; d > 0; d /= 2) s += __shfl_down_sync(BUG == 5 ? 0xffffu : 0xffffffffu, s, unsigned(d));
+    if (t % 32 == 0) partial[t / 32] = s;
+    if (BUG == 4 && t < 128) __syncthreads();
+    else if (BUG != 1) __syncthreads();
+    for (int w = 0; w < 8; w++) total += partial[w];
+    if (BUG != 2) __syncthreads();
+  }
+  if (t < 64) tree[t] = in[t];
+  __syncthreads();
+  if (t < 32) {
+    for (int d = 32; d > 0; d /= 2) {
+      const float x = t < d ? tree[t] + tree[t + d] : 0.f;
+      if (BUG != 3) __syncwarp();
+      if (t < d) tree[t] = x;
+      if (BUG != 3) __syncwarp();
+    }
+    if (t == 0) out[0] = total, out[1] = tree[0];
+  }
+}
+KERNEL(probe_sum, 256, const float* in, float* out, int n) { probe_block_sum<0>(in, out, n); }
+KERNEL(probe_sum_bug1, 256, const float* in, float* out, int n) { probe_block_sum<1>(in, out, n); }
+KERNEL(probe_sum_bug2, 256, const float* in, float* out, int n) { probe_block_sum<2>(in, out, n); }
+KERNEL(probe_sum_bug3, 256, const float* in, float* out, int n) { probe_block_sum<3>(in, out, n); }
+KERNEL(probe_sum_bug4, 256, const float* in, float* out, int n) { probe_block_sum<4>(in, out, n); }
+KERNEL(probe_sum_bug5, 256, const float* in, float* out, int n) { probe_block_sum<5>(in, out, n); }
+
+// out = each block's 64 elements reversed, through cp.async. BUG: 1 no wait, 2 no barrier after it, 3 reads what nobody
+// wrote, 4 past the array, 5 writes past out, 6 a misaligned copy.
+template <int BUG> GPU_FN void probe_reverse_any(const float* in, float* out, int n) {
+  SharedMemory shared;
+  float* s = shared.take<float>(64);
+  const int t = int(threadIdx.x), i = int(blockIdx.x) * 64 + t;
+  if (BUG == 6) cp_async16(s + t / 4 * 4, in + 1);
+  if (BUG != 3) cp_async4(s + t, i < n ? in + i : in, i < n);
+  cp_async_commit();
+  if (BUG != 1) cp_async_wait<0>();
+  if (BUG != 2) __syncthreads();
+  if (i < n || BUG == 5) out[i] = s[BUG == 4 ? 64 - t : 63 - t];
+}
+KERNEL(probe_reverse, 64, const float* in, float* out, int n) { probe_reverse_any<0>(in, out, n); }
+KERNEL(probe_reverse_bug1, 64, const float* in, float* out, int n) { probe_reverse_any<1>(in, out, n); }
+KERNEL(probe_reverse_bug2, 64, const float* in, float* out, int n) { probe_reverse_any<2>(in, out, n); }
+KERNEL(probe_reverse_bug3, 64, const float* in, float* out, int n) { probe_reverse_any<3>(in, out, n); }
+KERNEL(probe_reverse_bug4, 64, const float* in, float* out, int n) { probe_reverse_any<4>(in, out, n); }
+KERNEL(probe_reverse_bug5, 64, const float* in, float* out, int n) { probe_reverse_any<5>(in, out, n); }
+KERNEL(probe_reverse_bug6, 64, const float* in, float* out, int n) { probe_reverse_any<6>(in, out, n); }
+
+// Warp 0 produces, warp 1 consumes and reverses 32 elements at a time: one slot, named barriers 1 (full) and 2 (empty).
+// BUG: 1 the consumer says that the slot is empty before it has read it, 2 the producer never says that it is full.
+template <int BUG> GPU_FN void probe_handoff_any(const float* in, float* out, int n) {
+  SHARED_ARRAY(float, slot, [32]);
+  const int lane = int(threadIdx.x) % 32;
+  for (int i = 0; i < n; i++) {
+    if (threadIdx.x < 32) {
+      named_barrier_sync(2, 64);
+      slot[lane] = in[i * 32 + lane];
+      if (BUG != 2) named_barrier_arrive(1, 64);
+    } else {
+      if (BUG != 1 || i == 0) named_barrier_arrive(2, 64);
+      named_barrier_sync(1, 64);
+      if (BUG == 1 && i + 1 < n) named_barrier_arrive(2, 64);
+      out[i * 32 + lane] = slot[31 - lane];
+      __syncwarp();
+    }
+  }
+}
+KERNEL(probe_handoff, 64, const float* in, float* out, int n) { probe_handoff_any<0>(in, out, n); }
+KERNEL(probe_handoff_bug1, 64, const float* in, float* out, int n) { probe_handoff_any<1>(in, out, n); }
+KERNEL(probe_handoff_bug2, 64, const float* in, float* out, int n) { probe_handoff_any<2>(in, out, n); }
+
+// counts[0] = how many of the n threads there are, counts[1] = the set bits of their numbers; the threads past n leave
+// before the barrier. BUG: 1 added without atomics.
+template <int BUG> GPU_FN void probe_count_any(int* counts, int n) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= n) return;
+  __syncthreads();
+  if (BUG == 1) counts[0] += 1;
+  else atomicAdd(counts, 1);
+  atomicAdd(counts + 1, __popc(uint32_t(i)));
+}
+KERNEL(probe_count, 64, int* counts, int n) { probe_count_any<0>(counts, n); }
+KERNEL(probe_count_bug1, 64, int* counts, int n) { probe_count_any<1>(counts, n); }

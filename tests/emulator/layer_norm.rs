@@ -1,0 +1,264 @@
+//! kernels/layer_norm.cu against src/ops/layer_norm.rs.
+
+use crossfusion::{
+    device::{
+        Cpu, Device, Matrix, Real, Stored, View,
+        emulator::{Memory, Options, launch},
+    },
+    ops::layer_norm::{
+        self, CASES, Case, KernelNorm, KernelNormGrad, Norm, NormGrad, apply_launch, backward_launches, forward_launch,
+        partial_len,
+    },
+};
+use half::bf16;
+
+use crate::{
+    PLAIN, RACE,
+    common::{Law, fill},
+};
+
+trait Element: Stored + PartialEq + std::fmt::Debug {
+    fn of(x: f32) -> Self;
+    fn f32(self) -> f32;
+}
+impl Element for f32 {
+    fn of(x: f32) -> Self {
+        x
+    }
+    fn f32(self) -> f32 {
+        self
+    }
+}
+impl Element for bf16 {
+    fn of(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+    fn f32(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// Inputs, and what the parameters' gradients hold before.
+struct Inputs<T> {
+    x: Vec<T>,
+    dy: Vec<T>,
+    weight: Vec<T>,
+    bias: Vec<T>,
+    dweight: Vec<f32>,
+    dbias: Vec<f32>,
+}
+
+fn inputs<T: Element>(case: Case) -> Inputs<T> {
+    let draw = |name: &str, len, offset, scale| fill(name, len, Law { offset, scale });
+    let stored = |name: &str, len, offset, scale| draw(name, len, offset, scale).into_iter().map(T::of).collect();
+    Inputs {
+        x: stored("x", case.rows * case.cols, 3.0, 2.0),
+        dy: stored("dy", case.padded * case.cols, 0.1, 1.0),
+        weight: stored("weight", case.cols, 1.0, 0.5),
+        bias: stored("bias", case.cols, 0.0, 0.5),
+        dweight: draw("dweight", case.cols, 0.0, 1.0),
+        dbias: draw("dbias", case.cols, 0.0, 1.0),
+    }
+}
+
+const NAMES: [&str; 5] = ["y", "stats", "dx", "dweight", "dbias"];
+
+/// The outputs by the CPU's op in precision `R`, of the very numbers that the kernel reads.
+fn reference<R: Real, T: Element>(case: Case, inputs: &Inputs<T>) -> [Vec<f64>; 5] {
+    let Case { rows, padded, cols } = case;
+    let widen = |v: &[T]| v.iter().map(|x| R::of(f64::from(x.f32()))).collect::<Vec<R>>();
+    let (x, dy, weight, bias) = (widen(&inputs.x), widen(&inputs.dy), widen(&inputs.weight), widen(&inputs.bias));
+    let [mut dweight, mut dbias] =
+        [&inputs.dweight, &inputs.dbias].map(|v| v.iter().map(|&x| R::of(f64::from(x))).collect::<Vec<R>>());
+    let (mut y, mut stats, mut dx) =
+        (vec![R::ZERO; padded * cols], vec![R::ZERO; rows * 2], vec![R::ZERO; rows * cols]);
+    let (x, weight) = (unsafe { View::of_slice(&x, rows, cols) }, unsafe { View::of_slice(&weight, 1, cols) });
+    let stats_view = unsafe { View::of_slice_mut(&mut stats, rows, 2) };
+    let device = Device::Cpu(Cpu::new(1).unwrap());
+    let norm = Norm {
+        x,
+        stats: stats_view,
+        weight,
+        bias: unsafe { View::of_slice(&bias, 1, cols) },
+        y: unsafe { View::of_slice_mut(&mut y, padded, cols) },
+    };
+    layer_norm::forward(&device, &[norm]).unwrap();
+    let grad = NormGrad {
+        x,
+        stats: stats_view,
+        weight,
+        dy: unsafe { View::of_slice(&dy, padded, cols) },
+        dx: unsafe { View::of_slice_mut(&mut dx, rows, cols) },
+        dweight: unsafe { View::of_slice_mut(&mut dweight, 1, cols) },
+        dbias: unsafe { View::of_slice_mut(&mut dbias, 1, cols) },
+    };
+    layer_norm::backward(&device, &[grad]).unwrap();
+    [y, stats, dx, dweight, dbias].map(|v| v.into_iter().map(Real::f64).collect())
+}
+
+/// The buffers of one problem on the emulator.
+struct Problem<T> {
+    case: Case,
+    x: Memory<T>,
+    dy: Memory<T>,
+    weight: Memory<T>,
+    bias: Memory<T>,
+    y: Memory<T>,
+    dx: Memory<T>,
+    stats: Memory<f32>,
+    partial: Memory<f32>,
+    dweight: Memory<f32>,
+    dbias: Memory<f32>,
+}
+
+impl<T: Element> Problem<T> {
+    fn new(case: Case, inputs: &Inputs<T>) -> Self {
+        let Case { rows, padded, cols } = case;
+        Self {
+            case,
+            x: Memory::new(&inputs.x).unwrap(),
+            dy: Memory::new(&inputs.dy).unwrap(),
+            weight: Memory::new(&inputs.weight).unwrap(),
+            bias: Memory::new(&inputs.bias).unwrap(),
+            y: Memory::unset(padded * cols).unwrap(),
+            dx: Memory::unset(rows * cols).unwrap(),
+            stats: Memory::unset(rows * 2).unwrap(),
+            partial: Memory::unset(partial_len(rows, cols)).unwrap(),
+            dweight: Memory::new(&inputs.dweight).unwrap(),
+            dbias: Memory::new(&inputs.dbias).unwrap(),
+        }
+    }
+
+    fn norm(&self) -> KernelNorm {
+        let Case { rows, padded, cols } = self.case;
+        KernelNorm {
+            x: self.x.matrix(rows, cols),
+            y: self.y.matrix(padded, cols),
+            stats: self.stats.address(),
+            weight: self.weight.address(),
+            bias: self.bias.address(),
+        }
+    }
+
+    fn grad(&self) -> KernelNormGrad {
+        let Case { rows, padded, cols } = self.case;
+        KernelNormGrad {
+            x: self.x.matrix(rows, cols),
+            dy: self.dy.matrix(padded, cols),
+            dx: self.dx.matrix(rows, cols),
+            stats: self.stats.address(),
+            weight: self.weight.address(),
+            partial: self.partial.address(),
+            dweight: self.dweight.address(),
+            dbias: self.dbias.address(),
+        }
+    }
+
+    fn outputs(&self) -> [Vec<f64>; 5] {
+        let widen = |v: Vec<T>| v.into_iter().map(|x| f64::from(x.f32())).collect();
+        let wide = |v: Vec<f32>| v.into_iter().map(f64::from).collect();
+        let f32s = |m: &Memory<f32>| wide(m.read().unwrap());
+        self.partial.read().unwrap();
+        [
+            widen(self.y.read().unwrap()),
+            f32s(&self.stats),
+            widen(self.dx.read().unwrap()),
+            f32s(&self.dweight),
+            f32s(&self.dbias),
+        ]
+    }
+}
+
+/// Forward and backward of all cases in shared launches.
+fn run<T: Element>(cases: &[Case], options: Options) -> Vec<[Vec<f64>; 5]> {
+    let problems: Vec<_> = cases.iter().map(|&case| Problem::<T>::new(case, &inputs(case))).collect();
+    let norms: Vec<_> = problems.iter().map(Problem::norm).collect();
+    let grads: Vec<_> = problems.iter().map(Problem::grad).collect();
+    let [backward, reduce] = backward_launches(T::STORAGE, &grads);
+    for step in [forward_launch(T::STORAGE, &norms), backward, reduce] {
+        launch(&step, options).unwrap_or_else(|e| panic!("{cases:?}, {options:?}: {e}"));
+    }
+    problems.iter().map(Problem::outputs).collect()
+}
+
+/// |got - truth| / |truth| over a whole tensor.
+fn error(got: &[f64], truth: &[f64]) -> f64 {
+    assert_eq!(got.len(), truth.len());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut got.iter().zip(truth).map(|(a, b)| a - b)) / norm(&mut truth.iter().copied()).max(f64::MIN_POSITIVE)
+}
+
+/// At most twice the error of the same computation done plainly in the storage type, and an ulp of f32 where that has none.
+fn check<T: Element>(case: Case, got: &[Vec<f64>; 5]) {
+    let inputs = inputs::<T>(case);
+    let (truth, mut plain) = (reference::<f64, T>(case, &inputs), reference::<f32, T>(case, &inputs));
+    for tensor in [0, 2] {
+        plain[tensor].iter_mut().for_each(|x| *x = f64::from(T::of(*x as f32).f32()));
+    }
+    for (i, name) in NAMES.iter().enumerate() {
+        let (ours, theirs) = (error(&got[i], &truth[i]), error(&plain[i], &truth[i]));
+        assert!(
+            ours <= 2.0 * theirs + f64::from(f32::EPSILON),
+            "{case:?} {name}: error {ours:.2e}, plain {theirs:.2e}"
+        );
+    }
+}
+
+fn matches_the_cpu<T: Element>() {
+    for case in CASES {
+        let first = run::<T>(&[case], PLAIN[0]);
+        check::<T>(case, &first[0]);
+        for options in &PLAIN[1..] {
+            assert_eq!(run::<T>(&[case], *options), first, "{case:?}: {options:?} gives other bits");
+        }
+    }
+    let together = [CASES[6], CASES[3], CASES[4]];
+    for (case, got) in together.iter().zip(run::<T>(&together, PLAIN[4])) {
+        check::<T>(*case, &got);
+    }
+}
+
+#[test]
+fn matches_the_cpu_in_f32() {
+    matches_the_cpu::<f32>();
+}
+
+#[test]
+fn matches_the_cpu_in_bf16() {
+    matches_the_cpu::<bf16>();
+}
+
+#[test]
+fn has_no_races() {
+    for case in &CASES[..6] {
+        check::<f32>(*case, &run::<f32>(&[*case], RACE)[0]);
+        check::<bf16>(*case, &run::<bf16>(&[*case], RACE)[0]);
+    }
+    run::<f32>(&[CASES[2], CASES[5], CASES[0]], RACE);
+    apply_and_in_place_by(RACE);
+}
+
+#[test]
+fn apply_and_in_place() {
+    apply_and_in_place_by(PLAIN[4]);
+}
+
+/// apply gives forward's bits, and dx may take the place of dy.
+fn apply_and_in_place_by(options: Options) {
+    let case = CASES[5];
+    let expected = run::<bf16>(&[case], options);
+    let p = Problem::new(case, &inputs::<bf16>(case));
+    launch(&forward_launch(bf16::STORAGE, &[p.norm()]), options).unwrap();
+    let again = Memory::<bf16>::unset(case.padded * case.cols).unwrap();
+    let norm = KernelNorm { y: again.matrix(case.padded, case.cols), ..p.norm() };
+    launch(&apply_launch(bf16::STORAGE, &[norm]), options).unwrap();
+    assert_eq!(again.read().unwrap(), p.y.read().unwrap());
+
+    let dx = Matrix::new(p.dy.address(), case.rows, case.cols);
+    for step in backward_launches(bf16::STORAGE, &[KernelNormGrad { dx, ..p.grad() }]) {
+        launch(&step, options).unwrap();
+    }
+    let dx: Vec<f64> = p.dy.read().unwrap()[..case.rows * case.cols].iter().map(|x| x.to_f64()).collect();
+    assert_eq!(dx, expected[0][2]);
+    assert_eq!(p.outputs()[3..], expected[0][3..]);
+}

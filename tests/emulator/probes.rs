@@ -1,0 +1,260 @@
+//! kernels/probes.cu: fragment layouts against CuTe's tables, arithmetic against half's, seeded bugs against the detectors.
+
+use crossfusion::device::{
+    Arg, Launch, Storage,
+    emulator::{Memory, Options, Schedule, kernels, launch},
+};
+use half::bf16;
+
+use crate::{
+    PLAIN, RACE,
+    common::{Law, fill},
+};
+
+fn probe(kernel: &'static str, blocks: u32, threads: u32, shared_bytes: u32, args: Vec<Arg>) -> Launch {
+    Launch { kernel, storage: Storage::F32, grid: [blocks, 1, 1], block: [threads, 1, 1], shared_bytes, args }
+}
+
+fn noise(name: &str, len: usize) -> Vec<f32> {
+    fill(name, len, Law { offset: 0.0, scale: 2.0 })
+}
+
+/// CuTe's layouts as mixed radices: lane (l % 4, l / 4) and value bits to a column-major index.
+fn layout(lane: usize, value: usize, lane_strides: [usize; 2], value_strides: &[usize]) -> usize {
+    let values: usize = value_strides.iter().enumerate().map(|(bit, stride)| (value >> bit & 1) * stride).sum();
+    lane % 4 * lane_strides[0] + lane / 4 * lane_strides[1] + values
+}
+
+/// cutlass/include/cute/atom/mma_traits_sm80.hpp, SM80_16x8x16_F32BF16BF16F32_TN and SM80_16x8x8_F32TF32TF32F32_TN.
+#[test]
+fn mma_fragments() {
+    for tf32 in [false, true] {
+        let (k, per_register) = if tf32 { (8, 1) } else { (16, 2) };
+        // (bits in a register, the value that they stand for)
+        let encode = |x: f32| match tf32 {
+            false => (u32::from(bf16::from_f32(x).to_bits()), bf16::from_f32(x).to_f32()),
+            true => (x.to_bits(), f32::from_bits(x.to_bits() & 0xffff_e000)),
+        };
+        let (a, b, c) = (noise("a", 16 * k), noise("b", 8 * k), noise("c", 128));
+        let (mut ra, mut rb, mut rd) = ([0u32; 128], [0u32; 64], [0f32; 128]);
+        for lane in 0..32 {
+            for v in 0..4 * per_register {
+                let i = if tf32 { layout(lane, v, [16, 1], &[8, 64]) } else { layout(lane, v, [32, 1], &[16, 8, 128]) };
+                ra[lane * 4 + v / per_register] |= encode(a[i]).0 << (v % per_register * 16);
+            }
+            for v in 0..2 * per_register {
+                let i = if tf32 { layout(lane, v, [8, 1], &[32]) } else { layout(lane, v, [16, 1], &[8, 64]) };
+                rb[lane * 2 + v / per_register] |= encode(b[i]).0 << (v % per_register * 16);
+            }
+            for v in 0..4 {
+                rd[lane * 4 + v] = c[layout(lane, v, [32, 1], &[16, 8])];
+            }
+        }
+        let (ra, rb, rd) = (Memory::new(&ra).unwrap(), Memory::new(&rb).unwrap(), Memory::new(&rd).unwrap());
+        let args = vec![Arg::new(ra.address()), Arg::new(rb.address()), Arg::new(rd.address())];
+        let kernel = if tf32 { "probe_mma_tf32" } else { "probe_mma_bf16" };
+        let stats = launch(&probe(kernel, 1, 32, 0, args), RACE).unwrap();
+        assert_eq!(stats.mma, 1);
+        let d = rd.read().unwrap();
+        for lane in 0..32 {
+            for v in 0..4 {
+                let i = layout(lane, v, [32, 1], &[16, 8]);
+                let (m, n) = (i % 16, i / 16);
+                let product = |j| f64::from(encode(a[m + 16 * j]).1) * f64::from(encode(b[n + 8 * j]).1);
+                let truth = f64::from(c[i]) + (0..k).map(product).sum::<f64>();
+                assert!((f64::from(d[lane * 4 + v]) - truth).abs() < 2e-5, "tf32 {tf32}, row {m}, column {n}");
+            }
+        }
+    }
+}
+
+/// copy_traits_sm75.hpp, SM75_U32x4_LDSM_N and SM75_U16x8_LDSM_T: (lane, register, half) to an element of 32 rows of 8.
+#[test]
+fn ldmatrix_fragments() {
+    for trans in [false, true] {
+        let rows: Vec<u16> = (0..256).map(|i| i * 7 + 1).collect();
+        let (input, output) = (Memory::new(&rows).unwrap(), Memory::<u32>::unset(128).unwrap());
+        let kernel = if trans { "probe_ldmatrix_trans" } else { "probe_ldmatrix" };
+        let args = vec![Arg::new(input.address()), Arg::new(output.address())];
+        let stats = launch(&probe(kernel, 1, 32, 512, args), RACE).unwrap();
+        assert_eq!((stats.ldmatrix, stats.ldmatrix_conflicts), (1, 0));
+        for (i, register) in output.read().unwrap().into_iter().enumerate() {
+            let (lane, j) = (i / 4, i % 4);
+            for half in 0..2 {
+                let bit = if trans {
+                    lane % 4 * 256 + lane / 4 * 16 + half * 128 + j * 1024
+                } else {
+                    lane * 32 + half * 16 + j * 1024
+                };
+                assert_eq!(
+                    (register >> (16 * half)) as u16,
+                    rows[bit / 16],
+                    "trans {trans}, lane {lane}, register {j}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn conversions() {
+    let mut x = noise("x", 1000);
+    x.extend([0.0, -0.0, 1.0, f32::INFINITY, f32::MAX, 1e-40, 1.003_906_3, 1.011_718_8, -126.0, 127.0]);
+    let n = x.len();
+    let input = Memory::new(&x).unwrap();
+    let (halves, tf32, exp2) =
+        (Memory::<u32>::unset(n).unwrap(), Memory::<u32>::unset(n).unwrap(), Memory::<f32>::unset(n).unwrap());
+    let mut args: Vec<_> = [input.address(), halves.address(), tf32.address(), exp2.address()].map(Arg::new).into();
+    args.push(Arg::new(n as i32));
+    launch(&probe("probe_convert", n.div_ceil(256) as u32, 256, 0, args), RACE).unwrap();
+    let (halves, tf32, exp2) = (halves.read().unwrap(), tf32.read().unwrap(), exp2.read().unwrap());
+    for (i, &x) in x.iter().enumerate() {
+        let pair = u32::from(bf16::from_f32(x).to_bits()) | u32::from(bf16::from_f32(-x).to_bits()) << 16;
+        assert_eq!(halves[i], pair, "bf16 of {x}");
+        if x.is_finite() && x != f32::MAX {
+            let rounded = f32::from_bits(tf32[i]);
+            assert!(tf32[i] & 0x1fff == 0 && (rounded - x).abs() <= x.abs() / 2048.0 + 1e-38, "tf32 of {x}");
+            assert!((exp2[i] - x.exp2()).abs() <= 3e-7 * x.exp2(), "2^{x}");
+        }
+    }
+}
+
+/// What one probe did: its error, or its output.
+fn attempt<T: bytemuck::Pod>(
+    kernel: &'static str,
+    shape: (u32, u32, u32),
+    input: Option<&[f32]>,
+    output: &[T],
+    n: i32,
+    options: Options,
+) -> Result<Vec<T>, String> {
+    let input = input.map(|data| Memory::new(data).unwrap());
+    let output = Memory::new(output).unwrap();
+    let mut args: Vec<_> = input.iter().map(|m| Arg::new(m.address())).collect();
+    args.extend([Arg::new(output.address()), Arg::new(n)]);
+    let (blocks, threads, shared) = shape;
+    launch(&probe(kernel, blocks, threads, shared, args), options).map_err(|e| e.to_string())?;
+    output.read().map_err(|e| e.to_string())
+}
+
+/// The sound kernel gives `truth` under every schedule and in race mode; race mode reports every bug, in these words and
+/// with the line; and some schedule of plain mode sees those of `seen`.
+fn detects<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(
+    run: impl Fn(&'static str, Options) -> Result<Vec<T>, String>,
+    sound: &'static str,
+    truth: &[T],
+    bugs: &[(&'static str, &str, bool)],
+) {
+    for options in PLAIN.into_iter().chain([RACE]) {
+        assert_eq!(run(sound, options).as_deref(), Ok(truth), "{sound} {options:?}");
+    }
+    for &(bug, words, seen) in bugs {
+        let message = run(bug, RACE).expect_err(bug);
+        assert!(message.contains(words), "{bug}: {message}");
+        assert!(message.contains(bug) && message.contains("kernels/probes.cu:"), "{bug}: {message}");
+        let noticed = PLAIN.into_iter().any(|options| run(bug, options).as_deref() != Ok(truth));
+        assert_eq!(noticed, seen, "{bug} in plain mode");
+    }
+}
+
+#[test]
+fn missing_barriers() {
+    let input: Vec<f32> = (0..1000).map(|i| (i * 7 % 17 - 8) as f32).collect();
+    let total = input.iter().map(|x| x + x * x).sum::<f32>();
+    let first = input[..64].iter().sum::<f32>();
+    detects(
+        |kernel, options| attempt(kernel, (1, 256, 0), Some(&input), &[0f32; 2], 1000, options),
+        "probe_sum",
+        &[total, first],
+        &[
+            ("probe_sum_bug1", "nobody wrote", true),
+            ("probe_sum_bug2", "RACE", true),
+            ("probe_sum_bug3", "RACE", true),
+            ("probe_sum_bug4", "divergent barrier", true),
+            ("probe_sum_bug5", "not in its own mask", true),
+        ],
+    );
+}
+
+#[test]
+fn asynchronous_copies_and_bounds() {
+    let input = noise("in", 128);
+    let truth: Vec<f32> = (0..128).map(|i| input[i / 64 * 64 + 63 - i % 64]).collect();
+    detects(
+        |kernel, options| {
+            let n = if kernel.ends_with("bug5") { 100 } else { 128 };
+            attempt(kernel, (2, 64, 256), Some(&input[..n]), &vec![0f32; n], n as i32, options)
+        },
+        "probe_reverse",
+        &truth,
+        &[
+            ("probe_reverse_bug1", "cp.async is still writing", true),
+            ("probe_reverse_bug2", "read of shared memory", true),
+            ("probe_reverse_bug3", "nobody wrote", true),
+            ("probe_reverse_bug4", "outside every shared array", true),
+            ("probe_reverse_bug5", "outside every buffer", true),
+            ("probe_reverse_bug6", "aligned", true),
+        ],
+    );
+}
+
+#[test]
+fn named_barriers() {
+    let input = noise("in", 320);
+    let truth: Vec<f32> = (0..320).map(|i| input[i / 32 * 32 + 31 - i % 32]).collect();
+    detects(
+        |kernel, options| attempt(kernel, (1, 64, 0), Some(&input), &[0f32; 320], 10, options),
+        "probe_handoff",
+        &truth,
+        &[("probe_handoff_bug1", "RACE", true), ("probe_handoff_bug2", "deadlock", true)],
+    );
+}
+
+#[test]
+fn atomics() {
+    let bits = (0..100u32).map(u32::count_ones).sum::<u32>() as i32;
+    detects(
+        |kernel, options| attempt(kernel, (2, 64, 0), None, &[0i32; 2], 100, options),
+        "probe_count",
+        &[100, bits],
+        &[("probe_count_bug1", "RACE", false)],
+    );
+}
+
+#[test]
+fn refused_launches() {
+    let refusal = |launch_: Launch| launch(&launch_, PLAIN[0]).unwrap_err().to_string();
+    let args = || vec![Arg::new(0u64), Arg::new(0i32)];
+    assert!(refusal(probe("no_such", 1, 32, 0, args())).ends_with("no_such_f32: there is no such kernel"));
+    assert!(refusal(probe("probe_count", 1, 65, 0, args())).ends_with("a block of 65 threads, the kernel allows 64"));
+    assert!(refusal(probe("probe_count", 1, 64, 0, vec![])).ends_with("0 arguments, the kernel takes 2"));
+    let swapped = vec![Arg::new(0i32), Arg::new(0u64)];
+    assert!(refusal(probe("probe_count", 1, 64, 0, swapped)).contains("argument 0 has 4 bytes"));
+    let needs = refusal(probe("probe_ldmatrix", 1, 32, 511, vec![Arg::new(0u64), Arg::new(0u64)]));
+    assert!(needs.contains("shared arrays need 512 bytes, the launch gives 511"), "{needs}");
+}
+
+#[test]
+fn kernels_come_in_both_storage_types() {
+    let names = kernels().unwrap();
+    for kernel in names.iter().filter_map(|n| n.strip_suffix("_f32")) {
+        assert!(names.contains(&format!("{kernel}_bf16")), "{kernel}");
+    }
+    assert!(names.iter().any(|n| n == "layer_norm_forward_bf16"));
+}
+
+/// Two host threads at once: each gets its own error.
+#[test]
+fn errors_are_per_launch() {
+    std::thread::scope(|scope| {
+        for (kernel, words) in [("probe_sum_bug4", "divergent"), ("probe_sum_bug5", "own mask")] {
+            scope.spawn(move || {
+                for seed in 0..20 {
+                    let options = Options { schedule: Schedule::Skewed, seed, race: seed % 2 == 0 };
+                    let message = attempt(kernel, (1, 256, 0), Some(&[1.0; 64]), &[0f32; 2], 64, options).unwrap_err();
+                    assert!(message.contains(words) && message.contains(kernel), "{message}");
+                }
+            });
+        }
+    });
+}
