@@ -69,17 +69,19 @@ impl<'a> Display<'a> {
                 bar.set_position(done.position as u64);
                 bar.reset_eta();
             }
-            return;
+        } else {
+            self.patches += done.patches;
         }
-        self.patches += done.patches;
-        let rate = self.patches as f64 / self.start.elapsed().as_secs_f64();
+        // the first slide starts the clock
+        let rate = match self.patches {
+            0 => String::new(),
+            patches => format!(" {:.0} patches/s", patches as f64 / self.start.elapsed().as_secs_f64()),
+        };
         let what = if done.validating { "val" } else { "train" };
         let c_index = self.c_index.map_or(String::new(), |c| format!(" C {c:.3}"));
         let epoch = done.epoch + 1;
-        let state = format!(
-            "fold {} epoch {epoch}/{} {what} loss {:.3}{c_index} {rate:.0} patches/s",
-            done.fold, self.epochs, done.loss
-        );
+        let state =
+            format!("fold {} epoch {epoch}/{} {what} loss {:.3}{c_index}{rate}", done.fold, self.epochs, done.loss);
         if let Some(bar) = &self.bar {
             bar.set_message(state);
             bar.set_position(done.position as u64);
