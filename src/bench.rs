@@ -158,7 +158,7 @@ pub fn step(arguments: &StepArguments) -> Result<()> {
         step_s,
     };
     if arguments.json {
-        println!("{}", serde_json::to_string(&report).map_err(|e| Error::Device(e.to_string()))?);
+        crate::say(serde_json::to_string(&report).map_err(|e| Error::Device(e.to_string()))?);
     } else {
         print(&report);
     }
@@ -167,11 +167,11 @@ pub fn step(arguments: &StepArguments) -> Result<()> {
 
 fn print(report: &StepReport) {
     let [x5, x10, x20] = report.bags;
-    println!(
+    crate::say(format!(
         "{} with {} threads; bags {x5}, {x10}, {x20} of {} features",
         report.device, report.threads, report.features
-    );
-    println!("{:<12}{:>10}{:>10}", "", "min", "median");
+    ));
+    crate::say(format!("{:<12}{:>10}{:>10}", "", "min", "median"));
     let rows = [
         ("forward", &report.forward_s),
         ("backward", &report.backward_s),
@@ -179,19 +179,19 @@ fn print(report: &StepReport) {
         ("step", &report.step_s),
     ];
     for (name, seconds) in rows {
-        println!("{name:<12}{:>8.3} s{:>8.3} s", seconds.min, seconds.median);
+        crate::say(format!("{name:<12}{:>8.3} s{:>8.3} s", seconds.min, seconds.median));
     }
-    println!(
+    crate::say(format!(
         "{:.0} GFLOP a step, {:.0} % of the measured peak of {:.0} GFLOP/s",
         report.step_gflop,
         100.0 * report.fraction_of_peak,
         report.fma_peak_gflops
-    );
-    println!(
+    ));
+    crate::say(format!(
         "arena {:.0} MiB, peak resident {:.0} MiB",
         mib(report.arena_bytes as f64),
         mib(report.peak_rss_bytes as f64)
-    );
+    ));
 }
 
 fn mib(bytes: f64) -> f64 {

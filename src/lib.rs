@@ -57,3 +57,8 @@ pub mod survival;
 pub mod train;
 
 pub use error::{Error, Result};
+
+/// Prints a line for a person. A closed pipe or a full disk behind it must not end a run.
+pub fn say(line: impl std::fmt::Display) {
+    let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{line}\n"));
+}

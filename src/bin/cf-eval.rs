@@ -83,7 +83,7 @@ fn evaluate(arguments: &Arguments) -> Result<()> {
         }
         _ => return Err(Error::Usage("expected a run folder, or --checkpoint; see --help".into())),
     };
-    print!("{}", summary.table());
-    println!("report {}", folder.join("report.html").display());
+    crossfusion::say(summary.table().trim_end());
+    crossfusion::say(format!("report {}", folder.join("report.html").display()));
     Ok(())
 }

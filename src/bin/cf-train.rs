@@ -76,7 +76,11 @@ fn train() -> Result<()> {
     let (folder, run, device) = if let Some(folder) = arguments.resume {
         let config = resumed(&settings, &matches, &folder)?;
         if run::is_finished(&folder, config.folds)? {
-            println!("{} is finished; its report is {}", folder.display(), folder.join("report.html").display());
+            crossfusion::say(format!(
+                "{} is finished; its report is {}",
+                folder.display(),
+                folder.join("report.html").display()
+            ));
             return Ok(());
         }
         let device = Device::from_name(&config.device, config.threads)?;
@@ -87,7 +91,7 @@ fn train() -> Result<()> {
         let device = Device::from_name(&config.device, config.threads)?;
         let folder = run::make_folder(arguments.out, "demo")?;
         let cohort = folder.join(run::DEMO_DATA);
-        println!("writing a synthetic cohort to {}", cohort.display());
+        crossfusion::say(format!("writing a synthetic cohort to {}", cohort.display()));
         demo::write_demo(&cohort, config.seed)?;
         let run = Run::open(resolve(&folder)?)?;
         run.save_config(&folder)?;
@@ -112,7 +116,7 @@ fn train() -> Result<()> {
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
     run.train(&folder, &INTERRUPTED)?;
     let summary = eval::evaluate_run(&folder, device)?;
-    print!("{}", summary.table());
-    println!("report {}", folder.join("report.html").display());
+    crossfusion::say(summary.table().trim_end());
+    crossfusion::say(format!("report {}", folder.join("report.html").display()));
     Ok(())
 }

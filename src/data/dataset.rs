@@ -136,8 +136,21 @@ impl Dataset {
     /// Reads a slide's features.
     pub fn read(&self, slide: usize) -> Result<Bag> {
         let [x5, x10, x20] = &self.files[slide];
-        let read = |path: &PathBuf| FeatureFile::open(path)?.read();
-        Ok(Bag { x5: read(x5)?, x10: read(x10)?, x20: read(x20)? })
+        let sizes = self.sizes[slide];
+        let read = |path: &PathBuf, patches: usize| {
+            let file = FeatureFile::open(path)?;
+            if (file.patches(), file.features()) != (patches, self.features) {
+                let message = format!(
+                    "has changed: it holds {} patches of {} features, and held {patches} of {}",
+                    file.patches(),
+                    file.features(),
+                    self.features
+                );
+                return Err(Error::file(path, message));
+            }
+            file.read()
+        };
+        Ok(Bag { x5: read(x5, sizes.x5)?, x10: read(x10, sizes.x10)?, x20: read(x20, sizes.x20)? })
     }
 
     /// Reads slides in order on a thread of its own, up to `ahead` of the one in use; `work` gets each in turn and ends the reading by
@@ -149,7 +162,7 @@ impl Dataset {
         mut work: impl FnMut(usize, Bag) -> Result<bool>,
     ) -> Result<()> {
         std::thread::scope(|scope| {
-            let (sender, receiver) = std::sync::mpsc::sync_channel(ahead);
+            let (sender, receiver) = std::sync::mpsc::sync_channel(ahead.min(order.len()));
             scope.spawn(move || {
                 for &slide in order {
                     // a closed channel means that nobody wants more

@@ -38,8 +38,9 @@ impl Table {
                 (Some(i), None) => places.push(i),
                 (Some(_), Some(_)) => return Err(Error::file(path, format!("has two columns named `{column}`"))),
                 (None, _) => {
-                    let some: Vec<_> = header.iter().take(8).collect();
-                    let message = format!("lacks the column `{column}`; its columns start with {}", some.join(", "));
+                    let start: String =
+                        header.iter().take(8).collect::<Vec<_>>().join(", ").chars().take(120).collect();
+                    let message = format!("lacks the column `{column}`; its header starts with `{start}`");
                     return Err(Error::file(path, message));
                 }
             }

@@ -84,6 +84,11 @@ pub fn evaluate_run(run: &Path, device: Device) -> Result<Summary> {
 /// Evaluates one checkpoint and writes the files into `out`.
 pub fn evaluate_checkpoint(checkpoint: &Checkpoint, out: &Path, device: Device) -> Result<Summary> {
     let path = checkpoint.path;
+    if run::config_path(out).exists() {
+        let message =
+            format!("{} is a run's folder, whose own results would be replaced; choose another --out", out.display());
+        return Err(Error::Usage(message));
+    }
     let tensors = read_state_dict(path)?;
     let ours = path.extension().is_some_and(|extension| extension == "safetensors");
     let card = if ours { read_card(path)? } else { None };

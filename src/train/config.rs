@@ -46,6 +46,7 @@ pub struct RunConfig {
     /// Width of the model
     #[arg(long, default_value_t = 512)]
     pub embed_dim: usize,
+    /// Attention heads
     #[arg(long, default_value_t = 4)]
     pub num_heads: usize,
     /// Self-attention layers before and after each positional encoding
@@ -57,18 +58,23 @@ pub struct RunConfig {
     /// Convolve the fused tokens on their square grid, or along the sequence
     #[arg(long, value_enum, default_value_t = Fusion::Conv2d)]
     pub fusion: Fusion,
+    /// Dropout of the feed-forward layers
     #[arg(long, default_value_t = 0.3)]
     pub ffn_dropout: f64,
+    /// Dropout of self-attention's probabilities
     #[arg(long, default_value_t = 0.2)]
     pub attention_dropout: f64,
+    /// Dropout of whole channels in the conv fusion
     #[arg(long, default_value_t = 0.3)]
     pub fusion_dropout: f64,
 
+    /// Negative log-likelihood or cross-entropy of the survival bins
     #[arg(long, value_enum, default_value_t = Loss::NllSurv)]
     pub loss_fn: Loss,
     /// Weight of the uncensored part of the loss
     #[arg(long, default_value_t = 0.2)]
     pub alpha_surv: f64,
+    /// Highest learning rate
     #[arg(long, default_value_t = 1e-4)]
     pub learning_rate: f64,
     /// L2, added to the gradient
@@ -83,6 +89,7 @@ pub struct RunConfig {
     /// Slides whose gradients are averaged into one update
     #[arg(long, default_value_t = 32)]
     pub grad_accum_steps: usize,
+    /// Most epochs a fold
     #[arg(long, default_value_t = 100)]
     pub num_epochs: usize,
     /// Epochs without a better validation C-index before a fold ends
@@ -91,7 +98,9 @@ pub struct RunConfig {
     /// First epochs, which never give the best model
     #[arg(long, default_value_t = 5)]
     pub warmup_epochs: usize,
-    #[arg(long, alias = "random-seed", default_value_t = 7)]
+    /// Of weights, sampling and dropout
+    // TOML has no larger integers
+    #[arg(long, alias = "random-seed", default_value_t = 7, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: u64,
 
     /// Bags read ahead
@@ -137,9 +146,14 @@ impl RunConfig {
                 settings.insert(key, value);
             }
         }
-        let config: Self =
+        let mut config: Self =
             settings.try_into().map_err(|e: toml::de::Error| Error::Usage(format!("{name}: {}", e.message())))?;
         config.check()?;
+        // so that a run can be resumed and evaluated from anywhere
+        let paths = [&mut config.clinical, &mut config.splits, &mut config.pt_dir];
+        for path in paths.into_iter().chain(&mut config.manifest) {
+            *path = std::path::absolute(&*path).map_err(|e| Error::Usage(format!("{}: {e}", path.display())))?;
+        }
         Ok(config)
     }
 
@@ -182,6 +196,14 @@ impl RunConfig {
         ];
         if let Some((flag, _)) = counts.iter().find(|(_, value)| *value == 0) {
             return usage(format!("{flag} 0: expected at least 1"));
+        }
+        let most = [
+            ("--num-attn-layers", self.num_attn_layers, 64),
+            ("--embed-dim", self.embed_dim, 16384),
+            ("--n-classes", self.n_classes, 1024),
+        ];
+        if let Some((flag, value, most)) = most.iter().find(|(_, value, most)| value > most) {
+            return usage(format!("{flag} {value}: expected at most {most}"));
         }
         if self.n_classes < 2 {
             return usage(format!("--n-classes {}: expected at least 2", self.n_classes));

@@ -36,18 +36,26 @@ pub struct Display<'a> {
 impl<'a> Display<'a> {
     /// Says what the run works on.
     pub fn new(run: &Path, config: &RunConfig, dataset: &Dataset, folds: &[Fold], interrupted: &'a AtomicBool) -> Self {
-        println!("run folder {}", run.display());
+        crate::say(format!("run folder {}", run.display()));
         let events = dataset.slides.iter().filter(|slide| !slide.censored).count();
-        println!("{} slides with features of width {}, {events} events", dataset.slides.len(), dataset.features);
+        crate::say(format!(
+            "{} slides with features of width {}, {events} events",
+            dataset.slides.len(),
+            dataset.features
+        ));
         if let Some(sentence) = dataset.left_out() {
-            println!("{sentence}");
+            crate::say(sentence);
         }
         for (i, fold) in folds.iter().enumerate() {
             let without = match fold.without_outcome {
                 0 => String::new(),
                 n => format!(" ({n} cases without an outcome left out)"),
             };
-            println!("fold {i}: {} slides to train, {} to validate{without}", fold.train.len(), fold.val.len());
+            crate::say(format!(
+                "fold {i}: {} slides to train, {} to validate{without}",
+                fold.train.len(),
+                fold.val.len()
+            ));
         }
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{msg} {wide_bar:.cyan/blue} {pos}/{len} {elapsed}<{eta}");
@@ -86,7 +94,7 @@ impl<'a> Display<'a> {
             bar.set_message(state);
             bar.set_position(done.position as u64);
         } else if self.last_line.elapsed() >= SIGN_OF_LIFE {
-            println!("{state} slide {}/{}", done.position, done.slides);
+            crate::say(format!("{state} slide {}/{}", done.position, done.slides));
             self.last_line = Instant::now();
         }
     }
@@ -113,8 +121,8 @@ impl<'a> Display<'a> {
             metrics.patches_per_second,
         );
         match &self.bar {
-            Some(bar) => bar.suspend(|| println!("{line}")),
-            None => println!("{line}"),
+            Some(bar) => bar.suspend(|| crate::say(&line)),
+            None => crate::say(&line),
         }
     }
 
