@@ -70,7 +70,7 @@ pub fn write_demo(folder: &Path, seed: u64) -> Result<()> {
     for patient in 0..PATIENTS {
         let z = random.normal();
         let death = 30.0 * (-2.0 * z).exp() * random.exponential();
-        let last_contact = 22.0 * random.exponential();
+        let last_contact = 34.0 * random.exponential();
         let (months, censored) = if death <= last_contact { (death, 0) } else { (last_contact, 1) };
         for slide in 0..1 + usize::from(patient % SECOND_SLIDE == 0) {
             let case = format!("DEMO-{patient:03}");
