@@ -1,0 +1,108 @@
+// tile.cuh -- tiles in shared memory and tensor-core fragments, one code for both storage types.
+//
+// bf16 goes through mma.m16n8k16. f32 goes through mma.m16n8k8 in TF32 three times (big x big, big x small, small x big), which
+// keeps f32's accuracy ("3xTF32", NVIDIA CUTLASS example 27). Everything is told in chunks of 16 bytes, which hold kChunk
+// elements; an mma takes kStep = 2 kChunk of the dimension that is summed over ("k").
+#pragma once
+#include "gpu.cuh"
+
+constexpr int kChunk = 16 / int(sizeof(real));
+constexpr int kStep = 2 * kChunk;
+constexpr bool kIsBf16 = sizeof(real) == 2;
+
+// Where element (row, col) of a tile with C columns lies: 16-byte chunks are XORed with the row within 128-byte lines, so that
+// eight rows of one column of chunks fall into different banks.
+template <int C> GPU_FN int swizzle(int row, int col) {
+  constexpr int kChunks = C / kChunk, kLine = kChunks < 8 ? kChunks : 8, kShift = kChunks >= 8 ? 0 : kChunks == 4 ? 1 : 2;
+  static_assert(C % kChunk == 0 && (kLine & (kLine - 1)) == 0 && kChunks % kLine == 0);
+  const int chunk = col / kChunk;
+  return row * C + ((chunk & ~(kLine - 1)) | ((chunk ^ (row >> kShift)) & (kLine - 1))) * kChunk + col % kChunk;
+}
+
+// Starts copying rows row0 .. row0 + ROWS and columns col0 .. col0 + C of `from` into a tile; what lies outside becomes zero.
+// The matrix splits into 16-byte chunks (`Matrix::splits_into` of src/device/launch.rs).
+template <int ROWS, int C, int THREADS>
+GPU_FN void load_tile(real* tile, const Matrix<const real>& from, int row0, int col0) {
+  constexpr int kChunks = C / kChunk;
+#pragma unroll
+  for (int i = 0; i < (ROWS * kChunks + THREADS - 1) / THREADS; i++) {
+    const int e = i * THREADS + int(threadIdx.x), row = e / kChunks, col = e % kChunks * kChunk;
+    if ((ROWS * kChunks) % THREADS != 0 && e >= ROWS * kChunks) break;
+    const bool inside = row0 + row < from.rows && col0 + col < from.cols;
+    cp_async16(tile + swizzle<C>(row, col), inside ? from.row(row0 + row) + col0 + col : from.data, inside);
+  }
+}
+
+// A warp's operand fragments. A: 16 rows (m) by kStep; B: 16 columns (n) by kStep, as two 8-column halves b[0..1], b[2..3].
+using Fragment = uint32_t[4];
+
+// From tile[m][k].
+template <int C> GPU_FN void load_a(Fragment& f, const real* tile, int m0, int k0) {
+  const int l = int(threadIdx.x) % 32;
+  ldmatrix_x4(f, tile + swizzle<C>(m0 + l % 16, k0 + l / 16 * kChunk));
+}
+// From tile[n][k].
+template <int C> GPU_FN void load_b(Fragment& f, const real* tile, int n0, int k0) {
+  const int l = int(threadIdx.x) % 32;
+  ldmatrix_x4(f, tile + swizzle<C>(n0 + l / 16 * 8 + l % 8, k0 + l / 8 % 2 * kChunk));
+}
+// From tile[k][m]. For f32, thread t of a quad takes k0 + 2t and k0 + 2t + 1 instead of k0 + t and k0 + t + 4: the order of an
+// accumulator's columns (accumulator_to_a). A sum has no order, but both operands must agree: pair load_a_t with load_b_t.
+template <int C> GPU_FN void load_a_t(Fragment& f, const real* tile, int m0, int k0) {
+  const int l = int(threadIdx.x) % 32;
+  if constexpr (kIsBf16) {
+    ldmatrix_x4_trans(f, tile + swizzle<C>(k0 + l / 16 * 8 + l % 8, m0 + l / 8 % 2 * 8));
+  } else {
+    const int g = l / 4, t = l % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      f[i] = __float_as_uint(float(tile[swizzle<C>(k0 + 2 * t + i / 2, m0 + g + i % 2 * 8)]));
+  }
+}
+// From tile[k][n], in the same order.
+template <int C> GPU_FN void load_b_t(Fragment& f, const real* tile, int n0, int k0) {
+  const int l = int(threadIdx.x) % 32;
+  if constexpr (kIsBf16) {
+    ldmatrix_x4_trans(f, tile + swizzle<C>(k0 + l % 16, n0 + l / 16 * 8));
+  } else {
+    const int g = l / 4, t = l % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      f[i] = __float_as_uint(float(tile[swizzle<C>(k0 + 2 * t + i % 2, n0 + g + i / 2 * 8)]));
+  }
+}
+
+// The A operand of columns k0 .. k0 + kStep of a product's accumulators c[n8][4] (n8 counts 8-column tiles), to be used with load_b_t.
+// bf16: two neighbouring accumulator tiles, rounded; f32: one.
+template <int N8> GPU_FN void accumulator_to_a(Fragment& f, const float (&c)[N8][4], int step) {
+  if constexpr (kIsBf16) {
+    f[0] = pack_bf16(c[2 * step][0], c[2 * step][1]);
+    f[1] = pack_bf16(c[2 * step][2], c[2 * step][3]);
+    f[2] = pack_bf16(c[2 * step + 1][0], c[2 * step + 1][1]);
+    f[3] = pack_bf16(c[2 * step + 1][2], c[2 * step + 1][3]);
+  } else {
+    f[0] = __float_as_uint(c[step][0]);
+    f[1] = __float_as_uint(c[step][2]);
+    f[2] = __float_as_uint(c[step][1]);
+    f[3] = __float_as_uint(c[step][3]);
+  }
+}
+
+// c[16][8] += a b over kStep.
+GPU_FN void multiply_add(float (&c)[4], const Fragment& a, uint32_t b0, uint32_t b1) {
+  if constexpr (kIsBf16) {
+    mma_bf16(c, a, b0, b1);
+  } else {
+    Fragment big, small;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      big[i] = to_tf32(__uint_as_float(a[i]));
+      small[i] = to_tf32(__uint_as_float(a[i]) - __uint_as_float(big[i]));
+    }
+    const uint32_t big0 = to_tf32(__uint_as_float(b0)), small0 = to_tf32(__uint_as_float(b0) - __uint_as_float(big0));
+    const uint32_t big1 = to_tf32(__uint_as_float(b1)), small1 = to_tf32(__uint_as_float(b1) - __uint_as_float(big1));
+    mma_tf32(c, small, big0, big1);
+    mma_tf32(c, big, small0, small1);
+    mma_tf32(c, big, big0, big1);
+  }
+}
