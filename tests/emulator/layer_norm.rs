@@ -13,30 +13,10 @@ use crossfusion::{
 use half::bf16;
 
 use crate::{
-    PLAIN, RACE,
+    Element, PLAIN, RACE,
     common::{Law, fill},
+    error,
 };
-
-trait Element: Stored + PartialEq + std::fmt::Debug {
-    fn of(x: f32) -> Self;
-    fn f32(self) -> f32;
-}
-impl Element for f32 {
-    fn of(x: f32) -> Self {
-        x
-    }
-    fn f32(self) -> f32 {
-        self
-    }
-}
-impl Element for bf16 {
-    fn of(x: f32) -> Self {
-        bf16::from_f32(x)
-    }
-    fn f32(self) -> f32 {
-        self.to_f32()
-    }
-}
 
 /// Inputs, and what the parameters' gradients hold before.
 struct Inputs<T> {
@@ -179,13 +159,6 @@ fn run<T: Element>(cases: &[Case], options: Options) -> Vec<[Vec<f64>; 5]> {
         launch(&step, options).unwrap_or_else(|e| panic!("{cases:?}, {options:?}: {e}"));
     }
     problems.iter().map(Problem::outputs).collect()
-}
-
-/// |got - truth| / |truth| over a whole tensor.
-fn error(got: &[f64], truth: &[f64]) -> f64 {
-    assert_eq!(got.len(), truth.len());
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    norm(&mut got.iter().zip(truth).map(|(a, b)| a - b)) / norm(&mut truth.iter().copied()).max(f64::MIN_POSITIVE)
 }
 
 /// At most twice the error of the same computation done plainly in the storage type, and an ulp of f32 where that has none.
