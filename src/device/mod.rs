@@ -8,12 +8,14 @@ pub mod cpu;
 mod dry;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+mod fatbins;
 mod launch;
 mod view;
 
 pub use arena::{Arena, Mark};
 pub use cpu::{Cpu, Real};
 pub use dry::Dry;
+pub use fatbins::{NVCC, fatbins};
 pub use launch::{Arg, Launch, Matrix, Storage, Stored};
 pub use view::{Buffer, View};
 
