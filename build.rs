@@ -18,6 +18,7 @@ const STORAGE: [&str; 2] = ["f32", "bf16"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=kernels");
     fatbins();
     if env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
         emulator();
@@ -39,7 +40,6 @@ fn fatbins() {
     let out = PathBuf::from(env::var("OUT_DIR").unwrap());
     let table = out.join("fatbins.rs");
     let Some((nvcc, version)) = nvcc() else { return fs::write(table, "&[]").unwrap() };
-    println!("cargo:rerun-if-changed=kernels");
     println!("cargo:rerun-if-changed={}", nvcc.display());
     println!("cargo:rustc-env=CROSSFUSION_NVCC={version}");
 
@@ -105,7 +105,6 @@ fn nvcc() -> Option<(PathBuf, String)> {
 fn emulator() {
     let out = PathBuf::from(env::var("OUT_DIR").unwrap());
     let root = env::var("CARGO_MANIFEST_DIR").unwrap();
-    println!("cargo:rerun-if-changed=kernels");
     println!("cargo:rerun-if-env-changed=CXX");
     println!("cargo:rustc-env=CROSSFUSION_EMULATOR_BUILT={}", out.display());
 
@@ -204,7 +203,7 @@ impl Job {
             let _ = fs::remove_file(&partial);
             panic!("{:?}\n{text}", self.command);
         }
-        let is_warning = |line: &&str| self.report.is_none() || line.contains("warning");
+        let is_warning = |line: &&str| self.report.is_none() || line.contains("warning") && !line.starts_with("Remark");
         text.lines().filter(is_warning).for_each(|line| println!("cargo:warning={line}"));
         if let Some(report) = &self.report {
             fs::write(report, text.as_bytes()).unwrap();

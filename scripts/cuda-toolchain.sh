@@ -39,4 +39,5 @@ fi
 echo "${packages[*]}" >"$work/site/nvidia/cu13/packages.txt"
 rm -rf "$folder"
 mv "$work/site/nvidia/cu13" "$folder"
+touch "$root/kernels" # so that cargo runs build.rs, which looks for nvcc
 "$folder/bin/nvcc" --version | tail -2 | head -1
