@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
-    device::{Arena, Buffer, Device, Real},
+    device::{Arena, Buffer, Device, Element, View},
     ops::{Draw, Dropout},
 };
 
@@ -97,8 +97,9 @@ impl Config {
 pub struct Context<'a> {
     pub device: &'a Device,
     pub arena: &'a mut Arena,
+    /// Of the type that the ops read.
     pub params: &'a Buffer,
-    /// Written by backward only.
+    /// Of the type that sums are kept in; written by backward only.
     pub grads: &'a Buffer,
     /// The pass's dropout; None evaluates.
     pub draw: Option<Draw>,
@@ -110,7 +111,20 @@ impl Context<'_> {
         Dropout::new(self.draw, site, rate)
     }
 
-    fn linear<T: Real>(&self, linear: params::Linear) -> LinearViews<T> {
+    /// A bag where this device's ops can read it.
+    fn stage<T: Element>(&mut self, bag: View<T>) -> Result<View<T>> {
+        if !self.device.runs_kernels() {
+            return Ok(bag);
+        }
+        let staged = self.arena.save(bag.rows(), bag.cols())?;
+        if !self.device.is_dry() {
+            // SAFETY: bags borrow host memory that nobody writes.
+            self.device.upload(unsafe { bag.slice() }, staged)?;
+        }
+        Ok(staged)
+    }
+
+    fn linear<T: Element>(&self, linear: params::Linear) -> LinearViews<T> {
         LinearViews {
             weight: linear.weight.of(self.params),
             bias: linear.bias.of(self.params),
@@ -122,9 +136,9 @@ impl Context<'_> {
 
 /// A linear layer's parameters and gradients.
 #[derive(Clone, Copy)]
-struct LinearViews<T> {
-    weight: crate::device::View<T>,
-    bias: crate::device::View<T>,
-    dweight: crate::device::View<T>,
-    dbias: crate::device::View<T>,
+struct LinearViews<T: Element> {
+    weight: View<T>,
+    bias: View<T>,
+    dweight: View<T::Sum>,
+    dbias: View<T::Sum>,
 }

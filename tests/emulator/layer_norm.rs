@@ -2,7 +2,7 @@
 
 use crossfusion::{
     device::{
-        Cpu, Device, Matrix, Real, Stored, View,
+        Arena, Cpu, Device, Matrix, Real, Stored, View,
         emulator::{Memory, Options, launch},
     },
     ops::layer_norm::{
@@ -72,7 +72,7 @@ fn reference<R: Real, T: Element>(case: Case, inputs: &Inputs<T>) -> [Vec<f64>; 
         dweight: unsafe { View::of_slice_mut(&mut dweight, 1, cols) },
         dbias: unsafe { View::of_slice_mut(&mut dbias, 1, cols) },
     };
-    layer_norm::backward(&device, &[grad]).unwrap();
+    layer_norm::backward(&device, &mut Arena::new(&device, 0).unwrap(), &[grad]).unwrap();
     [y, stats, dx, dweight, dbias].map(|v| v.into_iter().map(Real::f64).collect())
 }
 
