@@ -5,15 +5,18 @@
 
 mod arena;
 pub mod cpu;
+mod cuda;
 mod dry;
 mod element;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+mod fatbins;
 mod launch;
 mod view;
 
 pub use arena::{Arena, Mark};
 pub use cpu::{Cpu, Real};
+pub use cuda::Cuda;
 pub use dry::{Counts, Dry};
 pub use element::Element;
 pub(crate) use element::{on_cpu, storage};
@@ -26,6 +29,8 @@ use crate::{Error, Result};
 pub enum Device {
     /// All cores of this machine, with the widest instruction set that it has.
     Cpu(Cpu),
+    /// An NVIDIA GPU.
+    Cuda(Cuda),
     /// The CUDA kernels, run on the CPU thread by thread: for tests.
     #[cfg(feature = "emulator")]
     Emulator(emulator::Options),
@@ -37,13 +42,12 @@ impl Device {
     /// `auto` and `cpu` are the names that `--device` takes; `threads` = 0 means one for each core.
     pub fn from_name(name: &str, threads: usize) -> Result<Self> {
         match name {
-            "auto" | "cpu" => Ok(Self::Cpu(Cpu::new(threads)?)),
-            "cuda" => Err(Error::Device(
-                "--device cuda: this build has no CUDA kernels yet; use --device cpu, or leave --device out".into(),
-            )),
+            "auto" => Cuda::new().map(Self::Cuda).or_else(|_| Ok(Self::Cpu(Cpu::new(threads)?))),
+            "cpu" => Ok(Self::Cpu(Cpu::new(threads)?)),
+            "cuda" => Ok(Self::Cuda(Cuda::new()?)),
             #[cfg(feature = "emulator")]
             "emulator" => Ok(Self::Emulator(emulator::Options::default())),
-            other => Err(Error::Usage(format!("--device {other}: expected auto or cpu"))),
+            other => Err(Error::Usage(format!("--device {other}: expected auto, cpu or cuda"))),
         }
     }
 
@@ -56,6 +60,7 @@ impl Device {
     pub fn runs_kernels(&self) -> bool {
         match self {
             Self::Cpu(_) => false,
+            Self::Cuda(_) => true,
             #[cfg(feature = "emulator")]
             Self::Emulator(_) => true,
             Self::Dry(dry) => dry.plans_kernels(),
@@ -84,6 +89,7 @@ impl Device {
                 Self::Cpu(_) => {
                     return Err(Error::Device(format!("{}: kernels do not run on the CPU", launch.symbol())));
                 }
+                Self::Cuda(cuda) => cuda.launch(launch)?,
                 #[cfg(feature = "emulator")]
                 Self::Emulator(options) => drop(emulator::launch(&launch, *options)?),
                 Self::Dry(dry) => dry.count_launch(),
@@ -96,6 +102,7 @@ impl Device {
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
         match self {
             Self::Cpu(_) => Buffer::host(bytes),
+            Self::Cuda(cuda) => Buffer::cuda(cuda, bytes),
             #[cfg(feature = "emulator")]
             Self::Emulator(_) => Buffer::host(bytes),
             Self::Dry(_) => Ok(Buffer::imaginary(bytes)),
@@ -108,8 +115,16 @@ impl Device {
             let (got, expected) = (vec![data.len()], vec![to.rows(), to.cols()]);
             return Err(Error::Shape { op: "upload", tensor: "data".into(), got, expected });
         }
-        if !self.is_dry() {
-            for (i, row) in data.chunks_exact(to.cols().max(1)).enumerate() {
+        let rows = data.chunks_exact(to.cols().max(1)).enumerate();
+        if let Self::Cuda(cuda) = self {
+            if to.stride() == to.cols() {
+                return cuda.upload(bytemuck::cast_slice(data), to.address());
+            }
+            for (i, row) in rows {
+                cuda.upload(bytemuck::cast_slice(row), to.rows_range(i..i + 1).address())?;
+            }
+        } else if !self.is_dry() {
+            for (i, row) in rows {
                 // SAFETY: `to` lies in a live buffer of this device, and nothing else runs on it.
                 unsafe { to.row_mut(i) }.copy_from_slice(row);
             }
@@ -121,6 +136,13 @@ impl Device {
     pub fn download<T: Element>(&self, from: View<T>) -> Result<Vec<T>> {
         Ok(match self {
             Self::Dry(_) => vec![T::default(); from.rows() * from.cols()],
+            Self::Cuda(cuda) => {
+                let mut data = vec![T::default(); from.rows() * from.cols()];
+                for (i, row) in data.chunks_exact_mut(from.cols().max(1)).enumerate() {
+                    cuda.download(from.rows_range(i..i + 1).address(), bytemuck::cast_slice_mut(row))?;
+                }
+                data
+            }
             // SAFETY: as in `upload`.
             _ => (0..from.rows()).flat_map(|i| unsafe { from.row(i) }.iter().copied()).collect(),
         })

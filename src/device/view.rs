@@ -2,17 +2,28 @@
 
 use std::marker::PhantomData;
 
+use cudarc::driver::{CudaSlice, DevicePtr};
 use memmap2::MmapMut;
 
-use super::Element;
+use super::{Cuda, Element};
 use crate::{Error, Result};
 
 /// Memory of one device, zeroed when new and freed when dropped.
 pub struct Buffer {
     address: usize,
     bytes: usize,
+    _owner: Owner,
+}
+
+enum Owner {
     /// Pages come from the system when first touched, so an arena costs what it uses.
-    _pages: Option<MmapMut>,
+    Pages {
+        _pages: MmapMut,
+    },
+    Gpu {
+        _slice: CudaSlice<u8>,
+    },
+    Nobody,
 }
 
 impl Buffer {
@@ -23,12 +34,18 @@ impl Buffer {
         // Large pages save a tenth of the step in address translation; a kernel without them only says no.
         #[cfg(target_os = "linux")]
         let _ = pages.advise(memmap2::Advice::HugePage);
-        Ok(Self { address: pages.as_mut_ptr() as usize, bytes, _pages: Some(pages) })
+        Ok(Self { address: pages.as_mut_ptr() as usize, bytes, _owner: Owner::Pages { _pages: pages } })
+    }
+
+    pub(super) fn cuda(cuda: &Cuda, bytes: usize) -> Result<Self> {
+        let slice = cuda.alloc(bytes)?;
+        let address = slice.device_ptr(slice.stream()).0 as usize;
+        Ok(Self { address, bytes, _owner: Owner::Gpu { _slice: slice } })
     }
 
     /// Addresses that nothing backs.
     pub(super) fn imaginary(bytes: usize) -> Self {
-        Self { address: 1 << 62, bytes, _pages: None }
+        Self { address: 1 << 62, bytes, _owner: Owner::Nobody }
     }
 
     pub fn bytes(&self) -> usize {

@@ -93,6 +93,24 @@ impl Config {
     }
 }
 
+/// The kernels' widest head: hazards of more classes do not fit a warp.
+const MOST_CLASSES_OF_KERNELS: usize = 32;
+
+impl Config {
+    /// An error if the kernels cannot run this model: they move 16 bytes at a time, 8 columns of bf16.
+    pub fn check_for_kernels(&self) -> Result<()> {
+        let widths = [("features", self.features, 8), ("dim", self.dim, 16), ("dim / heads", self.dim / self.heads, 8)];
+        if let Some((name, width, of)) = widths.into_iter().find(|(_, width, of)| !width.is_multiple_of(*of)) {
+            return Err(Error::Usage(format!("{name} = {width}: a GPU needs a multiple of {of}; use --device cpu")));
+        }
+        if self.n_classes > MOST_CLASSES_OF_KERNELS {
+            let message = format!("n_classes = {}: a GPU takes at most {MOST_CLASSES_OF_KERNELS}", self.n_classes);
+            return Err(Error::Usage(message + "; use --device cpu"));
+        }
+        Ok(())
+    }
+}
+
 /// What the parts of a forward or backward pass share.
 pub struct Context<'a> {
     pub device: &'a Device,

@@ -64,6 +64,9 @@ impl<T: Element> Engine<T> {
     /// A fresh model, initialised from the seed.
     pub fn new(device: Device, config: &Config, seed: u64) -> Result<Self> {
         let model = CrossFusion::new(config)?;
+        if device.runs_kernels() {
+            config.check_for_kernels()?;
+        }
         let (len, rounded) = (model.layout.len(), size_of::<T>() != size_of::<T::Sum>());
         let bytes = len * size_of::<T::Sum>();
         let engine = Self {
