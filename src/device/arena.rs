@@ -50,7 +50,7 @@ impl Arena {
         let at = self.saved;
         self.saved += bytes;
         self.grown(bytes)?;
-        Ok(View::new(self.buffer.address() + at, rows, cols))
+        Ok(View::new(self.buffer.address() as usize + at, rows, cols))
     }
 
     /// A matrix that lives until the op or block that took it releases its mark.
@@ -58,7 +58,7 @@ impl Arena {
         let bytes = bytes::<T>(rows, cols)?;
         self.scratch = self.scratch.wrapping_sub(bytes);
         self.grown(bytes)?;
-        Ok(View::new(self.buffer.address() + self.scratch, rows, cols))
+        Ok(View::new(self.buffer.address() as usize + self.scratch, rows, cols))
     }
 
     fn grown(&mut self, bytes: usize) -> Result<()> {

@@ -83,7 +83,7 @@ impl Device {
     }
 
     /// Runs kernels one after another. The launches' addresses must be this device's memory.
-    pub(crate) fn launch(&self, launches: impl IntoIterator<Item = Launch>) -> Result<()> {
+    pub fn launch(&self, launches: impl IntoIterator<Item = Launch>) -> Result<()> {
         for launch in launches {
             match self {
                 Self::Cpu(_) => {
@@ -107,6 +107,35 @@ impl Device {
             Self::Emulator(_) => Buffer::host(bytes),
             Self::Dry(_) => Ok(Buffer::imaginary(bytes)),
         }
+    }
+
+    /// Waits until all launches so far have ended.
+    pub fn synchronize(&self) -> Result<()> {
+        if let Self::Cuda(cuda) = self { cuda.synchronize() } else { Ok(()) }
+    }
+
+    /// Fills a whole buffer.
+    pub fn write(&self, bytes: &[u8], to: &Buffer) -> Result<()> {
+        assert_eq!(bytes.len(), to.bytes());
+        match self {
+            Self::Cuda(cuda) => cuda.upload(bytes, to.address())?,
+            Self::Dry(_) => {}
+            // SAFETY: a buffer of the host, of this length, which no op uses now.
+            _ => unsafe { (to.address() as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) },
+        }
+        Ok(())
+    }
+
+    /// A whole buffer's bytes; zeros on `Dry`.
+    pub fn read(&self, from: &Buffer) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; from.bytes()];
+        match self {
+            Self::Cuda(cuda) => cuda.download(from.address(), &mut bytes)?,
+            Self::Dry(_) => {}
+            // SAFETY: as above.
+            _ => unsafe { (from.address() as *const u8).copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) },
+        }
+        Ok(bytes)
     }
 
     /// Copies `data` to the device, row by row.

@@ -67,8 +67,9 @@ impl Buffer {
         self.view(0, 1, self.bytes / size_of::<T>())
     }
 
-    pub(super) fn address(&self) -> usize {
-        self.address
+    /// Where it starts, as kernels take it.
+    pub fn address(&self) -> u64 {
+        self.address as u64
     }
 }
 
