@@ -20,6 +20,7 @@ pub use cuda::Cuda;
 pub use dry::{Counts, Dry};
 pub use element::Element;
 pub(crate) use element::{on_cpu, storage};
+pub use fatbins::{NVCC, fatbins};
 pub use launch::{Arg, Launch, Matrix, Storage, Stored};
 pub use view::{Buffer, View};
 
