@@ -34,6 +34,7 @@ fn matrix(device: &Device, keep: &mut Vec<Buffer>, rows: usize, cols: usize) -> 
 
 fn products(c: &mut Criterion) {
     let (device, keep) = (device(), &mut Vec::new());
+    let mut arena = Arena::new(&device, 0).expect("memory");
     let mut group = c.benchmark_group("matmul");
     for (m, n, k) in [(N, D, D), (N, 2 * D, D), (N, D, 2 * D), (12000, D, 2048)] {
         let (x, w, y) = (matrix(&device, keep, m, k), matrix(&device, keep, n, k), matrix(&device, keep, m, n));
@@ -75,7 +76,7 @@ fn products(c: &mut Criterion) {
         });
         let weight = [WeightGrad { dy: y, x, dw, db: None }];
         group.bench_function(BenchmarkId::new("backward weight", &shape), |b| {
-            b.iter(|| matmul::backward_weight(&device, &weight))
+            b.iter(|| matmul::backward_weight(&device, &mut arena, &weight))
         });
     }
 }
