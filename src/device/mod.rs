@@ -105,7 +105,7 @@ impl Device {
             Self::Cpu(_) => Buffer::host(bytes),
             Self::Cuda(cuda) => Buffer::cuda(cuda, bytes),
             #[cfg(feature = "emulator")]
-            Self::Emulator(_) => Buffer::host(bytes),
+            Self::Emulator(options) => Buffer::emulator(bytes, options.race),
             Self::Dry(_) => Ok(Buffer::imaginary(bytes)),
         }
     }

@@ -5,6 +5,8 @@ use std::marker::PhantomData;
 use cudarc::driver::{CudaSlice, DevicePtr};
 use memmap2::MmapMut;
 
+#[cfg(feature = "emulator")]
+use super::emulator::Registered;
 use super::{Cuda, Element};
 use crate::{Error, Result};
 
@@ -23,6 +25,11 @@ enum Owner {
     Gpu {
         _slice: CudaSlice<u8>,
     },
+    #[cfg(feature = "emulator")]
+    Emulator {
+        _range: Registered,
+        _pages: MmapMut,
+    },
     Nobody,
 }
 
@@ -35,6 +42,15 @@ impl Buffer {
         #[cfg(target_os = "linux")]
         let _ = pages.advise(memmap2::Advice::HugePage);
         Ok(Self { address: pages.as_mut_ptr() as usize, bytes, _owner: Owner::Pages { _pages: pages } })
+    }
+
+    /// Host memory that the emulator's kernels may touch; race mode asks for the range.
+    #[cfg(feature = "emulator")]
+    pub(super) fn emulator(bytes: usize, race: bool) -> Result<Self> {
+        let host = Self::host(bytes)?;
+        let (true, Owner::Pages { _pages }) = (race, host._owner) else { return Self::host(bytes) };
+        let _range = Registered::new(_pages.as_ptr().cast(), bytes)?;
+        Ok(Self { address: host.address, bytes, _owner: Owner::Emulator { _range, _pages } })
     }
 
     pub(super) fn cuda(cuda: &Cuda, bytes: usize) -> Result<Self> {

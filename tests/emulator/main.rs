@@ -4,6 +4,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod cox;
 mod layer_norm;
 mod probes;
 
