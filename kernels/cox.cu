@@ -35,7 +35,7 @@ struct Cox {
 };
 
 // Sums over a run of places; sum k belongs to the stratum (k = 0) or to the tie (k > 0), and starts anew where that starts.
-template <int N> struct alignas(16) Sums {  // 16: shared memory is read and written that wide
+template <int N> struct Sums {
   double v[N];
   uint32_t starts;  // bit 0: a stratum starts in the run, bit 1: a tie does
 };

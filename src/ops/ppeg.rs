@@ -81,8 +81,8 @@ pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Ppeg
     for p in problems {
         check(OP, (p.x, p.dx), p.side, &p.dkernels, &p.dbiases)?;
         p.dy.check(OP, "dy", &[p.x.rows(), p.x.cols()])?;
-        for i in 0..3 {
-            p.kernels[i].check(OP, "kernel", &[p.x.cols(), SIDES[i] * SIDES[i]])?;
+        for (kernel, side) in p.kernels.iter().zip(SIDES) {
+            kernel.check(OP, "kernel", &[p.x.cols(), side * side])?;
         }
         device.count(2.0 * flop(p.side, p.x.cols()));
     }

@@ -36,7 +36,7 @@ fn patients(name: &'static str, n: usize, times: usize, event: fn(usize) -> bool
 }
 
 fn small() -> Vec<Patients> {
-    let some = |i: usize| i % 3 == 0;
+    let some = |i: usize| i.is_multiple_of(3);
     let weights = |n| Some((0..n).map(|i| 0.5 + (i % 5) as f64).collect());
     vec![
         patients("one patient", 1, 1, |_| true),
@@ -55,7 +55,7 @@ fn small() -> Vec<Patients> {
 
 /// Several tiles, and several blocks.
 fn large() -> Vec<Patients> {
-    let some = |i: usize| i % 3 > 0;
+    let some = |i: usize| !i.is_multiple_of(3);
     vec![
         patients("a tile and one more", 1025, 400, some),
         patients("one tie over three blocks", 2500, 1, some),
