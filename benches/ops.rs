@@ -94,7 +94,7 @@ fn attention(c: &mut Criterion) {
             let shape = format!("{n}x{m}, dropout {rate}");
             group.throughput(Throughput::Elements((4 * n * m * D) as u64));
             group.bench_function(BenchmarkId::new("forward", &shape), |b| {
-                b.iter(|| attention::forward(&device, &[problem]))
+                b.iter(|| attention::forward(&device, &mut arena, &[problem]))
             });
             let (dout, dq) = (matrix(&device, keep, n, D), matrix(&device, keep, n, D));
             let (dk, dv) = (matrix(&device, keep, m, D), matrix(&device, keep, m, D));

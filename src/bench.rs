@@ -1,5 +1,7 @@
 //! What `cf-bench` measures.
 
+pub mod cases;
+
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};

@@ -176,7 +176,7 @@ pub(super) fn forward<T: Element>(
     matmul::forward(ctx.device, &projections)?;
 
     let problems: Vec<_> = layers.iter().zip(&saved).map(|(layer, saved)| layer.attention(ctx, saved)).collect();
-    attention::forward(ctx.device, &problems)?;
+    attention::forward(ctx.device, ctx.arena, &problems)?;
 
     let products = layers.iter().enumerate().map(|(g, layer)| {
         let out = ctx.linear::<T>(layer.out);

@@ -79,7 +79,7 @@ impl<T: Element> Attention<T> {
     }
 }
 
-pub fn forward<T: Element>(device: &Device, problems: &[Attention<T>]) -> Result<()> {
+pub fn forward<T: Element>(device: &Device, _arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
     for p in problems {
         p.check("attention forward")?;
     }
