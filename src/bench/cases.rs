@@ -2,7 +2,7 @@
 
 use crate::{
     Result,
-    device::{Arena, Buffer, Device, Element, Real, View, on_cpu},
+    device::{Arena, Buffer, Device, Element, Matrix, Real, Storage, View, on_cpu},
     ops::{
         Draw, Dropout,
         adam::{self, Adam, Arenas},
@@ -21,15 +21,59 @@ use crate::{
 pub struct Case {
     pub op: &'static str,
     pub shape: String,
+    /// Of the activations; f64 has no kernels and counts as f32.
+    pub storage: Storage,
     /// Operations (a multiply-add is two) and bytes of one run: each input read once, each output written once.
     pub flop: f64,
     pub bytes: f64,
-    run: Box<dyn Fn(&Device, &mut Arena) -> Result<()>>,
+    run: Box<dyn Fn(&Device, &mut Arena) -> Result<()> + Send + Sync>,
+    /// The same products for a BLAS, without epilogues.
+    pub products: Vec<Product>,
+}
+
+/// out = a b, row-major; `out` is `[m, n]`.
+#[derive(Clone, Copy)]
+pub struct Product {
+    pub a: Operand,
+    pub b: Operand,
+    pub out: Operand,
+    pub depth: usize,
+}
+
+#[derive(Clone, Copy)]
+pub struct Operand {
+    pub matrix: Matrix,
+    pub transposed: bool,
 }
 
 impl Case {
+    fn new<T: Element>(
+        op: &'static str,
+        shape: impl Into<String>,
+        flop: f64,
+        bytes: f64,
+        run: impl Fn(&Device, &mut Arena) -> Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        let storage = T::KERNELS.unwrap_or(Storage::F32);
+        Self { op, shape: shape.into(), storage, flop, bytes, run: Box::new(run), products: Vec::new() }
+    }
+
+    fn with_products(self, products: Vec<Product>) -> Self {
+        Self { products, ..self }
+    }
+
     pub fn run(&self, device: &Device, arena: &mut Arena) -> Result<()> {
         (self.run)(device, arena)
+    }
+}
+
+impl Operand {
+    fn plain(matrix: Matrix) -> Self {
+        Self { matrix, transposed: false }
+    }
+
+    fn transposed(self) -> Self {
+        Self { transposed: true, ..self }
     }
 }
 
@@ -100,13 +144,19 @@ fn products<T: Element>(
     ];
     for (name, rows, out, inner) in groups {
         let (mut forward, mut backward, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+        let mut plain = (Vec::new(), Vec::new(), Vec::new());
         for &m in &rows {
             let (x, y, w) = (make.matrix(m, inner)?, make.matrix(m, out)?, make.matrix(out, inner)?);
             let [bias] = make.rows(out)?;
             let (dw, [db]) = (make.matrix(out, inner)?, make.rows(out)?);
             let epilogue = Epilogue { bias: Some(bias), ..Default::default() };
+            let [plain_x, plain_y, plain_w]: [Operand; 3] = [x, y, w].map(|m: View<T>| Operand::plain(m.into()));
+            plain.0.push(Product { a: plain_x, b: plain_w.transposed(), out: plain_y, depth: inner });
+            plain.1.push(Product { a: plain_y, b: plain_w, out: plain_x, depth: out });
             forward.push(Matmul { a: x, b: w, out: y, epilogue });
             backward.push(Matmul::<T> { a: y, b: w, out: x, epilogue: Epilogue::default() });
+            let plain_dw = Operand::plain(dw.into());
+            plain.2.push(Product { a: plain_y.transposed(), b: plain_x, out: plain_dw, depth: m });
             weights.push(WeightGrad::<T> { dy: y, x, dw, db: Some(db) });
         }
         let total: usize = rows.iter().sum();
@@ -114,27 +164,24 @@ fn products<T: Element>(
         let bytes = (element * (total * (out + inner) + rows.len() * out * inner)) as f64;
         let weight_bytes = bytes + (rows.len() * out * inner * (2 * size_of::<T::Sum>() - element)) as f64;
         let shape = format!("{name}: {total} x {out} x {inner}");
-        cases.push(Case {
-            op: "matmul forward",
-            shape: shape.clone(),
-            flop,
-            bytes,
-            run: Box::new(move |device, _| matmul::forward(device, &forward)),
-        });
-        cases.push(Case {
-            op: "matmul backward input",
-            shape: shape.clone(),
-            flop,
-            bytes,
-            run: Box::new(move |device, _| matmul::backward_input(device, &backward)),
-        });
-        cases.push(Case {
-            op: "matmul backward weight",
-            shape,
-            flop,
-            bytes: weight_bytes,
-            run: Box::new(move |device, arena| matmul::backward_weight(device, arena, &weights)),
-        });
+        cases.push(
+            Case::new::<T>("matmul forward", shape.clone(), flop, bytes, move |device, _| {
+                matmul::forward(device, &forward)
+            })
+            .with_products(plain.0),
+        );
+        cases.push(
+            Case::new::<T>("matmul backward input", shape.clone(), flop, bytes, move |device, _| {
+                matmul::backward_input(device, &backward)
+            })
+            .with_products(plain.1),
+        );
+        cases.push(
+            Case::new::<T>("matmul backward weight", shape, flop, weight_bytes, move |device, arena| {
+                matmul::backward_weight(device, arena, &weights)
+            })
+            .with_products(plain.2),
+        );
     }
     Ok(())
 }
@@ -146,21 +193,21 @@ fn feed_forward<T: Element>(make: &mut Maker, n: usize, cases: &mut Vec<Case>) -
     let dropout = Dropout::new(Some(DRAW), 0, 0.3);
     let problem =
         Matmul { a, b, out, epilogue: Epilogue { bias: Some(bias), gelu: Some(pre), dropout, ..Default::default() } };
-    cases.push(Case {
-        op: "matmul forward",
-        shape: format!("ffn 1, bias + GELU + dropout: {n} x {} x {D}", 2 * D),
-        flop: 4.0 * (n * D * D) as f64,
-        bytes: (size_of::<T>() * (5 * n * D + 2 * D * D)) as f64,
-        run: Box::new(move |device, _| matmul::forward(device, &[problem])),
-    });
+    cases.push(Case::new::<T>(
+        "matmul forward",
+        format!("ffn 1, bias + GELU + dropout: {n} x {} x {D}", 2 * D),
+        4.0 * (n * D * D) as f64,
+        (size_of::<T>() * (5 * n * D + 2 * D * D)) as f64,
+        move |device, _| matmul::forward(device, &[problem]),
+    ));
     let recompute = Recompute { pre, dropout, out };
-    cases.push(Case {
-        op: "gelu recompute",
-        shape: format!("{n} x {}, dropout 0.3", 2 * D),
-        flop: 0.0,
-        bytes: (size_of::<T>() * 4 * n * D) as f64,
-        run: Box::new(move |device, _| gelu::recompute(device, &[recompute])),
-    });
+    cases.push(Case::new::<T>(
+        "gelu recompute",
+        format!("{n} x {}, dropout 0.3", 2 * D),
+        0.0,
+        (size_of::<T>() * 4 * n * D) as f64,
+        move |device, _| gelu::recompute(device, &[recompute]),
+    ));
     Ok(())
 }
 
@@ -191,21 +238,13 @@ fn attentions<T: Element>(
     // backward needs what forward wrote
     let first = forward.clone();
     let bytes = (size_of::<T>() * rows * D) as f64;
-    cases.push(Case {
-        op: "attention forward",
-        shape: shape.into(),
-        flop,
-        bytes,
-        run: Box::new(move |device, arena| attention::forward(device, arena, &forward)),
-    });
+    cases.push(Case::new::<T>("attention forward", shape, flop, bytes, move |device, arena| {
+        attention::forward(device, arena, &forward)
+    }));
     attention::forward(make.device, &mut Arena::new(make.device, ARENA)?, &first)?;
-    cases.push(Case {
-        op: "attention backward",
-        shape: shape.into(),
-        flop: 2.5 * flop,
-        bytes: 2.0 * bytes,
-        run: Box::new(move |device, arena| attention::backward(device, arena, &backward)),
-    });
+    cases.push(Case::new::<T>("attention backward", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
+        attention::backward(device, arena, &backward)
+    }));
     Ok(())
 }
 
@@ -226,20 +265,20 @@ fn convolutions<T: Element>(make: &mut Maker, side: usize, cases: &mut Vec<Case>
     }
     let (flop, element) = (2.0 * 49.0 * (3 * n * D) as f64, size_of::<T>());
     let shape = format!("3 x {side} x {side} x {D}");
-    cases.push(Case {
-        op: "ppeg forward",
-        shape: shape.clone(),
+    cases.push(Case::new::<T>(
+        "ppeg forward",
+        shape.clone(),
         flop,
-        bytes: (6 * n * D * element) as f64,
-        run: Box::new(move |device, arena| ppeg::forward(device, arena, &forward)),
-    });
-    cases.push(Case {
-        op: "ppeg backward",
+        (6 * n * D * element) as f64,
+        move |device, arena| ppeg::forward(device, arena, &forward),
+    ));
+    cases.push(Case::new::<T>(
+        "ppeg backward",
         shape,
-        flop: 2.0 * flop,
-        bytes: (9 * n * D * element) as f64,
-        run: Box::new(move |device, arena| ppeg::backward(device, arena, &backward)),
-    });
+        2.0 * flop,
+        (9 * n * D * element) as f64,
+        move |device, arena| ppeg::backward(device, arena, &backward),
+    ));
 
     let streams = [make.matrix(n, D)?, make.matrix(n, D)?, make.matrix(n, D)?];
     let dstreams = [make.matrix(n, D)?, make.matrix(n, D)?, make.matrix(n, D)?];
@@ -249,20 +288,20 @@ fn convolutions<T: Element>(make: &mut Maker, side: usize, cases: &mut Vec<Case>
     let problem = ConvFusion { streams, weights, grid: Grid::square(side), dropout, out };
     let grad = ConvFusionGrad { forward: problem, dout, dstreams, grads };
     let (flop, shape) = (flop / 3.0, format!("{side} x {side} x {D}, 3 streams"));
-    cases.push(Case {
-        op: "conv_fusion forward",
-        shape: shape.clone(),
+    cases.push(Case::new::<T>(
+        "conv_fusion forward",
+        shape.clone(),
         flop,
-        bytes: (7 * n * D / 2 * element) as f64,
-        run: Box::new(move |device, arena| conv_fusion::forward(device, arena, &problem)),
-    });
-    cases.push(Case {
-        op: "conv_fusion backward",
+        (7 * n * D / 2 * element) as f64,
+        move |device, arena| conv_fusion::forward(device, arena, &problem),
+    ));
+    cases.push(Case::new::<T>(
+        "conv_fusion backward",
         shape,
-        flop: 2.0 * flop,
-        bytes: (7 * n * D * element) as f64,
-        run: Box::new(move |device, arena| conv_fusion::backward(device, arena, &grad)),
-    });
+        2.0 * flop,
+        (7 * n * D * element) as f64,
+        move |device, arena| conv_fusion::backward(device, arena, &grad),
+    ));
     Ok(())
 }
 
@@ -285,28 +324,16 @@ fn rowwise<T: Element>(make: &mut Maker, n: usize, parameters: usize, cases: &mu
     let norm = Norm { x, stats, weight, bias, y };
     let shape = format!("{n} x {D}");
     let bytes = (2 * n * D * size_of::<T>()) as f64;
-    cases.push(Case {
-        op: "layer_norm forward",
-        shape: shape.clone(),
-        flop: 0.0,
-        bytes,
-        run: Box::new(move |device, _| layer_norm::forward(device, &[norm])),
-    });
+    cases.push(Case::new::<T>("layer_norm forward", shape.clone(), 0.0, bytes, move |device, _| {
+        layer_norm::forward(device, &[norm])
+    }));
     let grad = NormGrad { x, stats, weight, dy, dx, dweight, dbias };
-    cases.push(Case {
-        op: "layer_norm backward",
-        shape: shape.clone(),
-        flop: 0.0,
-        bytes: 1.5 * bytes,
-        run: Box::new(move |device, arena| layer_norm::backward(device, arena, &[grad])),
-    });
-    cases.push(Case {
-        op: "sum",
-        shape,
-        flop: 0.0,
-        bytes: 2.0 * bytes,
-        run: Box::new(move |device, _| elementwise::sum(device, &[x, dy, dx], y)),
-    });
+    cases.push(Case::new::<T>("layer_norm backward", shape.clone(), 0.0, 1.5 * bytes, move |device, arena| {
+        layer_norm::backward(device, arena, &[grad])
+    }));
+    cases.push(Case::new::<T>("sum", shape, 0.0, 2.0 * bytes, move |device, _| {
+        elementwise::sum(device, &[x, dy, dx], y)
+    }));
     let [params, grads, m, v] = make.rows::<T::Sum, 4>(parameters)?;
     let weights = match on_cpu::<_, View<T>>(&[params]) {
         Ok(same) => same[0],
@@ -317,13 +344,9 @@ fn rowwise<T: Element>(make: &mut Maker, n: usize, parameters: usize, cases: &mu
     // rate 0: a thousand runs must not wander off
     let settings = Adam { learning_rate: 0.0, weight_decay: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
     let moved = 8 * size_of::<T::Sum>() + size_of::<T>();
-    cases.push(Case {
-        op: "adam",
-        shape: format!("{parameters}"),
-        flop: 0.0,
-        bytes: (parameters * moved) as f64,
-        run: Box::new(move |device, _| adam::step::<T>(device, &settings, arenas, 1)),
-    });
+    cases.push(Case::new::<T>("adam", format!("{parameters}"), 0.0, (parameters * moved) as f64, move |device, _| {
+        adam::step::<T>(device, &settings, arenas, 1)
+    }));
     Ok(())
 }
 

@@ -162,6 +162,23 @@ impl Cuda {
         self.stream.synchronize().map_err(|e| self.failed("waiting for the GPU", e))
     }
 
+    /// Seconds that the device takes for what `work` launches, by its own clock.
+    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        let event = || self.stream.record_event(flags).map_err(|e| self.failed("recording an event", e));
+        let start = event()?;
+        work()?;
+        let end = event()?;
+        end.synchronize().map_err(|e| self.failed("waiting for the GPU", e))?;
+        let milliseconds = start.elapsed_ms(&end).map_err(|e| self.failed("reading the GPU's clock", e))?;
+        Ok(f64::from(milliseconds) * 1e-3)
+    }
+
+    /// The stream of all work, for other libraries' calls.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|e| self.failed("using the GPU", e))
     }

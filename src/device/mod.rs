@@ -52,6 +52,17 @@ impl Device {
         }
     }
 
+    /// What reports call it: "cpu, AVX-512", or a GPU's name.
+    pub fn description(&self) -> String {
+        match self {
+            Self::Cpu(cpu) => format!("cpu, {}, {} threads", cpu.instruction_set(), cpu.threads()),
+            Self::Cuda(cuda) => cuda.name().into(),
+            #[cfg(feature = "emulator")]
+            Self::Emulator(_) => "emulator".into(),
+            Self::Dry(_) => "plan".into(),
+        }
+    }
+
     /// A device that plans what this one will do.
     pub fn dry(&self) -> Self {
         Self::Dry(Dry::new(self.runs_kernels()))
