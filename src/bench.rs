@@ -3,6 +3,7 @@
 pub mod cases;
 mod ceilings;
 mod op;
+mod peer;
 
 use std::time::Instant;
 

@@ -2,11 +2,11 @@
 
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use half::bf16;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Precision, cases, cases::Case, ceilings, parse_bags};
+use super::{Precision, cases, cases::Case, ceilings, parse_bags, peer};
 use crate::{
     Error, Result,
     device::{Arena, Device, Element},
@@ -40,6 +40,9 @@ pub struct OpArguments {
     /// Timed runs of each, after one that warms up
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
+    /// A Python with PyTorch, to time that on the same work in the same run
+    #[arg(long, value_name = "PYTHON")]
+    peer: Option<String>,
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
@@ -65,6 +68,8 @@ struct Row {
     max_us: f64,
     gbs: f64,
     tflops: f64,
+    /// PyTorch, if asked for and if it has this op as one call.
+    peer_us: Option<f64>,
     /// cuBLAS on the same product without epilogue, where both are at hand.
     cublas_us: Option<f64>,
     /// The time of its operations at the measured peak, or of its bytes at the measured copy rate, whichever is longer, over the median.
@@ -87,14 +92,14 @@ pub fn op(arguments: &OpArguments) -> Result<()> {
         "{}: {:.2} TFLOP/s, {:.0} GB/s measured here",
         report.device, report.peak_tflops, report.copy_gbs
     ));
-    let head = ("op", "shape", "us", "min", "max", "GB/s", "TFLOP/s", "cuBLAS", "of roofline");
+    let head = ("op", "shape", "us", "min", "max", "GB/s", "TFLOP/s", "PyTorch", "cuBLAS", "of roofline");
     crate::say(format!(
-        "{:<24}{:<50}{:>11}{:>11}{:>11}{:>9}{:>9}{:>11}{:>13}",
-        head.0, head.1, head.2, head.3, head.4, head.5, head.6, head.7, head.8
+        "{:<24}{:<50}{:>11}{:>11}{:>11}{:>9}{:>9}{:>11}{:>11}{:>13}",
+        head.0, head.1, head.2, head.3, head.4, head.5, head.6, head.7, head.8, head.9
     ));
     for row in &report.ops {
         crate::say(format!(
-            "{:<24}{:<50}{:>11.1}{:>11.1}{:>11.1}{:>9.1}{:>9.2}{:>11}{:>11.0} %",
+            "{:<24}{:<50}{:>11.1}{:>11.1}{:>11.1}{:>9.1}{:>9.2}{:>11}{:>11}{:>11.0} %",
             row.op,
             row.shape,
             row.median_us,
@@ -102,11 +107,16 @@ pub fn op(arguments: &OpArguments) -> Result<()> {
             row.max_us,
             row.gbs,
             row.tflops,
-            row.cublas_us.map_or("-".into(), |us| format!("{us:.1}")),
+            microseconds(row.peer_us),
+            microseconds(row.cublas_us),
             100.0 * row.of_roofline
         ));
     }
     Ok(())
+}
+
+fn microseconds(time: Option<f64>) -> String {
+    time.map_or("-".into(), |us| format!("{us:.1}"))
 }
 
 fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Report> {
@@ -123,6 +133,10 @@ fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Repor
     if cases.is_empty() {
         return Err(Error::Usage(format!("there is no op {:?}; --all shows their names", arguments.ops)));
     }
+    let peer = match &arguments.peer {
+        Some(python) => peer_rows(python, arguments)?,
+        None => Vec::new(),
+    };
     let row = |case: &Case| {
         let times = times(device, &mut arena, case, arguments.repeat)?;
         let (median, min, max) = (times[times.len() / 2], times[0], times[times.len() - 1]);
@@ -134,6 +148,7 @@ fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Repor
             max_us: 1e6 * max,
             gbs: case.bytes / median / 1e9,
             tflops: case.flop / median / 1e12,
+            peer_us: peer.iter().find(|row| row.op == case.op && row.shape == case.shape).map(|row| row.median_us),
             cublas_us: ceilings::cublas(device, case, arguments.repeat)?.map(|seconds| 1e6 * seconds),
             of_roofline: (case.flop / peak).max(case.bytes / copy) / median,
         })
@@ -146,6 +161,27 @@ fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Repor
         copy_gbs: copy / 1e9,
         ops,
     })
+}
+
+/// A line of peer.py's.
+#[derive(Deserialize)]
+struct PeerRow {
+    op: String,
+    shape: String,
+    median_us: f64,
+}
+
+fn peer_rows(python: &str, arguments: &OpArguments) -> Result<Vec<PeerRow>> {
+    #[derive(Deserialize)]
+    struct Peer {
+        ops: Vec<PeerRow>,
+    }
+    let BagSizes { x5, x10, x20 } = arguments.bags;
+    let precision = arguments.precision.to_possible_value().map_or(String::new(), |value| value.get_name().into());
+    let (features, repeat) = (arguments.features.to_string(), arguments.repeat.to_string());
+    let bags = format!("{x5},{x10},{x20}");
+    let flags = ["op", "--bags", &bags, "--features", &features, "--precision", &precision, "--repeat", &repeat];
+    peer::run::<Peer>(python, &flags.map(String::from)).map(|peer| peer.ops)
 }
 
 /// Seconds of each run, ascending. On a GPU by its own clock, each after the L2 cache has been filled with something else.
