@@ -42,6 +42,22 @@ GPU_FN void dropout_fragment(const Dropout& dropout, uint32_t row, uint32_t bloc
   }
 }
 
+// Which of columns 32 block + 8 t .. + 8 of a row are kept, bit by bit, for thread t of a quad. Each thread of the quad draws once, as a
+// fragment holds the columns, and the quad exchanges what it drew: the whole warp must call.
+GPU_FN uint32_t dropout_kept_eight(const Dropout& dropout, uint32_t row, uint32_t block) {
+  const int lane = int(threadIdx.x) % 32, t = lane % 4;
+  const PhiloxWords draws = philox(dropout, row, block * 4 + uint32_t(t));
+  uint32_t mine = 0, kept = 0;
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    mine |= uint32_t((draws.word[w] & 0xffffu) >= dropout.threshold) << (2 * w);
+    mine |= uint32_t((draws.word[w] >> 16) >= dropout.threshold) << (2 * w + 1);
+  }
+#pragma unroll
+  for (int s = 0; s < 4; s++) kept |= (__shfl_sync(0xffffffffu, mine, (lane & ~3) + s) >> (2 * t) & 3u) << (2 * s);
+  return kept;
+}
+
 // One element's factor, for kernels that are not made of such fragments.
 GPU_FN float dropout_factor(const Dropout& dropout, uint32_t row, uint32_t col) {
   const PhiloxWords draws = philox(dropout, row, col / 32 * 4 + col / 2 % 4);

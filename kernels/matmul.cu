@@ -12,6 +12,7 @@
 // backward_weight sums over m, which is long: `splits` blocks share a tile, each writes its sum to scratch, and a second
 // kernel adds those in order. The same bits on every run.
 #include "dropout.cuh"
+#include "eight.cuh"
 #include "tile.cuh"
 
 namespace {
@@ -157,27 +158,6 @@ template <Layout LAYOUT, int BM, int BN, int WARPS_M, int WARPS_N> struct Produc
   }
 };
 
-GPU_FN void load_eight(const real* from, float (&v)[8]) {
-#pragma unroll
-  for (int p = 0; p < 8 / kRealsPerPack; p++) {
-    const auto pack = ::load<kRealsPerPack>(from + p * kRealsPerPack);
-#pragma unroll
-    for (int e = 0; e < kRealsPerPack; e++) v[p * kRealsPerPack + e] = float(pack.v[e]);
-  }
-}
-GPU_FN void store_eight(real* to, const float (&v)[8]) {
-#pragma unroll
-  for (int p = 0; p < 8 / kRealsPerPack; p++) {
-    Pack<real, kRealsPerPack> pack;
-#pragma unroll
-    for (int e = 0; e < kRealsPerPack; e++) pack.v[e] = real(v[p * kRealsPerPack + e]);
-    ::store<kRealsPerPack>(to + p * kRealsPerPack, pack);
-  }
-}
-
-GPU_FN float normal_cdf(float x) { return 0.5f + 0.5f * erff(x * 0.70710678118654752f); }
-GPU_FN float gelu_derivative(float x) { return normal_cdf(x) + x * 0.39894228040143268f * expf(-0.5f * x * x); }
-
 template <class P> GPU_FN void finish(const P& product, const Problem& p) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
   const int column0 = product.n0 + warp % P::kWarpsN * 32, column = column0 + 8 * t;
@@ -188,20 +168,7 @@ template <class P> GPU_FN void finish(const P& product, const Problem& p) {
       const int row = product.m0 + warp / P::kWarpsN * (16 * P::kM) + 16 * i + 8 * h + g;
       float v[8];
       product.exchange(i, h, v);
-      uint32_t keep = 0xff;  // bit s of column 8 t + s
-      if (p.dropout.threshold) {
-        // drawn as a fragment holds it, one call a row, then exchanged like the accumulators
-        const PhiloxWords draws = philox(p.dropout, uint32_t(row), uint32_t(column0 / 32 * 4 + t));
-        uint32_t mine = 0;
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-          mine |= uint32_t((draws.word[w] & 0xffffu) >= p.dropout.threshold) << (2 * w);
-          mine |= uint32_t((draws.word[w] >> 16) >= p.dropout.threshold) << (2 * w + 1);
-        }
-        keep = 0;
-#pragma unroll
-        for (int s = 0; s < 4; s++) keep |= (__shfl_sync(0xffffffffu, mine, (lane & ~3) + s) >> (2 * t) & 3u) << (2 * s);
-      }
+      const uint32_t keep = p.dropout.threshold ? dropout_kept_eight(p.dropout, uint32_t(row), uint32_t(column0 / 32)) : 0xffu;
       if (row >= p.out.rows || column >= p.out.cols) continue;
       float x[8];
       if (p.accumulate) {

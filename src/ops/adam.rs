@@ -1,8 +1,10 @@
 //! Adam with L2 weight decay (Kingma & Ba 2015, algorithm 1; the decay is added to the gradient, not decoupled), over a whole arena.
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::{
-    Result,
-    device::{Cpu, Device, Element, Real, View, on_cpu},
+    Error, Result,
+    device::{Arg, Cpu, Device, Element, Launch, Real, Storage, View, on_cpu, storage},
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -38,14 +40,71 @@ pub fn step<T: Element>(device: &Device, adam: &Adam, arenas: Arenas<T>, step: u
     if let Some(cpu) = device.cpu() {
         cpu_step::<T::Sum>(cpu, adam, on_cpu(&[arenas])?[0], step);
     }
+    if device.runs_kernels() {
+        if !n.is_multiple_of(4) {
+            return Err(Error::Usage(format!("adam: an arena of {n} elements, a kernel takes a multiple of 4")));
+        }
+        device.launch(launch(storage::<T>()?, adam, &arenas, step))?;
+    }
     Ok(())
+}
+
+/// The rate, and what the second moment's root is multiplied by, corrected for the moments' start at 0.
+fn corrected(adam: &Adam, step: u64) -> (f64, f64) {
+    let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+    (adam.learning_rate / correction(adam.beta1), 1.0 / correction(adam.beta2).sqrt())
+}
+
+/// `Adam` of kernels/adam.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct KernelAdam {
+    params: u64,
+    grads: u64,
+    m: u64,
+    v: u64,
+    weights: u64,
+    n: u64,
+    rate: f32,
+    unbias: f32,
+    beta1: f32,
+    beta2: f32,
+    decay: f32,
+    epsilon: f32,
+}
+
+fn launch<T: Element>(storage: Storage, adam: &Adam, arenas: &Arenas<T>, step: u64) -> Option<Launch> {
+    const THREADS: usize = 256;
+    let n = arenas.params.cols();
+    let (rate, unbias) = corrected(adam, step);
+    let kernel = KernelAdam {
+        params: arenas.params.address(),
+        grads: arenas.grads.address(),
+        m: arenas.m.address(),
+        v: arenas.v.address(),
+        weights: arenas.weights.address(),
+        n: n as u64,
+        rate: rate as f32,
+        unbias: unbias as f32,
+        beta1: adam.beta1 as f32,
+        beta2: adam.beta2 as f32,
+        decay: adam.weight_decay as f32,
+        epsilon: adam.epsilon as f32,
+    };
+    (n > 0).then(|| Launch {
+        kernel: "adam_step",
+        storage,
+        grid: [n.div_ceil(4 * THREADS) as u32, 1, 1],
+        block: [THREADS as u32, 1, 1],
+        shared_bytes: 0,
+        args: vec![Arg::new(kernel)],
+    })
 }
 
 fn cpu_step<T: Real>(cpu: &Cpu, adam: &Adam, state: Arenas<T>, step: u64) {
     let n = state.params.cols();
-    let correction = |beta: f64| 1.0 - beta.powf(step as f64);
-    let rate = T::of(adam.learning_rate / correction(adam.beta1));
-    let unbias = T::of(1.0 / correction(adam.beta2).sqrt());
+    let (rate, unbias) = corrected(adam, step);
+    let (rate, unbias) = (T::of(rate), T::of(unbias));
     let (beta1, beta2, decay, epsilon) =
         (T::of(adam.beta1), T::of(adam.beta2), T::of(adam.weight_decay), T::of(adam.epsilon));
     const CHUNK: usize = 1 << 15;

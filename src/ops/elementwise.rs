@@ -1,9 +1,11 @@
 //! Sums of tensors and dropout's backward.
 
-use super::{Dropout, for_rows};
+use bytemuck::{Pod, Zeroable};
+
+use super::{Dropout, dropout::KernelDropout, for_rows, gelu::Recompute};
 use crate::{
-    Result,
-    device::{Cpu, Device, Element, Real, View, on_cpu},
+    Error, Result,
+    device::{Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View, on_cpu, storage},
 };
 
 /// out = the sum of the terms, all `[m, n]`; out may be one of them.
@@ -14,6 +16,15 @@ pub fn sum<T: Element>(device: &Device, terms: &[View<T>], out: View<T>) -> Resu
     if let Some(cpu) = device.cpu() {
         cpu_sum::<T::Sum>(cpu, &on_cpu(terms)?, on_cpu(&[out])?[0]);
     }
+    if device.runs_kernels() {
+        if terms.len() > TERMS {
+            return Err(Error::Usage(format!("sum: {} terms, a kernel takes at most {TERMS}", terms.len())));
+        }
+        let mut term = [Matrix::zeroed(); TERMS];
+        term.iter_mut().zip(terms).for_each(|(place, &x)| *place = x.into());
+        let sum = KernelSum { term, out: out.into(), terms: terms.len() as i32, padding: 0 };
+        device.launch(launch("elementwise_sum", storage::<T>()?, &[out.into()], vec![Arg::new(sum)]))?;
+    }
     Ok(())
 }
 
@@ -22,6 +33,10 @@ pub fn accumulate<T: Element>(device: &Device, x: View<T>, sums: View<T::Sum>) -
     x.check("accumulate", "x", &[sums.rows(), sums.cols()])?;
     if let Some(cpu) = device.cpu() {
         cpu_sum(cpu, &[sums, on_cpu(&[x])?[0]], sums);
+    }
+    if device.runs_kernels() {
+        let args = vec![Arg::new(Matrix::from(x)), Arg::new(Matrix::from(sums))];
+        device.launch(launch("elementwise_accumulate", storage::<T>()?, &[x.into()], args))?;
     }
     Ok(())
 }
@@ -56,6 +71,10 @@ pub fn dropout<T: Element>(device: &Device, x: View<T>, dropout: Dropout, out: V
     if let Some(cpu) = device.cpu() {
         cpu_dropout::<T::Sum>(cpu, on_cpu(&[x])?[0], dropout, on_cpu(&[out])?[0]);
     }
+    if device.runs_kernels() {
+        let map = KernelMap { x: x.into(), out: out.into(), dropout: Some(dropout).into() };
+        device.launch(map_launches("elementwise_dropout", storage::<T>()?, &[map]))?;
+    }
     Ok(())
 }
 
@@ -73,16 +92,74 @@ fn cpu_dropout<T: Real>(cpu: &Cpu, x: View<T>, dropout: Dropout, out: View<T>) {
     );
 }
 
-/// Fills with zeros.
-pub fn zero<T: Element>(device: &Device, out: View<T>) -> Result<()> {
+/// Fills sums with zeros.
+pub fn zero<T: Real>(device: &Device, out: View<T>) -> Result<()> {
     if let Some(cpu) = device.cpu() {
         // SAFETY: the view is live, and each row is one task's.
         for_rows(
             cpu,
             out.rows(),
             #[inline(always)]
-            |i| unsafe { out.row_mut(i) }.fill(T::default()),
+            |i| unsafe { out.row_mut(i) }.fill(T::ZERO),
         );
     }
+    if device.runs_kernels() {
+        let args = vec![Arg::new(Matrix::from(out))];
+        device.launch(launch("elementwise_zero", Storage::F32, &[out.into()], args))?;
+    }
     Ok(())
+}
+
+/// [`super::gelu::recompute`] by kernels.
+pub(super) fn recompute_launches<T: Element>(storage: Storage, problems: &[Recompute<T>]) -> Vec<Launch> {
+    let map = |p: &Recompute<T>| KernelMap { x: p.pre.into(), out: p.out.into(), dropout: p.dropout.into() };
+    map_launches("elementwise_gelu", storage, &problems.iter().map(map).collect::<Vec<_>>())
+}
+
+// ---- kernels/elementwise.cu: a thread for eight columns ----------------------------------------------------------
+
+// As in the kernel.
+const THREADS: usize = 256;
+const TERMS: usize = 4;
+const PROBLEMS: usize = 4;
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct KernelSum {
+    term: [Matrix; TERMS],
+    out: Matrix,
+    terms: i32,
+    padding: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct KernelMap {
+    x: Matrix,
+    out: Matrix,
+    dropout: KernelDropout,
+}
+
+fn map_launches(kernel: &'static str, storage: Storage, problems: &[KernelMap]) -> Vec<Launch> {
+    let launches = problems.chunks(PROBLEMS).map(|problems| {
+        let mut table = [KernelMap::zeroed(); PROBLEMS];
+        table[..problems.len()].copy_from_slice(problems);
+        let outs: Vec<_> = problems.iter().map(|p| p.out).collect();
+        launch(kernel, storage, &outs, vec![Arg::new(table)])
+    });
+    launches.flatten().collect()
+}
+
+/// A kernel over all pieces of eight columns of each matrix; none where there is nothing to do.
+fn launch(kernel: &'static str, storage: Storage, over: &[Matrix], args: Vec<Arg>) -> Option<Launch> {
+    let threads = |m: &Matrix| m.rows as usize * (m.cols as usize).div_ceil(32) * 4;
+    let blocks = over.iter().map(threads).max().unwrap_or(0).div_ceil(THREADS);
+    (blocks > 0).then_some(Launch {
+        kernel,
+        storage,
+        grid: [blocks as u32, over.len() as u32, 1],
+        block: [THREADS as u32, 1, 1],
+        shared_bytes: 0,
+        args,
+    })
 }

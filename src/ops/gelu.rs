@@ -3,7 +3,7 @@
 use super::Dropout;
 use crate::{
     Result,
-    device::{Device, Element, Real, View, on_cpu},
+    device::{Device, Element, Real, View, on_cpu, storage},
 };
 
 #[inline(always)]
@@ -53,6 +53,9 @@ pub fn recompute<T: Element>(device: &Device, problems: &[Recompute<T>]) -> Resu
                 },
             );
         }
+    }
+    if device.runs_kernels() {
+        device.launch(super::elementwise::recompute_launches(storage::<T>()?, problems))?;
     }
     Ok(())
 }

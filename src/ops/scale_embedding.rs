@@ -2,9 +2,11 @@
 //!
 //! Shapes: weight `[out, d]`, bias and folded `[1, out]`, embedding `[1, d]`.
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::{
     Result,
-    device::{Cpu, Device, Element, Real, View, cpu::real::sum, on_cpu},
+    device::{Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View, cpu::real::sum, on_cpu, storage},
 };
 
 #[derive(Clone, Copy)]
@@ -37,6 +39,9 @@ pub fn forward<T: Element>(device: &Device, problems: &[Fold<T>]) -> Result<()> 
     }
     if let Some(cpu) = device.cpu() {
         on_cpu::<_, Fold<T::Sum>>(problems)?.iter().for_each(|p| cpu_forward(cpu, p));
+    }
+    if device.runs_kernels() {
+        device.launch(forward_launches(storage::<T>()?, problems))?;
     }
     Ok(())
 }
@@ -77,6 +82,9 @@ pub fn backward<T: Element>(device: &Device, problems: &[FoldGrad<T>]) -> Result
     if let Some(cpu) = device.cpu() {
         on_cpu::<_, FoldGrad<T::Sum>>(problems)?.iter().for_each(|p| cpu_backward(cpu, p));
     }
+    if device.runs_kernels() {
+        device.launch(backward_launches(storage::<T>()?, problems))?;
+    }
     Ok(())
 }
 
@@ -100,4 +108,89 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: &FoldGrad<T>) {
             }
         },
     );
+}
+
+// ---- kernels/scale_embedding.cu ----------------------------------------------------------------------------------
+
+// As in the kernel.
+const PROBLEMS: usize = 4;
+const WARPS: usize = 8;
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct KernelFold {
+    weight: Matrix,
+    bias: u64,
+    embedding: u64,
+    folded: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct KernelFoldGrad {
+    weight: Matrix,
+    embedding: u64,
+    dfolded: u64,
+    dweight: Matrix,
+    dbias: u64,
+    dembedding: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct GradTable {
+    problem: [KernelFoldGrad; PROBLEMS],
+    count: i32,
+    padding: i32,
+}
+
+fn forward_launches<T: Element>(storage: Storage, problems: &[Fold<T>]) -> Vec<Launch> {
+    let launch = |problems: &[Fold<T>]| {
+        let mut table = [KernelFold::zeroed(); PROBLEMS];
+        for (place, p) in table.iter_mut().zip(problems) {
+            let (bias, embedding, folded) = (p.bias.address(), p.embedding.address(), p.folded.address());
+            *place = KernelFold { weight: p.weight.into(), bias, embedding, folded };
+        }
+        let rows = problems.iter().map(|p| p.weight.rows()).max().unwrap_or(0);
+        let grid = [rows.div_ceil(WARPS) as u32, problems.len() as u32, 1];
+        let args = vec![Arg::new(table)];
+        Launch {
+            kernel: "scale_embedding_forward",
+            storage,
+            grid,
+            block: [32 * WARPS as u32, 1, 1],
+            shared_bytes: 0,
+            args,
+        }
+    };
+    problems.chunks(PROBLEMS).map(launch).collect()
+}
+
+fn backward_launches<T: Element>(storage: Storage, problems: &[FoldGrad<T>]) -> Vec<Launch> {
+    let launch = |problems: &[FoldGrad<T>]| {
+        let mut table =
+            GradTable { problem: [KernelFoldGrad::zeroed(); PROBLEMS], count: problems.len() as i32, padding: 0 };
+        for (place, p) in table.problem.iter_mut().zip(problems) {
+            *place = KernelFoldGrad {
+                weight: p.weight.into(),
+                embedding: p.embedding.address(),
+                dfolded: p.dfolded.address(),
+                dweight: p.dweight.into(),
+                dbias: p.dbias.address(),
+                dembedding: p.dembedding.address(),
+            };
+        }
+        let cols = problems.iter().map(|p| p.weight.cols()).max().unwrap_or(0);
+        let grid = [cols.div_ceil(32) as u32, 1, 1];
+        let args = vec![Arg::new(table)];
+        Launch {
+            kernel: "scale_embedding_backward",
+            storage,
+            grid,
+            block: [32 * WARPS as u32, 1, 1],
+            shared_bytes: 0,
+            args,
+        }
+    };
+    problems.chunks(PROBLEMS).map(launch).collect()
 }

@@ -82,6 +82,15 @@ impl<T: Element> Bed<'_, T> {
         view
     }
 
+    /// What holds `sums` rounded to `T`: the same memory where nothing is rounded, else an output.
+    pub fn rounded(&mut self, sums: View<T::Sum>) -> View<T> {
+        let same: Box<dyn std::any::Any> = Box::new(sums);
+        match same.downcast::<View<T>>() {
+            Ok(same) => *same,
+            Err(_) => self.output("rounded", sums.rows(), sums.cols()),
+        }
+    }
+
     /// Sums that the op adds to: not zero before.
     pub fn accumulated(&mut self, name: &str, rows: usize, cols: usize) -> View<T::Sum> {
         let values = fill(name, rows * cols, Law { offset: 0.0, scale: 1.0 });

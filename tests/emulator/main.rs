@@ -7,6 +7,8 @@ mod bed;
 #[path = "../common/mod.rs"]
 mod common;
 mod cox;
+mod elementwise;
+mod head;
 mod layer_norm;
 mod matmul;
 mod probes;

@@ -1,0 +1,153 @@
+// head.cu -- the class token's final norm, logits, survival loss, and the way back (src/ops/head.rs). One block each.
+//
+// forward   normed [d] = LayerNorm(x [d]), stats (mean, rstd),  logits [classes] f32 = W normed + b,  W [classes, d]
+// loss      hazards, survival, risk and loss of the logits, and the loss's gradient in them, in f64 (src/loss/mod.rs)
+// backward  dW += dlogits normed^T,  db += dlogits,  dnormed = dlogits W,  then LayerNorm's gradients (layer_norm.cu)
+#include "gpu.cuh"
+
+namespace {
+constexpr int kWarps = 8, kThreads = 32 * kWarps, kMostClasses = 32;  // as in src/ops/head.rs
+constexpr float kEpsilon = 1e-5f;
+
+struct Head {
+  const real *x, *norm_weight, *norm_bias;
+  float* stats;
+  real* normed;
+  Matrix<const real> weight;
+  const real* bias;
+  float* logits;
+};
+struct HeadGrad {
+  Head head;
+  const float* dlogits;
+  real* dx;
+  float *dnorm_weight, *dnorm_bias;
+  Matrix<float> dweight;
+  float* dbias;
+};
+struct Loss {
+  const float* logits;
+  float* dlogits;
+  double* result;  // loss, risk
+  double alpha, share;  // the gradient is that of share * loss
+  int32_t classes, label, censored, cross_entropy;
+};
+
+// A column of the norm's output, not rounded.
+GPU_FN float normed(const Head& p, int c, float mean, float rstd) {
+  return (float(p.x[c]) - mean) * rstd * float(p.norm_weight[c]) + float(p.norm_bias[c]);
+}
+
+// The sum over the block, in every thread.
+GPU_FN float block_sum(float x, float (&shared)[kWarps]) {
+  x = warp_sum(x);
+  __syncthreads();  // `shared` may still be in use
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0.f;
+  for (int w = 0; w < kWarps; w++) sum += shared[w];
+  return sum;
+}
+
+constexpr double kLeast = 1e-7;  // probabilities below are taken for it, and no gradient flows
+GPU_FN double log_clamped(double p) { return log(p < kLeast ? kLeast : p); }
+GPU_FN double inverse(double p) { return p < kLeast ? 0.0 : 1.0 / p; }
+}  // namespace
+
+KERNEL(head_forward, kThreads, const Head p) {
+  SHARED_ARRAY(float, shared, [kWarps]);
+  const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, d = p.weight.cols;
+  float sum = 0.f;
+  for (int c = thread; c < d; c += kThreads) sum += float(p.x[c]);
+  const float mean = block_sum(sum, shared) / float(d);
+  float squares = 0.f;
+  for (int c = thread; c < d; c += kThreads) {
+    const float centred = float(p.x[c]) - mean;
+    squares += centred * centred;
+  }
+  const float rstd = 1.f / sqrtf(block_sum(squares, shared) / float(d) + kEpsilon);
+  if (thread == 0) {
+    p.stats[0] = mean;
+    p.stats[1] = rstd;
+  }
+  for (int c = thread; c < d; c += kThreads) p.normed[c] = real(normed(p, c, mean, rstd));
+  for (int i = warp; i < p.weight.rows; i += kWarps) {
+    float logit = 0.f;
+    for (int c = lane; c < d; c += 32) logit += normed(p, c, mean, rstd) * float(p.weight.row(i)[c]);
+    logit = warp_sum(logit);
+    if (lane == 0) p.logits[i] = logit + float(p.bias[i]);
+  }
+}
+
+KERNEL(head_loss, 32, const Loss p) {
+  SHARED_ARRAY(double, hazards, [kMostClasses]);
+  SHARED_ARRAY(double, survival, [kMostClasses]);
+  if (threadIdx.x > 0) return;
+  double s = 1.0, sum = 0.0;
+  for (int t = 0; t < p.classes; t++) {
+    hazards[t] = 1.0 / (1.0 + exp(-double(p.logits[t])));
+    survival[t] = s *= 1.0 - hazards[t];
+    sum += s;
+  }
+  const int y = p.label;
+  const double alpha = p.alpha, before = y == 0 ? 1.0 : survival[y - 1];
+  double value, dhazard = 0.0, dsurvival = 0.0, dbefore = 0.0;  // gradients in h_y, S_y, S_{y-1}
+  if (p.censored) {
+    value = (alpha - 1.0) * log_clamped(survival[y]);
+    dsurvival = (alpha - 1.0) * inverse(survival[y]);
+  } else if (!p.cross_entropy) {
+    value = -log_clamped(before) - log_clamped(hazards[y]);
+    dhazard = -inverse(hazards[y]);
+    dbefore = -inverse(before);
+  } else {
+    value = (1.0 - alpha) * -log_clamped(1.0 - survival[y]) + alpha * (-log(before + kLeast) - log_clamped(hazards[y]));
+    dsurvival = (1.0 - alpha) * inverse(1.0 - survival[y]);
+    dhazard = -alpha * inverse(hazards[y]);
+    dbefore = -alpha / (before + kLeast);
+  }
+  p.result[0] = value;
+  p.result[1] = -sum;
+  // back through S_t = S_{t-1} (1 - h_t) and the sigmoid
+  double carried = 0.0;
+  for (int t = p.classes - 1; t >= 0; t--) {
+    double gradient = 0.0;
+    if (t <= y) {
+      carried += (t == y ? dsurvival : 0.0) + (t + 1 == y ? dbefore : 0.0);
+      gradient = ((t == y ? dhazard : 0.0) - carried * (t == 0 ? 1.0 : survival[t - 1])) * hazards[t] * (1.0 - hazards[t]);
+      carried *= 1.0 - hazards[t];
+    }
+    p.dlogits[t] = float(p.share * gradient);
+  }
+}
+
+KERNEL(head_backward, kThreads, const HeadGrad p) {
+  SHARED_ARRAY(float, shared, [kWarps]);
+  SHARED_ARRAY(float, dlogits, [kMostClasses]);
+  const Head& head = p.head;
+  const int thread = int(threadIdx.x), d = head.weight.cols, classes = head.weight.rows;
+  if (thread < classes) {
+    dlogits[thread] = p.dlogits[thread];
+    p.dbias[thread] += p.dlogits[thread];
+  }
+  __syncthreads();
+  const float mean = head.stats[0], rstd = head.stats[1];
+  const auto dnormed = [&](int c) {
+    float sum = 0.f;
+    for (int i = 0; i < classes; i++) sum += dlogits[i] * float(head.weight.row(i)[c]);
+    return sum;
+  };
+  float sum_g = 0.f, sum_gx = 0.f;
+  for (int c = thread; c < d; c += kThreads) {
+    const float g = dnormed(c), x_hat = (float(head.x[c]) - mean) * rstd, gw = g * float(head.norm_weight[c]);
+    p.dnorm_weight[c] += g * x_hat;
+    p.dnorm_bias[c] += g;
+    for (int i = 0; i < classes; i++) p.dweight.row(i)[c] += dlogits[i] * normed(head, c, mean, rstd);
+    sum_g += gw;
+    sum_gx += gw * x_hat;
+  }
+  const float mean_g = block_sum(sum_g, shared) / float(d), mean_gx = block_sum(sum_gx, shared) / float(d);
+  for (int c = thread; c < d; c += kThreads) {
+    const float x_hat = (float(head.x[c]) - mean) * rstd;
+    p.dx[c] = real(rstd * (dnormed(c) * float(head.norm_weight[c]) - mean_g - x_hat * mean_gx));
+  }
+}
