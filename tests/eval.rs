@@ -13,11 +13,15 @@ use crossfusion::{
     },
     device::Device,
     eval::{self, Checkpoint},
+    survival::Bootstrap,
     train::{
         config::RunConfig,
         run::{self, Run},
     },
 };
+
+/// Few replicates: most tests are not about them.
+const PLAN: Bootstrap = Bootstrap { replicates: 40, seed: 0, level: 0.95 };
 
 fn device() -> Device {
     Device::from_name("cpu", 1).unwrap()
@@ -103,7 +107,7 @@ fn concordance(rows: &[&Row]) -> f64 {
 #[test]
 fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
     let (folder, config) = trained();
-    let summary = eval::evaluate_run(folder, device()).unwrap();
+    let summary = eval::evaluate_run(folder, device(), PLAN).unwrap();
     let (rows, metrics) = (predictions(folder), run::read_metrics(folder).unwrap());
     assert_eq!((rows.len(), summary.slides, summary.patients), (172, 172, 150));
     let mut c = Vec::new();
@@ -131,16 +135,16 @@ fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
 #[test]
 fn a_checkpoint_alone_predicts_what_its_run_does() {
     let (run, config) = copy_of_trained("checkpoint");
-    eval::evaluate_run(&run, device()).unwrap();
+    eval::evaluate_run(&run, device(), PLAN).unwrap();
     let path = run.join("fold_0/best.safetensors");
     let mut checkpoint =
         Checkpoint { path: &path, source: config.source(), split: Some((&config.splits, 0)), heads: 99 };
-    eval::evaluate_checkpoint(&checkpoint, &run.join("alone"), device()).unwrap();
+    eval::evaluate_checkpoint(&checkpoint, &run.join("alone"), device(), PLAN).unwrap();
     let risks = |folder: &Path| predictions(folder).into_iter().map(|row| (row.slide, row.risk)).collect::<Vec<_>>();
     assert_eq!(risks(&run.join("alone")), risks(&run));
 
     checkpoint.split = None;
-    let summary = eval::evaluate_checkpoint(&checkpoint, &run.join("all"), device()).unwrap();
+    let summary = eval::evaluate_checkpoint(&checkpoint, &run.join("all"), device(), PLAN).unwrap();
     assert_eq!((summary.slides, summary.folds.len()), (172, 1));
 }
 
@@ -156,13 +160,14 @@ fn an_unfinished_run_and_a_cohort_without_events_give_notes() {
     };
     std::fs::write(&config.clinical, text.lines().map(censor).collect::<String>()).unwrap();
     std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
-    let summary = eval::evaluate_run(&run, device()).unwrap();
+    let summary = eval::evaluate_run(&run, device(), PLAN).unwrap();
     assert_eq!((summary.c_index_mean, &summary.log_rank, summary.events), (None, &None, 0));
     let notes = summary.notes.join("\n");
     for part in ["Fold 1 has no model yet", "Fold 0 has no C-index: none of", "There is no log-rank test"] {
         assert!(notes.contains(part), "{notes}");
     }
-    for file in ["report.html", "km.svg", "km.png", "predictions.csv", "summary.json"] {
+    for file in ["report.html", "figures/km.svg", "figures/km.png", "figures/km.csv", "predictions.csv", "summary.json"]
+    {
         assert!(run.join(file).is_file(), "{file} is missing");
     }
 }
@@ -196,7 +201,7 @@ fn published_checkpoints_predict() {
     let source = Source { clinical: &clinical, manifest: None, pt_dir: &folder, backbone: "backbone" };
     let [plain, parallel] = files.map(|path| {
         let checkpoint = Checkpoint { path: &path, source: source.clone(), split: None, heads: 4 };
-        eval::evaluate_checkpoint(&checkpoint, &folder, device()).unwrap();
+        eval::evaluate_checkpoint(&checkpoint, &folder, device(), PLAN).unwrap();
         predictions(&folder).into_iter().map(|row| row.risk).collect::<Vec<_>>()
     });
     assert_eq!(plain, parallel);
@@ -208,12 +213,12 @@ fn what_cannot_be_evaluated_is_said() {
     let (run, config) = copy_of_trained("refused");
     let said =
         |result: crossfusion::Result<_>| result.map(|_: crossfusion::report::Summary| ()).unwrap_err().to_string();
-    let error = said(eval::evaluate_run(&run.join("fold_0"), device()));
+    let error = said(eval::evaluate_run(&run.join("fold_0"), device(), PLAN));
     assert!(error.contains("is not a run folder"), "{error}");
 
     let path = run.join("metrics.jsonl");
     let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: 4 };
-    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device()));
+    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), PLAN));
     assert!(error.contains("metrics.jsonl"), "{error}");
 
     // features of another width
@@ -226,7 +231,7 @@ fn what_cannot_be_evaluated_is_said() {
     let source = Source { pt_dir: &pt_dir, backbone: "narrow", ..config.source() };
     let path = run.join("fold_0/best.safetensors");
     let checkpoint = Checkpoint { path: &path, source, split: None, heads: 4 };
-    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device()));
+    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), PLAN));
     assert!(error.contains("best.safetensors: takes features of width 64, but narrow's are 8"), "{error}");
     assert!(!run.join("out").exists(), "nothing is left behind");
 }

@@ -298,6 +298,7 @@ fn plot(comparison: &Comparison) -> Result<Plot> {
     ];
     Ok(Plot {
         name: "compare".into(),
+        title: "",
         figure: forest::figure(&forest, &rows),
         csv: table(&heads, comparison.rows.iter().map(cells).collect())?,
         caption: String::new(),

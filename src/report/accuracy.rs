@@ -99,7 +99,7 @@ pub struct Accuracy {
     pub c_index_pooled: Estimate,
     /// One-sided p of the pooled C-index: risks dealt anew within folds. No interval.
     pub c_index_permutation_p: Estimate,
-    /// The last time that Uno's C and the AUC look at: a tenth of the rows are followed longer. Months.
+    /// The last time that Uno's C and the AUC look at: a tenth of the patients are followed longer. Months.
     pub horizon: f64,
     /// Events before the horizon.
     pub uno_c: Estimate,
@@ -112,15 +112,31 @@ const AUC_TIMES: usize = 16;
 /// The AUC's curve begins when this many events are seen: with fewer, too many resampled cohorts have none.
 const FIRST_EVENTS: usize = 5;
 
+/// The times that statistics look at, chosen once for slides and patients.
+pub struct Horizon {
+    /// A tenth of the rows are followed longer.
+    last: f64,
+    /// The AUC's, or why there are none.
+    auc: Result<Vec<f64>, String>,
+}
+
+impl Horizon {
+    /// There is at least one row.
+    pub fn new(rows: &[SlideResult]) -> Self {
+        let last = quantile(&rows.iter().map(|row| row.time).collect::<Vec<_>>(), 0.9);
+        Self { last, auc: auc_times(rows, last) }
+    }
+}
+
 impl Accuracy {
     /// `rows` are slides, or patients of [`by_patient`].
-    pub fn new(unit: Unit, rows: &[SlideResult], folds: &[Fold], plan: Bootstrap) -> Result<Self> {
+    pub fn new(unit: Unit, rows: &[SlideResult], folds: &[Fold], times: &Horizon, plan: Bootstrap) -> Result<Self> {
         let cohort = Columns::new(rows);
         let patients = draws(rows)?;
         let all = rows.len();
         let c_index_by_fold: Vec<Estimate> = folds.iter().map(|fold| fold_c_index(rows, fold.fold, plan)).collect();
         let c: Vec<f64> = c_index_by_fold.iter().filter_map(|c| c.estimate).collect();
-        let horizon = quantile(&cohort.time, 0.9);
+        let horizon = times.last;
         let uno = |rows: &[usize]| {
             let drawn = cohort.pick(rows);
             concordance_index_ipcw(&drawn.censoring()?, &drawn.time, &drawn.event, &drawn.risk, Some(horizon))
@@ -135,7 +151,7 @@ impl Accuracy {
             c_index_permutation_p: permutation(rows, &cohort, plan),
             horizon,
             uno_c: Estimate::resampled(&patients, all, plan, uno),
-            auc: auc_curve(&cohort, &patients, horizon, plan),
+            auc: auc_curve(&cohort, &patients, &times.auc, plan),
             brier: brier(rows, &cohort, folds, &patients, plan),
         })
     }
@@ -259,8 +275,8 @@ fn permutation(rows: &[SlideResult], cohort: &Columns, plan: Bootstrap) -> Estim
     }
 }
 
-fn auc_curve(cohort: &Columns, patients: &Patients, horizon: f64, plan: Bootstrap) -> AucCurve {
-    let times = match auc_times(cohort, horizon) {
+fn auc_curve(cohort: &Columns, patients: &Patients, times: &Result<Vec<f64>, String>, plan: Bootstrap) -> AucCurve {
+    let times = match times {
         Ok(times) => times,
         Err(why) => return AucCurve { times: Vec::new(), auc: Vec::new(), mean: Estimate::undefined(why) },
     };
@@ -271,13 +287,13 @@ fn auc_curve(cohort: &Columns, patients: &Patients, horizon: f64, plan: Bootstra
     let all = cohort.time.len();
     let point = |&t: &f64| Estimate::resampled(patients, all, plan, |rows| Ok(at(&[t], rows)?.mean));
     let auc = times.iter().map(point).collect();
-    let mean = Estimate::resampled(patients, all, plan, |rows| Ok(at(&times, rows)?.mean));
-    AucCurve { times, auc, mean }
+    let mean = Estimate::resampled(patients, all, plan, |rows| Ok(at(times, rows)?.mean));
+    AucCurve { times: times.clone(), auc, mean }
 }
 
 /// Even steps from when a tenth of the events, and five, are seen, up to the horizon.
-fn auc_times(cohort: &Columns, horizon: f64) -> Result<Vec<f64>, String> {
-    let mut events: Vec<f64> = cohort.time.iter().zip(&cohort.event).filter(|(_, e)| **e).map(|(t, _)| *t).collect();
+fn auc_times(rows: &[SlideResult], horizon: f64) -> Result<Vec<f64>, String> {
+    let mut events: Vec<f64> = rows.iter().filter(|row| row.event).map(|row| row.time).collect();
     events.sort_unstable_by(f64::total_cmp);
     let Some(&fifth) = events.get(FIRST_EVENTS - 1) else {
         return Err(format!("its curve needs {FIRST_EVENTS} events, and there are {}", events.len()));

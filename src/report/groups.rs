@@ -1,5 +1,7 @@
 //! Patients grouped by predicted risk: at the median, in thirds, or at a cut learnt where the patients are not.
 
+use std::collections::{HashMap, HashSet};
+
 use serde::Serialize;
 
 use super::{SlideResult, accuracy::quantile, km::Group, reason};
@@ -21,7 +23,8 @@ pub struct LogRankResult {
 pub struct Grouping {
     /// "median", "tertiles" or "learnt_cut".
     pub name: &'static str,
-    /// A patient belongs to a higher group from each cut on, the cut itself included. One list for all folds, or one a fold.
+    /// A patient belongs to a higher group from each cut on, the cut itself included: risks, one list for all folds, or, of
+    /// "learnt_cut", a list a fold with the share of the fold's patients that are below.
     pub cuts: Vec<Vec<f64>>,
     /// From low to high risk.
     pub patients: Vec<usize>,
@@ -54,23 +57,27 @@ impl Grouping {
         Self::new(name, rows, vec![cuts], group)
     }
 
-    /// Each fold's patients are cut where the log-rank statistic of the *other* folds' patients is greatest, by the risks that
-    /// those had out of fold; no patient's outcome has a say in its own cut.
+    /// Each fold's patients are cut at a rank among themselves: the one at which the log-rank statistic of the *other* folds'
+    /// patients, ranked in their own folds, is greatest. Ranks, as the models of two folds need not share a scale of
+    /// risk. No patient's outcome has a say in its own cut.
     pub fn learnt_cut(rows: &[SlideResult], folds: &[Fold]) -> Result<Self> {
         let undefined = |reason: String| Error::Statistic { statistic: "the learnt cut", reason };
         if folds.len() < 2 {
             return Err(undefined("a cut is learnt on other folds, and there is one fold".into()));
         }
+        let share = shares_below(rows);
         let mut cuts = Vec::new();
         let mut group = vec![0; rows.len()];
         for fold in folds {
-            let own = |row: &SlideResult| rows.iter().any(|r| r.fold == fold.fold && r.case_id == row.case_id);
-            let others: Vec<&SlideResult> = rows.iter().filter(|row| row.fold != fold.fold && !own(row)).collect();
-            let cut = best_cut(&others).ok_or_else(|| {
+            let own: HashSet<&str> =
+                rows.iter().filter(|row| row.fold == fold.fold).map(|row| row.case_id.as_str()).collect();
+            let other = |row: &usize| rows[*row].fold != fold.fold && !own.contains(rows[*row].case_id.as_str());
+            let others: Vec<usize> = (0..rows.len()).filter(other).collect();
+            let cut = best_cut(rows, &share, &others).ok_or_else(|| {
                 undefined(format!("the other folds' patients define no log-rank test for fold {}", fold.fold))
             })?;
-            for (row, group) in rows.iter().zip(&mut group).filter(|(row, _)| row.fold == fold.fold) {
-                *group = usize::from(row.risk >= cut);
+            for row in (0..rows.len()).filter(|&row| rows[row].fold == fold.fold) {
+                group[row] = usize::from(share[row] >= cut);
             }
             cuts.push(vec![cut]);
         }
@@ -83,7 +90,7 @@ impl Grouping {
         let test = match patients.iter().position(|&n| n == 0) {
             Some(empty) => {
                 let label = LABELS[groups][empty].to_lowercase().replace(' ', "-");
-                let reason = format!("no predicted risk falls into the {label} group, so it is empty");
+                let reason = format!("the {label} group is empty, no predicted risk falls into it");
                 Err(Error::Statistic { statistic: "the log-rank test", reason })
             }
             None => test(rows, &group),
@@ -112,25 +119,39 @@ fn test(rows: &[SlideResult], group: &[usize]) -> Result<LogRank> {
     log_rank(&time, &event, group, None)
 }
 
-/// The risk at which the log-rank statistic is greatest (Lausen & Schumacher, Biometrics 48:73, 1992); of equals the lowest.
-fn best_cut(rows: &[&SlideResult]) -> Option<f64> {
-    let time: Vec<f64> = rows.iter().map(|row| row.time).collect();
-    let event: Vec<bool> = rows.iter().map(|row| row.event).collect();
-    let mut risks: Vec<f64> = rows.iter().map(|row| row.risk).collect();
-    risks.sort_unstable_by(f64::total_cmp);
-    let n = risks.len();
-    let least = ((LEAST_SHARE * n as f64).ceil() as usize).max(1);
+/// For each row, the share of its fold's rows of lower risk, half of those of equal risk (itself included) counted.
+fn shares_below(rows: &[SlideResult]) -> Vec<f64> {
+    let mut risks: HashMap<usize, Vec<f64>> = HashMap::new();
+    rows.iter().for_each(|row| risks.entry(row.fold).or_default().push(row.risk));
+    risks.values_mut().for_each(|risks| risks.sort_unstable_by(f64::total_cmp));
+    let share = |row: &SlideResult| {
+        let risks = &risks[&row.fold];
+        let below = risks.partition_point(|&risk| risk < row.risk);
+        let not_above = risks.partition_point(|&risk| risk <= row.risk);
+        0.5 * (below + not_above) as f64 / risks.len() as f64
+    };
+    rows.iter().map(share).collect()
+}
+
+/// The share at which the log-rank statistic of these rows is greatest (Lausen & Schumacher, Biometrics 48:73, 1992), halfway
+/// between two of them; of equals the lowest.
+fn best_cut(rows: &[SlideResult], share: &[f64], of: &[usize]) -> Option<f64> {
+    let time: Vec<f64> = of.iter().map(|&row| rows[row].time).collect();
+    let event: Vec<bool> = of.iter().map(|&row| rows[row].event).collect();
+    let share: Vec<f64> = of.iter().map(|&row| share[row]).collect();
+    let mut sorted = share.clone();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let least = ((LEAST_SHARE * of.len() as f64).ceil() as usize).max(1);
     let mut best: Option<(f64, f64)> = None;
-    for place in least..(n + 1).saturating_sub(least) {
-        let (below, cut) = (risks[place - 1], risks[place.min(n - 1)]);
-        if below == cut {
+    for place in least..(of.len() + 1).saturating_sub(least) {
+        let (below, above) = (sorted[place - 1], sorted[place]);
+        if below == above {
             continue;
         }
-        let high: Vec<usize> = rows.iter().map(|row| usize::from(row.risk >= cut)).collect();
+        let high: Vec<usize> = share.iter().map(|&share| usize::from(share >= above)).collect();
         let Ok(test) = log_rank(&time, &event, &high, None) else { continue };
         if best.is_none_or(|(greatest, _)| test.chi_squared > greatest) {
-            // halfway, so that it favours neither side
-            best = Some((test.chi_squared, below + 0.5 * (cut - below)));
+            best = Some((test.chi_squared, 0.5 * (below + above)));
         }
     }
     best.map(|(_, cut)| cut)

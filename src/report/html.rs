@@ -42,7 +42,7 @@ pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], plots
         }
         Ok(())
     })?;
-    section(&mut page, "Accuracy over time", |page| {
+    section(&mut page, "Accuracy", |page| {
         statistics(page, summary);
         plots.auc.iter().for_each(|plot| figure(page, plot));
         Ok(())
@@ -89,6 +89,9 @@ fn section(page: &mut String, title: &str, content: impl FnOnce(&mut String) -> 
 }
 
 fn figure(page: &mut String, plot: &Plot) {
+    if !plot.title.is_empty() {
+        let _ = writeln!(page, "<h3>{}</h3>", plot.title);
+    }
     let _ =
         writeln!(page, "<figure>{}<figcaption>{}</figcaption></figure>", plot.figure.inline(), escape(&plot.caption));
 }

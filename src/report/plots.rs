@@ -14,6 +14,8 @@ use crate::{Error, Result, train::fold::EpochMetrics};
 pub struct Plot {
     /// Of its files, without an extension.
     pub name: String,
+    /// Above the plot where its section holds several.
+    pub title: &'static str,
     pub figure: Figure,
     /// The numbers that are drawn.
     pub csv: Vec<u8>,
@@ -39,6 +41,7 @@ impl Plots {
         let risk = risk::Histogram::new(predictions, summary.median_risk).map(|histogram| {
             Ok(Plot {
                 name: "risk".into(),
+                title: "",
                 figure: risk::figure(&histogram),
                 csv: histogram.csv()?,
                 caption: "Slides by predicted risk and outcome.".into(),
@@ -48,6 +51,7 @@ impl Plots {
             epochs.chunk_by(|a, b| a.fold == b.fold).zip(history::figures(epochs)).map(|(epochs, figure)| {
                 Ok(Plot {
                     name: format!("training_fold_{}", epochs[0].fold),
+                    title: "",
                     figure,
                     csv: history::csv(epochs)?,
                     caption: String::new(),
@@ -84,11 +88,11 @@ fn c_index(summary: &Summary) -> Result<Plot> {
         rows.push(row("Mean of folds".into(), true, &|unit| unit.c_index_fold_mean.clone()));
         rows.push(row("All folds pooled".into(), true, &|unit| unit.c_index_pooled.clone()));
     }
-    let series = ["by slide", "by patient"];
+    let series = ["slide", "patient"];
     let forest = Forest {
         label: "C-index by fold, with intervals",
         axis: "C-index",
-        series: &series[..units.len()],
+        series: &["by slide", "by patient"][..units.len()],
         reference: 0.5,
         bounds: (0.0, 1.0),
         signed: false,
@@ -110,6 +114,7 @@ fn c_index(summary: &Summary) -> Result<Plot> {
     }
     Ok(Plot {
         name: "c_index".into(),
+        title: "",
         csv: table(&["row", "unit", "estimate", "lower", "upper", "note"], cells.collect())?,
         figure: forest::figure(&forest, &rows),
         caption,
@@ -118,35 +123,44 @@ fn c_index(summary: &Summary) -> Result<Plot> {
 
 fn survival(summary: &Summary, grouping: &Grouping) -> Result<Plot> {
     let groups = grouping.groups(&summary.rows);
-    let several = summary.by_patient.is_some() || summary.rows.len() == summary.patients;
-    let who = if several { "patient" } else { "slide" };
+    let who = if summary.rows.len() == summary.patients { "patient" } else { "slide" };
     let which = if summary.folds.len() > 1 { "validation patients of all folds" } else { "evaluated patients" };
-    let cuts = |cuts: &[f64]| cuts.iter().map(|cut| format!("{cut:.3}")).collect::<Vec<_>>().join(" and ");
+    let cuts = |cuts: &[f64]| {
+        cuts.iter().map(|cut| format!("{cut:.3}")).collect::<Vec<_>>().join(" and ").replace('-', "\u{2212}")
+    };
     let first = &grouping.cuts[0];
-    let how = match grouping.name {
+    let (title, how) = match grouping.name {
         "median" => {
-            format!("A {who} is of high risk when its predicted risk is at or above the median, {}.", cuts(first))
+            let text =
+                format!("A {who} is of high risk when its predicted risk is at or above the median, {}.", cuts(first));
+            ("Two groups, cut at the median", text)
         }
         "tertiles" => {
-            format!("Thirds of the predicted risks, cut at {}; a {who} on a cut belongs above it.", cuts(first))
+            let text =
+                format!("Thirds of the predicted risks, cut at {}; a {who} on a cut belongs above it.", cuts(first));
+            ("Three groups, cut at the tertiles", text)
         }
         _ => {
+            let share = |cut: &[f64]| cut.iter().map(|cut| format!("{:.0}%", 100.0 * cut)).collect::<String>();
             let list: Vec<String> = summary
                 .folds
                 .iter()
                 .zip(&grouping.cuts)
-                .map(|(fold, cut)| format!("fold {} at {}", fold.fold, cuts(cut)))
+                .map(|(fold, cut)| format!("{} of fold {}", share(cut), fold.fold))
                 .collect();
-            format!(
-                "Each fold is cut where the log-rank statistic of the other folds\u{2019} patients is greatest ({}), by the \
-                 risks that those patients had in their own fold\u{2019}s validation, each side with a fifth of them or more. \
-                 A fold\u{2019}s own outcomes have no say in its cut; the models of the other folds were trained on its patients.",
+            let text = format!(
+                "Each fold is cut at a rank that the other folds teach: the share of low risk at which the log-rank statistic of \
+                 their patients, each ranked by risk in validation within its own fold, is greatest, with a fifth of them or \
+                 more on either side. Of low risk are so {}. No outcome of a fold has a say in its cut; the other folds\u{2019} \
+                 models were trained on its patients.",
                 list.join(", ")
-            )
+            );
+            ("Two groups, cut where the other folds part best", text)
         }
     };
     Ok(Plot {
         name: if grouping.name == "median" { "km".into() } else { format!("km_{}", grouping.name) },
+        title,
         figure: km::figure(&groups, grouping.log_rank.as_ref().map(|test| test.p_value))?,
         csv: km::csv(&groups)?,
         caption: format!(
@@ -162,6 +176,7 @@ fn auc_plot(summary: &Summary) -> Result<Option<Plot>> {
     let rows = accuracy.auc.times.iter().zip(&accuracy.auc.auc).map(row).collect();
     Ok(Some(Plot {
         name: "auc".into(),
+        title: "",
         figure,
         csv: table(&["time", "auc", "lower", "upper", "note"], rows)?,
         caption: format!(
@@ -186,6 +201,7 @@ fn calibration_plot(summary: &Summary) -> Result<Option<Plot>> {
     let heads = ["time", "group", "patients", "events", "predicted", "observed", "lower", "upper"];
     Ok(Some(Plot {
         name: "calibration".into(),
+        title: "",
         figure,
         csv: table(&heads, rows.collect())?,
         caption: "Calibration at the ends of time bins: patients in groups of equal size by predicted survival; the mean \

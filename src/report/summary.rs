@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use super::{
-    accuracy::{Accuracy, Estimate, Unit, by_patient},
+    accuracy::{Accuracy, Estimate, Horizon, Unit, by_patient},
     calibration::{CalibrationPoint, calibration},
     groups::{Grouping, LogRankResult},
     p_text, reason,
@@ -115,29 +115,30 @@ impl Summary {
                 "slide {slide}: risk {risk} after {time} months, expected finite numbers"
             )));
         }
-        let by_slide = Accuracy::new(Unit::Slide, predictions, folds, plan)?;
+        let mut notes = Vec::new();
+        let rows = by_patient(predictions).unwrap_or_else(|e| {
+            notes.push(format!("Nothing is reported by patient: {e}."));
+            predictions.to_vec()
+        });
+        let times = Horizon::new(&rows);
+        let by_slide = Accuracy::new(Unit::Slide, predictions, folds, &times, plan)?;
         let results: Vec<FoldResult> = folds
             .iter()
             .zip(&by_slide.c_index_by_fold)
             .map(|(fold, c_index)| FoldResult::new(fold, c_index, predictions))
             .collect();
         let c: Vec<f64> = results.iter().filter_map(|fold| fold.c_index).collect();
-        let mut notes = Vec::new();
         let of = |f: &FoldResult| {
             let note = f.note.as_ref().filter(|_| f.c_index.is_none())?;
             Some(format!("Fold {} has no C-index: {note}.", f.fold))
         };
         notes.extend(results.iter().filter_map(of));
-        if !notes.is_empty() && !c.is_empty() {
+        if !c.is_empty() && c.len() < folds.len() {
             notes.push(format!("The mean is over the {} of {} folds that have a C-index.", c.len(), folds.len()));
         }
         let patients = patients(predictions.iter());
-        let rows = by_patient(predictions).unwrap_or_else(|e| {
-            notes.push(format!("Nothing is reported by patient: {e}."));
-            predictions.to_vec()
-        });
         let several = rows.len() < predictions.len();
-        let by_patient = several.then(|| Accuracy::new(Unit::Patient, &rows, folds, plan)).transpose()?;
+        let by_patient = several.then(|| Accuracy::new(Unit::Patient, &rows, folds, &times, plan)).transpose()?;
         if several {
             notes.push(format!(
                 "{patients} patients have {} slides. By slide every slide counts as one, as published; by patient the \
@@ -241,13 +242,13 @@ impl Summary {
             (unit.brier.kaplan_meier.map_or("undefined".into(), |score| format!("{score:.4}")), None)
         };
         if main.brier.kaplan_meier.is_some() {
-            rows.push(("  of Kaplan-Meier for all".into(), units.iter().map(kaplan_meier).collect()));
+            rows.push(("Brier score of Kaplan-Meier alone".into(), units.iter().map(kaplan_meier).collect()));
         }
         let p = |unit: &&Accuracy| {
             let p = &unit.c_index_permutation_p;
             (p.estimate.map_or("undefined".into(), p_text), p.note.clone())
         };
-        rows.push(("permutation test of C".into(), units.iter().map(p).collect()));
+        rows.push(("Permutation test of C".into(), units.iter().map(p).collect()));
         rows
     }
 
@@ -264,7 +265,7 @@ impl Summary {
                 if let Some(why) = why {
                     let unit = heads[i];
                     let space = if unit.is_empty() { "" } else { ", " };
-                    whys.push(format!("{}{space}{unit}: {why}\n", name.trim_start()));
+                    whys.push(format!("{}{space}{unit}: {why}\n", name));
                 }
             }
         }
