@@ -1,7 +1,11 @@
 //! Evaluation of a small trained run, and of single checkpoints, against what training itself measured and plain counting of pairs.
 
+#[path = "eval/compare.rs"]
+mod compare;
+
 use std::{
     path::{Path, PathBuf},
+    process::{Command, Output},
     sync::{OnceLock, atomic::AtomicBool},
 };
 
@@ -170,6 +174,41 @@ fn an_unfinished_run_and_a_cohort_without_events_give_notes() {
     {
         assert!(run.join(file).is_file(), "{file} is missing");
     }
+}
+
+fn cf_eval(arguments: &[&str], folder: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_cf-eval")).args(arguments).current_dir(folder).output().unwrap()
+}
+
+/// The run was trained for other outcomes than it is evaluated on.
+#[test]
+fn an_edited_clinical_table_is_noticed() {
+    let (run, mut config) = copy_of_trained("edited");
+    let about_cohort = |run: &Path| {
+        let notes = eval::evaluate_run(run, device(), PLAN).unwrap().notes;
+        notes.into_iter().filter(|note| note.contains("other than it was trained for")).collect::<Vec<_>>()
+    };
+    assert_eq!(about_cohort(&run), [""; 0]);
+    let text = std::fs::read_to_string(&config.clinical).unwrap();
+    let mut lines: Vec<String> = text.lines().map(String::from).collect();
+    lines[1] += "1"; // another digit of the first slide's months
+    config.clinical = run.join("edited.csv");
+    std::fs::write(&config.clinical, lines.join("\n") + "\n").unwrap();
+    std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
+    let notes = about_cohort(&run);
+    assert!(notes.len() == 1 && notes[0].contains("a table, a fold or the features have changed"), "{notes:?}");
+}
+
+#[test]
+fn a_folds_state_is_no_model() {
+    let (run, config) = copy_of_trained("state");
+    let path = run.join("fold_0/checkpoint.safetensors");
+    let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: 2 };
+    let error = eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), PLAN).unwrap_err().to_string();
+    assert!(
+        error.contains("checkpoint.safetensors: is a fold's state") && error.contains("best.safetensors"),
+        "{error}"
+    );
 }
 
 /// As the published program saved it, and from DataParallel; neither says what model it is.

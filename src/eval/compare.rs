@@ -80,7 +80,8 @@ fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
         for fold in 0..folds {
             if !FoldTrainer::epochs_done(&run::fold_folder(folder, fold))?.1 {
                 let message = format!(
-                    "is not finished, fold {fold} of {folds} is not trained to its end; go on with cf-train --resume"
+                    "is not finished, fold {fold} of {folds} is not trained to its end; go on with cf-train --resume {}",
+                    super::quote(&folder.display().to_string())
                 );
                 return Err(Error::file(folder, message));
             }
@@ -229,13 +230,13 @@ impl Comparison {
     /// The table that a terminal shows.
     pub fn table(&self) -> String {
         let mut table = format!(
-            "A {}\nB {}\n{} patients in both, {} events\n\n{:<14}  {:>8}  {:<26}{:<26}{:<28}p\n",
-            self.run_a, self.run_b, self.patients, self.events, "C-index", "patients", "A", "B", "A - B"
+            "A {}\nB {}\n{} patients in both, {} events\n\n{:<14}  {:>8}  {:<26}{:<26}A - B\n",
+            self.run_a, self.run_b, self.patients, self.events, "C-index", "patients", "A", "B"
         );
         for row in &self.rows {
-            let p = row.p_value.map_or("-".into(), |p| p_text(p)[2..].to_string());
+            let p = row.p_value.map_or("-".to_string(), p_text);
             let (a, b, difference) = (row.a.text(), row.b.text(), signed(&row.difference));
-            table += &format!("{:<14}  {:>8}  {a:<26}{b:<26}{difference:<28}{}\n", row.name, row.patients, p.trim());
+            table += &format!("{:<14}  {:>8}  {a:<26}{b:<26}{difference:<30}{p}\n", row.name, row.patients);
         }
         for row in &self.rows {
             let note = |(what, estimate): (&str, &Estimate)| {
@@ -268,9 +269,15 @@ fn plot(comparison: &Comparison) -> Result<Plot> {
         forest::Row { label: name, estimates: vec![row.difference.clone()], total: !row.name.starts_with("fold") }
     };
     let rows: Vec<forest::Row> = comparison.rows.iter().map(row).collect();
+    let names =
+        [&comparison.run_a, &comparison.run_b].map(|run| Path::new(run).file_name().map(|name| name.to_string_lossy()));
+    let axis = match &names {
+        [Some(a), Some(b)] if a != b => format!("C-index of {a} \u{2212} C-index of {b}"),
+        _ => "C-index of A \u{2212} C-index of B".into(),
+    };
     let forest = Forest {
         label: "Difference of the C-indices of two runs",
-        axis: "C-index of A \u{2212} C-index of B",
+        axis: &axis,
         series: &["difference"],
         reference: 0.0,
         bounds: (-1.0, 1.0),

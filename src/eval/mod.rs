@@ -27,7 +27,7 @@ use crate::{
     report::{self, Fold, SlideResult, Summary},
     survival::Bootstrap,
     train::{
-        checkpoint::{ModelCard, read_card},
+        checkpoint::{ModelCard, read_card, read_state},
         config::RunConfig,
         fold::FoldTrainer,
         run,
@@ -74,7 +74,7 @@ pub fn evaluate_run(run: &Path, device: Device, plan: Bootstrap) -> Result<Summa
         slides.extend(predict(&mut engine, &dataset, &part.val, fold)?);
         folds.push(Fold { fold, train_slides: Some(part.train.len()), ..of_card(read_card(&path)?) });
         if let Err(change) = unchanged(&config, &dataset, &part, &folder) {
-            notes.push(format!("Fold {fold} was not trained on the cohort as it is now: {change}."));
+            notes.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
         }
         if part.without_outcome > 0 {
             notes.push(format!("Fold {fold} names {} cases whose outcome is not known.", part.without_outcome));
@@ -105,9 +105,12 @@ pub fn evaluate_checkpoint(checkpoint: &Checkpoint, out: &Path, device: Device, 
             format!("{} is a run's folder, whose own results would be replaced; choose another --out", out.display());
         return Err(Error::Usage(message));
     }
-    let tensors = read_state_dict(path)?;
     let ours = path.extension().is_some_and(|extension| extension == "safetensors");
-    let card = if ours { card_of_model(path, &tensors)? } else { None };
+    if ours {
+        refuse_state(path)?;
+    }
+    let tensors = read_state_dict(path)?;
+    let card = if ours { read_card(path)? } else { None };
     let model = match &card {
         Some(card) => card.model.clone(),
         None => infer::config(&tensors, checkpoint.heads).map_err(|e| Error::file(path, e))?,
@@ -137,13 +140,15 @@ fn of_card(card: Option<ModelCard>) -> Fold {
     Fold { fold, train_slides: None, best_epoch, bin_edges: card.map(|card| card.bin_edges).unwrap_or_default() }
 }
 
-/// The card of one of our model files; a fold's saved state is no model, and is told from one by its tensors.
-fn card_of_model(path: &Path, tensors: &StateDict) -> Result<Option<ModelCard>> {
-    if tensors.is_empty() || tensors.contains_key("adam_m") {
-        let message = "is a fold\u{2019}s state, from which cf-train --resume goes on, and no model; its model is best.safetensors beside it";
-        return Err(Error::file(path, message));
+/// A fold's saved state, which is told by its progress, is no model.
+fn refuse_state(path: &Path) -> Result<()> {
+    let state: Option<serde_json::Value> = read_state(path).unwrap_or_default();
+    if state.is_none_or(|state| state.get("progress").is_none()) {
+        return Ok(());
     }
-    read_card(path)
+    let message = "is a fold's state, from which cf-train --resume goes on, not a model; the fold's model is the file \
+                   best.safetensors beside it";
+    Err(Error::file(path, message))
 }
 
 /// An error that says what has changed since the fold was trained. A fold without a state to compare with passes.

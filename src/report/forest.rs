@@ -31,6 +31,8 @@ pub struct Forest<'a> {
     pub signed: bool,
 }
 
+/// Not the orange of high risk.
+const COLOURS: [&str; 2] = ["c0", "c2"];
 const WIDTH: f64 = 854.0;
 const LEFT: f64 = 176.0;
 const RIGHT: f64 = 216.0;
@@ -60,7 +62,7 @@ pub fn figure(forest: &Forest, rows: &[Row]) -> Figure {
     if named {
         let mut at = LEFT;
         for (i, name) in forest.series.iter().enumerate() {
-            figure.group(&format!("c{i}"), |figure| {
+            figure.group(COLOURS[i % 2], |figure| {
                 figure.line("curve", (at, 12.0), (at + 22.0, 12.0));
                 figure.circle("solid", (at + 11.0, 12.0), 4.0);
             });
@@ -81,7 +83,7 @@ pub fn figure(forest: &Forest, rows: &[Row]) -> Figure {
         figure.text(class, Anchor::End, (LEFT - 16.0, y + height / 2.0 + 4.0), &row.label);
         for (i, estimate) in row.estimates.iter().enumerate() {
             let centre = y + GAP / 2.0 + LINE * (i as f64 + 0.5);
-            figure.group(&format!("c{i}"), |figure| mark(figure, estimate, x, (from, to), centre));
+            figure.group(COLOURS[i % 2], |figure| mark(figure, estimate, x, (from, to), centre));
             let text = number_text(estimate, forest.signed);
             let class = if estimate.estimate.is_none() { "muted small" } else { class };
             figure.text(class, Anchor::Start, (WIDTH - RIGHT + 18.0, centre + 4.0), &text);

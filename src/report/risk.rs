@@ -92,7 +92,7 @@ pub fn figure(histogram: &Histogram) -> Figure {
     figure.line("axis", (x.at(cut), TOP - 24.0), (x.at(cut), BOTTOM));
     figure.group("c0", |f| f.text("strong tint", Anchor::End, (x.at(cut) - 8.0, TOP - 13.0), "Low risk"));
     figure.group("c1", |f| f.text("strong tint", Anchor::Start, (x.at(cut) + 8.0, TOP - 13.0), "High risk"));
-    figure.text("muted small", Anchor::Middle, (x.at(cut), TOP - 31.0), &format!("median {cut:.3}"));
+    figure.text("muted small", Anchor::Middle, (x.at(cut), TOP - 31.0), &format!("median {}", tick_label(cut, 1e-3)));
     for (i, (class, text)) in [("solid", "event"), ("faint", "censored")].into_iter().enumerate() {
         let at = (WIDTH - RIGHT - 70.0, 8.0 + 17.0 * i as f64);
         figure.group("grey", |figure| figure.rect(class, (at.0 - 16.0, at.1 - 5.0), 10.0, 10.0));

@@ -54,8 +54,9 @@ pub struct FoldResult {
     pub patients: usize,
     pub events: usize,
     pub best_epoch: Option<usize>,
-    /// Harrell's C of the slides; None where it is undefined, and then `note` says why.
+    /// Harrell's C of the slides; None where it is undefined.
     pub c_index: Option<f64>,
+    /// Why there is no C-index, or no interval of it.
     pub note: Option<String>,
 }
 
