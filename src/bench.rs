@@ -1,8 +1,14 @@
 //! What `cf-bench` measures.
 
+pub mod cases;
+mod ceilings;
+mod op;
+mod peer;
+
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
+pub use op::{OpArguments, op};
 use serde::Serialize;
 
 use crate::{
@@ -53,6 +59,7 @@ enum Switch {
 #[serde(rename_all = "lowercase")]
 enum Precision {
     F32,
+    Bf16,
 }
 
 fn parse_bags(text: &str) -> Result<BagSizes, String> {
