@@ -38,6 +38,8 @@ const LEFT: f64 = 176.0;
 const RIGHT: f64 = 216.0;
 const LINE: f64 = 19.0;
 const GAP: f64 = 11.0;
+/// The axis shows at least this much, also where all estimates are one.
+const LEAST_SPAN: f64 = 0.02;
 
 pub fn figure(forest: &Forest, rows: &[Row]) -> Figure {
     let named = forest.series.len() > 1;
@@ -49,7 +51,9 @@ pub fn figure(forest: &Forest, rows: &[Row]) -> Figure {
     let ends =
         rows.iter().flat_map(|row| &row.estimates).flat_map(|e| e.interval.into_iter().flatten().chain(e.estimate));
     let (low, high) = ends.fold((forest.reference, forest.reference), |(a, b), x| (a.min(x), b.max(x)));
-    let step = nice_step((high - low).min(forest.bounds.1 - forest.bounds.0).max(0.02), 6);
+    let (low, high) =
+        if high - low < LEAST_SPAN { (low - LEAST_SPAN / 2.0, high + LEAST_SPAN / 2.0) } else { (low, high) };
+    let step = nice_step((high - low).min(forest.bounds.1 - forest.bounds.0), 6);
     let from = ((low / step + 1e-9).floor() * step).max(forest.bounds.0);
     let to = ((high / step - 1e-9).ceil() * step).min(forest.bounds.1);
     let x = Axis::new((from, to), (LEFT, WIDTH - RIGHT));
@@ -74,7 +78,7 @@ pub fn figure(forest: &Forest, rows: &[Row]) -> Figure {
     let mut y = top;
     let mut totals = false;
     for row in rows {
-        if row.total && !totals {
+        if row.total && !totals && y > top {
             figure.line("axis", (0.0, y), (WIDTH, y));
             totals = true;
         }

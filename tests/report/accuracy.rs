@@ -4,7 +4,8 @@ use super::{PLAN, cohort, folds, summary};
 use crossfusion::{
     report::{
         Fold, SlideResult, Summary,
-        accuracy::{Accuracy, Unit, by_patient},
+        accuracy::{Accuracy, Estimate, Unit, by_patient},
+        forest::{self, Forest, Row},
         plots::Plots,
     },
     survival::{Bootstrap, Limits, kaplan_meier},
@@ -249,6 +250,32 @@ fn the_tables_of_the_plots_are_what_is_drawn() {
     for (row, epoch) in training.iter().zip(&epochs) {
         let shown = (number(&row[1]) as usize, number(&row[2]), number(&row[5]));
         assert_eq!(shown, (epoch.epoch + 1, epoch.train_loss, epoch.val_c_index.unwrap()));
+    }
+}
+
+/// Of estimates that are one number, and of intervals beyond what the axis shows.
+#[test]
+fn a_forest_has_a_readable_axis_whatever_its_estimates() {
+    let forest = |estimates: &[(f64, [f64; 2])]| {
+        let row = |&(estimate, interval): &(f64, [f64; 2])| Row {
+            label: "row".into(),
+            estimates: vec![Estimate { estimate: Some(estimate), interval: Some(interval), note: None }],
+            total: false,
+        };
+        let axis = Forest { label: "", axis: "", series: &["only"], reference: 0.5, bounds: (0.0, 1.0), signed: false };
+        forest::figure(&axis, &estimates.iter().map(row).collect::<Vec<_>>()).standalone()
+    };
+    for (estimates, arrows) in [
+        (&[(0.5, [0.5, 0.5]), (0.5, [0.5, 0.5])][..], 0),
+        (&[(0.5, [0.499, 0.5001])], 0),
+        (&[(0.8, [-0.4, 1.9]), (0.7, [0.6, 0.8])], 2),
+        (&[(1.0, [1.0, 1.0])], 0),
+    ] {
+        let svg = forest(estimates);
+        let ticks = svg.matches("class=\"grid\"").count();
+        assert!((2..=9).contains(&ticks), "{ticks} ticks for {estimates:?}");
+        let inside = |path: &str| path.split_once("l-6 5").is_some() || path.split_once("l6 5l-6").is_some();
+        assert_eq!(svg.lines().filter(|line| inside(line)).count(), arrows, "{svg}");
     }
 }
 
