@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{
-    About, FIGURES, FoldResult, SlideResult, Summary,
+    About, Cell, FIGURES, FoldResult, SlideResult, StatisticRow, Summary,
     figure::{escape, page_style},
     p_text,
     plots::{Plot, Plots},
@@ -179,10 +179,10 @@ fn statistics(page: &mut String, summary: &Summary) {
         page,
         "<div class=\"wide\"><table class=\"statistics\">\n<thead><tr><th class=\"word\">Statistic, {percent:.0}% interval</th>{units}</tr></thead>\n<tbody>\n"
     );
-    for (name, cells) in summary.statistic_rows() {
-        let cell = |(text, why): (String, Option<String>)| {
-            let why = why.map_or(String::new(), |why| format!("<small>{}</small>", escape(&why)));
-            format!("<td>{}{why}</td>", escape(&text))
+    for StatisticRow { name, cells } in summary.statistics() {
+        let cell = |Cell { text, note }: Cell| {
+            let note = note.map_or(String::new(), |note| format!("<small>{}</small>", escape(&note)));
+            format!("<td>{}{note}</td>", escape(&text))
         };
         let cells: String = cells.into_iter().map(cell).collect();
         let _ = writeln!(page, "<tr><td class=\"word\">{}</td>{cells}</tr>", escape(&name));
@@ -242,9 +242,9 @@ fn reproduce(page: &mut String, about: &About) -> Result<()> {
                 escape(&about.config)
             );
         }
-        let _ = write!(
+        let _ = writeln!(
             page,
-            "<p class=\"caption\">Every plot lies in the folder {FIGURES} beside this page, as SVG, PNG and CSV.</p>\n"
+            "<p class=\"caption\">Every plot lies in the folder {FIGURES} beside this page, as SVG, PNG and CSV.</p>"
         );
         page.push_str(
             "<p class=\"caption\">The model: Soraki et al., <cite>CrossFusion</cite>, Medical Imaging with Deep Learning (MIDL) 2026, \

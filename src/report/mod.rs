@@ -15,11 +15,13 @@ pub mod km;
 pub mod plots;
 pub mod risk;
 mod summary;
+mod table;
 
 use crate::Error;
 
 pub use files::{FIGURES, files_of, predictions_csv, read_predictions, save, write};
 pub use summary::{Fold, FoldResult, RESAMPLING, Resampling, SlideResult, Summary};
+pub use table::{Cell, StatisticRow};
 
 /// The run a report is about, as far as numbers do not tell.
 #[derive(Clone, Debug, Default)]

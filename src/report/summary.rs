@@ -8,7 +8,7 @@ use super::{
     accuracy::{Accuracy, Estimate, Horizon, Unit, by_patient},
     calibration::{CalibrationPoint, calibration},
     groups::{Grouping, LogRankResult},
-    p_text, reason,
+    reason,
 };
 use crate::{
     Error, Result,
@@ -185,93 +185,6 @@ impl Summary {
     /// The statistics of patients, whatever they are called.
     pub fn of_patients(&self) -> &Accuracy {
         self.by_patient.as_ref().unwrap_or(&self.by_slide)
-    }
-
-    /// The table that a terminal shows.
-    pub fn table(&self) -> String {
-        let number = |value: Option<usize>| value.map_or("-".into(), |value| value.to_string());
-        let percent = 100.0 * self.resampling.level;
-        let mut table = format!(
-            " fold   train  slides  patients  events  best epoch  C-index  {:>16}\n",
-            format!("{percent:.0} % interval")
-        );
-        for (f, c) in self.folds.iter().zip(&self.by_slide.c_index_by_fold) {
-            let (train, best) = (number(f.train_slides), number(f.best_epoch.map(|epoch| epoch + 1)));
-            let c_index = f.c_index.map_or("-".into(), |c| format!("{c:.4}"));
-            let interval = c.interval.map_or("-".into(), |[low, high]| format!("{low:.4} to {high:.4}"));
-            let FoldResult { fold, slides, patients, events, .. } = f;
-            table += &format!(
-                "{fold:>5}  {train:>6}  {slides:>6}  {patients:>8}  {events:>6}  {best:>10}  {c_index:>7}  {interval:>16}\n"
-            );
-        }
-        if let Some((mean, std)) = self.c_index_over_folds() {
-            table += &format!("C-index {mean:.4} +- {std:.4} (mean and standard deviation over folds)\n");
-        }
-        table += &self.statistics(percent);
-        if let Some(test) = &self.log_rank {
-            table += &format!("log-rank {} (high against low risk, cut at the median)\n", p_text(test.p_value));
-        }
-        self.notes.iter().for_each(|note| table += &format!("note: {note}\n"));
-        table
-    }
-
-    /// The rows below the folds: a statistic with its interval, by slide and, where that is another matter, by patient.
-    pub fn statistic_rows(&self) -> Vec<(String, Vec<(String, Option<String>)>)> {
-        let units: Vec<&Accuracy> = std::iter::once(&self.by_slide).chain(&self.by_patient).collect();
-        let row = |name: String, of: &dyn Fn(&Accuracy) -> &Estimate| {
-            let cell = |unit: &&Accuracy| (of(unit).text(), of(unit).note.clone());
-            (name, units.iter().map(cell).collect())
-        };
-        let main = self.of_patients();
-        let mut rows = Vec::new();
-        if self.folds.len() > 1 {
-            rows.push(row("C-index, mean of folds".into(), &|a| &a.c_index_fold_mean));
-        }
-        rows.push(row("C-index, all folds pooled".into(), &|a| &a.c_index_pooled));
-        rows.push(row(format!("Uno's C before {:.1} months", main.horizon), &|a| &a.uno_c));
-        let name = match (main.auc.times.first(), main.auc.times.last()) {
-            (Some(first), Some(last)) => format!("AUC, mean of {first:.1} to {last:.1} months"),
-            _ => "AUC, cumulative/dynamic".into(),
-        };
-        rows.push(row(name, &|a| &a.auc.mean));
-        let name = match (main.brier.times.first(), main.brier.times.last()) {
-            (Some(first), Some(last)) => format!("Brier score, {first:.1} to {last:.1} months"),
-            _ => "Brier score, integrated".into(),
-        };
-        rows.push(row(name, &|a| &a.brier.integrated));
-        let kaplan_meier = |unit: &&Accuracy| {
-            (unit.brier.kaplan_meier.map_or("undefined".into(), |score| format!("{score:.4}")), None)
-        };
-        if main.brier.kaplan_meier.is_some() {
-            rows.push(("Brier score of Kaplan-Meier alone".into(), units.iter().map(kaplan_meier).collect()));
-        }
-        let p = |unit: &&Accuracy| {
-            let p = &unit.c_index_permutation_p;
-            (p.estimate.map_or("undefined".into(), p_text), p.note.clone())
-        };
-        rows.push(("Permutation test of C".into(), units.iter().map(p).collect()));
-        rows
-    }
-
-    fn statistics(&self, percent: f64) -> String {
-        let heads = if self.by_patient.is_some() { &["by slide", "by patient"][..] } else { &[""] };
-        let mut text = format!("\n{:<36}", format!("statistic ({percent:.0} % interval)"));
-        heads.iter().for_each(|head| text += &format!("{head:<28}"));
-        let mut whys: Vec<String> = Vec::new();
-        for (name, cells) in self.statistic_rows() {
-            text.truncate(text.trim_end_matches(' ').len());
-            text += &format!("\n{name:<36}");
-            for (i, (cell, why)) in cells.into_iter().enumerate() {
-                text += &format!("{cell:<28}");
-                if let Some(why) = why {
-                    let unit = heads[i];
-                    let space = if unit.is_empty() { "" } else { ", " };
-                    whys.push(format!("{}{space}{unit}: {why}\n", name));
-                }
-            }
-        }
-        text.truncate(text.trim_end_matches(' ').len());
-        text + "\n" + &whys.concat()
     }
 
     /// Mean and standard deviation, where there are folds to speak of.

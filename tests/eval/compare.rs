@@ -17,7 +17,7 @@ fn patients(risk: impl Fn(f64) -> f64) -> Vec<SlideResult> {
         slide_id: format!("SLIDE-{i:02}"),
         fold: i % 2,
         time: 1.0 + i as f64,
-        event: i % 3 > 0,
+        event: !i.is_multiple_of(3),
         risk: risk(i as f64),
         hazards: Vec::new(),
         survival: Vec::new(),
