@@ -17,14 +17,26 @@ const FLUSH: usize = 256 << 20;
 /// A product large enough for a GPU's peak.
 const LARGE: usize = 8192;
 
-/// Operations and bytes a second that this device reaches: on a CPU multiply-adds in registers, on a GPU a large product by cuBLAS; and
-/// a large copy, bytes read plus bytes written.
-pub fn measure<T: Element>(device: &Device) -> Result<(f64, f64)> {
+/// Operations a second that this device reaches: on a CPU multiply-adds in registers, on a GPU a large product by cuBLAS.
+pub fn peak<T: Element>(device: &Device) -> Result<f64> {
     match device {
-        Device::Cpu(cpu) => Ok((cpu.fma_peak::<f32>(3), cpu.copy_rate(3))),
-        Device::Cuda(cuda) => Ok((product_rate::<T>(cuda)?, copy_rate(cuda)?)),
-        _ => Err(Error::Usage("cf-bench op measures cpu or cuda".into())),
+        Device::Cpu(cpu) => Ok(cpu.fma_peak::<f32>(3)),
+        Device::Cuda(cuda) => product_rate::<T>(cuda),
+        _ => Err(neither()),
     }
+}
+
+/// Bytes a second of a large copy, read plus written.
+pub fn copy_rate(device: &Device) -> Result<f64> {
+    match device {
+        Device::Cpu(cpu) => Ok(cpu.copy_rate(3)),
+        Device::Cuda(cuda) => cuda_copy_rate(cuda),
+        _ => Err(neither()),
+    }
+}
+
+fn neither() -> Error {
+    Error::Usage("cf-bench measures cpu or cuda".into())
 }
 
 /// Fills the L2 cache with something else.
@@ -32,7 +44,7 @@ pub fn flush_l2(cuda: &Cuda) -> Result<()> {
     cuda.alloc(FLUSH).map(drop)
 }
 
-fn copy_rate(cuda: &Cuda) -> Result<f64> {
+fn cuda_copy_rate(cuda: &Cuda) -> Result<f64> {
     let (from, mut to) = (cuda.alloc(4 * FLUSH)?, cuda.alloc(4 * FLUSH)?);
     let mut best = f64::INFINITY;
     for _ in 0..10 {

@@ -6,17 +6,18 @@ use clap::{Args, ValueEnum};
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
-use super::{Precision, cases, cases::Case, ceilings, parse_bags, peer};
+use super::{Precision, cases, cases::Case, ceilings, cox, parse_bags, peer};
 use crate::{
     Error, Result,
     device::{Arena, Device, Element},
     model::{Config, CrossFusion},
+    survival::Ties,
     train::step::BagSizes,
 };
 
 #[derive(Args)]
 pub struct OpArguments {
-    /// Ops whose name begins so (matmul, "attention forward", ...); `cox` stands for itself
+    /// Ops whose name begins so (matmul, "attention forward", ...); or cox alone, which has a cohort instead of a slide
     #[arg(required_unless_present = "all")]
     ops: Vec<String>,
     /// Every op
@@ -37,15 +38,41 @@ pub struct OpArguments {
     /// Storage precision
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
+    /// Patients of `cox`
+    #[arg(long, default_value_t = 1_000_000, value_parser = patients)]
+    pub(super) n: usize,
+    /// Ties of `cox`
+    #[arg(long, value_enum, default_value_t = TiesArgument::Efron)]
+    pub(super) ties: TiesArgument,
     /// Timed runs of each, after one that warms up
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
-    repeat: u32,
+    pub(super) repeat: u32,
     /// A Python with PyTorch, to time that on the same work in the same run
     #[arg(long, value_name = "PYTHON")]
     peer: Option<String>,
     /// Print one JSON object instead of a table
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum TiesArgument {
+    Efron,
+    Breslow,
+}
+
+impl From<TiesArgument> for Ties {
+    fn from(ties: TiesArgument) -> Self {
+        match ties {
+            TiesArgument::Efron => Self::Efron,
+            TiesArgument::Breslow => Self::Breslow,
+        }
+    }
+}
+
+fn patients(text: &str) -> Result<usize, String> {
+    let n = text.parse().ok().filter(|n| (1..=1 << 30).contains(n));
+    n.ok_or_else(|| "expected a number of patients from 1 to 2^30".into())
 }
 
 #[derive(Serialize)]
@@ -79,6 +106,9 @@ struct Row {
 /// `cf-bench op`.
 pub fn op(arguments: &OpArguments) -> Result<()> {
     let device = Device::from_name(&arguments.device, arguments.threads)?;
+    if arguments.ops == ["cox"] && !arguments.all {
+        return cox::cox(&device, arguments);
+    }
     let report = match arguments.precision {
         Precision::F32 => measure::<f32>(&device, arguments)?,
         Precision::Bf16 => measure::<bf16>(&device, arguments)?,
@@ -120,18 +150,19 @@ fn microseconds(time: Option<f64>) -> String {
 }
 
 fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Report> {
-    if T::KERNELS != f32::KERNELS && !device.runs_kernels() {
-        return Err(Error::Usage("--precision bf16 needs --device cuda: the CPU computes in f32".into()));
-    }
+    arguments.precision.check(device)?;
     let mut arena = Arena::new(device, cases::ARENA)?;
-    let (peak, copy) = ceilings::measure::<T>(device)?;
+    let (peak, copy) = (ceilings::peak::<T>(device)?, ceilings::copy_rate(device)?);
     let parameters = CrossFusion::new(&Config::new(arguments.features))?.layout.len();
     let mut keep = Vec::new();
     let mut cases = cases::cases::<T>(device, arguments.bags, arguments.features, parameters, &mut keep)?;
     let wanted = |case: &Case| arguments.all || arguments.ops.iter().any(|op| case.op.starts_with(op.as_str()));
     cases.retain(wanted);
     if cases.is_empty() {
-        return Err(Error::Usage(format!("there is no op {:?}; --all shows their names", arguments.ops)));
+        return Err(Error::Usage(format!(
+            "there is no op {:?}: cox, or see the names that --all shows",
+            arguments.ops
+        )));
     }
     let peer = match &arguments.peer {
         Some(python) => peer_rows(python, arguments)?,
