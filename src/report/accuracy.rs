@@ -342,7 +342,7 @@ pub fn edge_times(folds: &[Fold]) -> Result<Vec<f64>, String> {
     let edges: Vec<&[f64]> = folds.iter().map(|fold| fold.bin_edges.as_slice()).collect();
     let bins = edges.first().map_or(0, |edges| edges.len());
     if bins == 0 || edges.iter().any(|edges| edges.len() != bins) {
-        return Err("the model does not say where its time bins end".into());
+        return Err("the model has no time bins, or does not say where they end".into());
     }
     Ok((1..bins - 1).map(|i| edges.iter().map(|edges| edges[i]).sum::<f64>() / edges.len() as f64).collect())
 }

@@ -41,7 +41,7 @@ pub struct Fold {
     pub train_slides: Option<usize>,
     /// The epoch whose weights were kept, from 0 as in metrics.jsonl; people are shown it from 1.
     pub best_epoch: Option<usize>,
-    /// Where the model's time bins begin and end, in months; empty where a checkpoint does not say.
+    /// Where the model's time bins begin and end, in months; empty where it has none, or a checkpoint does not say.
     pub bin_edges: Vec<f64>,
 }
 

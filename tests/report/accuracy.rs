@@ -292,10 +292,10 @@ fn undefined_statistics_say_why() {
     let summary = Summary::new(&[fold], &predictions, PLAN).unwrap();
     let Accuracy { auc, brier, c_index_fold_mean, .. } = &summary.by_slide;
     assert!(auc.mean.note.as_ref().unwrap().contains("needs 5 events, and there are 4"), "{auc:?}");
-    assert!(brier.integrated.note.as_ref().unwrap().contains("does not say where its time bins end"), "{brier:?}");
+    assert!(brier.integrated.note.as_ref().unwrap().contains("does not say where they end"), "{brier:?}");
     assert_eq!((c_index_fold_mean.estimate.is_some(), c_index_fold_mean.interval), (true, None));
     let notes = summary.notes.join("\n");
-    assert!(notes.contains("There is no calibration: the model does not say"), "{notes}");
+    assert!(notes.contains("There is no calibration: the model has no time bins"), "{notes}");
     let table = summary.table();
     assert!(table.contains("needs 5 events") && !table.contains("NaN"), "{table}");
 }
