@@ -6,7 +6,11 @@
 //!   [`backward_weight`]  dW += dyᵀ x, db += colsum(dy)
 //! Each takes a list of independent problems, which a GPU runs as one launch.
 
+pub mod kernel;
+
 use pulp::Simd;
+
+use kernel::{KernelMatmul, KernelWeightGrad};
 
 use super::{Dropout, gelu};
 use crate::{
@@ -14,7 +18,7 @@ use crate::{
     device::{
         Arena, Device, Element, Real, View,
         cpu::{Cpu, Kernel, tile, with_workspace},
-        on_cpu,
+        on_cpu, storage,
     },
 };
 
@@ -66,7 +70,7 @@ pub fn backward_input<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Re
     run(device, "matmul backward input", problems, false)
 }
 
-pub fn backward_weight<T: Element>(device: &Device, _arena: &mut Arena, problems: &[WeightGrad<T>]) -> Result<()> {
+pub fn backward_weight<T: Element>(device: &Device, arena: &mut Arena, problems: &[WeightGrad<T>]) -> Result<()> {
     const OP: &str = "matmul backward weight";
     for p in problems {
         let (m, n, k) = (p.dy.rows(), p.dy.cols(), p.x.cols());
@@ -79,6 +83,17 @@ pub fn backward_weight<T: Element>(device: &Device, _arena: &mut Arena, problems
     problems.iter().for_each(|p| device.count(2.0 * p.dy.rows() as f64 * (p.dw.rows() * p.dw.cols()) as f64));
     if let Some(cpu) = device.cpu() {
         cpu_backward_weight::<T::Sum>(cpu, &on_cpu(problems)?);
+    }
+    if device.runs_kernels() {
+        let mark = arena.mark();
+        let mut kernels: Vec<_> = problems.iter().map(KernelWeightGrad::from).collect();
+        let splits = kernel::splits(&kernels);
+        for ((p, kernel), splits) in problems.iter().zip(&mut kernels).zip(splits) {
+            let partial = arena.scratch::<f32>(1, kernel::partial_len(splits, p.dw.rows(), p.dw.cols()))?;
+            (kernel.partial, kernel.splits) = (partial.address(), splits as i32);
+        }
+        device.launch(kernel::backward_weight_launches(storage::<T>()?, &kernels))?;
+        arena.release_scratch(mark);
     }
     Ok(())
 }
@@ -101,6 +116,11 @@ fn run<T: Element>(device: &Device, op: &'static str, problems: &[Matmul<T>], tr
     problems.iter().for_each(|p| device.count(2.0 * (p.out.rows() * p.out.cols()) as f64 * p.a.cols() as f64));
     if let Some(cpu) = device.cpu() {
         cpu_run::<T::Sum>(cpu, &on_cpu(problems)?, transposed);
+    }
+    if device.runs_kernels() {
+        let kernels: Vec<_> = problems.iter().map(KernelMatmul::from).collect();
+        let launches = if transposed { kernel::forward_launches } else { kernel::backward_input_launches };
+        device.launch(launches(storage::<T>()?, &kernels))?;
     }
     Ok(())
 }

@@ -2,10 +2,12 @@
 //! With CROSSFUSION_DEVICE=cuda the same launches run on a GPU, where a schedule is the hardware's own and nothing looks for races.
 #![cfg(feature = "emulator")]
 
+mod bed;
 #[path = "../common/mod.rs"]
 mod common;
 mod cox;
 mod layer_norm;
+mod matmul;
 mod probes;
 
 use std::sync::OnceLock;
