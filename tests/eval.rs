@@ -132,6 +132,8 @@ fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
     let json = std::fs::read(folder.join("summary.json")).unwrap();
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     assert_eq!(json["folds"][1]["c_index"].as_f64(), summary.folds[1].c_index);
+    let protocol = json["protocol"].as_str().unwrap();
+    assert!(protocol.contains("optimistic") && summary.table().contains(protocol), "{protocol}");
     let html = std::fs::read_to_string(folder.join("report.html")).unwrap();
     assert!(html.contains(&format!("<td>{:.4}</td>", c[0])) && html.contains("synthetic, 64 features"));
 }

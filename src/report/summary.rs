@@ -93,6 +93,9 @@ pub struct Summary {
     pub risk_groups: Vec<Grouping>,
     /// Predicted against observed survival, empty where it is undefined.
     pub calibration: Vec<CalibrationPoint>,
+    /// How each fold's epoch was chosen, in a sentence; empty where that is not known.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub protocol: String,
     /// Sentences that a reader of these numbers should know.
     pub notes: Vec<String>,
     /// What `risk_groups` and `calibration` are made of: a row a patient, or a slide where patients cannot be told.
@@ -177,6 +180,7 @@ impl Summary {
             log_rank,
             risk_groups,
             calibration,
+            protocol: String::new(),
             notes,
             rows,
         })

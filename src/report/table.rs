@@ -90,6 +90,7 @@ impl Summary {
         if let Some(test) = &self.log_rank {
             lines.push(format!("log-rank {} (high against low risk, cut at the median)", p_text(test.p_value)));
         }
+        lines.extend((!self.protocol.is_empty()).then(|| self.protocol.clone()));
         lines.extend(notes);
         lines.extend(self.notes.iter().map(|note| format!("note: {note}")));
         lines.join("\n") + "\n"
