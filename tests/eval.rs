@@ -17,6 +17,7 @@ use crossfusion::{
     },
     device::Device,
     eval::{self, Checkpoint},
+    report::Summary,
     survival::Bootstrap,
     train::{
         config::RunConfig,
@@ -65,6 +66,12 @@ fn trained() -> &'static (PathBuf, RunConfig) {
     })
 }
 
+/// The trained run, evaluated once for all tests.
+fn evaluated() -> &'static Summary {
+    static SUMMARY: OnceLock<Summary> = OnceLock::new();
+    SUMMARY.get_or_init(|| eval::evaluate_run(&trained().0, device(), PLAN).unwrap())
+}
+
 /// The trained run's settings and models in a folder of its own.
 fn copy_of_trained(name: &str) -> (PathBuf, RunConfig) {
     let (from, config) = trained();
@@ -110,8 +117,7 @@ fn concordance(rows: &[&Row]) -> f64 {
 
 #[test]
 fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
-    let (folder, config) = trained();
-    let summary = eval::evaluate_run(folder, device(), PLAN).unwrap();
+    let ((folder, config), summary) = (trained(), evaluated());
     let (rows, metrics) = (predictions(folder), run::read_metrics(folder).unwrap());
     assert_eq!((rows.len(), summary.slides, summary.patients), (172, 172, 150));
     let mut c = Vec::new();
@@ -186,18 +192,17 @@ fn cf_eval(arguments: &[&str], folder: &Path) -> Output {
 #[test]
 fn an_edited_clinical_table_is_noticed() {
     let (run, mut config) = copy_of_trained("edited");
-    let about_cohort = |run: &Path| {
-        let notes = eval::evaluate_run(run, device(), PLAN).unwrap().notes;
-        notes.into_iter().filter(|note| note.contains("other than it was trained for")).collect::<Vec<_>>()
+    let about_cohort = |summary: &Summary| {
+        summary.notes.iter().filter(|note| note.contains("other than it was trained for")).cloned().collect::<Vec<_>>()
     };
-    assert_eq!(about_cohort(&run), [""; 0]);
+    assert_eq!(about_cohort(evaluated()), [""; 0]);
     let text = std::fs::read_to_string(&config.clinical).unwrap();
     let mut lines: Vec<String> = text.lines().map(String::from).collect();
     lines[1] += "1"; // another digit of the first slide's months
     config.clinical = run.join("edited.csv");
     std::fs::write(&config.clinical, lines.join("\n") + "\n").unwrap();
     std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
-    let notes = about_cohort(&run);
+    let notes = about_cohort(&eval::evaluate_run(&run, device(), PLAN).unwrap());
     assert!(notes.len() == 1 && notes[0].contains("a table, a fold or the features have changed"), "{notes:?}");
 }
 
@@ -252,8 +257,7 @@ fn published_checkpoints_predict() {
 #[test]
 fn what_cannot_be_evaluated_is_said() {
     let (run, config) = copy_of_trained("refused");
-    let said =
-        |result: crossfusion::Result<_>| result.map(|_: crossfusion::report::Summary| ()).unwrap_err().to_string();
+    let said = |result: crossfusion::Result<_>| result.map(|_: Summary| ()).unwrap_err().to_string();
     let error = said(eval::evaluate_run(&run.join("fold_0"), device(), PLAN));
     assert!(error.contains("is not a run folder"), "{error}");
 

@@ -1,11 +1,8 @@
 //! Paired comparison: closed cases, the definition, and what cannot be compared.
 
-use super::{PLAN, cf_eval, device, folder, trained};
+use super::{PLAN, cf_eval, evaluated, folder, trained};
 use crossfusion::{
-    eval::{
-        self,
-        compare::{self, Comparison, Difference, compare_runs},
-    },
+    eval::compare::{self, Comparison, Difference, compare_runs},
     report::{SlideResult, predictions_csv, read_predictions},
 };
 use std::path::{Path, PathBuf};
@@ -117,8 +114,8 @@ fn evaluation(name: &str, patients: &[SlideResult]) -> PathBuf {
 
 #[test]
 fn the_program_compares_runs_and_leaves_plot_and_numbers() {
+    evaluated();
     let (run, _) = trained();
-    eval::evaluate_run(run, device(), PLAN).unwrap();
     let mut other = read_predictions(&run.join("predictions.csv")).unwrap();
     other.iter_mut().for_each(|p| p.risk = -p.risk);
     let other = evaluation("compare other", &other);
@@ -150,8 +147,8 @@ fn the_program_compares_runs_and_leaves_plot_and_numbers() {
 
 #[test]
 fn an_unfinished_run_is_not_compared() {
+    evaluated();
     let (run, _) = trained();
-    eval::evaluate_run(run, device(), PLAN).unwrap();
     let (unfinished, _) = super::copy_of_trained("compare unfinished");
     let at = folder("compare errors");
     let refused = |b: &Path| compare_runs(run, b, &at.join("out"), PLAN).unwrap_err().to_string();
