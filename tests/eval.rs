@@ -1,7 +1,11 @@
 //! Evaluation of a small trained run, and of single checkpoints, against what training itself measured and plain counting of pairs.
 
+#[path = "eval/compare.rs"]
+mod compare;
+
 use std::{
     path::{Path, PathBuf},
+    process::{Command, Output},
     sync::{OnceLock, atomic::AtomicBool},
 };
 
@@ -13,11 +17,16 @@ use crossfusion::{
     },
     device::Device,
     eval::{self, Checkpoint},
+    report::Summary,
+    survival::Bootstrap,
     train::{
         config::RunConfig,
         run::{self, Run},
     },
 };
+
+/// Few replicates: most tests are not about them.
+const PLAN: Bootstrap = Bootstrap { replicates: 40, seed: 0, level: 0.95 };
 
 fn device() -> Device {
     Device::from_name("cpu", 1).unwrap()
@@ -55,6 +64,12 @@ fn trained() -> &'static (PathBuf, RunConfig) {
         run.train(&folder, &AtomicBool::new(false)).unwrap();
         (folder, config)
     })
+}
+
+/// The trained run, evaluated once for all tests.
+fn evaluated() -> &'static Summary {
+    static SUMMARY: OnceLock<Summary> = OnceLock::new();
+    SUMMARY.get_or_init(|| eval::evaluate_run(&trained().0, device(), PLAN).unwrap())
 }
 
 /// The trained run's settings and models in a folder of its own.
@@ -102,8 +117,7 @@ fn concordance(rows: &[&Row]) -> f64 {
 
 #[test]
 fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
-    let (folder, config) = trained();
-    let summary = eval::evaluate_run(folder, device()).unwrap();
+    let ((folder, config), summary) = (trained(), evaluated());
     let (rows, metrics) = (predictions(folder), run::read_metrics(folder).unwrap());
     assert_eq!((rows.len(), summary.slides, summary.patients), (172, 172, 150));
     let mut c = Vec::new();
@@ -124,6 +138,8 @@ fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
     let json = std::fs::read(folder.join("summary.json")).unwrap();
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     assert_eq!(json["folds"][1]["c_index"].as_f64(), summary.folds[1].c_index);
+    let protocol = json["protocol"].as_str().unwrap();
+    assert!(protocol.contains("optimistic") && summary.table().contains(protocol), "{protocol}");
     let html = std::fs::read_to_string(folder.join("report.html")).unwrap();
     assert!(html.contains(&format!("<td>{:.4}</td>", c[0])) && html.contains("synthetic, 64 features"));
 }
@@ -131,16 +147,16 @@ fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
 #[test]
 fn a_checkpoint_alone_predicts_what_its_run_does() {
     let (run, config) = copy_of_trained("checkpoint");
-    eval::evaluate_run(&run, device()).unwrap();
+    eval::evaluate_run(&run, device(), PLAN).unwrap();
     let path = run.join("fold_0/best.safetensors");
     let mut checkpoint =
         Checkpoint { path: &path, source: config.source(), split: Some((&config.splits, 0)), heads: 99 };
-    eval::evaluate_checkpoint(&checkpoint, &run.join("alone"), device()).unwrap();
+    eval::evaluate_checkpoint(&checkpoint, &run.join("alone"), device(), PLAN).unwrap();
     let risks = |folder: &Path| predictions(folder).into_iter().map(|row| (row.slide, row.risk)).collect::<Vec<_>>();
     assert_eq!(risks(&run.join("alone")), risks(&run));
 
     checkpoint.split = None;
-    let summary = eval::evaluate_checkpoint(&checkpoint, &run.join("all"), device()).unwrap();
+    let summary = eval::evaluate_checkpoint(&checkpoint, &run.join("all"), device(), PLAN).unwrap();
     assert_eq!((summary.slides, summary.folds.len()), (172, 1));
 }
 
@@ -156,15 +172,50 @@ fn an_unfinished_run_and_a_cohort_without_events_give_notes() {
     };
     std::fs::write(&config.clinical, text.lines().map(censor).collect::<String>()).unwrap();
     std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
-    let summary = eval::evaluate_run(&run, device()).unwrap();
+    let summary = eval::evaluate_run(&run, device(), PLAN).unwrap();
     assert_eq!((summary.c_index_mean, &summary.log_rank, summary.events), (None, &None, 0));
     let notes = summary.notes.join("\n");
     for part in ["Fold 1 has no model yet", "Fold 0 has no C-index: none of", "There is no log-rank test"] {
         assert!(notes.contains(part), "{notes}");
     }
-    for file in ["report.html", "km.svg", "km.png", "predictions.csv", "summary.json"] {
+    for file in ["report.html", "figures/km.svg", "figures/km.png", "figures/km.csv", "predictions.csv", "summary.json"]
+    {
         assert!(run.join(file).is_file(), "{file} is missing");
     }
+}
+
+fn cf_eval(arguments: &[&str], folder: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_cf-eval")).args(arguments).current_dir(folder).output().unwrap()
+}
+
+/// The run was trained for other outcomes than it is evaluated on.
+#[test]
+fn an_edited_clinical_table_is_noticed() {
+    let (run, mut config) = copy_of_trained("edited");
+    let about_cohort = |summary: &Summary| {
+        summary.notes.iter().filter(|note| note.contains("other than it was trained for")).cloned().collect::<Vec<_>>()
+    };
+    assert_eq!(about_cohort(evaluated()), [""; 0]);
+    let text = std::fs::read_to_string(&config.clinical).unwrap();
+    let mut lines: Vec<String> = text.lines().map(String::from).collect();
+    lines[1] += "1"; // another digit of the first slide's months
+    config.clinical = run.join("edited.csv");
+    std::fs::write(&config.clinical, lines.join("\n") + "\n").unwrap();
+    std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
+    let notes = about_cohort(&eval::evaluate_run(&run, device(), PLAN).unwrap());
+    assert!(notes.len() == 1 && notes[0].contains("a table, a fold or the features have changed"), "{notes:?}");
+}
+
+#[test]
+fn a_folds_state_is_no_model() {
+    let (run, config) = copy_of_trained("state");
+    let path = run.join("fold_0/checkpoint.safetensors");
+    let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: 2 };
+    let error = eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), PLAN).unwrap_err().to_string();
+    assert!(
+        error.contains("checkpoint.safetensors: is a fold's state") && error.contains("best.safetensors"),
+        "{error}"
+    );
 }
 
 /// As the published program saved it, and from DataParallel; neither says what model it is.
@@ -196,7 +247,7 @@ fn published_checkpoints_predict() {
     let source = Source { clinical: &clinical, manifest: None, pt_dir: &folder, backbone: "backbone" };
     let [plain, parallel] = files.map(|path| {
         let checkpoint = Checkpoint { path: &path, source: source.clone(), split: None, heads: 4 };
-        eval::evaluate_checkpoint(&checkpoint, &folder, device()).unwrap();
+        eval::evaluate_checkpoint(&checkpoint, &folder, device(), PLAN).unwrap();
         predictions(&folder).into_iter().map(|row| row.risk).collect::<Vec<_>>()
     });
     assert_eq!(plain, parallel);
@@ -206,14 +257,13 @@ fn published_checkpoints_predict() {
 #[test]
 fn what_cannot_be_evaluated_is_said() {
     let (run, config) = copy_of_trained("refused");
-    let said =
-        |result: crossfusion::Result<_>| result.map(|_: crossfusion::report::Summary| ()).unwrap_err().to_string();
-    let error = said(eval::evaluate_run(&run.join("fold_0"), device()));
+    let said = |result: crossfusion::Result<_>| result.map(|_: Summary| ()).unwrap_err().to_string();
+    let error = said(eval::evaluate_run(&run.join("fold_0"), device(), PLAN));
     assert!(error.contains("is not a run folder"), "{error}");
 
     let path = run.join("metrics.jsonl");
     let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: 4 };
-    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device()));
+    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), PLAN));
     assert!(error.contains("metrics.jsonl"), "{error}");
 
     // features of another width
@@ -226,7 +276,7 @@ fn what_cannot_be_evaluated_is_said() {
     let source = Source { pt_dir: &pt_dir, backbone: "narrow", ..config.source() };
     let path = run.join("fold_0/best.safetensors");
     let checkpoint = Checkpoint { path: &path, source, split: None, heads: 4 };
-    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device()));
+    let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), PLAN));
     assert!(error.contains("best.safetensors: takes features of width 64, but narrow's are 8"), "{error}");
     assert!(!run.join("out").exists(), "nothing is left behind");
 }

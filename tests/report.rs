@@ -1,8 +1,11 @@
 //! The report on a synthetic cohort: what it shows is what went in, and it is whole without network, fonts or a model.
 
+#[path = "report/accuracy.rs"]
+mod accuracy;
+
 use crossfusion::{
-    report::{self, About, Fold, SlideResult, Summary, figure::escape, history, html, km, risk},
-    survival::{concordance_index, log_rank},
+    report::{self, About, Fold, SlideResult, Summary, figure::escape, history, html, km, plots::Plots},
+    survival::{Bootstrap, concordance_index, log_rank},
     train::fold::EpochMetrics,
 };
 use resvg::{tiny_skia::Pixmap, usvg::roxmltree};
@@ -48,7 +51,20 @@ fn cohort(slides: usize, folds: usize) -> Vec<SlideResult> {
 
 fn folds(predictions: &[SlideResult], folds: usize) -> Vec<Fold> {
     let slides = |fold| predictions.iter().filter(|p| p.fold != fold).count();
-    (0..folds).map(|fold| Fold { fold, train_slides: Some(slides(fold)), best_epoch: Some(9 + 3 * fold) }).collect()
+    let fold = |fold| Fold {
+        fold,
+        train_slides: Some(slides(fold)),
+        best_epoch: Some(9 + 3 * fold),
+        bin_edges: vec![0.0, 8.0, 16.0, 32.0, 120.0],
+    };
+    (0..folds).map(fold).collect()
+}
+
+/// Few replicates: most tests are not about them.
+const PLAN: Bootstrap = Bootstrap { replicates: 40, seed: 0, level: 0.95 };
+
+fn summary(predictions: &[SlideResult], n_folds: usize) -> Summary {
+    Summary::new(&folds(predictions, n_folds), predictions, PLAN).unwrap()
 }
 
 /// metrics.jsonl of folds that learn for `9 + 3 * fold + 20` epochs.
@@ -103,14 +119,15 @@ fn keep(name: &str, content: impl AsRef<[u8]>) {
 }
 
 fn page(predictions: &[SlideResult], n_folds: usize) -> String {
-    let summary = Summary::new(&folds(predictions, n_folds), predictions).unwrap();
-    html::page(&about(), &summary, predictions, &epochs(n_folds)).unwrap()
+    let summary = summary(predictions, n_folds);
+    let plots = Plots::new(&summary, predictions, &epochs(n_folds)).unwrap();
+    html::page(&about(), &summary, predictions, &plots).unwrap()
 }
 
 #[test]
 fn the_summary_equals_the_statistics_of_the_predictions() {
     let predictions = cohort(200, 5);
-    let summary = Summary::new(&folds(&predictions, 5), &predictions).unwrap();
+    let summary = summary(&predictions, 5);
     let columns = |keep: &dyn Fn(&SlideResult) -> bool| {
         let rows: Vec<&SlideResult> = predictions.iter().filter(|p| keep(p)).collect();
         let time: Vec<f64> = rows.iter().map(|p| p.time).collect();
@@ -144,16 +161,15 @@ fn the_summary_equals_the_statistics_of_the_predictions() {
 #[test]
 fn a_slide_on_the_median_is_of_high_risk() {
     let predictions = cohort(7, 1);
-    let summary = Summary::new(&folds(&predictions, 1), &predictions).unwrap();
-    let [low, high] = summary.risk_groups(&predictions);
-    assert_eq!((low.time.len(), high.time.len()), (3, 4));
+    let summary = summary(&predictions, 1);
+    assert_eq!(summary.risk_groups[0].patients, [3, 4]);
 }
 
 #[test]
 fn figures_are_xml_and_their_pngs_hold_text() {
     let predictions = cohort(437, 5);
-    let summary = Summary::new(&folds(&predictions, 5), &predictions).unwrap();
-    let groups = summary.risk_groups(&predictions);
+    let summary = summary(&predictions, 5);
+    let groups = summary.risk_groups[0].groups(&summary.rows);
     let p = summary.log_rank.as_ref().map(|test| test.p_value);
     let figure = km::figure(&groups, p).unwrap();
     let svg = figure.standalone();
@@ -182,15 +198,17 @@ fn figures_are_xml_and_their_pngs_hold_text() {
     assert!(dark(&pixels, (270, 420), (8, 48)) > 300, "the legend's text is missing from the PNG");
     assert!(dark(&pixels, (20, 160), (860, 940)) > 300, "the labels of the numbers at risk are missing from the PNG");
 
-    for figure in history::figures(&epochs(5)).iter().chain(&risk::figure(&predictions, summary.median_risk)) {
-        roxmltree::Document::parse(&figure.standalone()).expect("the figure is XML");
+    for plot in Plots::new(&summary, &predictions, &epochs(5)).unwrap().all() {
+        let svg = plot.figure.standalone();
+        roxmltree::Document::parse(&svg).expect("the figure is XML");
+        keep(&format!("{}.svg", plot.name), svg);
     }
 }
 
 #[test]
 fn the_page_is_self_contained_and_shows_the_numbers() {
     let predictions = cohort(437, 5);
-    let summary = Summary::new(&folds(&predictions, 5), &predictions).unwrap();
+    let summary = summary(&predictions, 5);
     let html = page(&predictions, 5);
     keep("report.html", &html);
     for fetched in ["src=", "<script", "<link rel=\"stylesheet", "@import", "url(", "<iframe", "<img", "srcset"] {
@@ -231,8 +249,9 @@ fn names_are_escaped() {
         config: evil.into(),
         commands: evil.into(),
     };
-    let summary = Summary::new(&folds(&predictions, 2), &predictions).unwrap();
-    let html = html::page(&about, &summary, &predictions, &[]).unwrap();
+    let summary = summary(&predictions, 2);
+    let plots = Plots::new(&summary, &predictions, &[]).unwrap();
+    let html = html::page(&about, &summary, &predictions, &plots).unwrap();
     assert!(!html.contains("<script"));
     assert_eq!(html.matches(&escape(evil)).count(), 9);
     assert_eq!(escape(evil), "&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;&amp;&quot;\u{fffd}");
@@ -244,16 +263,32 @@ fn names_are_escaped() {
     assert_eq!(xml.descendants().filter(|node| node.is_text() && node.text() == Some(label)).count(), 2);
 }
 
+/// No number of the page, of summary.json, of a plot or of its table is NaN or infinite.
+fn all_finite(predictions: &[SlideResult], n_folds: usize) {
+    let summary = summary(predictions, n_folds);
+    let plots = Plots::new(&summary, predictions, &[]).unwrap();
+    let mut texts = vec![page(predictions, n_folds), summary.table(), format!("{summary:?}")];
+    for plot in plots.all() {
+        texts.push(String::from_utf8(plot.csv.clone()).unwrap());
+        texts.push(plot.figure.standalone());
+    }
+    for text in texts {
+        let numbers = text.replace("is infinite", "").replace("info", "");
+        assert!(!numbers.contains("NaN") && !numbers.contains("inf"), "a number is not finite: {text}");
+    }
+}
+
 #[test]
 fn degenerate_cohorts_give_notes_and_a_page() {
     // A fold without events, a fold without slides, and one risk for all.
     let mut predictions = cohort(60, 2);
     predictions.iter_mut().filter(|p| p.fold == 1).for_each(|p| p.event = false);
     predictions.iter_mut().for_each(|p| p.risk = -2.5);
-    let summary = Summary::new(&folds(&predictions, 3), &predictions).unwrap();
+    let summary = summary(&predictions, 3);
     assert_eq!(summary.folds[0].c_index, Some(0.5));
     assert_eq!((summary.folds[1].c_index, summary.folds[2].c_index), (None, None));
-    assert_eq!((summary.c_index_mean, summary.c_index_std, &summary.log_rank), (Some(0.5), Some(0.0), &None));
+    assert_eq!((summary.c_index_mean, summary.c_index_std, &summary.log_rank), (Some(0.5), None, &None));
+    assert!(!summary.table().contains("+-"), "one fold has no spread");
     let notes = summary.notes.join("\n");
     for part in [
         "Fold 1 has no C-index: ",
@@ -267,18 +302,17 @@ fn degenerate_cohorts_give_notes_and_a_page() {
     let html = page(&predictions, 3);
     keep("degenerate.html", &html);
     assert!(html.contains("none of the 30 patients had an event"));
-    assert!(!html.contains("NaN") && !html.contains("inf"), "a number is not finite");
+    all_finite(&predictions, 3);
 
     // One slide; nobody has an event; everybody has one; all at time zero.
     for (events, time) in [(true, 3.0), (false, 3.0), (true, 0.0)] {
         let mut one = cohort(1, 1);
         (one[0].event, one[0].time) = (events, time);
-        let html = page(&one, 1);
-        assert!(!html.contains("NaN") && !html.contains("inf"), "a number is not finite");
+        all_finite(&one, 1);
     }
-    assert!(Summary::new(&[], &[]).is_err());
+    assert!(Summary::new(&[], &[], PLAN).is_err());
     predictions[3].risk = f64::NAN;
-    let error = Summary::new(&folds(&predictions, 2), &predictions).unwrap_err().to_string();
+    let error = Summary::new(&folds(&predictions, 2), &predictions, PLAN).unwrap_err().to_string();
     assert!(error.contains(&predictions[3].slide_id), "{error}");
 }
 
@@ -294,13 +328,28 @@ fn an_undefined_metric_breaks_its_curve_alone() {
 #[test]
 fn the_files_hold_the_predictions_in_full() {
     let predictions = cohort(40, 2);
-    let summary = Summary::new(&folds(&predictions, 2), &predictions).unwrap();
+    let summary = summary(&predictions, 2);
     let folder = tempfile::tempdir().unwrap();
     report::write(&folder.path().join("new"), &about(), &summary, &predictions, &epochs(2)).unwrap();
     let mut names: Vec<_> =
         std::fs::read_dir(folder.path().join("new")).unwrap().map(|f| f.unwrap().file_name()).collect();
     names.sort();
-    assert_eq!(names, ["km.png", "km.svg", "predictions.csv", "report.html", "summary.json"]);
+    assert_eq!(names, ["figures", "predictions.csv", "report.html", "summary.json"]);
+    let figures = [
+        "c_index",
+        "km",
+        "km_tertiles",
+        "km_learnt_cut",
+        "auc",
+        "calibration",
+        "risk",
+        "training_fold_0",
+        "training_fold_1",
+    ];
+    for (figure, extension) in figures.iter().flat_map(|figure| ["svg", "png", "csv"].map(|e| (figure, e))) {
+        assert!(folder.path().join(format!("new/figures/{figure}.{extension}")).is_file(), "{figure}.{extension}");
+    }
+    assert_eq!(report::read_predictions(&folder.path().join("new/predictions.csv")).unwrap(), predictions);
 
     let mut table = csv::Reader::from_path(folder.path().join("new/predictions.csv")).unwrap();
     let heads: Vec<String> = table.headers().unwrap().iter().map(String::from).collect();

@@ -348,9 +348,9 @@ fn ctrl_c_saves_and_says_how_to_go_on() {
     let folder = tempfile::tempdir().unwrap();
     let settings = write_config(folder.path(), &RunConfig { num_epochs: 10_000, es_patience: 10_000, ..config() });
     let mut command = Command::new(env!("CARGO_BIN_EXE_cf-train"));
-    command.args(["--config", settings.to_str().unwrap(), "--out", "run"]).current_dir(folder.path());
+    command.args(["--config", settings.to_str().unwrap(), "--out", "my run"]).current_dir(folder.path());
     let child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    let run = folder.path().join("run");
+    let run = folder.path().join("my run");
     let start = Instant::now();
     while run::read_metrics(&run).unwrap().is_empty() {
         assert!(start.elapsed() < Duration::from_secs(120), "no epoch in two minutes");
@@ -359,7 +359,7 @@ fn ctrl_c_saves_and_says_how_to_go_on() {
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     let out = child.wait_with_output().unwrap();
     assert_eq!(out.status.code(), Some(130));
-    assert!(String::from_utf8_lossy(&out.stderr).contains("cf-train --resume run"), "{out:?}");
+    assert!(String::from_utf8_lossy(&out.stderr).contains("cf-train --resume 'my run'"), "{out:?}");
     assert!(FoldTrainer::checkpoint_path(&run::fold_folder(&run, 0)).exists());
 }
 

@@ -1,20 +1,25 @@
-//! Evaluates a run, or one checkpoint on any cohort.
+//! Evaluates a run, or one checkpoint on any cohort, and compares runs.
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use crossfusion::{
     Error, Result,
     data::dataset::Source,
     device::Device,
-    eval::{self, Checkpoint},
+    eval::{self, Checkpoint, compare},
+    report::RESAMPLING,
+    survival::Bootstrap,
     train::run,
 };
 
 /// Evaluates a run's folds, or one checkpoint on any cohort: C-index, Kaplan-Meier curves, predictions and a report
 #[derive(Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+
     /// Run folder of cf-train; each fold's best model is evaluated on the fold's validation slides
     #[arg(required_unless_present = "checkpoint", conflicts_with = "checkpoint")]
     run: Option<PathBuf>,
@@ -44,12 +49,45 @@ struct Arguments {
     /// Folder for the results of --checkpoint; a run's go into its own folder [default: runs/eval-BACKBONE-NUMBER]
     #[arg(long, value_name = "DIR", requires = "checkpoint")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    resampling: Resampling,
     /// Where to run: auto or cpu
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads; 0 is one for each core. Results do not depend on it
     #[arg(long, default_value_t = 0)]
     threads: usize,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compares two evaluated runs, pair by pair, on the patients that both predicted out of fold
+    Compare {
+        run_a: PathBuf,
+        run_b: PathBuf,
+        /// Folder for the comparison [default: runs/compare-NUMBER]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        #[command(flatten)]
+        resampling: Resampling,
+    },
+}
+
+/// How intervals are drawn.
+#[derive(Args)]
+struct Resampling {
+    /// Bootstrap cohorts, and permutations, behind intervals and p-values
+    #[arg(long, value_name = "N", default_value_t = RESAMPLING.replicates as u64, value_parser = clap::value_parser!(u64).range(2..=1_000_000))]
+    bootstrap: u64,
+    /// Seed of the bootstrap and of the permutations
+    #[arg(long, default_value_t = RESAMPLING.seed)]
+    seed: u64,
+}
+
+impl Resampling {
+    fn plan(&self) -> Bootstrap {
+        Bootstrap { replicates: self.bootstrap as usize, seed: self.seed, ..RESAMPLING }
+    }
 }
 
 fn main() {
@@ -60,9 +98,17 @@ fn main() {
 }
 
 fn evaluate(arguments: &Arguments) -> Result<()> {
+    if let Some(Command::Compare { run_a, run_b, out, resampling }) = &arguments.command {
+        let out = out.clone().unwrap_or_else(|| run::fresh_folder("compare"));
+        let comparison = compare::compare_runs(run_a, run_b, &out, resampling.plan())?;
+        crossfusion::say(comparison.table().trim_end());
+        crossfusion::say(format!("comparison {}", out.join(compare::FILE).display()));
+        return Ok(());
+    }
     let device = Device::from_name(&arguments.device, arguments.threads)?;
+    let plan = arguments.resampling.plan();
     let (summary, folder) = match arguments {
-        Arguments { run: Some(run), .. } => (eval::evaluate_run(run, device)?, run.clone()),
+        Arguments { run: Some(run), .. } => (eval::evaluate_run(run, device, plan)?, run.clone()),
         Arguments {
             checkpoint: Some(path),
             clinical: Some(clinical),
@@ -79,7 +125,7 @@ fn evaluate(arguments: &Arguments) -> Result<()> {
             let split = splits.as_deref().zip(*fold);
             let out = out.clone().unwrap_or_else(|| run::fresh_folder(&format!("eval-{backbone}")));
             let checkpoint = Checkpoint { path, source, split, heads: *num_heads };
-            (eval::evaluate_checkpoint(&checkpoint, &out, device)?, out)
+            (eval::evaluate_checkpoint(&checkpoint, &out, device, plan)?, out)
         }
         _ => return Err(Error::Usage("expected a run folder, or --checkpoint; see --help".into())),
     };

@@ -10,7 +10,7 @@ use crossfusion::{
     Error, Result,
     data::demo,
     device::Device,
-    eval,
+    eval, report,
     train::{
         config::RunConfig,
         run::{self, Run},
@@ -115,7 +115,7 @@ fn train() -> Result<()> {
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
     run.train(&folder, &INTERRUPTED)?;
-    let summary = eval::evaluate_run(&folder, device)?;
+    let summary = eval::evaluate_run(&folder, device, report::RESAMPLING)?;
     crossfusion::say(summary.table().trim_end());
     crossfusion::say(format!("report {}", folder.join("report.html").display()));
     Ok(())

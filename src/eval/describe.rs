@@ -85,7 +85,7 @@ fn cohort_name(clinical: &Path) -> String {
 }
 
 /// An argument as a shell takes it.
-fn quote(argument: &str) -> String {
+pub fn quote(argument: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c);
     if !argument.is_empty() && argument.chars().all(plain) {
         return argument.to_string();

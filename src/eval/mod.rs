@@ -1,9 +1,14 @@
 //! Evaluation: of a run's folds, each on its validation slides, or of one checkpoint on any cohort.
 //!
-//!   model files + cohort -> a prediction a slide -> [`Summary`] -> predictions.csv, summary.json, km.svg, km.png, report.html
+//!   model files + cohort -> a prediction a slide -> [`Summary`] -> predictions.csv, summary.json, report.html, figures/
+//!
+//! [`compare`] sets two runs side by side that predicted the same patients.
 
+pub mod compare;
 mod describe;
 pub mod infer;
+
+pub use describe::quote;
 
 use std::path::Path;
 
@@ -12,13 +17,22 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::{
     Error, Result,
     data::{
+        self,
         dataset::{Dataset, Source},
+        labels::Bins,
         torch::{StateDict, read_state_dict},
     },
     device::Device,
     loss::Prediction,
     report::{self, Fold, SlideResult, Summary},
-    train::{checkpoint::read_card, config::RunConfig, fold::FoldTrainer, run, step::Engine},
+    survival::Bootstrap,
+    train::{
+        checkpoint::{ModelCard, read_card, read_state},
+        config::RunConfig,
+        fold::FoldTrainer,
+        run,
+        step::Engine,
+    },
 };
 
 /// Bags read ahead.
@@ -38,7 +52,7 @@ pub struct Checkpoint<'a> {
 
 /// Evaluates every fold of a run that has a model, on its validation slides, and writes the files into the run's folder.
 /// Paths in the run's settings are as `cf-train` was given them.
-pub fn evaluate_run(run: &Path, device: Device) -> Result<Summary> {
+pub fn evaluate_run(run: &Path, device: Device, plan: Bootstrap) -> Result<Summary> {
     let path = run::config_path(run);
     if !path.is_file() {
         return Err(Error::Usage(format!("{}: is not a run folder, it has no config.toml", run.display())));
@@ -58,8 +72,10 @@ pub fn evaluate_run(run: &Path, device: Device) -> Result<Summary> {
         let part = dataset.fold(&config.splits, fold)?;
         load(&mut engine, &path, read_state_dict(&path)?)?;
         slides.extend(predict(&mut engine, &dataset, &part.val, fold)?);
-        let best_epoch = read_card(&path)?.map(|card| card.epoch);
-        folds.push(Fold { fold, train_slides: Some(part.train.len()), best_epoch });
+        folds.push(Fold { fold, train_slides: Some(part.train.len()), ..of_card(read_card(&path)?) });
+        if let Err(change) = unchanged(&config, &dataset, &part, &folder) {
+            notes.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
+        }
         if part.without_outcome > 0 {
             notes.push(format!("Fold {fold} names {} cases whose outcome is not known.", part.without_outcome));
         }
@@ -73,24 +89,28 @@ pub fn evaluate_run(run: &Path, device: Device) -> Result<Summary> {
     if folds.is_empty() {
         return Err(Error::Usage(format!("{}: has no trained fold yet", run.display())));
     }
-    let mut summary = Summary::new(&folds, &slides)?;
+    let mut summary = Summary::new(&folds, &slides, plan)?;
     summary.notes.extend(notes);
     summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
     let about = describe::run(run, &config, &engine, &metrics)?;
+    summary.protocol.clone_from(&about.protocol);
     report::write(run, &about, &summary, &slides, &metrics)?;
     Ok(summary)
 }
 
 /// Evaluates one checkpoint and writes the files into `out`.
-pub fn evaluate_checkpoint(checkpoint: &Checkpoint, out: &Path, device: Device) -> Result<Summary> {
+pub fn evaluate_checkpoint(checkpoint: &Checkpoint, out: &Path, device: Device, plan: Bootstrap) -> Result<Summary> {
     let path = checkpoint.path;
     if run::config_path(out).exists() {
         let message =
             format!("{} is a run's folder, whose own results would be replaced; choose another --out", out.display());
         return Err(Error::Usage(message));
     }
-    let tensors = read_state_dict(path)?;
     let ours = path.extension().is_some_and(|extension| extension == "safetensors");
+    if ours {
+        refuse_state(path)?;
+    }
+    let tensors = read_state_dict(path)?;
     let card = if ours { read_card(path)? } else { None };
     let model = match &card {
         Some(card) => card.model.clone(),
@@ -109,11 +129,33 @@ pub fn evaluate_checkpoint(checkpoint: &Checkpoint, out: &Path, device: Device) 
     let mut engine = Engine::new(device, &model, 0)?;
     load(&mut engine, path, tensors)?;
     let slides = predict(&mut engine, &dataset, &order, fold)?;
-    let best_epoch = card.map(|card| card.epoch);
-    let mut summary = Summary::new(&[Fold { fold, train_slides: None, best_epoch }], &slides)?;
+    let mut summary = Summary::new(&[Fold { fold, ..of_card(card) }], &slides, plan)?;
     summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
     report::write(out, &describe::checkpoint(checkpoint, &engine)?, &summary, &slides, &[])?;
     Ok(summary)
+}
+
+/// What a model file says of its fold.
+fn of_card(card: Option<ModelCard>) -> Fold {
+    let (fold, best_epoch) = card.as_ref().map_or((0, None), |card| (card.fold, Some(card.epoch)));
+    Fold { fold, train_slides: None, best_epoch, bin_edges: card.map(|card| card.bin_edges).unwrap_or_default() }
+}
+
+/// A fold's saved state, which is told by its progress, is no model.
+fn refuse_state(path: &Path) -> Result<()> {
+    let state: Option<serde_json::Value> = read_state(path).unwrap_or_default();
+    if state.is_none_or(|state| state.get("progress").is_none()) {
+        return Ok(());
+    }
+    let message = "is a fold's state, from which cf-train --resume goes on, not a model; the fold's model is the file \
+                   best.safetensors beside it";
+    Err(Error::file(path, message))
+}
+
+/// An error that says what has changed since the fold was trained. A fold without a state to compare with passes.
+fn unchanged(config: &RunConfig, dataset: &Dataset, part: &data::dataset::Fold, folder: &Path) -> Result<()> {
+    let bins = Bins::cut(&dataset.slides, config.n_classes)?;
+    FoldTrainer::check(config, dataset, &bins, part, folder)
 }
 
 fn load(engine: &mut Engine<f32>, path: &Path, tensors: StateDict) -> Result<()> {

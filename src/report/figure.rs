@@ -217,3 +217,17 @@ pub fn tick_label(value: f64, step: f64) -> String {
     let value = if value.abs() < step * 1e-6 { 0.0 } else { value };
     format!("{value:.decimals$}").replace('-', "\u{2212}")
 }
+
+/// Spaces between ticks on a time axis that a person reads as months.
+const MONTHS: [f64; 11] = [1.0, 2.0, 3.0, 6.0, 12.0, 24.0, 36.0, 60.0, 120.0, 240.0, 600.0];
+
+/// Months between the ticks of an axis of this length.
+pub fn month_step(span: f64) -> f64 {
+    MONTHS.into_iter().find(|step| span / step <= 9.0).unwrap_or(nice_step(span, 8))
+}
+
+/// A line through points.
+pub fn path_through(points: impl Iterator<Item = (f64, f64)>) -> String {
+    let piece = |(i, (x, y))| format!("{}{x:.1} {y:.1}", if i == 0 { 'M' } else { 'L' });
+    points.enumerate().map(piece).collect()
+}

@@ -2,13 +2,22 @@
 
 use std::{io::Write, path::Path};
 
-use super::{About, SlideResult, Summary, html, km};
+use rayon::prelude::*;
+
+use super::{
+    About, SlideResult, Summary, html,
+    plots::{Plot, Plots},
+};
 use crate::{Error, Result, data::atomic::write_atomically, train::fold::EpochMetrics};
 
-/// Pixels of km.png for one CSS pixel: 2562 across, 300 a printed inch at 22 cm.
+/// Pixels of a PNG for one CSS pixel: 2562 across, 300 a printed inch at 22 cm.
 const PNG_SCALE: f64 = 3.0;
 
-/// Writes predictions.csv, summary.json, km.svg, km.png and report.html into `folder`, each of them whole or not at all.
+/// Plots, in the folder of a report.
+pub const FIGURES: &str = "figures";
+
+/// Writes predictions.csv, summary.json and report.html into `folder`, and every plot as SVG, PNG and CSV into its folder
+/// `figures`, each of them whole or not at all.
 pub fn write(
     folder: &Path,
     about: &About,
@@ -16,15 +25,31 @@ pub fn write(
     slides: &[SlideResult],
     epochs: &[EpochMetrics],
 ) -> Result<()> {
-    let curves = km::figure(&summary.risk_groups(slides), summary.log_rank.as_ref().map(|test| test.p_value))?;
-    let files = [
-        ("predictions.csv", predictions_csv(slides)?),
-        ("summary.json", serde_json::to_vec_pretty(summary).map_err(|e| Error::file(folder, e))?),
-        ("km.svg", curves.standalone().into_bytes()),
-        ("km.png", curves.png(PNG_SCALE)?),
-        ("report.html", html::page(about, summary, slides, epochs)?.into_bytes()),
+    let plots = Plots::new(summary, slides, epochs)?;
+    let mut files = vec![
+        ("predictions.csv".into(), predictions_csv(slides)?),
+        ("summary.json".into(), serde_json::to_vec_pretty(summary).map_err(|e| Error::file(folder, e))?),
+        ("report.html".into(), html::page(about, summary, slides, &plots)?.into_bytes()),
     ];
-    std::fs::create_dir_all(folder).map_err(|e| Error::file(folder, format!("cannot be made: {e}")))?;
+    let drawn: Vec<&Plot> = plots.all().collect();
+    files.par_extend(drawn.into_par_iter().map(files_of).collect::<Result<Vec<_>>>()?.into_par_iter().flatten());
+    let figures = folder.join(FIGURES);
+    std::fs::create_dir_all(&figures).map_err(|e| Error::file(&figures, format!("cannot be made: {e}")))?;
+    save(folder, &files)
+}
+
+/// A plot's SVG, PNG and CSV.
+pub fn files_of(plot: &Plot) -> Result<[(String, Vec<u8>); 3]> {
+    let name = |extension: &str| format!("{FIGURES}/{}.{extension}", plot.name);
+    Ok([
+        (name("svg"), plot.figure.standalone().into_bytes()),
+        (name("png"), plot.figure.png(PNG_SCALE)?),
+        (name("csv"), plot.csv.clone()),
+    ])
+}
+
+/// Writes files, by their names in `folder`.
+pub fn save(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
     files.iter().try_for_each(|(name, content)| {
         let path = folder.join(name);
         let failed = |e: std::io::Error| Error::file(&path, format!("cannot be written: {e}"));
@@ -48,4 +73,41 @@ pub fn predictions_csv(slides: &[SlideResult]) -> Result<Vec<u8>> {
         table.write_record(row).map_err(|e| failed(&e))?;
     }
     table.into_inner().map_err(|e| failed(&e))
+}
+
+/// A predictions.csv again; hazards and survival are read where it has them.
+pub fn read_predictions(path: &Path) -> Result<Vec<SlideResult>> {
+    let mut table = csv::Reader::from_path(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+    let heads = table.headers().map_err(|e| Error::file(path, e))?.clone();
+    let place = |name: &str| {
+        let missing = || Error::file(path, format!("has no column `{name}`; it is no predictions.csv of cf-eval"));
+        heads.iter().position(|head| head == name).ok_or_else(missing)
+    };
+    let first =
+        [place("case_id")?, place("slide_id")?, place("fold")?, place("time")?, place("event")?, place("risk")?];
+    let numbered = |name: &str| (0..).map_while(|bin| place(&format!("{name}_{bin}")).ok()).collect::<Vec<_>>();
+    let (hazards, survival) = (numbered("hazard"), numbered("survival"));
+    let mut slides = Vec::new();
+    for (i, record) in table.records().enumerate() {
+        let record = record.map_err(|e| Error::file(path, e))?;
+        let cell = |place: usize| record.get(place).unwrap_or_default();
+        let number = |place: usize| {
+            let parsed = cell(place).parse::<f64>().ok().filter(|value| value.is_finite());
+            let name = heads.get(place).unwrap_or_default();
+            parsed.ok_or_else(|| Error::cell(path, i + 2, name, format!("`{}`, expected a number", cell(place))))
+        };
+        let [case, slide, fold, time, event, risk] = first;
+        let whole = |name: &str| Error::cell(path, i + 2, name, format!("`{}`, expected a whole number", cell(fold)));
+        slides.push(SlideResult {
+            case_id: cell(case).into(),
+            slide_id: cell(slide).into(),
+            fold: cell(fold).parse().map_err(|_| whole("fold"))?,
+            time: number(time)?,
+            event: number(event)? == 1.0,
+            risk: number(risk)?,
+            hazards: hazards.iter().map(|&place| number(place)).collect::<Result<_>>()?,
+            survival: survival.iter().map(|&place| number(place)).collect::<Result<_>>()?,
+        });
+    }
+    Ok(slides)
 }

@@ -2,8 +2,11 @@
 
 use std::fmt::Write;
 
-use super::figure::{Anchor, Axis, Figure, nice_step, tick_label};
-use crate::train::fold::EpochMetrics;
+use super::{
+    figure::{Anchor, Axis, Figure, nice_step, tick_label},
+    plots::{cell, table},
+};
+use crate::{Result, train::fold::EpochMetrics};
 
 const WIDTH: f64 = 300.0;
 const LEFT: f64 = 42.0;
@@ -26,6 +29,17 @@ pub fn figures(epochs: &[EpochMetrics]) -> Vec<Figure> {
     let ranges = [if loss.0 <= loss.1 { loss } else { (0.0, 1.0) }, range(C_INDEX, (0.5, 0.5))];
     let last = epochs.iter().map(|epoch| epoch.epoch).max().unwrap_or(0);
     epochs.chunk_by(|a, b| a.fold == b.fold).map(|fold| one_fold(fold, last, ranges)).collect()
+}
+
+/// A row an epoch, counted from 1; blank where a metric is undefined.
+pub fn csv(epochs: &[EpochMetrics]) -> Result<Vec<u8>> {
+    let row = |e: &EpochMetrics| {
+        let metrics = [Some(e.train_loss), Some(e.val_loss), e.train_c_index, e.val_c_index].map(cell);
+        let best = u8::from(e.best).to_string();
+        [vec![e.fold.to_string(), (e.epoch + 1).to_string()], metrics.to_vec(), vec![best]].concat()
+    };
+    let heads = ["fold", "epoch", "train_loss", "val_loss", "train_c_index", "val_c_index", "best"];
+    table(&heads, epochs.iter().map(row).collect())
 }
 
 fn one_fold(epochs: &[EpochMetrics], last: usize, ranges: [(f64, f64); 2]) -> Figure {

@@ -3,11 +3,12 @@
 use std::fmt::Write;
 
 use super::{
-    About, FoldResult, SlideResult, Summary,
+    About, Cell, FIGURES, FoldResult, SlideResult, StatisticRow, Summary,
     figure::{escape, page_style},
-    history, km, p_text, risk,
+    p_text,
+    plots::{Plot, Plots},
 };
-use crate::{Result, train::fold::EpochMetrics};
+use crate::Result;
 
 const STYLE: &str = include_str!("page.css");
 /// Rows of the table of slides; predictions.csv has all.
@@ -15,8 +16,8 @@ const MOST_ROWS: usize = 1000;
 const ICON: &str = "data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 viewBox=%220 0 16 16%22%3E\
 %3Cpath d=%22M2 3h4v4h4v3h4v3%22 fill=%22none%22 stroke=%22%23d96a00%22 stroke-width=%222.5%22/%3E%3C/svg%3E";
 
-/// The page, from the numbers, the predictions that they are of, and the run's epochs (none for a lone checkpoint).
-pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], epochs: &[EpochMetrics]) -> Result<String> {
+/// The page, from the numbers, the predictions that they are of, and their plots.
+pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], plots: &Plots) -> Result<String> {
     let title = escape(&about.title);
     let mut page = format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -29,44 +30,44 @@ pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], epoch
     key_figures(&mut page, summary);
     notes(&mut page, &summary.notes);
 
-    let p = summary.log_rank.as_ref().map(|test| test.p_value);
-    let groups = summary.risk_groups(predictions);
     section(&mut page, "Survival by predicted risk", |page| {
-        let _ = write!(page, "<figure>{}", km::figure(&groups, p)?.inline());
-        let which = if summary.folds.len() > 1 { "validation slides of all folds" } else { "evaluated slides" };
-        let _ = write!(
-            page,
-            "<figcaption>Kaplan-Meier curves of the {which}, with 95% confidence bands; small \
-             strokes mark censored slides. A slide is of high risk when its predicted risk is at or above the median, \
-             {:.3}.</figcaption></figure>",
-            summary.median_risk
-        );
+        plots.survival.iter().for_each(|plot| figure(page, plot));
         Ok(())
     })?;
-    section(&mut page, "Folds", |page| {
+    section(&mut page, "C-index", |page| {
+        figure(page, &plots.c_index);
         fold_table(page, summary);
         if !about.protocol.is_empty() {
             let _ = write!(page, "<p class=\"caption\">{}</p>", escape(&about.protocol));
         }
         Ok(())
     })?;
-    if !epochs.is_empty() {
+    section(&mut page, "Accuracy", |page| {
+        statistics(page, summary);
+        plots.auc.iter().for_each(|plot| figure(page, plot));
+        Ok(())
+    })?;
+    if let Some(plot) = &plots.calibration {
+        section(&mut page, "Calibration", |page| {
+            figure(page, plot);
+            Ok(())
+        })?;
+    }
+    if !plots.training.is_empty() {
         section(&mut page, "Training", |page| {
             page.push_str(
                 "<p class=\"legend\"><span class=\"key grey\"></span>training <span class=\"key c0\"></span>validation \
                  <span class=\"key guide\"></span>best epoch</p>\n<div class=\"folds\">\n",
             );
-            for figure in history::figures(epochs) {
-                let _ = writeln!(page, "<div>{}</div>", figure.inline());
+            for plot in &plots.training {
+                let _ = writeln!(page, "<div>{}</div>", plot.figure.inline());
             }
             page.push_str("</div>\n");
             Ok(())
         })?;
     }
     section(&mut page, "Predicted risk", |page| {
-        if let Some(figure) = risk::figure(predictions, summary.median_risk) {
-            let _ = write!(page, "<figure>{}</figure>", figure.inline());
-        }
+        plots.risk.iter().for_each(|plot| figure(page, plot));
         slide_table(page, summary, predictions);
         Ok(())
     })?;
@@ -85,6 +86,14 @@ fn section(page: &mut String, title: &str, content: impl FnOnce(&mut String) -> 
     content(page)?;
     page.push_str("\n</section>\n");
     Ok(())
+}
+
+fn figure(page: &mut String, plot: &Plot) {
+    if !plot.title.is_empty() {
+        let _ = writeln!(page, "<h3>{}</h3>", plot.title);
+    }
+    let _ =
+        writeln!(page, "<figure>{}<figcaption>{}</figcaption></figure>", plot.figure.inline(), escape(&plot.caption));
 }
 
 fn header(page: &mut String, title: &str, about: &About) {
@@ -128,50 +137,63 @@ fn notes(page: &mut String, notes: &[String]) {
 }
 
 fn fold_table(page: &mut String, summary: &Summary) {
-    page.push_str(
+    let percent = 100.0 * summary.resampling.level;
+    let _ = write!(
+        page,
         "<div class=\"wide\"><table class=\"fold-table\">\n<thead><tr><th>Fold</th><th>Training slides</th><th>Validation slides</th>\
-         <th>Patients</th><th>Events</th><th>Best epoch</th><th>C-index</th><th class=\"strip\">\
-         <span>0.3</span><span>0.5</span><span>0.7</span><span>0.9</span></th></tr></thead>\n<tbody>\n",
+         <th>Patients</th><th>Events</th><th>Best epoch</th><th>C-index</th><th>{percent:.0}% interval</th></tr></thead>\n<tbody>\n",
     );
     let dash = || "\u{2013}".to_string();
-    for fold in &summary.folds {
+    for (fold, c) in summary.folds.iter().zip(&summary.by_slide.c_index_by_fold) {
         let FoldResult { fold: number, slides, patients, events, c_index, note, .. } = fold;
         let train = fold.train_slides.map_or_else(dash, |n| n.to_string());
         let best = fold.best_epoch.map_or_else(dash, |epoch| (epoch + 1).to_string());
-        let last = match c_index {
-            Some(c) => format!("<td>{c:.4}</td><td class=\"strip\">{}</td>", strip(*c, 0.0)),
-            None => format!("<td>\u{2013}</td><td class=\"why\">{}</td>", escape(note.as_deref().unwrap_or_default())),
-        };
+        let why = || format!("<td class=\"why\">{}</td>", escape(note.as_deref().unwrap_or_default()));
+        let interval = c.interval.map_or_else(why, |[low, high]| format!("<td>{low:.4} to {high:.4}</td>"));
+        let c_index = c_index.map_or_else(dash, |c| format!("{c:.4}"));
         let _ = writeln!(
             page,
-            "<tr><td>{number}</td><td>{train}</td><td>{slides}</td><td>{patients}</td><td>{events}</td><td>{best}</td>{last}</tr>"
+            "<tr><td>{number}</td><td>{train}</td><td>{slides}</td><td>{patients}</td><td>{events}</td><td>{best}</td>\
+             <td>{c_index}</td>{interval}</tr>"
         );
     }
     if let Some((mean, std)) = summary.c_index_over_folds() {
         let (slides, patients, events) = (summary.slides, summary.patients, summary.events);
+        let t = summary.by_slide.c_index_fold_mean.interval;
+        let t = t.map_or_else(dash, |[low, high]| format!("{low:.4} to {high:.4}"));
         let _ = writeln!(
             page,
             "<tr class=\"total\"><td>All</td><td></td><td>{slides}</td><td>{patients}</td><td>{events}</td><td>Mean</td>\
-             <td>{mean:.4}</td><td class=\"strip\">{}</td></tr>\n\
+             <td>{mean:.4}</td><td>{t}</td></tr>\n\
              <tr class=\"total\"><td></td><td></td><td></td><td></td><td></td><td>S.d.</td><td>{std:.4}</td><td></td></tr>",
-            strip(mean, std)
         );
     }
     page.push_str("</tbody>\n</table></div>\n");
 }
 
-/// A C-index, and a spread about it, on a line from 0.2 to 1 with a stroke at 0.5, which is chance.
-fn strip(c_index: f64, spread: f64) -> String {
-    let at = |c: f64| 200.0 * (c.clamp(0.2, 1.0) - 0.2) / 0.8;
-    format!(
-        "<svg class=\"plot\" viewBox=\"0 0 200 16\" aria-hidden=\"true\"><path class=\"grid\" d=\"M0 8H200\"/>\
-         <path class=\"guide\" d=\"M{:.1} 0V16\"/><g class=\"c0\"><path class=\"curve\" d=\"M{:.1} 8H{:.1}\"/>\
-         <circle class=\"solid\" cx=\"{:.1}\" cy=\"8\" r=\"4\"/></g></svg>",
-        at(0.5),
-        at(c_index - spread),
-        at(c_index + spread),
-        at(c_index)
-    )
+/// Each statistic with its interval, by slide and by patient; under an undefined one, why.
+fn statistics(page: &mut String, summary: &Summary) {
+    let units = if summary.by_patient.is_some() { "<th>By slide</th><th>By patient</th>" } else { "<th></th>" };
+    let percent = 100.0 * summary.resampling.level;
+    let _ = write!(
+        page,
+        "<div class=\"wide\"><table class=\"statistics\">\n<thead><tr><th class=\"word\">Statistic, {percent:.0}% interval</th>{units}</tr></thead>\n<tbody>\n"
+    );
+    for StatisticRow { name, cells } in summary.statistics() {
+        let cell = |Cell { text, note }: Cell| {
+            let note = note.map_or(String::new(), |note| format!("<small>{}</small>", escape(&note)));
+            format!("<td>{}{note}</td>", escape(&text))
+        };
+        let cells: String = cells.into_iter().map(cell).collect();
+        let _ = writeln!(page, "<tr><td class=\"word\">{}</td>{cells}</tr>", escape(&name));
+    }
+    let _ = write!(
+        page,
+        "</tbody>\n</table></div>\n<p class=\"caption\">Intervals are percentiles of {} bootstrap cohorts (seed {}); \
+         the mean of folds has Student\u{2019}s t interval. Weights for censoring come from the evaluated cohort itself. \
+         Lower Brier scores are better. The permutation test deals risks anew within folds, one-sided.</p>\n",
+        summary.resampling.replicates, summary.resampling.seed
+    );
 }
 
 fn slide_table(page: &mut String, summary: &Summary, predictions: &[SlideResult]) {
@@ -205,7 +227,7 @@ fn slide_table(page: &mut String, summary: &Summary, predictions: &[SlideResult]
             if p.event { "event" } else { "censored" }
         );
     }
-    page.push_str("</tbody>\n</table></div>\n<p class=\"caption\">predictions.csv has all slides, with hazards and survival by time bin.</p></details>");
+    page.push_str("</tbody>\n</table></div>\n<p class=\"caption\">predictions.csv has all slides, with hazards and survival by time bin.</p></details>\n");
 }
 
 fn reproduce(page: &mut String, about: &About) -> Result<()> {
@@ -220,11 +242,15 @@ fn reproduce(page: &mut String, about: &About) -> Result<()> {
                 escape(&about.config)
             );
         }
+        let _ = writeln!(
+            page,
+            "<p class=\"caption\">Every plot lies in the folder {FIGURES} beside this page, as SVG, PNG and CSV.</p>"
+        );
         page.push_str(
             "<p class=\"caption\">The model: Soraki et al., <cite>CrossFusion</cite>, Medical Imaging with Deep Learning (MIDL) 2026, \
              <a href=\"https://arxiv.org/abs/2503.02064\">arXiv:2503.02064</a>. C-index: Harrell et al., JAMA 1982, with \
              risks within 1e-8 tied. Survival curves: Kaplan and Meier, JASA 1958, with Greenwood\u{2019}s variance on \
-             the log scale. Log-rank test: Mantel 1966.</p>",
+             the log scale. Log-rank test: Mantel 1966. Uno\u{2019}s C: Uno et al. 2011. AUC: Uno et al. 2007. Brier score: Graf et al. 1999.</p>",
         );
         Ok(())
     })

@@ -3,8 +3,9 @@
 use std::fmt::Write;
 
 use super::{
-    figure::{Anchor, Axis, Figure, SERIES, nice_step, tick_label},
+    figure::{Anchor, Axis, Figure, SERIES, month_step, tick_label},
     p_text,
+    plots::{cell, table},
 };
 use crate::{
     Result,
@@ -26,8 +27,6 @@ const PLOT_HEIGHT: f64 = 340.0;
 const ROW: f64 = 19.0;
 const LEFT: f64 = 104.0;
 const RIGHT: f64 = 20.0;
-/// Spaces between ticks on the time axis that a person reads as months.
-const MONTHS: [f64; 11] = [1.0, 2.0, 3.0, 6.0, 12.0, 24.0, 36.0, 60.0, 120.0, 240.0, 600.0];
 
 /// The figure of these groups in the order given; empty ones are left out. `p` is the log-rank test's, where it is defined.
 pub fn figure(groups: &[Group], p: Option<f64>) -> Result<Figure> {
@@ -35,7 +34,7 @@ pub fn figure(groups: &[Group], p: Option<f64>) -> Result<Figure> {
         .iter()
         .enumerate()
         .filter(|(_, group)| !group.time.is_empty())
-        .map(|(i, group)| (format!("c{}", i % SERIES), group))
+        .map(|(i, group)| (colour(i, groups.len()), group))
         .collect();
     let curves = groups
         .iter()
@@ -50,7 +49,7 @@ pub fn figure(groups: &[Group], p: Option<f64>) -> Result<Figure> {
 
     let times = || groups.iter().flat_map(|(_, group)| &group.time).copied();
     let (first, last) = (times().fold(0.0, f64::min), times().fold(0.0, f64::max));
-    let step = MONTHS.into_iter().find(|step| (last - first) / step <= 9.0).unwrap_or(nice_step(last - first, 8));
+    let step = month_step(last - first);
     let x = Axis::new((first, last), (LEFT, WIDTH - RIGHT));
     let y = Axis::new((0.0, 1.0), (bottom, top));
 
@@ -93,6 +92,26 @@ pub fn figure(groups: &[Group], p: Option<f64>) -> Result<Figure> {
         figure.text("strong", Anchor::End, (WIDTH - RIGHT, 18.0), &text);
     }
     Ok(figure)
+}
+
+/// Low risk is blue and high risk orange, whatever lies between.
+fn colour(group: usize, groups: usize) -> String {
+    let series = if groups == 3 { [0, 3, 1][group] } else { group % SERIES };
+    format!("c{series}")
+}
+
+/// A row a group and distinct time: at risk, events, censored, survival and its limits, blank where they are undefined.
+pub fn csv(groups: &[Group]) -> Result<Vec<u8>> {
+    let mut rows = Vec::new();
+    for group in groups.iter().filter(|group| !group.time.is_empty()) {
+        for step in kaplan_meier(&group.time, &group.event, Limits::Log, LEVEL)?.steps {
+            let (lower, upper) = step.limits.unzip();
+            let counts = [step.at_risk, step.events, step.censored].map(|n| n.to_string());
+            let numbers = [Some(step.survival), lower, upper].map(cell);
+            rows.push([vec![group.label.clone(), step.time.to_string()], counts.to_vec(), numbers.to_vec()].concat());
+        }
+    }
+    table(&["group", "time", "at_risk", "events", "censored", "survival", "lower", "upper"], rows)
 }
 
 fn describe(group: &Group, curve: &KaplanMeier) -> String {

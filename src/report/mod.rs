@@ -2,16 +2,26 @@
 //!
 //! Everything here is made from predictions and plain metadata; no model is needed.
 
+pub mod accuracy;
+pub mod auc;
+pub mod calibration;
 pub mod figure;
 mod files;
+pub mod forest;
+pub mod groups;
 pub mod history;
 pub mod html;
 pub mod km;
+pub mod plots;
 pub mod risk;
 mod summary;
+mod table;
 
-pub use files::{predictions_csv, write};
-pub use summary::{Fold, FoldResult, LogRankResult, SlideResult, Summary};
+use crate::Error;
+
+pub use files::{FIGURES, files_of, predictions_csv, read_predictions, save, write};
+pub use summary::{Fold, FoldResult, RESAMPLING, Resampling, SlideResult, Summary};
+pub use table::{Cell, StatisticRow};
 
 /// The run a report is about, as far as numbers do not tell.
 #[derive(Clone, Debug, Default)]
@@ -34,5 +44,13 @@ pub fn p_text(p: f64) -> String {
         p if p < 1e-4 => "p < 0.0001".into(),
         p if p < 0.01 => format!("p = {p:.4}"),
         p => format!("p = {p:.3}"),
+    }
+}
+
+/// What an error says besides the statistic's name.
+pub(crate) fn reason(error: &Error) -> String {
+    match error {
+        Error::Statistic { reason, .. } => reason.clone(),
+        other => other.to_string(),
     }
 }

@@ -3,7 +3,9 @@
 use super::{
     SlideResult,
     figure::{Anchor, Axis, Figure, nice_step, tick_label},
+    plots::table,
 };
+use crate::Result;
 
 const WIDTH: f64 = 854.0;
 const TOP: f64 = 52.0;
@@ -12,22 +14,52 @@ const LEFT: f64 = 104.0;
 const RIGHT: f64 = 20.0;
 const BINS: f64 = 30.0;
 
-/// Slides by risk; a bin's edge lies on `cut`, so that every bin is of one group. None where all risks are equal.
-pub fn figure(predictions: &[SlideResult], cut: f64) -> Option<Figure> {
-    let risks = || predictions.iter().map(|p| p.risk);
-    let (low, high) = (risks().fold(f64::INFINITY, f64::min), risks().fold(f64::NEG_INFINITY, f64::max));
-    let width = nice_step(high - low, BINS as usize);
-    if high <= low {
-        return None;
-    }
-    let bin_of = |risk: f64| ((risk - cut) / width).floor() as i64;
-    let first = bin_of(low);
-    let mut bins = vec![[0usize; 2]; (bin_of(high) - first + 1) as usize]; // censored, events
-    for p in predictions {
-        bins[(bin_of(p.risk) - first) as usize][usize::from(p.event)] += 1;
-    }
-    let edge = |bin: usize| cut + (first + bin as i64) as f64 * width;
+/// Slides by risk.
+pub struct Histogram {
+    /// The edge that lies on the cut between low and high risk is 0.
+    first: i64,
+    width: f64,
+    cut: f64,
+    /// Censored slides, and events, of each bin.
+    bins: Vec<[usize; 2]>,
+}
 
+impl Histogram {
+    /// A bin's edge lies on `cut`, so that every bin is of one group. None where all risks are equal.
+    pub fn new(predictions: &[SlideResult], cut: f64) -> Option<Self> {
+        let risks = || predictions.iter().map(|p| p.risk);
+        let (low, high) = (risks().fold(f64::INFINITY, f64::min), risks().fold(f64::NEG_INFINITY, f64::max));
+        let width = nice_step(high - low, BINS as usize);
+        if high <= low {
+            return None;
+        }
+        let bin_of = |risk: f64| ((risk - cut) / width).floor() as i64;
+        let first = bin_of(low);
+        let mut bins = vec![[0; 2]; (bin_of(high) - first + 1) as usize];
+        for p in predictions {
+            bins[(bin_of(p.risk) - first) as usize][usize::from(p.event)] += 1;
+        }
+        Some(Self { first, width, cut, bins })
+    }
+
+    fn edge(&self, bin: usize) -> f64 {
+        self.cut + (self.first + bin as i64) as f64 * self.width
+    }
+
+    /// A row a bin: its edges, and its slides by outcome.
+    pub fn csv(&self) -> Result<Vec<u8>> {
+        let row = |(i, bin): (usize, &[usize; 2])| {
+            let [censored, events] = bin.map(|n| n.to_string());
+            vec![self.edge(i).to_string(), self.edge(i + 1).to_string(), events, censored]
+        };
+        table(&["from", "to", "events", "censored"], self.bins.iter().enumerate().map(row).collect())
+    }
+}
+
+pub fn figure(histogram: &Histogram) -> Figure {
+    let Histogram { first, cut, bins, .. } = histogram;
+    let (first, cut) = (*first, *cut);
+    let edge = |bin: usize| histogram.edge(bin);
     let mut figure = Figure::new(WIDTH, BOTTOM + 44.0, "Histogram of risk by outcome");
     let most = bins.iter().map(|bin| bin[0] + bin[1]).max().unwrap_or(1) as f64;
     let x = Axis::new((edge(0), edge(bins.len())), (LEFT, WIDTH - RIGHT));
@@ -60,11 +92,11 @@ pub fn figure(predictions: &[SlideResult], cut: f64) -> Option<Figure> {
     figure.line("axis", (x.at(cut), TOP - 24.0), (x.at(cut), BOTTOM));
     figure.group("c0", |f| f.text("strong tint", Anchor::End, (x.at(cut) - 8.0, TOP - 13.0), "Low risk"));
     figure.group("c1", |f| f.text("strong tint", Anchor::Start, (x.at(cut) + 8.0, TOP - 13.0), "High risk"));
-    figure.text("muted small", Anchor::Middle, (x.at(cut), TOP - 31.0), &format!("median {cut:.3}"));
+    figure.text("muted small", Anchor::Middle, (x.at(cut), TOP - 31.0), &format!("median {}", tick_label(cut, 1e-3)));
     for (i, (class, text)) in [("solid", "event"), ("faint", "censored")].into_iter().enumerate() {
         let at = (WIDTH - RIGHT - 70.0, 8.0 + 17.0 * i as f64);
         figure.group("grey", |figure| figure.rect(class, (at.0 - 16.0, at.1 - 5.0), 10.0, 10.0));
         figure.text("muted", Anchor::Start, (at.0, at.1 + 4.0), text);
     }
-    Some(figure)
+    figure
 }

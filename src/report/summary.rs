@@ -4,10 +4,15 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
+use super::{
+    accuracy::{Accuracy, Estimate, Horizon, Unit, by_patient},
+    calibration::{CalibrationPoint, calibration},
+    groups::{Grouping, LogRankResult},
+    reason,
+};
 use crate::{
     Error, Result,
-    report::{km::Group, p_text},
-    survival::{concordance_index, log_rank},
+    survival::{Bootstrap, fold_mean},
 };
 
 /// A slide, its outcome and what the model said. A row of predictions.csv.
@@ -36,6 +41,8 @@ pub struct Fold {
     pub train_slides: Option<usize>,
     /// The epoch whose weights were kept, from 0 as in metrics.jsonl; people are shown it from 1.
     pub best_epoch: Option<usize>,
+    /// Where the model's time bins begin and end, in months; empty where it has none, or a checkpoint does not say.
+    pub bin_edges: Vec<f64>,
 }
 
 /// A row of the table.
@@ -47,41 +54,62 @@ pub struct FoldResult {
     pub patients: usize,
     pub events: usize,
     pub best_epoch: Option<usize>,
-    /// Harrell's C; None where it is undefined, and then `note` says why.
+    /// Harrell's C of the slides; None where it is undefined.
     pub c_index: Option<f64>,
+    /// Why there is no C-index, or no interval of it.
     pub note: Option<String>,
 }
 
-/// High risk against low risk, cut at the median of the pooled risks.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct LogRankResult {
-    pub chi_squared: f64,
-    pub p_value: f64,
+/// How intervals and p-values were drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Resampling {
+    /// Resampled cohorts, and permutations.
+    pub replicates: usize,
+    pub seed: u64,
+    /// Of all intervals.
+    pub level: f64,
 }
 
-/// summary.json
+/// summary.json; docs/survival.md has its keys.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
     pub folds: Vec<FoldResult>,
     /// Over the folds that have a C-index.
     pub c_index_mean: Option<f64>,
-    /// Population standard deviation (ddof 0) over the same folds.
+    /// Population standard deviation (ddof 0) over the same folds; None of fewer than two.
     pub c_index_std: Option<f64>,
     pub slides: usize,
     pub patients: usize,
     pub events: usize,
-    /// A slide of this risk or more is of high risk.
+    pub resampling: Resampling,
+    pub by_slide: Accuracy,
+    /// None where every patient has one slide, which `by_slide` then is about.
+    pub by_patient: Option<Accuracy>,
+    /// A patient of this risk or more is of high risk.
     pub median_risk: f64,
-    /// None where the test is undefined; `notes` says why.
+    /// High risk against low risk, cut at the median. None where the test is undefined; `notes` says why.
     pub log_rank: Option<LogRankResult>,
+    /// Patients grouped at the median, in tertiles, and at a learnt cut where there is one.
+    pub risk_groups: Vec<Grouping>,
+    /// Predicted against observed survival, empty where it is undefined.
+    pub calibration: Vec<CalibrationPoint>,
+    /// How each fold's epoch was chosen, in a sentence; empty where that is not known.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub protocol: String,
     /// Sentences that a reader of these numbers should know.
     pub notes: Vec<String>,
+    /// What `risk_groups` and `calibration` are made of: a row a patient, or a slide where patients cannot be told.
+    #[serde(skip)]
+    pub rows: Vec<SlideResult>,
 }
+
+/// What the tool draws unless it is told otherwise.
+pub const RESAMPLING: Bootstrap = Bootstrap { replicates: 1000, seed: 0, level: 0.95 };
 
 impl Summary {
     /// A statistic that the cohort does not define becomes a note, not an error. An error if there is no prediction, or
     /// one is not finite.
-    pub fn new(folds: &[Fold], predictions: &[SlideResult]) -> Result<Self> {
+    pub fn new(folds: &[Fold], predictions: &[SlideResult], plan: Bootstrap) -> Result<Self> {
         if predictions.is_empty() {
             return Err(Error::Usage("there are no slides to evaluate".into()));
         }
@@ -91,87 +119,87 @@ impl Summary {
                 "slide {slide}: risk {risk} after {time} months, expected finite numbers"
             )));
         }
-        let folds: Vec<FoldResult> = folds.iter().map(|fold| FoldResult::new(fold, predictions)).collect();
-        let c: Vec<f64> = folds.iter().filter_map(|fold| fold.c_index).collect();
-        let mean = (!c.is_empty()).then(|| c.iter().sum::<f64>() / c.len() as f64);
-        let std = mean.map(|mean| (c.iter().map(|c| (c - mean).powi(2)).sum::<f64>() / c.len() as f64).sqrt());
-
         let mut notes = Vec::new();
-        let of = |f: &FoldResult| f.note.as_ref().map(|note| format!("Fold {} has no C-index: {note}.", f.fold));
-        notes.extend(folds.iter().filter_map(of));
-        if !notes.is_empty() && !c.is_empty() {
+        let rows = by_patient(predictions).unwrap_or_else(|e| {
+            notes.push(format!("Nothing is reported by patient: {e}."));
+            predictions.to_vec()
+        });
+        let times = Horizon::new(&rows);
+        let by_slide = Accuracy::new(Unit::Slide, predictions, folds, &times, plan)?;
+        let results: Vec<FoldResult> = folds
+            .iter()
+            .zip(&by_slide.c_index_by_fold)
+            .map(|(fold, c_index)| FoldResult::new(fold, c_index, predictions))
+            .collect();
+        let c: Vec<f64> = results.iter().filter_map(|fold| fold.c_index).collect();
+        let of = |f: &FoldResult| {
+            let note = f.note.as_ref().filter(|_| f.c_index.is_none())?;
+            Some(format!("Fold {} has no C-index: {note}.", f.fold))
+        };
+        notes.extend(results.iter().filter_map(of));
+        if !c.is_empty() && c.len() < folds.len() {
             notes.push(format!("The mean is over the {} of {} folds that have a C-index.", c.len(), folds.len()));
         }
-        let median_risk = median(predictions.iter().map(|p| p.risk).collect());
-        let log_rank = pooled_log_rank(predictions, median_risk)
-            .map_err(|e| notes.push(format!("There is no log-rank test: {}.", reason(&e))));
         let patients = patients(predictions.iter());
-        if patients < predictions.len() {
+        let several = rows.len() < predictions.len();
+        let by_patient = several.then(|| Accuracy::new(Unit::Patient, &rows, folds, &times, plan)).transpose()?;
+        if several {
             notes.push(format!(
-                "Every slide counts as one: {patients} patients have {} slides, so some patients count more than once.",
+                "{patients} patients have {} slides. By slide every slide counts as one, as published; by patient the \
+                 risks of a patient's slides are averaged. Curves, risk groups and calibration are by patient.",
                 predictions.len()
             ));
+        } else if patients < rows.len() {
+            notes.push("Some patients are validated in several folds and count once in each.".into());
         }
+        let mut risk_groups = vec![Grouping::median(&rows), Grouping::tertiles(&rows)];
+        match Grouping::learnt_cut(&rows, folds) {
+            Ok(grouping) => risk_groups.push(grouping),
+            Err(e) if folds.len() > 1 => notes.push(format!("There is no learnt cut: {}.", reason(&e))),
+            Err(_) => {}
+        }
+        let log_rank = risk_groups[0].log_rank.clone();
+        if let Some(why) = &risk_groups[0].note {
+            notes.push(format!("There is no log-rank test: {why}."));
+        }
+        let calibration = calibration(&rows, folds).unwrap_or_else(|why| {
+            notes.push(format!("There is no calibration: {why}."));
+            Vec::new()
+        });
         Ok(Self {
-            folds,
-            c_index_mean: mean,
-            c_index_std: std,
+            folds: results,
+            c_index_mean: (!c.is_empty()).then(|| c.iter().sum::<f64>() / c.len() as f64),
+            c_index_std: fold_mean(&c, 0, plan.level).ok().map(|mean| mean.sd),
             slides: predictions.len(),
             patients,
             events: predictions.iter().filter(|p| p.event).count(),
-            median_risk,
-            log_rank: log_rank.ok(),
+            resampling: Resampling { replicates: plan.replicates, seed: plan.seed, level: plan.level },
+            by_slide,
+            by_patient,
+            median_risk: risk_groups[0].cuts[0][0],
+            log_rank,
+            risk_groups,
+            calibration,
+            protocol: String::new(),
             notes,
+            rows,
         })
     }
 
-    /// The table that a terminal shows.
-    pub fn table(&self) -> String {
-        let number = |value: Option<usize>| value.map_or("-".into(), |value| value.to_string());
-        let mut table = String::from(" fold   train  slides  patients  events  best epoch  C-index\n");
-        for f in &self.folds {
-            let (train, best) = (number(f.train_slides), number(f.best_epoch.map(|epoch| epoch + 1)));
-            let c_index = f.c_index.map_or("-".into(), |c| format!("{c:.4}"));
-            let FoldResult { fold, slides, patients, events, .. } = f;
-            table +=
-                &format!("{fold:>5}  {train:>6}  {slides:>6}  {patients:>8}  {events:>6}  {best:>10}  {c_index:>7}\n");
-        }
-        if let Some((mean, std)) = self.c_index_over_folds() {
-            table += &format!("C-index {mean:.4} +- {std:.4} (mean and standard deviation over folds)\n");
-        }
-        if let Some(test) = &self.log_rank {
-            table += &format!("log-rank {} (high against low risk, cut at the median)\n", p_text(test.p_value));
-        }
-        self.notes.iter().for_each(|note| table += &format!("note: {note}\n"));
-        table
+    /// The statistics of patients, whatever they are called.
+    pub fn of_patients(&self) -> &Accuracy {
+        self.by_patient.as_ref().unwrap_or(&self.by_slide)
     }
 
     /// Mean and standard deviation, where there are folds to speak of.
     pub fn c_index_over_folds(&self) -> Option<(f64, f64)> {
-        self.c_index_mean.zip(self.c_index_std).filter(|_| self.folds.len() > 1)
-    }
-
-    /// Low risk, then high risk; one may be empty.
-    pub fn risk_groups(&self, predictions: &[SlideResult]) -> [Group; 2] {
-        [("Low risk", false), ("High risk", true)].map(|(label, high)| {
-            let of_group = || predictions.iter().filter(|p| (p.risk >= self.median_risk) == high);
-            Group {
-                label: label.into(),
-                time: of_group().map(|p| p.time).collect(),
-                event: of_group().map(|p| p.event).collect(),
-            }
-        })
+        self.c_index_mean.zip(self.c_index_std)
     }
 }
 
 impl FoldResult {
-    fn new(fold: &Fold, predictions: &[SlideResult]) -> Self {
+    fn new(fold: &Fold, c_index: &Estimate, predictions: &[SlideResult]) -> Self {
         let of_fold: Vec<&SlideResult> = predictions.iter().filter(|p| p.fold == fold.fold).collect();
-        let c_index = concordance_index(
-            &of_fold.iter().map(|p| p.time).collect::<Vec<_>>(),
-            &of_fold.iter().map(|p| p.event).collect::<Vec<_>>(),
-            &of_fold.iter().map(|p| p.risk).collect::<Vec<_>>(),
-        );
         Self {
             fold: fold.fold,
             train_slides: fold.train_slides,
@@ -179,38 +207,12 @@ impl FoldResult {
             patients: patients(of_fold.iter().copied()),
             events: of_fold.iter().filter(|p| p.event).count(),
             best_epoch: fold.best_epoch,
-            note: c_index.as_ref().err().map(reason),
-            c_index: c_index.ok().map(|c| c.index),
+            c_index: c_index.estimate,
+            note: c_index.note.clone(),
         }
     }
 }
 
-fn pooled_log_rank(predictions: &[SlideResult], median_risk: f64) -> Result<LogRankResult> {
-    let time: Vec<f64> = predictions.iter().map(|p| p.time).collect();
-    let event: Vec<bool> = predictions.iter().map(|p| p.event).collect();
-    let high: Vec<usize> = predictions.iter().map(|p| usize::from(p.risk >= median_risk)).collect();
-    if !high.contains(&0) {
-        let reason = format!("no slide's risk is below the median {median_risk:.4}, so the low-risk group is empty");
-        return Err(Error::Statistic { statistic: "the log-rank test", reason });
-    }
-    let test = log_rank(&time, &event, &high, None)?;
-    Ok(LogRankResult { chi_squared: test.chi_squared, p_value: test.p_value })
-}
-
 fn patients<'a>(predictions: impl Iterator<Item = &'a SlideResult>) -> usize {
     predictions.map(|p| p.case_id.as_str()).collect::<BTreeSet<_>>().len()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_unstable_by(f64::total_cmp);
-    let half = values.len() / 2;
-    if values.len() % 2 == 1 { values[half] } else { 0.5 * (values[half - 1] + values[half]) }
-}
-
-/// What an error says besides the statistic's name.
-fn reason(error: &Error) -> String {
-    match error {
-        Error::Statistic { reason, .. } => reason.clone(),
-        other => other.to_string(),
-    }
 }

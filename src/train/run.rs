@@ -174,7 +174,10 @@ impl Run {
             let mut log = Log { path: metrics_path(folder), display: &mut display };
             if trainer.run(&mut log)? == Outcome::Stopped {
                 display.finish();
-                return Err(Error::Interrupted(format!("stopped; go on with: cf-train --resume {}", folder.display())));
+                return Err(Error::Interrupted(format!(
+                    "stopped; go on with: cf-train --resume {}",
+                    crate::eval::quote(&folder.display().to_string())
+                )));
             }
         }
         display.finish();

@@ -1,0 +1,234 @@
+//! All plots of an evaluation, each with its numbers and a caption: on the page, and as SVG, PNG and CSV files.
+
+use super::{
+    SlideResult, Summary,
+    accuracy::{Accuracy, Estimate},
+    auc, calibration,
+    figure::Figure,
+    forest::{self, Forest},
+    groups::Grouping,
+    history, km, risk,
+};
+use crate::{Error, Result, train::fold::EpochMetrics};
+
+pub struct Plot {
+    /// Of its files, without an extension.
+    pub name: String,
+    /// Above the plot where its section holds several.
+    pub title: &'static str,
+    pub figure: Figure,
+    /// The numbers that are drawn.
+    pub csv: Vec<u8>,
+    pub caption: String,
+}
+
+/// What is undefined is absent; the summary's notes say why.
+pub struct Plots {
+    pub c_index: Plot,
+    /// Kaplan-Meier curves, one for each grouping of the summary.
+    pub survival: Vec<Plot>,
+    pub auc: Option<Plot>,
+    pub calibration: Option<Plot>,
+    pub risk: Option<Plot>,
+    /// One a fold.
+    pub training: Vec<Plot>,
+}
+
+impl Plots {
+    /// From the numbers, the predictions that they are of, and the run's epochs (none for a lone checkpoint).
+    pub fn new(summary: &Summary, predictions: &[SlideResult], epochs: &[EpochMetrics]) -> Result<Self> {
+        let survival = summary.risk_groups.iter().map(|grouping| survival(summary, grouping)).collect::<Result<_>>()?;
+        let risk = risk::Histogram::new(predictions, summary.median_risk).map(|histogram| {
+            Ok(Plot {
+                name: "risk".into(),
+                title: "",
+                figure: risk::figure(&histogram),
+                csv: histogram.csv()?,
+                caption: "Slides by predicted risk and outcome.".into(),
+            })
+        });
+        let training =
+            epochs.chunk_by(|a, b| a.fold == b.fold).zip(history::figures(epochs)).map(|(epochs, figure)| {
+                Ok(Plot {
+                    name: format!("training_fold_{}", epochs[0].fold),
+                    title: "",
+                    figure,
+                    csv: history::csv(epochs)?,
+                    caption: String::new(),
+                })
+            });
+        Ok(Self {
+            c_index: c_index(summary)?,
+            survival,
+            auc: auc_plot(summary)?,
+            calibration: calibration_plot(summary)?,
+            risk: risk.transpose()?,
+            training: training.collect::<Result<_>>()?,
+        })
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Plot> {
+        let some = self.auc.iter().chain(&self.calibration).chain(&self.risk);
+        std::iter::once(&self.c_index).chain(&self.survival).chain(some).chain(&self.training)
+    }
+}
+
+fn c_index(summary: &Summary) -> Result<Plot> {
+    let units: Vec<&Accuracy> = std::iter::once(&summary.by_slide).chain(&summary.by_patient).collect();
+    let row = |label: String, total: bool, of: &dyn Fn(&Accuracy) -> Estimate| forest::Row {
+        label,
+        estimates: units.iter().map(|unit| of(unit)).collect(),
+        total,
+    };
+    let fold = |(i, fold): (usize, &super::FoldResult)| {
+        row(format!("Fold {}", fold.fold), false, &|unit| unit.c_index_by_fold[i].clone())
+    };
+    let mut rows: Vec<forest::Row> = summary.folds.iter().enumerate().map(fold).collect();
+    if rows.len() > 1 {
+        rows.push(row("Mean of folds".into(), true, &|unit| unit.c_index_fold_mean.clone()));
+        rows.push(row("All folds pooled".into(), true, &|unit| unit.c_index_pooled.clone()));
+    }
+    let series = ["slide", "patient"];
+    let forest = Forest {
+        label: "C-index by fold, with intervals",
+        axis: "C-index",
+        series: &["by slide", "by patient"][..units.len()],
+        reference: 0.5,
+        bounds: (0.0, 1.0),
+        signed: false,
+    };
+    let cells = rows.iter().flat_map(|row| {
+        let cells = |(unit, e): (&str, &Estimate)| {
+            vec![row.label.clone(), unit[3..].to_string()].into_iter().chain(e.cells()).collect()
+        };
+        series.into_iter().zip(&row.estimates).map(cells).collect::<Vec<Vec<String>>>()
+    });
+    let (percent, n) = (100.0 * summary.resampling.level, summary.resampling.replicates);
+    let mut caption = format!(
+        "Harrell\u{2019}s C with {percent:.0}% intervals: percentiles of {n} bootstrap cohorts, in which whole patients are drawn, within folds."
+    );
+    if summary.folds.len() > 1 {
+        caption += " The mean\u{2019}s is Student\u{2019}s t interval over folds, which says how folds vary and is too \
+                    narrow for new patients, as folds share training patients. Pooled, patients of different folds are \
+                    compared too. The dotted line is chance.";
+    }
+    Ok(Plot {
+        name: "c_index".into(),
+        title: "",
+        csv: table(&["row", "unit", "estimate", "lower", "upper", "note"], cells.collect())?,
+        figure: forest::figure(&forest, &rows),
+        caption,
+    })
+}
+
+fn survival(summary: &Summary, grouping: &Grouping) -> Result<Plot> {
+    let groups = grouping.groups(&summary.rows);
+    let who = if summary.rows.len() == summary.patients { "patient" } else { "slide" };
+    let which = if summary.folds.len() > 1 { "validation patients of all folds" } else { "evaluated patients" };
+    let cuts = |cuts: &[f64]| {
+        cuts.iter().map(|cut| format!("{cut:.3}")).collect::<Vec<_>>().join(" and ").replace('-', "\u{2212}")
+    };
+    let first = &grouping.cuts[0];
+    let (title, how) = match grouping.name {
+        "median" => {
+            let text =
+                format!("A {who} is of high risk when its predicted risk is at or above the median, {}.", cuts(first));
+            ("Two groups, cut at the median", text)
+        }
+        "tertiles" => {
+            let text =
+                format!("Thirds of the predicted risks, cut at {}; a {who} on a cut belongs above it.", cuts(first));
+            ("Three groups, cut at the tertiles", text)
+        }
+        _ => {
+            let share = |cut: &[f64]| cut.iter().map(|cut| format!("{:.0}%", 100.0 * cut)).collect::<String>();
+            let list: Vec<String> = summary
+                .folds
+                .iter()
+                .zip(&grouping.cuts)
+                .map(|(fold, cut)| format!("{} of fold {}", share(cut), fold.fold))
+                .collect();
+            let text = format!(
+                "Each fold is cut at a rank that the other folds teach: the share of low risk at which the log-rank statistic of \
+                 their patients, each ranked by risk in validation within its own fold, is greatest, with a fifth of them or \
+                 more on either side. Of low risk are so {}. No outcome of a fold has a say in its cut; the other folds\u{2019} \
+                 models were trained on its patients.",
+                list.join(", ")
+            );
+            ("Two groups, cut where the other folds part best", text)
+        }
+    };
+    Ok(Plot {
+        name: if grouping.name == "median" { "km".into() } else { format!("km_{}", grouping.name) },
+        title,
+        figure: km::figure(&groups, grouping.log_rank.as_ref().map(|test| test.p_value))?,
+        csv: km::csv(&groups)?,
+        caption: format!(
+            "Kaplan-Meier curves of the {which}, with 95% confidence bands; small strokes mark censored {who}s. {how}"
+        ),
+    })
+}
+
+fn auc_plot(summary: &Summary) -> Result<Option<Plot>> {
+    let accuracy = summary.of_patients();
+    let Some(figure) = auc::figure(&accuracy.auc) else { return Ok(None) };
+    let row = |(t, auc): (&f64, &Estimate)| std::iter::once(t.to_string()).chain(auc.cells()).collect();
+    let rows = accuracy.auc.times.iter().zip(&accuracy.auc.auc).map(row).collect();
+    Ok(Some(Plot {
+        name: "auc".into(),
+        title: "",
+        figure,
+        csv: table(&["time", "auc", "lower", "upper", "note"], rows)?,
+        caption: format!(
+            "Cumulative/dynamic AUC: how well the risk tells who has had an event by then from who has not, weighted for \
+             censoring, with pointwise {:.0}% bootstrap intervals; up to {:.1} months, beyond which a tenth are followed. \
+             The dotted line is chance.",
+            100.0 * summary.resampling.level,
+            accuracy.horizon
+        ),
+    }))
+}
+
+fn calibration_plot(summary: &Summary) -> Result<Option<Plot>> {
+    let Some(figure) = calibration::figure(&summary.calibration) else { return Ok(None) };
+    let rows = summary.calibration.iter().map(|point| {
+        let counts =
+            [point.time.to_string(), point.group.to_string(), point.patients.to_string(), point.events.to_string()];
+        let (lower, upper) = point.interval.map(|[lower, upper]| (lower, upper)).unzip();
+        let numbers = [Some(point.predicted), point.observed, lower, upper].map(cell);
+        counts.into_iter().chain(numbers).collect()
+    });
+    let heads = ["time", "group", "patients", "events", "predicted", "observed", "lower", "upper"];
+    Ok(Some(Plot {
+        name: "calibration".into(),
+        title: "",
+        figure,
+        csv: table(&heads, rows.collect())?,
+        caption: "Calibration at the ends of time bins: patients in groups of equal size by predicted survival; the mean \
+                  prediction of each against its Kaplan-Meier survival, with 95% limits. On the dotted line both agree. \
+                  A group that was not followed so long is left out."
+            .into(),
+    }))
+}
+
+impl Estimate {
+    /// Estimate, lower, upper, note of a CSV; blank where there is none.
+    pub fn cells(&self) -> Vec<String> {
+        let (lower, upper) = self.interval.map(|[lower, upper]| (lower, upper)).unzip();
+        vec![cell(self.estimate), cell(lower), cell(upper), self.note.clone().unwrap_or_default()]
+    }
+}
+
+/// A number in full, or a blank.
+pub fn cell(number: Option<f64>) -> String {
+    number.map_or(String::new(), |number| number.to_string())
+}
+
+/// A CSV.
+pub fn table(heads: &[&str], rows: Vec<Vec<String>>) -> Result<Vec<u8>> {
+    let failed = |e: &dyn std::fmt::Display| Error::Usage(format!("the table of {} cannot be written: {e}", heads[0]));
+    let mut table = csv::Writer::from_writer(Vec::new());
+    table.write_record(heads).map_err(|e| failed(&e))?;
+    rows.iter().try_for_each(|row| table.write_record(row)).map_err(|e| failed(&e))?;
+    table.into_inner().map_err(|e| failed(&e))
+}
