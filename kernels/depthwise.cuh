@@ -189,10 +189,9 @@ template <int TALL> GPU_FN float sum_parts(const float* partial, int parts, int 
   return total;
 }
 
-// Bytes of shared memory where the tile's inputs, and later the warps' sums, lie. As `shared_bytes` of src/ops/depthwise.rs.
-template <int TALL, bool BACKWARD> constexpr int tile_bytes(int bytes_per_position) {
-  constexpr int kSums = BACKWARD ? kWarps * (Tiling<TALL>::kTaps + 1) * kChannels * 4 : 0;
-  const int tile = Tiling<TALL>::kWindow * bytes_per_position;
-  return tile > kSums ? tile : kSums;
-}
+// The larger of a tile's inputs, POSITION bytes a token, and the warps' sums, which take their place. As in src/ops/depthwise.rs.
+template <int TALL, int POSITION> struct TileBytes {
+  static constexpr int kTile = Tiling<TALL>::kWindow * POSITION, kSums = kWarps * (Tiling<TALL>::kTaps + 1) * kChannels * 4;
+  static constexpr int value = kTile > kSums ? kTile : kSums;
+};
 }  // namespace

@@ -83,7 +83,7 @@ KERNEL(ppeg_backward, kThreads, const PpegGrads grads) {
   const int tiles = Tile<kTall>::count(side, side), part = int(blockIdx.x), step = parts<kTall>(side, side);
   if (part >= step || channel0 >= p.x.cols) return;
   SharedMemory shared;
-  unsigned char* memory = shared.take<unsigned char>(tile_bytes<kTall, true>(kChannels * int(sizeof(real))));
+  unsigned char* memory = shared.take<unsigned char>(TileBytes<kTall, kChannels * int(sizeof(real))>::value);
   real* window = reinterpret_cast<real*>(memory);
   float* merged = shared.take<float>(Tiling<kTall>::kTaps * kMergedStride);
   merge<kTall, true>(merged, p.kernels, channel0, p.x.cols);
