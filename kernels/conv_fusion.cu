@@ -127,6 +127,7 @@ template <int TALL> GPU_FN void backward(const FusionGrad& grad) {
         store<4>(window + at * kOutputs + piece * kRealsPerPack + e, Pack<float, 4>{{dsum[e], dsum[e + 1], dsum[e + 2], dsum[e + 3]}});
     });
     __syncthreads();
+#pragma unroll 1
     for (int patch = warp; patch < T::kPatches; patch += kWarps) {
       const int row = tile.patch_row(patch), col = tile.patch_col(patch);
       if (!tile.has(row, col) || channel >= d) continue;

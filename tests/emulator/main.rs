@@ -5,9 +5,11 @@
 mod bed;
 #[path = "../common/mod.rs"]
 mod common;
+mod conv_fusion;
 mod cox;
 mod layer_norm;
 mod matmul;
+mod ppeg;
 mod probes;
 
 use std::sync::OnceLock;
