@@ -51,7 +51,7 @@ template <int TALL> GPU_FN void forward(const Fusion& p) {
   for (int s = 0; s < kStreams; s++) weight[s] = float(p.mix_weight[s]);
   const float offset = float(p.mix_bias[0]);
   // outside the grid is zero and not w_0
-  tile.template each<kPieces>([&](int at, int piece, int token) {
+  tile.template each<kPieces, 4>([&](int at, int piece, int token) {
     const int channel = channel0 + piece * kRealsPerPack;
     float mixed[kRealsPerPack] = {};
     if (token >= 0 && channel < d) {
@@ -114,7 +114,7 @@ template <int TALL> GPU_FN void backward(const FusionGrad& grad) {
   for (int t = part; t < tiles; t += step) {
     const Tile<TALL> tile(p.height, p.width, t);
     __syncthreads();  // the factors are there, the window is free
-    tile.template each<kPieces>([&](int at, int piece, int token) {
+    tile.template each<kPieces, TALL == 1 ? 1 : 4>([&](int at, int piece, int token) {
       const int j = channel0 / 2 + piece * kRealsPerPack;
       float dsum[kRealsPerPack] = {};
       if (token >= 0 && j < p.out.cols) {

@@ -50,8 +50,9 @@ template <int TALL> struct Tile {
   }
 
   // visit(position in the window, piece, token), each position split into PIECES; the token is -1 outside the grid.
-  template <int PIECES, class Visit> GPU_FN void each(Visit visit) const {
-#pragma unroll 2
+  // UNROLL of them are read at a time, as far as registers reach.
+  template <int PIECES, int UNROLL, class Visit> GPU_FN void each(Visit visit) const {
+#pragma unroll UNROLL
     for (int i = int(threadIdx.x); i < T::kWindow * PIECES; i += kThreads) {
       const int at = i / PIECES, row = row0 - TALL / 2 + at / T::kWindowCols, col = col0 - kWide / 2 + at % T::kWindowCols;
       visit(at, i % PIECES, has(row, col) ? token(row, col) : -1);

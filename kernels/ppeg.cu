@@ -32,7 +32,7 @@ struct PpegGrads { PpegGrad problem[kProblems]; };
 
 // Starts copying the tile of x, rows of the grid from `grid` on, into shared memory.
 GPU_FN void load_window(real* window, const Tile<kTall>& tile, const Matrix<const real>& x, int first, int channel0) {
-  tile.each<kPieces>([&](int at, int piece, int token) {
+  tile.each<kPieces, 4>([&](int at, int piece, int token) {
     const int channel = channel0 + piece * kRealsPerPack;
     const bool inside = token >= 0 && channel < x.cols;
     cp_async16(window + at * kChannels + piece * kRealsPerPack, inside ? x.row(first + token) + channel : x.data, inside);
