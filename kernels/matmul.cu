@@ -17,6 +17,7 @@
 namespace {
 constexpr int kProblems = 8, kStages = 3;  // as in src/ops/matmul/kernel.rs
 constexpr int kDepth = 8 * kChunk;         // elements of the depth in a stage: 128 bytes
+constexpr int kUnroll = kIsBf16 ? 2 : 1;   // leaves registers for two blocks on a multiprocessor
 
 struct Problem {
   Matrix<const real> a, b;
@@ -50,17 +51,6 @@ template <class T> GPU_FN int find_problem(const T& table, int tile) {
   return i;
 }
 
-// From tile[k][n] in ascending order of k, to go with load_a.
-template <int C> GPU_FN void load_b_columns(Fragment& f, const real* tile, int n0, int k0) {
-  if constexpr (kIsBf16) {
-    load_b_t<C>(f, tile, n0, k0);
-  } else {
-    const int l = int(threadIdx.x) % 32, g = l / 4, t = l % 4;
-#pragma unroll
-    for (int i = 0; i < 4; i++) f[i] = __float_as_uint(float(tile[swizzle<C>(k0 + t + i % 2 * 4, n0 + g + i / 2 * 8)]));
-  }
-}
-
 enum Layout { kForward, kInput, kWeight };
 
 template <Layout LAYOUT, int BM, int BN, int WARPS_M, int WARPS_N> struct Product {
@@ -75,10 +65,10 @@ template <Layout LAYOUT, int BM, int BN, int WARPS_M, int WARPS_N> struct Produc
   float c[kM][kN8][4];
 
   GPU_FN void load(real* stage, int k0) const {
-    if constexpr (LAYOUT == kWeight) load_tile<kDepth, BM, kThreads>(stage, a, k0, m0);
-    else load_tile<BM, kDepth, kThreads>(stage, a, m0, k0);
-    if constexpr (LAYOUT == kForward) load_tile<BN, kDepth, kThreads>(stage + kA, b, n0, k0);
-    else load_tile<kDepth, BN, kThreads>(stage + kA, b, k0, n0);
+    if constexpr (LAYOUT == kWeight) load_tile<kDepth, BM, kThreads, kUnroll>(stage, a, k0, m0);
+    else load_tile<BM, kDepth, kThreads, kUnroll>(stage, a, m0, k0);
+    if constexpr (LAYOUT == kForward) load_tile<BN, kDepth, kThreads, kUnroll>(stage + kA, b, n0, k0);
+    else load_tile<kDepth, BN, kThreads, kUnroll>(stage + kA, b, k0, n0);
   }
 
   GPU_FN void multiply(const real* stage) {

@@ -9,6 +9,9 @@
 //!   dv = (P F)ᵀ dout,   dS = P * (F * (dout vᵀ) - delta) * scale,   dq = dS k,   dk = dSᵀ q   (all `=`).
 //! An empty context gives out = 0.
 
+pub mod kernel;
+
+use kernel::{KernelAttention, KernelAttentionGrad};
 use pulp::Simd;
 
 use super::{Dropout, dropout, elementwise};
@@ -22,7 +25,7 @@ use crate::{
             tile::{self, Lhs, Rhs},
             with_workspace,
         },
-        on_cpu,
+        on_cpu, storage,
     },
 };
 
@@ -79,13 +82,26 @@ impl<T: Element> Attention<T> {
     }
 }
 
-pub fn forward<T: Element>(device: &Device, _arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
+pub fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
     for p in problems {
         p.check("attention forward")?;
     }
     problems.iter().for_each(|p| device.count(p.flop()));
     if let Some(cpu) = device.cpu() {
         cpu_forward::<T::Sum>(cpu, &on_cpu(problems)?);
+    }
+    if device.runs_kernels() {
+        let mark = arena.mark();
+        let mut kernels: Vec<_> = problems.iter().map(KernelAttention::from).collect();
+        let splits = kernel::splits(&kernels);
+        for ((p, kernel), splits) in problems.iter().zip(&mut kernels).zip(splits) {
+            let (n, d) = (p.q.rows(), p.q.cols());
+            kernel.splits = splits as i32;
+            kernel.parts = arena.scratch::<f32>(1, kernel::parts_len(splits, n, d))?.address();
+            kernel.part_lse = arena.scratch::<f32>(1, kernel::part_lse_len(splits, n, p.heads))?.address();
+        }
+        device.launch(kernel::forward_launches(storage::<T>()?, &kernels))?;
+        arena.release_scratch(mark);
     }
     Ok(())
 }
@@ -102,7 +118,13 @@ pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Atte
     }
     problems.iter().for_each(|p| device.count(2.5 * p.forward.flop()));
     let mark = arena.mark();
-    if !device.runs_kernels() {
+    if device.runs_kernels() {
+        let mut kernels: Vec<_> = problems.iter().map(KernelAttentionGrad::from).collect();
+        for (p, kernel) in problems.iter().zip(&mut kernels) {
+            kernel.delta = arena.scratch::<f32>(p.forward.heads, p.forward.q.rows())?.address();
+        }
+        device.launch(kernel::backward_launches(storage::<T>()?, &kernels))?;
+    } else {
         cpu_backward::<T>(device, arena, problems)?;
     }
     arena.release_scratch(mark);

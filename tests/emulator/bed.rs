@@ -9,13 +9,16 @@ use half::bf16;
 use crate::{
     PLAIN, RACE,
     common::{Law, fill},
-    error, gpu,
+    gpu,
 };
 
 /// What a case takes its tensors from. Inputs are the same numbers everywhere: rounded to the storage that is being tested.
 pub struct Bed<'a, T: Element> {
     pub device: &'a Device,
     pub arena: Arena,
+    /// Whether this is the plain computation in bf16, on the CPU in f32: outputs are rounded at the end, and a case whose op would
+    /// plainly store more than those rounds that too.
+    pub plainly: bool,
     storage: Storage,
     keep: Vec<Buffer>,
     outputs: Vec<(String, Output<T>)>,
@@ -39,6 +42,15 @@ impl<T: Element> Bed<'_, T> {
         self.device.upload(&values, view).unwrap();
         self.keep.push(buffer);
         view
+    }
+
+    pub fn read<E: Element>(&self, view: View<E>) -> Vec<f64> {
+        self.device.download(view).unwrap().into_iter().map(|x| x.to_sum().f64()).collect()
+    }
+
+    pub fn write<E: Element>(&self, values: &[f64], view: View<E>) {
+        let values: Vec<E> = values.iter().map(|&x| E::from_sum(E::Sum::of(x))).collect();
+        self.device.upload(&values, view).unwrap();
     }
 
     pub fn input(&mut self, name: &str, rows: usize, cols: usize, law: Law) -> View<T> {
@@ -84,7 +96,7 @@ type Tensors = Vec<(String, Vec<f64>)>;
 /// Runs the case; `rounded`: what is stored as bf16 in the end.
 fn run<T: Element>(case: &impl Case, device: &Device, storage: Storage, rounded: bool) -> Tensors {
     let arena = Arena::new(device, 8 << 20).unwrap();
-    let mut bed = Bed::<T> { device, arena, storage, keep: Vec::new(), outputs: Vec::new() };
+    let mut bed = Bed::<T> { device, arena, plainly: rounded, storage, keep: Vec::new(), outputs: Vec::new() };
     case.run(&mut bed).unwrap_or_else(|e| panic!("{}: {e}", case.name()));
     let values = |output: &Output<T>| -> Vec<f64> {
         match output {
@@ -108,19 +120,30 @@ fn by_kernels(case: &impl Case, storage: Storage, options: Options) -> Tensors {
     }
 }
 
-/// At most twice the error of the same computation by the CPU in f32, with what it stores rounded to the storage, and an ulp of f32.
+/// At most twice the error of the same computation done plainly in the storage type, and an ulp of f32: of the tensor, and of numbers
+/// of size 1, which the inputs are, where the truth is zero.
 fn compare(case: &impl Case, storage: Storage, got: &Tensors) {
     let cpu = Device::Cpu(Cpu::new(1).unwrap());
     let truth = run::<f64>(case, &cpu, storage, false);
     let plain = run::<f32>(case, &cpu, storage, storage == Storage::Bf16);
     for (((name, got), (_, truth)), (_, plain)) in got.iter().zip(&truth).zip(&plain) {
-        let (ours, theirs) = (error(got, truth), error(plain, truth));
+        let size = norm(truth.iter().copied()) + (truth.len() as f64).sqrt();
+        let (ours, theirs) = (distance(got, truth), distance(plain, truth));
         assert!(
-            ours <= 2.0 * theirs + f64::from(f32::EPSILON),
-            "{}, {storage:?}: {name}: error {ours:.2e}, plain {theirs:.2e}",
+            ours <= 2.0 * theirs + f64::from(f32::EPSILON) * size,
+            "{}, {storage:?}: {name}: off by {ours:.2e} of {size:.2e}, plain by {theirs:.2e}",
             case.name()
         );
     }
+}
+
+fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|x| x * x).sum::<f64>().sqrt()
+}
+
+fn distance(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    norm(a.iter().zip(b).map(|(a, b)| a - b))
 }
 
 /// Right, and the same bits under every schedule.

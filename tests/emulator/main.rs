@@ -2,6 +2,7 @@
 //! With CROSSFUSION_DEVICE=cuda the same launches run on a GPU, where a schedule is the hardware's own and nothing looks for races.
 #![cfg(feature = "emulator")]
 
+mod attention;
 mod bed;
 #[path = "../common/mod.rs"]
 mod common;
