@@ -8,6 +8,7 @@ the plain ones (results and schedules) and the race ones. A mutant that nobody c
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,11 +19,65 @@ ROOT = Path(__file__).resolve().parent.parent
 # Of each kernel: the tests in plain and in race mode.
 TESTS = {
     "cox": (["cox::matches_the_cpu"], ["cox::has_no_races"]),
+    "ppeg": (["ppeg::matches_the_cpu", "ppeg::problems_share_launches", "ppeg::a_part_takes_several_tiles"], ["ppeg::has_no_races"]),
+    "conv_fusion": (
+        ["conv_fusion::squares_match_the_cpu", "conv_fusion::sequences_match_the_cpu", "conv_fusion::a_part_takes_several_tiles"],
+        ["conv_fusion::has_no_races"],
+    ),
     "layer_norm": (["layer_norm::matches_the_cpu", "layer_norm::apply_and_in_place"], ["layer_norm::has_no_races"]),
 }
 
-# Kernel, what is broken, the text (its first occurrence, or the n-th after #n), what takes its place.
+# Kernel (and the header, if the text is there), what is broken, the text (its first occurrence, or the n-th after #n), what takes its place.
 MUTANTS = [
+    ("ppeg", "forward: the copy is not waited for", "cp_async_wait<0>();", ""),
+    ("ppeg", "forward: no __syncthreads", "__syncthreads();", ""),
+    ("ppeg", "forward: no column guard", "if (channel >= p.x.cols) return;", ""),
+    ("ppeg", "forward: no token guard", "if (tile.has(row + r, col + c)) p.y", "if (true) p.y"),
+    ("ppeg", "forward: one bias forgotten", " + float(p.biases[2][channel]);", ";"),
+    ("ppeg", "load: no column guard", "token >= 0 && channel < x.cols", "token >= 0"),
+    ("ppeg", "load: class token taken for the grid's", "x.row(first + token)", "x.row(token)"),
+    ("ppeg", "rows before the grid forgotten", "row < first; row += kWarps", "row < 0; row += kWarps"),
+    ("ppeg", "backward: no guard on the part and the group", "if (part >= step || channel0 >= p.x.cols) return;", ""),
+    ("ppeg", "backward: the copy is not waited for", "cp_async_wait<0>();#1", ""),
+    ("ppeg", "backward: no __syncthreads after the copy", "__syncthreads();#1", ""),
+    ("ppeg", "backward: the window is not free", "__syncthreads();  // the window is free again", ""),
+    ("ppeg", "backward: kernel not flipped", "merge<kTall, true>", "merge<kTall, false>"),
+    ("ppeg", "backward: only the first tile", "t < tiles; t += step", "t < step; t += step"),
+    ("ppeg", "backward: no column guard", "!tile.has(row, col) || channel >= p.x.cols", "!tile.has(row, col)"),
+    ("ppeg", "backward: x beyond the grid counts", "tile.has(row + r, col + c) ? float(p.x.row(first + tile.token(row + r, col + c))[channel]) : 0.f", "float(p.x.row(first + tile.token(row + r, col + c))[channel])"),
+    ("ppeg", "reduce: no guard", "if (i >= (Tiling<kTall>::kTaps + 1) * channels) return;", ""),
+    ("ppeg", "reduce: overwrites the biases", "p.dbiases[b][channel] += total", "p.dbiases[b][channel] = total"),
+    ("ppeg/depthwise.cuh", "border wraps into the next row", "col >= 0 && col < width", "true"),
+    ("ppeg/depthwise.cuh", "merge: 5-tap kernel not centred", "tap / kWide - (TALL - kTall) / 2", "tap / kWide - (TALL - kTall) / 4"),
+    ("ppeg/depthwise.cuh", "merge: no identity", "else if (tap == kTaps / 2) sum += 1.f;", ""),
+    ("ppeg/depthwise.cuh", "merge: no column guard", "if (channel < channels) {", "{"),
+    ("ppeg/depthwise.cuh", "partial: no __syncthreads", "__syncthreads();", ""),
+    ("ppeg/depthwise.cuh", "partial: taps not turned back", "gradient.taps[kTaps - 1 - tap]", "gradient.taps[tap]"),
+    ("ppeg/depthwise.cuh", "partial: no column guard", "if (first + lane >= channels) return;", ""),
+    ("ppeg/depthwise.cuh", "partial: one warp's sums forgotten", "for (int w = 0; w < kWarps; w++)", "for (int w = 1; w < kWarps; w++)"),
+    ("ppeg/depthwise.cuh", "unmerge: overwrites", "+ t] += value;", "+ t] = value;"),
+    ("ppeg/depthwise.cuh", "sums take more than the launch gives", "kTile > kSums ? kTile : kSums", "kTile + kSums"),
+    ("conv_fusion", "forward: w_0 outside the grid", "float mixed[kRealsPerPack] = {};\n    if (token >= 0 && channel < d) {", "float mixed[kRealsPerPack] = {};\n    for (float& m : mixed) m = offset;\n    if (token >= 0 && channel < d) {"),
+    ("conv_fusion", "forward: no column guard on the load", "token >= 0 && channel < d", "token >= 0"),
+    ("conv_fusion", "forward: no __syncthreads", "__syncthreads();", ""),
+    ("conv_fusion", "forward: pair not summed", " + __shfl_xor_sync(0xffffffffu, sums[r][c], 1)", ""),
+    ("conv_fusion", "forward: both lanes of a pair write", "lane % 2 == 0 && channel < d", "channel < d"),
+    ("conv_fusion", "forward: no column guard", "lane % 2 == 0 && channel < d && tile", "lane % 2 == 0 && tile"),
+    ("conv_fusion", "forward: no token guard", "channel < d && tile.has(row + r, col + c)", "channel < d"),
+    ("conv_fusion", "forward: no ReLU", "sum < 0.f ? 0.f : sum * factor", "sum * factor"),
+    ("conv_fusion", "no dropout is all dropped", "dropout.threshold == 0 ? 1.f : dropout_factor(dropout, 0, uint32_t(j))", "dropout_factor(dropout, 0, uint32_t(j))"),
+    ("conv_fusion", "backward: the factors are not there, the window not free", "__syncthreads();  // the factors are there, the window is free", ""),
+    ("conv_fusion", "backward: no __syncthreads after the load", "__syncthreads();#2", ""),
+    ("conv_fusion", "backward: gradient passes where nothing did", "float(out.v[e]) > 0.f ?", "true ?"),
+    ("conv_fusion", "backward: no column guard on the load", "token >= 0 && j < p.out.cols", "token >= 0"),
+    ("conv_fusion", "backward: w_0 forgotten", "mixed[r][c] = offset;", ""),
+    ("conv_fusion", "backward: no token guard", "if (!tile.has(row + r, col + c)) continue;\n          const int token", "const int token"),
+    ("conv_fusion", "backward: mix sums without the warp", "warp_sum(dmix[s])", "dmix[s]"),
+    ("conv_fusion", "backward: no __syncthreads before the sums", "__syncthreads();  // also: the window is free for the sums", ""),
+    ("conv_fusion", "backward: groups share a mix partial", "int64_t(part) * gridDim.y + blockIdx.y", "int64_t(part) * gridDim.y"),
+    ("conv_fusion", "reduce: no guard", "if (i >= (T::kTaps + 1) * d) return;", ""),
+    ("conv_fusion", "reduce: bias twice", "else if (channel % 2 == 0)", "else"),
+    ("conv_fusion", "reduce: every lane adds the mix", "if (lane == 0) *(s < kStreams", "*(s < kStreams"),
     ("layer_norm", "forward: no row guard", "if (row >= n0) return;", ""),
     ("layer_norm", "forward: no guard on the repeated row", "if (row + n0 < p.y.rows) store", "store"),
     ("layer_norm", "forward: repeated row forgotten", "if (row + n0 < p.y.rows) store", "if (false) store"),
@@ -113,9 +168,12 @@ def mutate(source, old, new):
     return old.join(parts[: nth + 1]) + new + old.join(parts[nth + 1 :])
 
 
-def build(kernel, source, objects, folder):
-    """The two libraries, with `source` in place of the kernel."""
-    (folder / f"{kernel}.cu").write_text(source)
+def build(kernel, file, source, objects, folder):
+    """The two libraries, with `source` in place of the kernel's file, or of a header that it includes."""
+    for stale in (*folder.glob("*.cu"), *folder.glob("*.cuh")):
+        stale.unlink()
+    shutil.copy(ROOT / f"kernels/{kernel}.cu", folder)
+    (folder / file).write_text(source)
     compiler = os.environ.get("CXX", "c++")
     for mode, flags in MODES.items():
         mine = []
@@ -146,13 +204,15 @@ def noticed(test, filters, folder):
 
 
 def main():
-    mutants = [m for m in MUTANTS if m[0] in (sys.argv[1:] or TESTS)]
+    mutants = [m for m in MUTANTS if m[0].partition("/")[0] in (sys.argv[1:] or TESTS)]
     test, objects = built()
     survivors = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for kernel, name, old, new in mutants:
-            build(kernel, mutate((ROOT / f"kernels/{kernel}.cu").read_text(), old, new), objects, folder)
+            kernel, _, header = kernel.partition("/")
+            file = header or f"{kernel}.cu"
+            build(kernel, file, mutate((ROOT / "kernels" / file).read_text(), old, new), objects, folder)
             plain, race = (noticed(test, filters, folder) for filters in TESTS[kernel])
             survivors += not (plain or race)
             print(f"{kernel}: {name}\n    plain: {plain or '-'}\n    race:  {race or '-'}", flush=True)

@@ -8,6 +8,8 @@
 //! Shapes: x_s `[n, d]`; kernels `[d / 2, 2 taps]`; biases `[1, d / 2]`; mix weight `[1, 3]`, mix bias `[1, 1]`; out `[n, d / 2]`.
 //! Saved: the streams and out (which is positive exactly where a gradient passes).
 
+pub mod kernel;
+
 use super::{
     Dropout,
     depthwise::{self, Grid as TokenGrid},

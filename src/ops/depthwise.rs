@@ -3,7 +3,7 @@
 //! A sum of convolutions with 7, 5, 3 (and 1) taps a side is one convolution whose kernel is the sum of the small kernels, centred;
 //! each small kernel's gradient is the centre crop of the merged kernel's.
 
-use crate::device::{Cpu, Real, View, cpu::with_workspace};
+use crate::device::{Arg, Cpu, Launch, Real, Storage, View, cpu::with_workspace};
 
 /// The largest kernel's side.
 const SIDE: usize = 7;
@@ -179,4 +179,95 @@ pub(super) fn kernel_gradient<T: Real>(cpu: &Cpu, grid: Grid, x: View<T>, dy: Vi
             });
         },
     );
+}
+
+// ---- kernels/depthwise.cuh: what a block takes -------------------------------------------------------------------
+
+/// Threads of a block, channels, parts that backward cuts a problem into at most.
+const KERNEL_THREADS: usize = 128;
+const KERNEL_CHANNELS: usize = 32;
+const KERNEL_PARTS: usize = 32;
+
+impl Grid {
+    /// Whether kernels have one row; the other kernels are for squares.
+    pub(super) fn is_sequence(self) -> bool {
+        self.tall == 1
+    }
+
+    fn tile(self) -> (usize, usize) {
+        if self.is_sequence() { (1, 128) } else { (16, 16) }
+    }
+
+    fn tiles(self) -> usize {
+        let (rows, cols) = self.tile();
+        self.height.div_ceil(rows) * self.width.div_ceil(cols)
+    }
+
+    fn parts(self) -> usize {
+        self.tiles().min(KERNEL_PARTS)
+    }
+
+    /// Elements of the partial sums of backward, for c channels.
+    pub(super) fn partial_len(self, c: usize) -> usize {
+        self.parts() * (self.taps() + 1) * c
+    }
+
+    /// Backward's blocks for c channels.
+    pub(super) fn backward_blocks(self, c: usize) -> usize {
+        self.parts() * c.div_ceil(KERNEL_CHANNELS)
+    }
+
+    /// Shared memory of a block with `position` bytes for a token of the tile and its border.
+    fn shared_bytes(self, position: usize, backward: bool) -> usize {
+        let (rows, cols) = self.tile();
+        let window = (rows + self.tall - 1) * (cols + SIDE - 1) * position;
+        let sums = if backward { KERNEL_THREADS * (self.taps() + 1) * size_of::<f32>() } else { 0 };
+        let merged = self.taps() * (KERNEL_CHANNELS + 1) * size_of::<f32>();
+        window.max(sums).next_multiple_of(128) + merged
+    }
+}
+
+/// The part of a launch that depends on shapes: `problems` are (grid, channels); a kernel's table holds them in this order.
+pub(super) struct KernelShape<'a> {
+    pub problems: &'a [(Grid, usize)],
+    pub storage: Storage,
+    pub args: Arg,
+}
+
+impl KernelShape<'_> {
+    fn launch(&self, kernel: &'static str, blocks: usize, shared_bytes: usize) -> Launch {
+        Launch {
+            kernel,
+            storage: self.storage,
+            grid: [blocks as u32, 1, 1],
+            block: [KERNEL_THREADS as u32, 1, 1],
+            shared_bytes: shared_bytes as u32,
+            args: vec![self.args.clone()],
+        }
+    }
+
+    fn tiled(&self, kernel: &'static str, backward: bool, position: usize, extra: usize) -> Launch {
+        let most = |count: &dyn Fn(&(Grid, usize)) -> usize| self.problems.iter().map(count).max().unwrap_or(0);
+        let blocks = most(&|(grid, _)| if backward { grid.parts() } else { grid.tiles() });
+        let groups = most(&|&(_, c)| c.div_ceil(KERNEL_CHANNELS));
+        let launch = self.launch(kernel, blocks, most(&|(grid, _)| grid.shared_bytes(position, backward)) + extra);
+        Launch { grid: [blocks as u32, groups as u32, self.problems.len() as u32], ..launch }
+    }
+
+    /// A block a tile and 32 channels; `position`: bytes of a token in its shared memory.
+    pub(super) fn forward(&self, kernel: &'static str, position: usize) -> Launch {
+        self.tiled(kernel, false, position, 0)
+    }
+
+    /// A block a part and 32 channels; `extra`: bytes of shared memory beside the tile and the merged kernel.
+    pub(super) fn backward(&self, kernel: &'static str, position: usize, extra: usize) -> Launch {
+        self.tiled(kernel, true, position, extra)
+    }
+
+    /// A thread an element of the merged kernels' and biases' gradients, and `extra` blocks.
+    pub(super) fn reduce(&self, kernel: &'static str, extra: usize) -> Launch {
+        let elements = self.problems.iter().map(|(grid, c)| (grid.taps() + 1) * c).max().unwrap_or(0);
+        let launch = self.launch(kernel, elements.div_ceil(KERNEL_THREADS) + extra, 0);
+        Launch { grid: [launch.grid[0], 1, self.problems.len() as u32], ..launch }
+    }
 }

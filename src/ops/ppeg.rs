@@ -3,6 +3,8 @@
 //!
 //! Shapes: x, y `[first + side^2, c]`; kernels `[c, 49]`, `[c, 25]`, `[c, 9]`; biases `[1, c]`. Saved: x.
 
+pub mod kernel;
+
 use super::{
     depthwise::{self, Grid},
     for_rows,

@@ -6,11 +6,13 @@ mod attention;
 mod bed;
 #[path = "../common/mod.rs"]
 mod common;
+mod conv_fusion;
 mod cox;
 mod elementwise;
 mod head;
 mod layer_norm;
 mod matmul;
+mod ppeg;
 mod probes;
 
 use std::sync::OnceLock;
