@@ -17,6 +17,8 @@ use crate::{
     train::step::BagSizes,
 };
 
+type Run = dyn Fn(&Device, &mut Arena) -> Result<()> + Send + Sync;
+
 /// One op on one shape, ready to run again and again.
 pub struct Case {
     pub op: &'static str,
@@ -26,7 +28,7 @@ pub struct Case {
     /// Operations (a multiply-add is two) and bytes of one run: each input read once, each output written once.
     pub flop: f64,
     pub bytes: f64,
-    run: Box<dyn Fn(&Device, &mut Arena) -> Result<()> + Send + Sync>,
+    run: Box<Run>,
     /// The same products for a BLAS, without epilogues.
     pub products: Vec<Product>,
 }

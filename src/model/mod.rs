@@ -93,8 +93,9 @@ impl Config {
     }
 }
 
-/// The kernels' widest head: hazards of more classes do not fit a warp.
+/// What the kernels hold in shared memory: logits of the head, sums of layer_norm's backward.
 const MOST_CLASSES_OF_KERNELS: usize = 32;
+const WIDEST_OF_KERNELS: usize = 1536;
 
 impl Config {
     /// An error if the kernels cannot run this model: they move 16 bytes at a time, 8 columns of bf16.
@@ -103,9 +104,9 @@ impl Config {
         if let Some((name, width, of)) = widths.into_iter().find(|(_, width, of)| !width.is_multiple_of(*of)) {
             return Err(Error::Usage(format!("{name} = {width}: a GPU needs a multiple of {of}; use --device cpu")));
         }
-        if self.n_classes > MOST_CLASSES_OF_KERNELS {
-            let message = format!("n_classes = {}: a GPU takes at most {MOST_CLASSES_OF_KERNELS}", self.n_classes);
-            return Err(Error::Usage(message + "; use --device cpu"));
+        let limits = [("n_classes", self.n_classes, MOST_CLASSES_OF_KERNELS), ("dim", self.dim, WIDEST_OF_KERNELS)];
+        if let Some((name, value, most)) = limits.into_iter().find(|(_, value, most)| value > most) {
+            return Err(Error::Usage(format!("{name} = {value}: a GPU takes at most {most}; use --device cpu")));
         }
         Ok(())
     }

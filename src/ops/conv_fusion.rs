@@ -83,14 +83,15 @@ fn flop<T: Element>(p: &ConvFusion<T>) -> f64 {
 pub fn forward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusion<T>) -> Result<()> {
     check("conv_fusion forward", p, &p.weights)?;
     device.count(flop(p));
+    if device.runs_kernels() {
+        return kernel::forward(device, p);
+    }
     let d = p.streams[0].cols();
     let mark = arena.mark();
-    if !device.runs_kernels() {
-        let merged = arena.scratch(p.grid.taps(), d)?;
-        let mixed = arena.scratch(p.grid.tokens(), d)?;
-        if let Some(cpu) = device.cpu() {
-            cpu_forward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged, mixed);
-        }
+    let merged = arena.scratch(p.grid.taps(), d)?;
+    let mixed = arena.scratch(p.grid.tokens(), d)?;
+    if let Some(cpu) = device.cpu() {
+        cpu_forward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged, mixed);
     }
     arena.release_scratch(mark);
     Ok(())
@@ -108,19 +109,20 @@ pub fn backward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusionGr
         dx.check(OP, "dstream", &[n, d])?;
     }
     device.count(2.0 * flop(forward));
+    if device.runs_kernels() {
+        return kernel::backward(device, arena, p);
+    }
     let mark = arena.mark();
-    if !device.runs_kernels() {
-        let taps = forward.grid.taps();
-        let scratch = Scratch::<T> {
-            merged: arena.scratch(taps, d)?,
-            flipped: arena.scratch(taps, d)?,
-            mixed: arena.scratch(n, d)?,
-            dconv: arena.scratch(n, d)?,
-            dsum: arena.scratch(n, d / 2)?,
-        };
-        if let Some(cpu) = device.cpu() {
-            cpu_backward::<T::Sum>(cpu, on_cpu(&[*p])?[0], on_cpu(&[scratch])?[0]);
-        }
+    let taps = forward.grid.taps();
+    let scratch = Scratch::<T> {
+        merged: arena.scratch(taps, d)?,
+        flipped: arena.scratch(taps, d)?,
+        mixed: arena.scratch(n, d)?,
+        dconv: arena.scratch(n, d)?,
+        dsum: arena.scratch(n, d / 2)?,
+    };
+    if let Some(cpu) = device.cpu() {
+        cpu_backward::<T::Sum>(cpu, on_cpu(&[*p])?[0], on_cpu(&[scratch])?[0]);
     }
     arena.release_scratch(mark);
     Ok(())

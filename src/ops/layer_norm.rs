@@ -53,7 +53,7 @@ pub fn forward<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> 
     }
     if device.runs_kernels() {
         let problems: Vec<_> = problems.iter().map(KernelNorm::from).collect();
-        device.launch([forward_launch(storage::<T>()?, &problems)])?;
+        device.launch(forward_launches(storage::<T>()?, &problems))?;
     }
     Ok(())
 }
@@ -66,7 +66,7 @@ pub fn apply<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
     }
     if device.runs_kernels() {
         let problems: Vec<_> = problems.iter().map(KernelNorm::from).collect();
-        device.launch([apply_launch(storage::<T>()?, &problems)])?;
+        device.launch(apply_launches(storage::<T>()?, &problems))?;
     }
     Ok(())
 }
@@ -274,12 +274,14 @@ pub fn partial_len(rows: usize, cols: usize) -> usize {
     rows.div_ceil(ROWS_PER_BLOCK) * 2 * cols
 }
 
-pub fn forward_launch(storage: Storage, problems: &[KernelNorm]) -> Launch {
-    norm_launch(["layer_norm_forward", "layer_norm_forward_scalar"], storage, problems)
+pub fn forward_launches(storage: Storage, problems: &[KernelNorm]) -> Vec<Launch> {
+    let launch = |problems| norm_launch(["layer_norm_forward", "layer_norm_forward_scalar"], storage, problems);
+    problems.chunks(MAX_PROBLEMS).map(launch).collect()
 }
 
-pub fn apply_launch(storage: Storage, problems: &[KernelNorm]) -> Launch {
-    norm_launch(["layer_norm_apply", "layer_norm_apply_scalar"], storage, problems)
+pub fn apply_launches(storage: Storage, problems: &[KernelNorm]) -> Vec<Launch> {
+    let launch = |problems| norm_launch(["layer_norm_apply", "layer_norm_apply_scalar"], storage, problems);
+    problems.chunks(MAX_PROBLEMS).map(launch).collect()
 }
 
 fn norm_launch([packed, scalar]: [&'static str; 2], storage: Storage, problems: &[KernelNorm]) -> Launch {
@@ -296,8 +298,12 @@ fn norm_launch([packed, scalar]: [&'static str; 2], storage: Storage, problems: 
     }
 }
 
-/// dx and the partial sums, then the sum of those.
-pub fn backward_launches(storage: Storage, problems: &[KernelNormGrad]) -> [Launch; 2] {
+/// Of every [`MAX_PROBLEMS`] problems: dx and the partial sums, then the sum of those.
+pub fn backward_launches(storage: Storage, problems: &[KernelNormGrad]) -> Vec<Launch> {
+    problems.chunks(MAX_PROBLEMS).flat_map(|problems| backward_pair(storage, problems)).collect()
+}
+
+fn backward_pair(storage: Storage, problems: &[KernelNormGrad]) -> [Launch; 2] {
     let blocks = problems.iter().map(|p| (p.x.rows as usize).div_ceil(ROWS_PER_BLOCK)).max().unwrap_or(0);
     let cols = problems.iter().map(|p| p.x.cols as usize).max().unwrap_or(0);
     let packs =
@@ -361,10 +367,12 @@ mod tests {
             weight: 0,
             bias: 0,
         };
-        let launch = forward_launch(Storage::Bf16, &[norm(9, 512), norm(17, 512), norm(0, 512)]);
-        assert_eq!((launch.symbol().as_str(), launch.grid), ("layer_norm_forward_bf16", [3, 3, 1]));
-        let rows_of_24_bytes = forward_launch(Storage::Bf16, &[norm(9, 12)]);
-        assert_eq!(rows_of_24_bytes.kernel, "layer_norm_forward_scalar");
-        assert_eq!(forward_launch(Storage::F32, &[norm(9, 12)]).kernel, "layer_norm_forward");
+        let launches = forward_launches(Storage::Bf16, &[norm(9, 512), norm(17, 512), norm(0, 512)]);
+        assert_eq!((launches[0].symbol().as_str(), launches[0].grid), ("layer_norm_forward_bf16", [3, 3, 1]));
+        assert_eq!(forward_launches(Storage::F32, &[norm(9, 512); 9]).len(), 3);
+        assert!(forward_launches(Storage::F32, &[]).is_empty());
+        let kernel = |storage| forward_launches(storage, &[norm(9, 12)])[0].kernel;
+        assert_eq!(kernel(Storage::Bf16), "layer_norm_forward_scalar", "rows of 24 bytes");
+        assert_eq!(kernel(Storage::F32), "layer_norm_forward");
     }
 }

@@ -64,15 +64,16 @@ pub fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Ppeg<
         check("ppeg forward", (p.x, p.y), p.side, &p.kernels, &p.biases)?;
         device.count(flop(p.side, p.x.cols()));
     }
+    if device.runs_kernels() {
+        return kernel::forward(device, problems);
+    }
     let mark = arena.mark();
-    if !device.runs_kernels() {
-        for p in problems {
-            let merged = arena.scratch(Grid::square(p.side).taps(), p.x.cols())?;
-            if let Some(cpu) = device.cpu() {
-                cpu_forward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged);
-            }
-            arena.release_scratch(mark);
+    for p in problems {
+        let merged = arena.scratch(Grid::square(p.side).taps(), p.x.cols())?;
+        if let Some(cpu) = device.cpu() {
+            cpu_forward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged);
         }
+        arena.release_scratch(mark);
     }
     Ok(())
 }
@@ -88,16 +89,17 @@ pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Ppeg
         }
         device.count(2.0 * flop(p.side, p.x.cols()));
     }
+    if device.runs_kernels() {
+        return kernel::backward(device, arena, problems);
+    }
     let mark = arena.mark();
-    if !device.runs_kernels() {
-        for p in problems {
-            let taps = Grid::square(p.side).taps();
-            let merged = [arena.scratch(taps, p.x.cols())?, arena.scratch(taps, p.x.cols())?];
-            if let Some(cpu) = device.cpu() {
-                cpu_backward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged);
-            }
-            arena.release_scratch(mark);
+    for p in problems {
+        let taps = Grid::square(p.side).taps();
+        let merged = [arena.scratch(taps, p.x.cols())?, arena.scratch(taps, p.x.cols())?];
+        if let Some(cpu) = device.cpu() {
+            cpu_backward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged);
         }
+        arena.release_scratch(mark);
     }
     Ok(())
 }

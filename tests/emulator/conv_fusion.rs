@@ -5,7 +5,7 @@ use crossfusion::{
     device::Element,
     ops::{
         Draw, Dropout,
-        conv_fusion::{self, ConvFusion, ConvFusionGrad, Grid, SIDES, Weights, kernel},
+        conv_fusion::{self, ConvFusion, ConvFusionGrad, Grid, SIDES, Weights},
     },
 };
 
@@ -54,13 +54,8 @@ impl Case for Fusion {
         };
         let dstreams = [0, 1, 2].map(|s| bed.output(&format!("dstream {s}"), n, d));
         let backward = ConvFusionGrad { forward, dout, dstreams, grads };
-        if bed.device.runs_kernels() {
-            kernel::forward(bed.device, &forward)?;
-            kernel::backward(bed.device, &mut bed.arena, &backward)
-        } else {
-            conv_fusion::forward(bed.device, &mut bed.arena, &forward)?;
-            conv_fusion::backward(bed.device, &mut bed.arena, &backward)
-        }
+        conv_fusion::forward(bed.device, &mut bed.arena, &forward)?;
+        conv_fusion::backward(bed.device, &mut bed.arena, &backward)
     }
 }
 

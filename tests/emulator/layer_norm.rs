@@ -3,8 +3,8 @@
 use crossfusion::{
     device::{Arena, Cpu, Device, Matrix, Real, Stored, View, emulator::Options},
     ops::layer_norm::{
-        self, CASES, Case, KernelNorm, KernelNormGrad, Norm, NormGrad, apply_launch, backward_launches, forward_launch,
-        partial_len,
+        self, CASES, Case, KernelNorm, KernelNormGrad, Norm, NormGrad, apply_launches, backward_launches,
+        forward_launches, partial_len,
     },
 };
 use half::bf16;
@@ -151,8 +151,7 @@ fn run<T: Element>(cases: &[Case], options: Options) -> Vec<[Vec<f64>; 5]> {
     let problems: Vec<_> = cases.iter().map(|&case| Problem::<T>::new(case, &inputs(case))).collect();
     let norms: Vec<_> = problems.iter().map(Problem::norm).collect();
     let grads: Vec<_> = problems.iter().map(Problem::grad).collect();
-    let [backward, reduce] = backward_launches(T::STORAGE, &grads);
-    for step in [forward_launch(T::STORAGE, &norms), backward, reduce] {
+    for step in [forward_launches(T::STORAGE, &norms), backward_launches(T::STORAGE, &grads)].concat() {
         launch(&step, options).unwrap_or_else(|e| panic!("{cases:?}, {options:?}: {e}"));
     }
     problems.iter().map(Problem::outputs).collect()
@@ -218,10 +217,10 @@ fn apply_and_in_place_by(options: Options) {
     let case = CASES[5];
     let expected = run::<bf16>(&[case], options);
     let p = Problem::new(case, &inputs::<bf16>(case));
-    launch(&forward_launch(bf16::STORAGE, &[p.norm()]), options).unwrap();
+    launch(&forward_launches(bf16::STORAGE, &[p.norm()])[0], options).unwrap();
     let again = Memory::<bf16>::unset(case.padded * case.cols).unwrap();
     let norm = KernelNorm { y: again.matrix(case.padded, case.cols), ..p.norm() };
-    launch(&apply_launch(bf16::STORAGE, &[norm]), options).unwrap();
+    launch(&apply_launches(bf16::STORAGE, &[norm])[0], options).unwrap();
     assert_eq!(again.read().unwrap(), p.y.read().unwrap());
 
     let dx = Matrix::new(p.dy.address(), case.rows, case.cols);

@@ -3,7 +3,7 @@
 use crossfusion::{
     Result,
     device::Element,
-    ops::ppeg::{self, Ppeg, PpegGrad, SIDES, kernel},
+    ops::ppeg::{self, Ppeg, PpegGrad, SIDES},
 };
 
 use crate::{
@@ -44,13 +44,8 @@ impl Case for Encodings {
                 dbiases: SIDES.map(|s| bed.accumulated(&of(&format!("dbias {s}")), 1, c)),
             });
         }
-        if bed.device.runs_kernels() {
-            kernel::forward(bed.device, &encodings)?;
-            kernel::backward(bed.device, &mut bed.arena, &grads)
-        } else {
-            ppeg::forward(bed.device, &mut bed.arena, &encodings)?;
-            ppeg::backward(bed.device, &mut bed.arena, &grads)
-        }
+        ppeg::forward(bed.device, &mut bed.arena, &encodings)?;
+        ppeg::backward(bed.device, &mut bed.arena, &grads)
     }
 }
 
