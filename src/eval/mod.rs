@@ -77,6 +77,7 @@ pub fn evaluate_run(run: &Path, device: Device) -> Result<Summary> {
     summary.notes.extend(notes);
     summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
     let about = describe::run(run, &config, &engine, &metrics)?;
+    summary.protocol.clone_from(&about.protocol);
     report::write(run, &about, &summary, &slides, &metrics)?;
     Ok(summary)
 }

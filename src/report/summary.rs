@@ -21,9 +21,9 @@ pub struct SlideResult {
     pub time: f64,
     /// True when the event was observed.
     pub event: bool,
-    /// -sum of the survival curve; higher is worse.
+    /// -sum of the survival curve, or the model's one output; higher is worse.
     pub risk: f64,
-    /// One for each time bin.
+    /// One for each time bin; empty where the model has one output.
     pub hazards: Vec<f64>,
     pub survival: Vec<f64>,
 }
@@ -74,6 +74,9 @@ pub struct Summary {
     pub median_risk: f64,
     /// None where the test is undefined; `notes` says why.
     pub log_rank: Option<LogRankResult>,
+    /// How each fold's epoch was chosen, in a sentence; empty where that is not known.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub protocol: String,
     /// Sentences that a reader of these numbers should know.
     pub notes: Vec<String>,
 }
@@ -121,6 +124,7 @@ impl Summary {
             events: predictions.iter().filter(|p| p.event).count(),
             median_risk,
             log_rank: log_rank.ok(),
+            protocol: String::new(),
             notes,
         })
     }
@@ -141,6 +145,9 @@ impl Summary {
         }
         if let Some(test) = &self.log_rank {
             table += &format!("log-rank {} (high against low risk, cut at the median)\n", p_text(test.p_value));
+        }
+        if !self.protocol.is_empty() {
+            table += &format!("{}\n", self.protocol);
         }
         self.notes.iter().for_each(|note| table += &format!("note: {note}\n"));
         table
