@@ -1,10 +1,13 @@
-//! Compiles the CUDA sources in kernels/. Feature `emulator`: as C++ for the host, into the two libraries that
-//! src/device/emulator.rs loads; needs a C++20 compiler (g++ 12, or what CXX names) and nothing of NVIDIA's.
+//! Compiles the CUDA sources in kernels/, each for both storage types, and only what changed.
+//!
+//! Where there is an nvcc: into GPU code, which src/device/fatbins.rs embeds; without one, the crate is built without.
+//! Feature `emulator`: as C++ for the host, into the two libraries that src/device/emulator.rs loads; needs a C++20
+//! compiler (g++ 12, or what CXX names) and nothing of NVIDIA's.
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{self, Command},
     sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::SystemTime,
@@ -15,9 +18,84 @@ const STORAGE: [&str; 2] = ["f32", "bf16"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=kernels");
+    fatbins();
     if env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
         emulator();
     }
+}
+
+/// What a fatbin holds: machine code for A100, RTX 30, RTX 40, H100, B200 and RTX 50, and PTX, which drivers of GPUs to come
+/// compile themselves. All but H100's comes from one PTX: twice as fast to build, and no source asks for more than sm_80.
+const GPU_CODE: [&str; 2] = [
+    "arch=compute_80,code=[sm_80,sm_86,sm_89,sm_100,sm_120,compute_80]",
+    "arch=compute_90a,code=sm_90a", // 90a: with wgmma and setmaxnreg
+];
+
+/// OUT_DIR/fatbins.rs, which src/device/fatbins.rs includes: a slice of (name, fatbin), empty without nvcc.
+///
+/// The fatbins lie in target/kernels, each with what ptxas said of its registers (.ptxas, for scripts/kernel-report.py):
+/// shared by all profiles and features, which do not change them.
+fn fatbins() {
+    let out = PathBuf::from(env::var("OUT_DIR").unwrap());
+    let table = out.join("fatbins.rs");
+    let Some((nvcc, version)) = nvcc() else { return fs::write(table, "&[]").unwrap() };
+    println!("cargo:rerun-if-changed={}", nvcc.display());
+    println!("cargo:rustc-env=CROSSFUSION_NVCC={version}");
+
+    // OUT_DIR is target/<profile>/build/..., or target/<triple>/<profile>/build/...
+    let build = out.ancestors().find(|a| a.file_name().is_some_and(|n| n == "build"));
+    let folder = build.and_then(|b| b.ancestors().nth(2)).unwrap_or(&out).join("kernels");
+    fs::create_dir_all(&folder).unwrap();
+    let version_file = folder.join("nvcc.txt");
+    if fs::read_to_string(&version_file).unwrap_or_default() != version {
+        fs::write(&version_file, version).unwrap();
+    }
+
+    let (mut jobs, mut rows) = (Vec::new(), String::new());
+    for source in files("kernels", "cu") {
+        for storage in STORAGE {
+            let name = format!("{}_{storage}", source.file_stem().unwrap().to_string_lossy());
+            let mut command = Command::new(&nvcc);
+            command.args(["-std=c++20", "-O3", "--fatbin", "-Xfatbin", "-compress-all", "-Xptxas", "-v"]);
+            command.args(GPU_CODE.iter().flat_map(|code| ["-gencode", code])).arg(format!("-DREAL={storage}"));
+            command.arg(&source);
+            let mut inputs = vec![source.clone(), "build.rs".into(), version_file.clone()];
+            inputs.extend(files("kernels", "cuh"));
+            let output = folder.join(format!("{name}.fatbin"));
+            rows += &format!("    ({name:?}, include_bytes!({output:?})),\n");
+            jobs.push(Job { command, report: Some(output.with_extension("ptxas")), output, inputs });
+        }
+    }
+    run_stale(jobs);
+    fs::write(table, format!("&[\n{rows}]")).unwrap();
+}
+
+/// The first nvcc that knows all of [`GPU_CODE`], and its version, from $CROSSFUSION_CUDA, $CUDA_HOME, $CUDA_PATH, $PATH, and
+/// target/cuda, where scripts/cuda-toolchain.sh puts one.
+fn nvcc() -> Option<(PathBuf, String)> {
+    let folders = ["CROSSFUSION_CUDA", "CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(|variable| {
+        println!("cargo:rerun-if-env-changed={variable}");
+        env::var_os(variable).map(|folder| Path::new(&folder).join("bin"))
+    });
+    let path = env::var_os("PATH").unwrap_or_default();
+    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
+    let folders = folders.chain(env::split_paths(&path)).chain([root.join("target/cuda/bin")]);
+    let mut too_old = String::new();
+    for nvcc in folders.map(|f| f.join("nvcc")).filter(|f| f.is_file()) {
+        let ask =
+            |what| Command::new(&nvcc).arg(what).output().map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
+        if !ask("--list-gpu-code").is_ok_and(|codes| codes.contains("sm_120")) {
+            too_old = format!(" ({} is older than CUDA 12.8)", nvcc.display());
+            continue;
+        }
+        let version = ask("--version").unwrap_or_default();
+        let version = version.rsplit_once(", V").and_then(|(_, v)| v.split_whitespace().next()).unwrap_or("unknown");
+        return Some((nvcc, version.to_string()));
+    }
+    println!("cargo:rerun-if-env-changed=PATH"); // only now: shells and editors differ in it
+    println!("cargo:warning=no nvcc{too_old}: built without GPU kernels; scripts/cuda-toolchain.sh installs one");
+    None
 }
 
 /// OUT_DIR/emulator-plain.so and emulator-race.so: every kernel and the emulator, built for speed and for checking.
@@ -27,12 +105,11 @@ fn main() {
 fn emulator() {
     let out = PathBuf::from(env::var("OUT_DIR").unwrap());
     let root = env::var("CARGO_MANIFEST_DIR").unwrap();
-    println!("cargo:rerun-if-changed=kernels");
     println!("cargo:rerun-if-env-changed=CXX");
     println!("cargo:rustc-env=CROSSFUSION_EMULATOR_BUILT={}", out.display());
 
     let compiler = env::var_os("CXX").unwrap_or("c++".into());
-    let compile = |source: &Path, object: &Path, flags: &[&str]| {
+    let compile = |source: &Path, flags: &[&str]| {
         let mut command = Command::new(&compiler);
         command.args([
             "-std=c++20",
@@ -42,7 +119,7 @@ fn emulator() {
             "-fno-strict-aliasing",
         ]);
         command.args(["-Wall", "-Wextra", "-Wno-unknown-pragmas"]).arg(format!("-ffile-prefix-map={root}/="));
-        command.args(flags).args(["-x", "c++", "-c"]).arg(Path::new(&root).join(source)).arg("-o").arg(object);
+        command.args(flags).args(["-x", "c++", "-c"]).arg(Path::new(&root).join(source));
         command
     };
     let headers: Vec<_> = files("kernels", "cuh").into_iter().chain(files("kernels/emulator", "hpp")).collect();
@@ -66,8 +143,8 @@ fn emulator() {
         let mut add = |source: PathBuf, suffix: &str, flags: &[&str]| {
             let name = format!("{}-{suffix}{mode}.o", source.file_stem().unwrap().to_string_lossy());
             let object = out.join(name);
-            let command = compile(&source, &object, flags);
-            objects.push(Job { command, output: object.clone(), inputs: with_headers(&source) });
+            let command = compile(&source, flags);
+            objects.push(Job { command, output: object.clone(), inputs: with_headers(&source), report: None });
             parts.push(object);
         };
         for source in files("kernels/emulator", "cpp") {
@@ -81,8 +158,8 @@ fn emulator() {
         }
         let output = out.join(format!("emulator-{mode}.so"));
         let mut command = Command::new(&compiler);
-        command.args(["-shared", "-pthread", "-Wl,-z,defs", "-o"]).arg(&output).args(&parts).arg("-ldl");
-        libraries.push(Job { command, output, inputs: parts });
+        command.args(["-shared", "-pthread", "-Wl,-z,defs"]).args(&parts).arg("-ldl");
+        libraries.push(Job { command, output, inputs: parts, report: None });
     }
     run_stale(objects);
     run_stale(libraries);
@@ -99,9 +176,12 @@ fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
 
 /// One call of a compiler.
 struct Job {
+    /// Without "-o".
     command: Command,
     output: PathBuf,
     inputs: Vec<PathBuf>,
+    /// Where to keep what the compiler says.
+    report: Option<PathBuf>,
 }
 
 impl Job {
@@ -112,16 +192,23 @@ impl Job {
         self.inputs.iter().any(|i| time(i).unwrap_or(SystemTime::now()) > built)
     }
 
-    /// Runs the compiler; its warnings become cargo's, its errors end the build.
+    /// Runs the compiler; its warnings become cargo's, its errors end the build. The output appears when it is complete, as
+    /// builds are interrupted and run side by side.
     fn run(&mut self) {
-        let output =
-            self.command.output().unwrap_or_else(|e| panic!("cannot run {:?}: {e}", self.command.get_program()));
-        let text = String::from_utf8_lossy(&output.stderr);
-        if !output.status.success() {
-            let _ = fs::remove_file(&self.output);
+        let partial = PathBuf::from(format!("{}.{}.part", self.output.display(), process::id()));
+        let result = self.command.arg("-o").arg(&partial).output();
+        let result = result.unwrap_or_else(|e| panic!("cannot run {:?}: {e}", self.command.get_program()));
+        let text = String::from_utf8_lossy(&result.stderr);
+        if !result.status.success() {
+            let _ = fs::remove_file(&partial);
             panic!("{:?}\n{text}", self.command);
         }
-        text.lines().for_each(|line| println!("cargo:warning={line}"));
+        let is_warning = |line: &&str| self.report.is_none() || line.contains("warning") && !line.starts_with("Remark");
+        text.lines().filter(is_warning).for_each(|line| println!("cargo:warning={line}"));
+        if let Some(report) = &self.report {
+            fs::write(report, text.as_bytes()).unwrap();
+        }
+        fs::rename(&partial, &self.output).unwrap();
     }
 }
 

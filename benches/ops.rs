@@ -1,126 +1,67 @@
-//! The CPU ops at the model's shapes: `cargo bench --bench ops`. Products stand beside the `gemm` crate's.
-
-use std::hint::black_box;
+//! The ops of a training step on the CPU, each alone (`cf-bench op` gives the same cases against the machine's ceilings); and the
+//! `gemm` crate on the same products, as a peer: `cargo bench --bench ops`, or `-- "matmul forward"`.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use crossfusion::{
-    device::{Arena, Buffer, Device, View},
-    ops::{
-        Draw, Dropout,
-        attention::{self, Attention, AttentionGrad},
-        layer_norm::{self, Norm},
-        matmul::{self, Epilogue, Matmul, WeightGrad},
-        ppeg::{self, Ppeg},
-    },
+    bench::cases::{self, Product},
+    device::{Arena, Device},
+    train::step::BagSizes,
 };
 
-const D: usize = 512;
-/// Tokens of a typical slide: 3,000 patches at 10x, padded to a square.
-const N: usize = 3025;
+const BAGS: BagSizes = BagSizes { x5: 800, x10: 3000, x20: 12000 };
 
-fn device() -> Device {
-    Device::from_name("cpu", 0).expect("a CPU")
-}
-
-/// `[rows, cols]` of small numbers.
-fn matrix(device: &Device, keep: &mut Vec<Buffer>, rows: usize, cols: usize) -> View<f32> {
-    let buffer = device.alloc(rows * cols * 4).expect("memory");
-    let view = buffer.view(0, rows, cols);
-    let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 1021) as f32 / 1021.0 - 0.5).collect();
-    device.upload(&values, view).expect("upload");
-    keep.push(buffer);
-    view
-}
-
-fn products(c: &mut Criterion) {
-    let (device, keep) = (device(), &mut Vec::new());
-    let mut group = c.benchmark_group("matmul");
-    for (m, n, k) in [(N, D, D), (N, 2 * D, D), (N, D, 2 * D), (12000, D, 2048)] {
-        let (x, w, y) = (matrix(&device, keep, m, k), matrix(&device, keep, n, k), matrix(&device, keep, m, n));
-        let dw = matrix(&device, keep, n, k);
-        let shape = format!("{m}x{n}x{k}");
-        group.throughput(Throughput::Elements((2 * m * n * k) as u64));
-        let forward = [Matmul { a: x, b: w, out: y, epilogue: Epilogue::default() }];
-        group.bench_function(BenchmarkId::new("forward", &shape), |b| b.iter(|| matmul::forward(&device, &forward)));
-        group.bench_function(BenchmarkId::new("gemm crate", &shape), |b| {
-            b.iter(|| unsafe {
-                let (n_, k_) = (n as isize, k as isize);
-                let threads = gemm::Parallelism::Rayon(0);
-                gemm::gemm(
-                    m,
-                    n,
-                    k,
-                    y.ptr(),
-                    1,
-                    n_,
-                    false,
-                    x.ptr(),
-                    1,
-                    k_,
-                    w.ptr(),
-                    k_,
-                    1,
-                    0f32,
-                    1f32,
-                    false,
-                    false,
-                    false,
-                    threads,
-                );
-            })
-        });
-        let backward = [Matmul { a: y, b: w, out: x, epilogue: Epilogue::default() }];
-        group.bench_function(BenchmarkId::new("backward input", &shape), |b| {
-            b.iter(|| matmul::backward_input(&device, &backward))
-        });
-        let weight = [WeightGrad { dy: y, x, dw, db: None }];
-        group.bench_function(BenchmarkId::new("backward weight", &shape), |b| {
-            b.iter(|| matmul::backward_weight(&device, &weight))
-        });
-    }
-}
-
-fn attention(c: &mut Criterion) {
-    let (device, keep) = (device(), &mut Vec::new());
-    let mut arena = Arena::new(&device, 64 << 20).expect("memory");
-    let mut group = c.benchmark_group("attention");
-    for (n, m) in [(1024, 1024), (N, N)] {
-        for rate in [0.0, 0.2] {
-            let (q, k, v) = (matrix(&device, keep, n, D), matrix(&device, keep, m, D), matrix(&device, keep, m, D));
-            let (out, lse) = (matrix(&device, keep, n, D), matrix(&device, keep, 4, n));
-            let dropout = Dropout::new(Some(Draw { seed: 1, step: 1 }), 0, rate);
-            let problem = Attention { q, k, v, out, lse, heads: 4, dropout };
-            let shape = format!("{n}x{m}, dropout {rate}");
-            group.throughput(Throughput::Elements((4 * n * m * D) as u64));
-            group.bench_function(BenchmarkId::new("forward", &shape), |b| {
-                b.iter(|| attention::forward(&device, &[problem]))
-            });
-            let (dout, dq) = (matrix(&device, keep, n, D), matrix(&device, keep, n, D));
-            let (dk, dv) = (matrix(&device, keep, m, D), matrix(&device, keep, m, D));
-            let grad = [AttentionGrad { forward: problem, dout, dq, dk, dv }];
-            group.throughput(Throughput::Elements((10 * n * m * D) as u64));
-            group.bench_function(BenchmarkId::new("backward", &shape), |b| {
-                b.iter(|| attention::backward(&device, &mut arena, &grad))
+fn ops(c: &mut Criterion) {
+    let device = Device::from_name("cpu", 0).expect("a CPU");
+    let mut arena = Arena::new(&device, cases::ARENA).expect("memory");
+    let mut keep = Vec::new();
+    let cases = cases::cases::<f32>(&device, BAGS, 2048, 24_500_000, &mut keep).expect("cases");
+    for case in &cases {
+        let mut group = c.benchmark_group(case.op);
+        let work = if case.flop > 0.0 { case.flop } else { case.bytes };
+        group.throughput(Throughput::Elements(work as u64));
+        group.bench_function(BenchmarkId::new("ours", &case.shape), |b| b.iter(|| case.run(&device, &mut arena)));
+        if !case.products.is_empty() {
+            group.bench_function(BenchmarkId::new("gemm crate", &case.shape), |b| {
+                b.iter(|| case.products.iter().for_each(gemm_crate))
             });
         }
     }
 }
 
-fn rowwise(c: &mut Criterion) {
-    let (device, keep) = (device(), &mut Vec::new());
-    let mut arena = Arena::new(&device, 1 << 20).expect("memory");
-    let (x, y, stats) = (matrix(&device, keep, N, D), matrix(&device, keep, N, D), matrix(&device, keep, N, 2));
-    let (weight, bias) = (matrix(&device, keep, 1, D), matrix(&device, keep, 1, D));
-    let norm = [Norm { x, stats, weight, bias, y }];
-    c.bench_function("layer_norm/forward", |b| b.iter(|| layer_norm::forward(&device, black_box(&norm))));
-    let kernels = ppeg::SIDES.map(|side| matrix(&device, keep, D, side * side));
-    let problem = [Ppeg { x, y, side: 55, kernels, biases: [bias; 3] }];
-    c.bench_function("ppeg/forward", |b| b.iter(|| ppeg::forward(&device, &mut arena, &problem)));
+fn gemm_crate(p: &Product) {
+    let (out, a, b) = (p.out.matrix, p.a.matrix, p.b.matrix);
+    // (column stride, row stride)
+    let strides = |stride: u64, transposed: bool| if transposed { (stride as isize, 1) } else { (1, stride as isize) };
+    let (a_strides, b_strides) = (strides(a.stride, p.a.transposed), strides(b.stride, p.b.transposed));
+    // SAFETY: the cases' matrices, alive as long as `keep`.
+    unsafe {
+        gemm::gemm(
+            out.rows as usize,
+            out.cols as usize,
+            p.depth,
+            out.address as *mut f32,
+            1,
+            out.stride as isize,
+            false,
+            a.address as *const f32,
+            a_strides.0,
+            a_strides.1,
+            b.address as *const f32,
+            b_strides.0,
+            b_strides.1,
+            0f32,
+            1f32,
+            false,
+            false,
+            false,
+            gemm::Parallelism::Rayon(0),
+        );
+    }
 }
 
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).measurement_time(std::time::Duration::from_secs(2));
-    targets = products, attention, rowwise
+    targets = ops
 }
 criterion_main!(benches);

@@ -21,10 +21,11 @@ template <int C> GPU_FN int swizzle(int row, int col) {
 
 // Starts copying rows row0 .. row0 + ROWS and columns col0 .. col0 + C of `from` into a tile; what lies outside becomes zero.
 // The matrix splits into 16-byte chunks (`Matrix::splits_into` of src/device/launch.rs).
-template <int ROWS, int C, int THREADS>
+// UNROLL: copies whose addresses the compiler may keep in registers at once.
+template <int ROWS, int C, int THREADS, int UNROLL>
 GPU_FN void load_tile(real* tile, const Matrix<const real>& from, int row0, int col0) {
   constexpr int kChunks = C / kChunk;
-#pragma unroll
+#pragma unroll UNROLL
   for (int i = 0; i < (ROWS * kChunks + THREADS - 1) / THREADS; i++) {
     const int e = i * THREADS + int(threadIdx.x), row = e / kChunks, col = e % kChunks * kChunk;
     if ((ROWS * kChunks) % THREADS != 0 && e >= ROWS * kChunks) break;
@@ -33,42 +34,70 @@ GPU_FN void load_tile(real* tile, const Matrix<const real>& from, int row0, int 
   }
 }
 
+// Addresses of fragments. The chunks of a fragment differ from a lane's first by XOR with a constant and by whole lines: one
+// register a lane serves a whole tile, where the general form would keep one for every fragment.
+template <int C> struct Swizzle {
+  static constexpr int kChunks = C / kChunk, kLine = kChunks < 8 ? kChunks : 8, kShift = kChunks >= 8 ? 0 : kChunks == 4 ? 1 : 2;
+  // Bytes to element 0 of chunk `chunk` (less than the lanes' share of a fragment) of row `row`.
+  static GPU_FN uint32_t lane(int row, int chunk) {
+    return uint32_t(row * C * int(sizeof(real)) + ((chunk ^ (row >> kShift)) & (kLine - 1)) * 16);
+  }
+  // The same `first` chunks on; bits of `first` and of the lane's chunk do not overlap.
+  static GPU_FN const real* at(const real* tile, uint32_t lane, int first) {
+    const uint32_t bytes = (lane ^ uint32_t((first & (kLine - 1)) * 16)) + uint32_t((first & ~(kLine - 1)) * 16);
+    return reinterpret_cast<const real*>(reinterpret_cast<const char*>(tile) + bytes);
+  }
+};
+
 // A warp's operand fragments. A: 16 rows (m) by kStep; B: 16 columns (n) by kStep, as two 8-column halves b[0..1], b[2..3].
+// m0, n0 and k0 are multiples of 16.
 using Fragment = uint32_t[4];
 
 // From tile[m][k].
 template <int C> GPU_FN void load_a(Fragment& f, const real* tile, int m0, int k0) {
   const int l = int(threadIdx.x) % 32;
-  ldmatrix_x4(f, tile + swizzle<C>(m0 + l % 16, k0 + l / 16 * kChunk));
+  ldmatrix_x4(f, Swizzle<C>::at(tile + m0 * C, Swizzle<C>::lane(l % 16, l / 16), k0 / kChunk));
 }
 // From tile[n][k].
 template <int C> GPU_FN void load_b(Fragment& f, const real* tile, int n0, int k0) {
   const int l = int(threadIdx.x) % 32;
-  ldmatrix_x4(f, tile + swizzle<C>(n0 + l / 16 * 8 + l % 8, k0 + l / 8 % 2 * kChunk));
+  ldmatrix_x4(f, Swizzle<C>::at(tile + n0 * C, Swizzle<C>::lane(l / 16 * 8 + l % 8, l / 8 % 2), k0 / kChunk));
+}
+// Element [row][column0 + g + 8 i] of an f32 tile; column0 is a multiple of 16, row of the tile.
+template <int C> GPU_FN uint32_t element(const real* tile, int row, int column0, int i) {
+  const int g = int(threadIdx.x) % 32 / 4;
+  const real* chunk = Swizzle<C>::at(tile, Swizzle<C>::lane(row, g / kChunk), (column0 + 8 * i) / kChunk);
+  return __float_as_uint(float(chunk[g % kChunk]));
 }
 // From tile[k][m]. For f32, thread t of a quad takes k0 + 2t and k0 + 2t + 1 instead of k0 + t and k0 + t + 4: the order of an
 // accumulator's columns (accumulator_to_a). A sum has no order, but both operands must agree: pair load_a_t with load_b_t.
 template <int C> GPU_FN void load_a_t(Fragment& f, const real* tile, int m0, int k0) {
   const int l = int(threadIdx.x) % 32;
   if constexpr (kIsBf16) {
-    ldmatrix_x4_trans(f, tile + swizzle<C>(k0 + l / 16 * 8 + l % 8, m0 + l / 8 % 2 * 8));
+    ldmatrix_x4_trans(f, Swizzle<C>::at(tile + k0 * C, Swizzle<C>::lane(l / 16 * 8 + l % 8, l / 8 % 2), m0 / kChunk));
   } else {
-    const int g = l / 4, t = l % 4;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      f[i] = __float_as_uint(float(tile[swizzle<C>(k0 + 2 * t + i / 2, m0 + g + i % 2 * 8)]));
+    for (int i = 0; i < 4; i++) f[i] = element<C>(tile + k0 * C, 2 * (l % 4) + i / 2, m0, i % 2);
   }
 }
 // From tile[k][n], in the same order.
 template <int C> GPU_FN void load_b_t(Fragment& f, const real* tile, int n0, int k0) {
   const int l = int(threadIdx.x) % 32;
   if constexpr (kIsBf16) {
-    ldmatrix_x4_trans(f, tile + swizzle<C>(k0 + l % 16, n0 + l / 16 * 8));
+    ldmatrix_x4_trans(f, Swizzle<C>::at(tile + k0 * C, Swizzle<C>::lane(l % 16, l / 16), n0 / kChunk));
   } else {
-    const int g = l / 4, t = l % 4;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      f[i] = __float_as_uint(float(tile[swizzle<C>(k0 + 2 * t + i % 2, n0 + g + i / 2 * 8)]));
+    for (int i = 0; i < 4; i++) f[i] = element<C>(tile + k0 * C, 2 * (l % 4) + i % 2, n0, i / 2);
+  }
+}
+// From tile[k][n] in ascending order of k, to go with load_a.
+template <int C> GPU_FN void load_b_columns(Fragment& f, const real* tile, int n0, int k0) {
+  const int l = int(threadIdx.x) % 32;
+  if constexpr (kIsBf16) {
+    load_b_t<C>(f, tile, n0, k0);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) f[i] = element<C>(tile + k0 * C, l % 4 + i % 2 * 4, n0, i / 2);
   }
 }
 

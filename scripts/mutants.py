@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Breaks one line of a kernel at a time and shows who notices: `scripts/mutants.py > kernels/mutants.txt`.
+"""Breaks one line of a kernel at a time and shows who notices: `scripts/mutants.py > kernels/mutants.txt`, or one kernel's with its name.
 
 Each mutant replaces a piece of text, is built into a copy of the emulator's libraries, and runs the kernel's own tests:
 the plain ones (results and schedules) and the race ones. A mutant that nobody catches makes the script fail.
@@ -16,7 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of each kernel: the tests in plain and in race mode.
-TESTS = {"layer_norm": (["layer_norm::matches_the_cpu", "layer_norm::apply_and_in_place"], ["layer_norm::has_no_races"])}
+TESTS = {
+    "cox": (["cox::matches_the_cpu"], ["cox::has_no_races"]),
+    "layer_norm": (["layer_norm::matches_the_cpu", "layer_norm::apply_and_in_place"], ["layer_norm::has_no_races"]),
+}
 
 # Kernel, what is broken, the text (its first occurrence, or the n-th after #n), what takes its place.
 MUTANTS = [
@@ -49,6 +52,37 @@ MUTANTS = [
     ("layer_norm", "reduce: every warp adds the total", "if (warp > 0 || c >= 2 * d) return;", "if (c >= 2 * d) return;"),
     ("layer_norm", "reduce: no column guard on the result", "if (warp > 0 || c >= 2 * d) return;", "if (warp > 0) return;"),
     ("layer_norm", "reduce: overwrites dweight", "p.dweight[c] += total;", "p.dweight[c] = total;"),
+    ("cox", "highest: no sum over the warp", "highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, d));#1", ";"),
+    ("cox", "highest: no __syncthreads", "__syncthreads();#3", ""),
+    ("cox", "highest: one warp forgotten", "for (int w = 1; w < kThreads / 32; w++)", "for (int w = 2; w < kThreads / 32; w++)"),
+    ("cox", "highest: every thread writes", "if (threadIdx.x > 0) return;\n  for (int w = 1", "for (int w = 1"),
+    ("cox", "highest of all blocks: no __syncthreads", "__syncthreads();#2", ""),
+    ("cox", "highest of all blocks: only the first", "i < blocks; i += kThreads) highest", "i < 1; i += kThreads) highest"),
+    ("cox", "scan: lanes join the wrong way round", "mine = join(before, mine);", "mine = join(mine, before);"),
+    ("cox", "scan: no lane guard", "if (lane >= d) mine", "mine"),
+    ("cox", "scan: first lane keeps its own", "if (lane == 0) before = none<N>();", ""),
+    ("cox", "scan: no __syncthreads before the warps' sums are read", "__syncthreads();", ""),
+    ("cox", "scan: no __syncthreads before they are written again", "__syncthreads();  // `shared` may be used again", ""),
+    ("cox", "scan: earlier warps forgotten", "for (int w = 0; w < warp; w++)", "for (int w = 1; w < warp; w++)"),
+    ("cox", "scan: the total lacks the last warp", "for (int w = warp; w < kThreads / 32; w++)", "for (int w = warp; w < kThreads / 32 - 1; w++)"),
+    ("cox", "join: a stratum's sum runs on", "k == 0 ? 1u : 2u", "k == 0 ? 0u : 2u"),
+    ("cox", "join: a tie's sum runs on", "k == 0 ? 1u : 2u", "k == 0 ? 1u : 0u"),
+    ("cox", "join: starts forgotten", "s.starts = before.starts | after.starts;", "s.starts = after.starts;"),
+    ("cox", "blocks before: this one too", "const int blocks = int(blockIdx.x), each", "const int blocks = int(blockIdx.x) + 1, each"),
+    ("cox", "risk sets: past the end", "place = begin + int(threadIdx.x); place < end", "place = begin + int(threadIdx.x); place < end + 1"),
+    ("cox", "risk sets: rows of the next tile", "min(i + kRows, end), of), total, shared[0]);\n    all = join", "i + kRows, of), total, shared[0]);\n    all = join"),
+    ("cox", "risk sets: carry between tiles forgotten", "before = join(before, total);", ";"),
+    ("cox", "risk sets: every thread writes the total", "if (threadIdx.x == 0) write_total(p, all);", "write_total(p, all);"),
+    ("cox", "Efron: ranks from 1", "- 1.0) / set[3]", ") / set[3]"),
+    ("cox", "Efron: always", "p.efron ? (p", "true ? (p"),
+    ("cox", "hazards: carry between tiles forgotten", "before = join(before, total);#1", ";"),
+    ("cox", "hazards: log-likelihood without a barrier", "__syncthreads();#4", ""),
+    ("cox", "hazards: one thread's log-likelihood forgotten", "for (int i = 1; i < kThreads; i++) loglik", "for (int i = 2; i < kThreads; i++) loglik"),
+    ("cox", "gradient: hazard at the event's own place", "p.hazards + int64_t(p.last[place]) * 2", "p.hazards + int64_t(place) * 2"),
+    ("cox", "gradient: events take the whole hazard", "event ? hazard[0] - hazard[1] : hazard[0]", "hazard[0]"),
+    ("cox", "gradient: by place", "p.gradient[p.row(place)]", "p.gradient[place]"),
+    ("cox", "gradient: weights forgotten", "(event ? p.weight(place) : 0.0)", "(event ? 1.0 : 0.0)"),
+    ("cox", "gradient: one block's log-likelihood", "i < int(gridDim.x); i++) loglik", "i < 1; i++) loglik"),
     ("layer_norm", "reduce: last block forgotten", "(p.x.rows + kRowsPerBlock - 1) / kRowsPerBlock", "p.x.rows / kRowsPerBlock"),
 ]
 
@@ -112,16 +146,17 @@ def noticed(test, filters, folder):
 
 
 def main():
+    mutants = [m for m in MUTANTS if m[0] in (sys.argv[1:] or TESTS)]
     test, objects = built()
     survivors = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for kernel, name, old, new in MUTANTS:
+        for kernel, name, old, new in mutants:
             build(kernel, mutate((ROOT / f"kernels/{kernel}.cu").read_text(), old, new), objects, folder)
             plain, race = (noticed(test, filters, folder) for filters in TESTS[kernel])
             survivors += not (plain or race)
             print(f"{kernel}: {name}\n    plain: {plain or '-'}\n    race:  {race or '-'}", flush=True)
-    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} caught")
+    print(f"{len(mutants) - survivors} of {len(mutants)} caught")
     sys.exit(survivors > 0)
 
 

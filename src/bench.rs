@@ -1,13 +1,21 @@
 //! What `cf-bench` measures.
 
+pub mod cases;
+mod ceilings;
+mod cox;
+mod op;
+mod peer;
+
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
+use half::bf16;
+pub use op::{OpArguments, op};
 use serde::Serialize;
 
 use crate::{
     Error, Result,
-    device::Device,
+    device::{Device, Element},
     loss::{Loss, Target},
     model::{Bags, Config},
     ops::{Draw, adam::Adam},
@@ -16,7 +24,7 @@ use crate::{
 
 #[derive(Args)]
 pub struct StepArguments {
-    /// Where to run: auto or cpu
+    /// Where to run: auto, cpu or cuda
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads; 0 is one for each core
@@ -53,6 +61,16 @@ enum Switch {
 #[serde(rename_all = "lowercase")]
 enum Precision {
     F32,
+    Bf16,
+}
+
+impl Precision {
+    fn check(self, device: &Device) -> Result<()> {
+        if self == Self::Bf16 && !device.runs_kernels() {
+            return Err(Error::Usage("--precision bf16 needs --device cuda: the CPU computes in f32".into()));
+        }
+        Ok(())
+    }
 }
 
 fn parse_bags(text: &str) -> Result<BagSizes, String> {
@@ -80,7 +98,6 @@ impl Seconds {
 #[derive(Serialize)]
 struct StepReport {
     device: String,
-    threads: usize,
     bags: [usize; 3],
     features: usize,
     dropout: Switch,
@@ -91,8 +108,10 @@ struct StepReport {
     step_s: Seconds,
     arena_bytes: usize,
     peak_rss_bytes: u64,
-    /// Measured on this machine just before and just after the steps, the better of the two.
+    /// Measured on this device just before and just after the steps, the better of the two.
     fma_peak_gflops: f64,
+    /// Kernels launched by forward and backward; 0 on a CPU.
+    launches: usize,
     /// Operations of the model as published, the convention of model FLOP utilisation.
     step_gflop: f64,
     /// Operations that were done: the last layer computes the class token's row alone.
@@ -104,15 +123,27 @@ struct StepReport {
 /// `cf-bench step`.
 pub fn step(arguments: &StepArguments) -> Result<()> {
     let device = Device::from_name(&arguments.device, arguments.threads)?;
-    let Device::Cpu(cpu) = &device else {
-        return Err(Error::Usage(format!("--device {}: cf-bench step runs on cpu", arguments.device)));
+    let report = match arguments.precision {
+        Precision::F32 => measure::<f32>(device, arguments)?,
+        Precision::Bf16 => measure::<bf16>(device, arguments)?,
     };
-    let (name, threads) = (format!("cpu, {}", cpu.instruction_set()), cpu.threads());
-    let peak_before = cpu.fma_peak::<f32>(3);
-    let mut engine = Engine::<f32>::new(device, &Config::new(arguments.features), 1)?;
+    if arguments.json {
+        crate::say(serde_json::to_string(&report).map_err(|e| Error::Device(e.to_string()))?);
+    } else {
+        print(&report);
+    }
+    Ok(())
+}
+
+fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> Result<StepReport> {
+    arguments.precision.check(&device)?;
+    let name = device.description();
+    let peak_before = ceilings::peak::<T>(&device)?;
+    let mut engine = Engine::<T>::new(device, &Config::new(arguments.features), 1)?;
     engine.reserve(arguments.bags, true)?;
     let BagSizes { x5, x10, x20 } = arguments.bags;
     let data = [x5, x10, x20].map(|patches| random(patches * arguments.features));
+    let data = data.map(|bag| bag.into_iter().map(T::from_sum).collect::<Vec<T>>());
     let bags = Bags::new(data.each_ref().map(Vec::as_slice), arguments.features)?;
     // the published optimizer
     let adam = Adam { learning_rate: 1e-4, weight_decay: 4e-6, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
@@ -126,22 +157,22 @@ pub fn step(arguments: &StepArguments) -> Result<()> {
             forward = Instant::now();
             Loss::NllSurv.evaluate(logits, Target { label: 1, censored: false }, 0.2).1
         })?;
+        engine.device.synchronize()?;
         let backward = Instant::now();
         engine.update(&adam)?;
+        engine.device.synchronize()?;
         let end = Instant::now();
         let parts = [forward - start, backward - forward, end - backward, end - start];
         if run > 0 {
             times.iter_mut().zip(parts).for_each(|(times, part)| times.push(part.as_secs_f64()));
         }
     }
-    let Device::Cpu(cpu) = &engine.device else { return Ok(()) };
-    let peak = peak_before.max(cpu.fma_peak::<f32>(3)) / 1e9;
+    let peak = peak_before.max(ceilings::peak::<T>(&engine.device)?) / 1e9;
     let [forward_s, backward_s, optimizer_s, step_s] = times.map(Seconds::of);
     let plan = engine.plan(arguments.bags, true)?;
     let step_gflop = published_step_flop(arguments.bags, arguments.features) / 1e9;
-    let report = StepReport {
+    Ok(StepReport {
         device: name,
-        threads,
         bags: [x5, x10, x20],
         features: arguments.features,
         dropout: arguments.dropout,
@@ -149,6 +180,7 @@ pub fn step(arguments: &StepArguments) -> Result<()> {
         arena_bytes: engine.arena_bytes(),
         peak_rss_bytes: peak_rss_bytes(),
         fma_peak_gflops: peak,
+        launches: plan.launches,
         step_gflop,
         executed_gflop: plan.step_flop / 1e9,
         fraction_of_peak: step_gflop / step_s.min / peak,
@@ -156,21 +188,12 @@ pub fn step(arguments: &StepArguments) -> Result<()> {
         backward_s,
         optimizer_s,
         step_s,
-    };
-    if arguments.json {
-        crate::say(serde_json::to_string(&report).map_err(|e| Error::Device(e.to_string()))?);
-    } else {
-        print(&report);
-    }
-    Ok(())
+    })
 }
 
 fn print(report: &StepReport) {
     let [x5, x10, x20] = report.bags;
-    crate::say(format!(
-        "{} with {} threads; bags {x5}, {x10}, {x20} of {} features",
-        report.device, report.threads, report.features
-    ));
+    crate::say(format!("{}; bags {x5}, {x10}, {x20} of {} features", report.device, report.features));
     crate::say(format!("{:<12}{:>10}{:>10}", "", "min", "median"));
     let rows = [
         ("forward", &report.forward_s),

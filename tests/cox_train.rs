@@ -54,7 +54,7 @@ fn model(n_classes: usize) -> Config {
 /// An engine whose parameters are large enough for every path to matter.
 fn engine<T: Real>(config: &Config) -> Engine<T> {
     let mut engine = Engine::new(Device::from_name("cpu", 1).unwrap(), config, 3).unwrap();
-    let mut params: Vec<T> = engine.read_state(State::Params);
+    let mut params: Vec<T> = engine.read_state(State::Params).unwrap();
     for entry in engine.model.layout.entries() {
         let law =
             if entry.shape.len() == 1 { Law { offset: 0.5, scale: 0.4 } } else { Law { offset: 0.0, scale: 0.3 } };
@@ -121,7 +121,7 @@ fn batch<T: Real>(engine: &mut Engine<T>, slides: &[[Vec<T>; 3]], ties: Ties) ->
     };
     let (loss, risks) = cox::accumulate(engine, &batch, draw, show).unwrap().unwrap();
     assert_eq!((passes, risks.len()), (2, 6));
-    (loss, engine.read_state(State::Grads))
+    (loss, engine.read_state(State::Grads).unwrap())
 }
 
 /// The gradient of the batch against central differences of its loss, in f64 with dropout on, where each slide keeps its draw: a pass without it or
@@ -133,7 +133,7 @@ fn the_batch_has_the_gradient_of_its_loss() {
         let mut engine = engine::<f64>(&model(n_classes));
         let slides = slides::<f64>();
         let (loss, gradient) = batch(&mut engine, &slides, ties);
-        let params = engine.read_state(State::Params);
+        let params = engine.read_state(State::Params).unwrap();
         let mut loss_at = |params: &[f64]| {
             engine.write_state(State::Params, params).unwrap();
             let risks: Vec<f64> =
@@ -176,7 +176,7 @@ fn two_passes_equal_all_slides_at_once() {
         for (i, slide) in slides.iter().enumerate() {
             let of_risk = |logits: &[f64]| Prediction::from_logits(logits).risk_gradient();
             risks.push(risk(&one_by_one.accumulate(bags(slide), draw(i), None, of_risk).unwrap()));
-            jacobian.push(one_by_one.read_state(State::Grads));
+            jacobian.push(one_by_one.read_state(State::Grads).unwrap());
             one_by_one.write_state(State::Grads, &zeros).unwrap();
         }
         let weight = |i: usize| {
@@ -215,7 +215,7 @@ fn a_batch_without_a_comparison_gives_no_gradient() {
         };
         let (loss, risks) = cox::accumulate(&mut engine, &batch, draw, show).unwrap().unwrap();
         assert_eq!((loss, risks.len(), passes), (0.0, 2, 1));
-        assert!(engine.read_state(State::Grads).iter().all(|&g| g == 0.0));
+        assert!(engine.read_state(State::Grads).unwrap().iter().all(|&g| g == 0.0));
     }
     let without = CoxBatch::new(vec![1, 1], &[1.0, 2.0], &[false, false], Ties::Efron).unwrap();
     assert!(without.evaluate(&[0.0, 0.0]).unwrap_err().to_string().contains("no slide has an event"));

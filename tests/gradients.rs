@@ -45,7 +45,7 @@ impl<T: Real> Slide<T> {
 /// An engine whose parameters are large enough for every path to matter.
 fn engine<T: Real>(device: Device, config: &Config) -> Engine<T> {
     let mut engine = Engine::new(device, config, 3).unwrap();
-    let mut params: Vec<T> = engine.read_state(State::Params);
+    let mut params: Vec<T> = engine.read_state(State::Params).unwrap();
     for entry in engine.model.layout.entries() {
         let law =
             if entry.shape.len() == 1 { Law { offset: 0.5, scale: 0.4 } } else { Law { offset: 0.0, scale: 0.3 } };
@@ -75,8 +75,8 @@ fn check_finite_differences(config: &Config, patches: [usize; 3], draw: Option<D
     engine
         .accumulate(slide.bags(), draw, Some(dslide.bags_mut()), |logits| Loss::NllSurv.evaluate(logits, TARGET, 0.2).1)
         .unwrap();
-    let params = engine.read_state(State::Params);
-    let grads = engine.read_state(State::Grads);
+    let params = engine.read_state(State::Params).unwrap();
+    let grads = engine.read_state(State::Grads).unwrap();
 
     let check = |name: &str, analytic: f64, numeric: f64| {
         // the differences' own error: rounding 1e-16 / STEP and truncation STEP^2
@@ -151,7 +151,7 @@ fn gradients(device: Device, config: &Config, patches: [usize; 3]) -> (Vec<f64>,
         .accumulate(slide.bags(), Some(DRAW), None, |logits| Loss::NllSurv.evaluate(logits, TARGET, 0.2).1)
         .unwrap();
     assert_eq!(engine.arena_peak(), engine.arena_bytes(), "the plan is not what the step used");
-    (logits, engine.read_state(State::Grads))
+    (logits, engine.read_state(State::Grads).unwrap())
 }
 
 #[test]
@@ -196,7 +196,7 @@ fn nan_reaches_the_logits() {
     let slide = Slide::new([3, 7, 11], 6);
     assert!(engine.evaluate(slide.bags()).unwrap().iter().all(|x| x.is_finite()));
     let entry = engine.model.layout.entries().iter().find(|entry| entry.name == "s_lin_proj.0.weight").unwrap().offset;
-    let mut params = engine.read_state(State::Params);
+    let mut params = engine.read_state(State::Params).unwrap();
     params[entry] = f32::NAN;
     engine.write_state(State::Params, &params).unwrap();
     let logits = engine.evaluate(slide.bags()).unwrap();
@@ -208,7 +208,7 @@ fn nan_reaches_the_logits() {
 fn a_refused_checkpoint_changes_nothing() {
     let config = config(6, 8, 2, 1, Fusion::Conv2d);
     let mut engine = engine::<f32>(Device::from_name("cpu", 1).unwrap(), &config);
-    let before = engine.read_state(State::Params);
+    let before = engine.read_state(State::Params).unwrap();
     let mut tensors: crossfusion::data::torch::StateDict = engine
         .model
         .layout
@@ -222,7 +222,7 @@ fn a_refused_checkpoint_changes_nothing() {
         .collect();
     tensors.insert("stray".into(), crossfusion::data::torch::Parameter { shape: vec![1], values: vec![0.0] });
     assert!(engine.load(&tensors).unwrap_err().to_string().contains("`stray`"));
-    assert_eq!(engine.read_state(State::Params), before);
+    assert_eq!(engine.read_state(State::Params).unwrap(), before);
 }
 
 #[test]
@@ -231,5 +231,5 @@ fn uploads_of_the_wrong_length_are_refused() {
     let buffer = device.alloc(64).unwrap();
     let (view, rest) = (buffer.view::<f32>(0, 4, 1), buffer.view::<f32>(4, 1, 8));
     assert!(device.upload(&[1.0; 7], view).is_err());
-    assert_eq!(device.download(rest), [0.0; 8]);
+    assert_eq!(device.download(rest).unwrap(), [0.0; 8]);
 }

@@ -187,7 +187,7 @@ void access(const void* ptr, size_t bytes, Access kind) {
 }
 
 static void hook(const void* p, size_t bytes, Access kind, bool aligned, void* pc) {
-  if (!self) return;
+  if (!self || worker->in_private(p)) return;  // on a stack the compiler joins copies as it likes
   books->place = uintptr_t(pc);
   if (aligned && uintptr_t(p) % bytes) fail("misaligned %s of %zu bytes at %p (%s)", kAccessNames[kind], bytes, p, where(uintptr_t(pc)).c_str());
   access(p, bytes, kind);

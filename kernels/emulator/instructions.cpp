@@ -121,7 +121,8 @@ void op_ldmatrix(void* const* arg, uint32_t) {
   worker->stats.ldmatrix++;
 }
 
-// D += A[16][K] B[K][8]; decode(register, e) is the e-th element of a register.
+// D += A[16][K] B[K][8]; decode(register, e) is the e-th element of a register. Products are exact and summed in double, then rounded
+// once: a tensor core too rounds less often than it adds, but not in this way.
 template <int K, class Decode> static void mma_16x8(void* const* arg, Decode decode) {
   constexpr int E = K == 16 ? 2 : 1;
   float A[16][K], B[K][8], C[16][8];
@@ -138,9 +139,13 @@ template <int K, class Decode> static void mma_16x8(void* const* arg, Decode dec
       }
     for (int i = 0; i < 4; i++) C[g + i / 2 * 8][t * 2 + i % 2] = x.d[i];
   }
-  for (int i = 0; i < 16; i++)
+  for (int i = 0; i < 16; i++) {
+    double sum[8];
+    for (int j = 0; j < 8; j++) sum[j] = C[i][j];
     for (int k = 0; k < K; k++)
-      for (int j = 0; j < 8; j++) C[i][j] += A[i][k] * B[k][j];
+      for (int j = 0; j < 8; j++) sum[j] += double(A[i][k]) * double(B[k][j]);
+    for (int j = 0; j < 8; j++) C[i][j] = float(sum[j]);
+  }
   for (int l = 0; l < 32; l++)
     for (int i = 0; i < 4; i++) lane(l).d[i] = C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
   worker->stats.mma++;

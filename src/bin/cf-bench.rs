@@ -14,11 +14,14 @@ struct Arguments {
 enum Command {
     /// One training step on one slide: forward, backward, optimizer
     Step(bench::StepArguments),
+    /// Ops alone: time, bandwidth, rate, fraction of what the device can do
+    Op(bench::OpArguments),
 }
 
 fn main() {
     let result = match Arguments::parse().command {
         Command::Step(arguments) => bench::step(&arguments),
+        Command::Op(arguments) => bench::op(&arguments),
     };
     if let Err(error) = result {
         eprintln!("cf-bench: {error}");

@@ -4,7 +4,7 @@
 //! is released by the op or block that took it. A step takes no activation from anywhere else. (The CPU keeps some packed panels
 //! besides, a few MiB a thread, from op to op.)
 
-use super::{Buffer, Device, Real, View};
+use super::{Buffer, Device, Element, View};
 use crate::{Error, Result};
 
 /// Every view starts on a boundary of this many bytes (a GPU's widest access, and a multiple of a cache line).
@@ -45,20 +45,20 @@ impl Arena {
     }
 
     /// A matrix that lives until its mark is released in backward. Its content is whatever was there before.
-    pub fn save<T: Real>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
+    pub fn save<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
         let bytes = bytes::<T>(rows, cols)?;
         let at = self.saved;
         self.saved += bytes;
         self.grown(bytes)?;
-        Ok(View::new(self.buffer.address() + at, rows, cols))
+        Ok(View::new(self.buffer.address() as usize + at, rows, cols))
     }
 
     /// A matrix that lives until the op or block that took it releases its mark.
-    pub fn scratch<T: Real>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
+    pub fn scratch<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
         let bytes = bytes::<T>(rows, cols)?;
         self.scratch = self.scratch.wrapping_sub(bytes);
         self.grown(bytes)?;
-        Ok(View::new(self.buffer.address() + self.scratch, rows, cols))
+        Ok(View::new(self.buffer.address() as usize + self.scratch, rows, cols))
     }
 
     fn grown(&mut self, bytes: usize) -> Result<()> {

@@ -1,22 +1,41 @@
 //! The device that only counts.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
-/// Sums the floating-point operations that the ops report; see [`crate::device::Device::Dry`].
-#[derive(Default)]
+/// Sums what the ops report; see [`crate::device::Device::dry`].
 pub struct Dry {
-    flop: Mutex<f64>,
+    kernels: bool,
+    counts: Mutex<Counts>,
+}
+
+/// What a pass took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counts {
+    /// Floating-point operations (a multiply-add is two).
+    pub flop: f64,
+    pub launches: usize,
 }
 
 impl Dry {
-    pub fn count(&self, flop: f64) {
-        if let Ok(mut sum) = self.flop.lock() {
-            *sum += flop;
-        }
+    /// `kernels`: plan for a device that runs kernels.
+    pub fn new(kernels: bool) -> Self {
+        Self { kernels, counts: Mutex::default() }
     }
 
-    /// Floating-point operations counted so far (a multiply-add is two).
-    pub fn flop(&self) -> f64 {
-        self.flop.lock().map_or(0.0, |sum| *sum)
+    pub fn plans_kernels(&self) -> bool {
+        self.kernels
+    }
+
+    pub fn count(&self, flop: f64) {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).flop += flop;
+    }
+
+    pub fn count_launch(&self) {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).launches += 1;
+    }
+
+    /// All so far.
+    pub fn counts(&self) -> Counts {
+        *self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

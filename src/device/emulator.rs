@@ -102,6 +102,7 @@ pub struct Memory<T> {
     /// The first line and all after the last element are guards. Kernels write through their own pointers.
     lines: Box<[UnsafeCell<Line>]>,
     len: usize,
+    _range: Registered,
     element: PhantomData<T>,
 }
 
@@ -113,12 +114,11 @@ struct Line([u8; 256]);
 impl<T: Pod> Memory<T> {
     pub fn new(data: &[T]) -> Result<Self> {
         let bytes = size_of_val(data);
-        let lines = (0..bytes.div_ceil(256) + 2).map(|_| UnsafeCell::new(Line([0xff; 256]))).collect();
-        let memory = Self { lines, len: data.len(), element: PhantomData };
+        let lines: Box<[_]> = (0..bytes.div_ceil(256) + 2).map(|_| UnsafeCell::new(Line([0xff; 256]))).collect();
+        let range = Registered::new(lines.as_ptr().wrapping_add(1).cast(), bytes)?;
+        let memory = Self { lines, len: data.len(), _range: range, element: PhantomData };
         // SAFETY: lines 1.. hold these elements and nobody else knows them yet.
         unsafe { memory.ptr().copy_from_nonoverlapping(data.as_ptr(), data.len()) };
-        // SAFETY: registers an address range, which Drop removes.
-        unsafe { (Library::get(true)?.register)(memory.ptr().cast(), bytes) };
         Ok(memory)
     }
 
@@ -157,11 +157,26 @@ impl<T: Pod> Memory<T> {
     }
 }
 
-impl<T> Drop for Memory<T> {
+/// A range of addresses that race mode lets kernels touch, as long as this lives.
+pub(super) struct Registered(*const c_void);
+
+// SAFETY: an address that nobody reads through.
+unsafe impl Send for Registered {}
+unsafe impl Sync for Registered {}
+
+impl Registered {
+    pub fn new(start: *const c_void, bytes: usize) -> Result<Self> {
+        // SAFETY: registers an address range, which Drop removes.
+        unsafe { (Library::get(true)?.register)(start, bytes) };
+        Ok(Self(start))
+    }
+}
+
+impl Drop for Registered {
     fn drop(&mut self) {
         if let Ok(library) = Library::get(true) {
             // SAFETY: removes what `new` registered.
-            unsafe { (library.unregister)(self.lines.as_ptr().wrapping_add(1).cast()) };
+            unsafe { (library.unregister)(self.0) };
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Real, View};
+use super::{Element, View};
 
 /// How a kernel's activations and weights are stored; its arithmetic is f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,8 +28,8 @@ impl Storage {
     }
 }
 
-/// The element type of a [`Storage`].
-pub trait Stored: Pod {
+/// An element type that kernels are compiled for.
+pub trait Stored: Element {
     const STORAGE: Storage;
 }
 
@@ -113,9 +113,9 @@ impl Matrix {
     }
 }
 
-impl<T: Real> From<View<T>> for Matrix {
+impl<T: Element> From<View<T>> for Matrix {
     fn from(view: View<T>) -> Self {
         let (rows, cols) = (view.rows() as u32, view.cols() as u32);
-        Self { address: view.ptr() as u64, stride: view.stride() as u64, rows, cols }
+        Self { address: view.address(), stride: view.stride() as u64, rows, cols }
     }
 }

@@ -5,15 +5,22 @@
 
 mod arena;
 pub mod cpu;
+mod cuda;
 mod dry;
+mod element;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+mod fatbins;
 mod launch;
 mod view;
 
 pub use arena::{Arena, Mark};
 pub use cpu::{Cpu, Real};
-pub use dry::Dry;
+pub use cuda::Cuda;
+pub use dry::{Counts, Dry};
+pub use element::Element;
+pub(crate) use element::{on_cpu, storage};
+pub use fatbins::{NVCC, fatbins};
 pub use launch::{Arg, Launch, Matrix, Storage, Stored};
 pub use view::{Buffer, View};
 
@@ -23,6 +30,11 @@ use crate::{Error, Result};
 pub enum Device {
     /// All cores of this machine, with the widest instruction set that it has.
     Cpu(Cpu),
+    /// An NVIDIA GPU.
+    Cuda(Cuda),
+    /// The CUDA kernels, run on the CPU thread by thread: for tests.
+    #[cfg(feature = "emulator")]
+    Emulator(emulator::Options),
     /// Nowhere: allocates addresses, counts floating-point operations, computes nothing. Plans are made with it.
     Dry(Dry),
 }
@@ -31,34 +43,129 @@ impl Device {
     /// `auto` and `cpu` are the names that `--device` takes; `threads` = 0 means one for each core.
     pub fn from_name(name: &str, threads: usize) -> Result<Self> {
         match name {
-            "auto" | "cpu" => Ok(Self::Cpu(Cpu::new(threads)?)),
-            "cuda" => Err(Error::Device(
-                "--device cuda: this build has no CUDA kernels yet; use --device cpu, or leave --device out".into(),
-            )),
-            other => Err(Error::Usage(format!("--device {other}: expected auto or cpu"))),
+            "auto" => Cuda::new().map(Self::Cuda).or_else(|_| Ok(Self::Cpu(Cpu::new(threads)?))),
+            "cpu" => Ok(Self::Cpu(Cpu::new(threads)?)),
+            "cuda" => Ok(Self::Cuda(Cuda::new()?)),
+            #[cfg(feature = "emulator")]
+            "emulator" => Ok(Self::Emulator(emulator::Options::default())),
+            other => Err(Error::Usage(format!("--device {other}: expected auto, cpu or cuda"))),
         }
     }
 
-    pub fn dry() -> Self {
-        Self::Dry(Dry::default())
+    /// What reports call it: "cpu, AVX-512", or a GPU's name.
+    pub fn description(&self) -> String {
+        match self {
+            Self::Cpu(cpu) => format!("cpu, {}, {} threads", cpu.instruction_set(), cpu.threads()),
+            Self::Cuda(cuda) => cuda.name().into(),
+            #[cfg(feature = "emulator")]
+            Self::Emulator(_) => "emulator".into(),
+            Self::Dry(_) => "plan".into(),
+        }
+    }
+
+    /// A device that plans what this one will do.
+    pub fn dry(&self) -> Self {
+        Self::Dry(Dry::new(self.runs_kernels()))
+    }
+
+    /// Whether the ops are kernel launches here: their scratch differs from the CPU's, and bags are copied to the device.
+    pub fn runs_kernels(&self) -> bool {
+        match self {
+            Self::Cpu(_) => false,
+            Self::Cuda(_) => true,
+            #[cfg(feature = "emulator")]
+            Self::Emulator(_) => true,
+            Self::Dry(dry) => dry.plans_kernels(),
+        }
+    }
+
+    pub(crate) fn is_dry(&self) -> bool {
+        matches!(self, Self::Dry(_))
+    }
+
+    pub(crate) fn cpu(&self) -> Option<&Cpu> {
+        if let Self::Cpu(cpu) = self { Some(cpu) } else { None }
+    }
+
+    /// Counts an op's floating-point operations in a plan.
+    pub(crate) fn count(&self, flop: f64) {
+        if let Self::Dry(dry) = self {
+            dry.count(flop);
+        }
+    }
+
+    /// Runs kernels one after another. The launches' addresses must be this device's memory.
+    pub fn launch(&self, launches: impl IntoIterator<Item = Launch>) -> Result<()> {
+        for launch in launches {
+            match self {
+                Self::Cpu(_) => {
+                    return Err(Error::Device(format!("{}: kernels do not run on the CPU", launch.symbol())));
+                }
+                Self::Cuda(cuda) => cuda.launch(launch)?,
+                #[cfg(feature = "emulator")]
+                Self::Emulator(options) => drop(emulator::launch(&launch, *options)?),
+                Self::Dry(dry) => dry.count_launch(),
+            }
+        }
+        Ok(())
     }
 
     /// Zeroed memory.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
         match self {
             Self::Cpu(_) => Buffer::host(bytes),
+            Self::Cuda(cuda) => Buffer::cuda(cuda, bytes),
+            #[cfg(feature = "emulator")]
+            Self::Emulator(options) => Buffer::emulator(bytes, options.race),
             Self::Dry(_) => Ok(Buffer::imaginary(bytes)),
         }
     }
 
+    /// Waits until all launches so far have ended.
+    pub fn synchronize(&self) -> Result<()> {
+        if let Self::Cuda(cuda) = self { cuda.synchronize() } else { Ok(()) }
+    }
+
+    /// Fills a whole buffer.
+    pub fn write(&self, bytes: &[u8], to: &Buffer) -> Result<()> {
+        assert_eq!(bytes.len(), to.bytes());
+        match self {
+            Self::Cuda(cuda) => cuda.upload(bytes, to.address())?,
+            Self::Dry(_) => {}
+            // SAFETY: a buffer of the host, of this length, which no op uses now.
+            _ => unsafe { (to.address() as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) },
+        }
+        Ok(())
+    }
+
+    /// A whole buffer's bytes; zeros on `Dry`.
+    pub fn read(&self, from: &Buffer) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; from.bytes()];
+        match self {
+            Self::Cuda(cuda) => cuda.download(from.address(), &mut bytes)?,
+            Self::Dry(_) => {}
+            // SAFETY: as above.
+            _ => unsafe { (from.address() as *const u8).copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) },
+        }
+        Ok(bytes)
+    }
+
     /// Copies `data` to the device, row by row.
-    pub fn upload<T: Real>(&self, data: &[T], to: View<T>) -> Result<()> {
+    pub fn upload<T: Element>(&self, data: &[T], to: View<T>) -> Result<()> {
         if data.len() != to.rows() * to.cols() {
             let (got, expected) = (vec![data.len()], vec![to.rows(), to.cols()]);
             return Err(Error::Shape { op: "upload", tensor: "data".into(), got, expected });
         }
-        if let Self::Cpu(_) = self {
-            for (i, row) in data.chunks_exact(to.cols().max(1)).enumerate() {
+        let rows = data.chunks_exact(to.cols().max(1)).enumerate();
+        if let Self::Cuda(cuda) = self {
+            if to.stride() == to.cols() {
+                return cuda.upload(bytemuck::cast_slice(data), to.address());
+            }
+            for (i, row) in rows {
+                cuda.upload(bytemuck::cast_slice(row), to.rows_range(i..i + 1).address())?;
+            }
+        } else if !self.is_dry() {
+            for (i, row) in rows {
                 // SAFETY: `to` lies in a live buffer of this device, and nothing else runs on it.
                 unsafe { to.row_mut(i) }.copy_from_slice(row);
             }
@@ -67,19 +174,26 @@ impl Device {
     }
 
     /// Copies a view back, row by row; zeros on `Dry`.
-    pub fn download<T: Real>(&self, from: View<T>) -> Vec<T> {
-        match self {
+    pub fn download<T: Element>(&self, from: View<T>) -> Result<Vec<T>> {
+        Ok(match self {
+            Self::Dry(_) => vec![T::default(); from.rows() * from.cols()],
+            Self::Cuda(cuda) => {
+                let mut data = vec![T::default(); from.rows() * from.cols()];
+                for (i, row) in data.chunks_exact_mut(from.cols().max(1)).enumerate() {
+                    cuda.download(from.rows_range(i..i + 1).address(), bytemuck::cast_slice_mut(row))?;
+                }
+                data
+            }
             // SAFETY: as in `upload`.
-            Self::Cpu(_) => (0..from.rows()).flat_map(|i| unsafe { from.row(i) }.iter().copied()).collect(),
-            Self::Dry(_) => vec![T::ZERO; from.rows() * from.cols()],
-        }
+            _ => (0..from.rows()).flat_map(|i| unsafe { from.row(i) }.iter().copied()).collect(),
+        })
     }
 
     /// Runs `work` on this device's threads, so that the ops inside need not hand over one by one.
     pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        match self {
-            Self::Cpu(cpu) => cpu.install(work),
-            Self::Dry(_) => work(),
+        match self.cpu() {
+            Some(cpu) => cpu.install(work),
+            None => work(),
         }
     }
 }

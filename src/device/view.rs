@@ -2,17 +2,35 @@
 
 use std::marker::PhantomData;
 
+use cudarc::driver::{CudaSlice, DevicePtr};
 use memmap2::MmapMut;
 
-use super::Real;
+#[cfg(feature = "emulator")]
+use super::emulator::Registered;
+use super::{Cuda, Element};
 use crate::{Error, Result};
 
 /// Memory of one device, zeroed when new and freed when dropped.
 pub struct Buffer {
     address: usize,
     bytes: usize,
+    _owner: Owner,
+}
+
+enum Owner {
     /// Pages come from the system when first touched, so an arena costs what it uses.
-    _pages: Option<MmapMut>,
+    Pages {
+        _pages: MmapMut,
+    },
+    Gpu {
+        _slice: CudaSlice<u8>,
+    },
+    #[cfg(feature = "emulator")]
+    Emulator {
+        _range: Registered,
+        _pages: MmapMut,
+    },
+    Nobody,
 }
 
 impl Buffer {
@@ -23,12 +41,27 @@ impl Buffer {
         // Large pages save a tenth of the step in address translation; a kernel without them only says no.
         #[cfg(target_os = "linux")]
         let _ = pages.advise(memmap2::Advice::HugePage);
-        Ok(Self { address: pages.as_mut_ptr() as usize, bytes, _pages: Some(pages) })
+        Ok(Self { address: pages.as_mut_ptr() as usize, bytes, _owner: Owner::Pages { _pages: pages } })
+    }
+
+    /// Host memory that the emulator's kernels may touch; race mode asks for the range.
+    #[cfg(feature = "emulator")]
+    pub(super) fn emulator(bytes: usize, race: bool) -> Result<Self> {
+        let host = Self::host(bytes)?;
+        let (true, Owner::Pages { _pages }) = (race, host._owner) else { return Self::host(bytes) };
+        let _range = Registered::new(_pages.as_ptr().cast(), bytes)?;
+        Ok(Self { address: host.address, bytes, _owner: Owner::Emulator { _range, _pages } })
+    }
+
+    pub(super) fn cuda(cuda: &Cuda, bytes: usize) -> Result<Self> {
+        let slice = cuda.alloc(bytes)?;
+        let address = slice.device_ptr(slice.stream()).0 as usize;
+        Ok(Self { address, bytes, _owner: Owner::Gpu { _slice: slice } })
     }
 
     /// Addresses that nothing backs.
     pub(super) fn imaginary(bytes: usize) -> Self {
-        Self { address: 1 << 62, bytes, _pages: None }
+        Self { address: 1 << 62, bytes, _owner: Owner::Nobody }
     }
 
     pub fn bytes(&self) -> usize {
@@ -36,7 +69,7 @@ impl Buffer {
     }
 
     /// The `[rows, cols]` matrix of `T` that starts `offset` elements into the buffer.
-    pub fn view<T: Real>(&self, offset: usize, rows: usize, cols: usize) -> View<T> {
+    pub fn view<T: Element>(&self, offset: usize, rows: usize, cols: usize) -> View<T> {
         let end = rows
             .checked_mul(cols)
             .and_then(|len| len.checked_add(offset))
@@ -46,12 +79,13 @@ impl Buffer {
     }
 
     /// The whole buffer as one row.
-    pub fn flat<T: Real>(&self) -> View<T> {
+    pub fn flat<T: Element>(&self) -> View<T> {
         self.view(0, 1, self.bytes / size_of::<T>())
     }
 
-    pub(super) fn address(&self) -> usize {
-        self.address
+    /// Where it starts, as kernels take it.
+    pub fn address(&self) -> u64 {
+        self.address as u64
     }
 }
 
@@ -69,7 +103,7 @@ pub struct View<T> {
     element: PhantomData<T>,
 }
 
-impl<T: Real> View<T> {
+impl<T: Element> View<T> {
     pub(super) fn new(address: usize, rows: usize, cols: usize) -> Self {
         Self { address, rows, cols, stride: cols, element: PhantomData }
     }
@@ -121,6 +155,11 @@ impl<T: Real> View<T> {
         Self { rows, cols, stride: cols, ..self }
     }
 
+    /// Where the first element lies, as kernels take it.
+    pub fn address(self) -> u64 {
+        self.address as u64
+    }
+
     pub fn ptr(self) -> *mut T {
         self.address as *mut T
     }
@@ -139,6 +178,24 @@ impl<T: Real> View<T> {
     pub unsafe fn row_mut<'a>(self, i: usize) -> &'a mut [T] {
         debug_assert!(i < self.rows);
         unsafe { std::slice::from_raw_parts_mut(self.ptr().add(i * self.stride), self.cols) }
+    }
+
+    /// All elements of a contiguous view.
+    ///
+    /// # Safety
+    /// As for [`View::row`].
+    pub unsafe fn slice<'a>(self) -> &'a [T] {
+        assert!(self.stride == self.cols || self.rows <= 1);
+        unsafe { std::slice::from_raw_parts(self.ptr(), self.rows * self.cols) }
+    }
+
+    /// The same, to write.
+    ///
+    /// # Safety
+    /// As for [`View::row_mut`].
+    pub unsafe fn slice_mut<'a>(self) -> &'a mut [T] {
+        assert!(self.stride == self.cols || self.rows <= 1);
+        unsafe { std::slice::from_raw_parts_mut(self.ptr(), self.rows * self.cols) }
     }
 
     /// An error naming op and tensor unless the shape is `[rows, cols]`.

@@ -10,9 +10,9 @@ use super::{
 };
 use crate::{
     Error, Result,
-    device::{Mark, Real, View},
+    device::{Element, Mark, View},
     ops::{
-        conv_fusion::{self, ConvFusion, Grid, Weights},
+        conv_fusion::{self, ConvFusion, ConvFusionGrad, Grid, Weights},
         elementwise,
         head::{self, Head, HeadGrad},
         layer_norm,
@@ -29,7 +29,7 @@ pub struct Bags<'a, T> {
     owner: PhantomData<&'a [T]>,
 }
 
-impl<'a, T: Real> Bags<'a, T> {
+impl<'a, T: Element> Bags<'a, T> {
     /// Row-major features of x5, x10 and x20, `features` values a patch.
     pub fn new(bags: [&'a [T]; 3], features: usize) -> Result<Self> {
         // SAFETY: `owner` keeps the slices borrowed as long as the views can be reached.
@@ -89,7 +89,7 @@ pub struct CrossFusion {
 }
 
 /// What backward needs of a forward pass; its views lie on the arena's saved stack.
-pub struct Saved<T> {
+pub struct Saved<T: Element> {
     /// x5, x20, x10
     bags: [View<T>; 3],
     side: usize,
@@ -100,29 +100,29 @@ pub struct Saved<T> {
     transformers: SavedTransformer<T>,
     before_norms: Mark,
     /// Inputs and statistics of the streams' norms.
-    norms: Vec<(View<T>, View<T>)>,
+    norms: Vec<(View<T>, View<T::Sum>)>,
     fusion: SavedFusion<T>,
     last: SavedTransformer<T>,
     head: Head<T>,
     /// `[1, n_classes]`
-    pub logits: View<T>,
+    pub logits: View<T::Sum>,
 }
 
 /// None where a bag is its own projection.
 type SavedProjections<T> = [Option<SavedProjection<T>>; 3];
 
-struct SavedProjection<T> {
+struct SavedProjection<T: Element> {
     /// Before the norm.
     projected: View<T>,
-    stats: View<T>,
+    stats: View<T::Sum>,
 }
 
-struct SavedFusion<T> {
+struct SavedFusion<T: Element> {
     streams: [View<T>; 3],
     convolved: View<T>,
     /// Before the norm.
     projected: View<T>,
-    stats: View<T>,
+    stats: View<T::Sum>,
 }
 
 impl CrossFusion {
@@ -183,8 +183,8 @@ impl CrossFusion {
     }
 
     /// Logits `[1, n_classes]`, and all that backward needs.
-    pub fn forward<T: Real>(&self, ctx: &mut Context, bags: Bags<'_, T>) -> Result<Saved<T>> {
-        let inputs = [bags.x5, bags.x20, bags.x10];
+    pub fn forward<T: Element>(&self, ctx: &mut Context, bags: Bags<'_, T>) -> Result<Saved<T>> {
+        let inputs = [ctx.stage(bags.x5)?, ctx.stage(bags.x20)?, ctx.stage(bags.x10)?];
         for (x, name) in inputs.iter().zip(["x5", "x20", "x10"]) {
             x.check("CrossFusion", name, &[x.rows().max(1), self.config.features])?;
         }
@@ -240,7 +240,11 @@ impl CrossFusion {
     }
 
     /// Step 1: Linear and LayerNorm of each bag.
-    fn project<T: Real>(&self, ctx: &mut Context, inputs: [View<T>; 3]) -> Result<(SavedProjections<T>, [View<T>; 3])> {
+    fn project<T: Element>(
+        &self,
+        ctx: &mut Context,
+        inputs: [View<T>; 3],
+    ) -> Result<(SavedProjections<T>, [View<T>; 3])> {
         let mut tokens = inputs;
         let mut saved = [None, None, None];
         let (mut products, mut norms) = (Vec::new(), Vec::new());
@@ -260,9 +264,9 @@ impl CrossFusion {
         Ok((saved, tokens))
     }
 
-    fn fusion_weights<T: Real>(&self, arena: &crate::device::Buffer) -> Weights<T> {
+    fn fusion_weights<T: Element>(&self, arena: &crate::device::Buffer) -> Weights<T> {
         Weights {
-            mix: Some((self.mix.0.of(arena), self.mix.1.of(arena))),
+            mix: (self.mix.0.of(arena), self.mix.1.of(arena)),
             kernels: self.convolutions.map(|c| c.0.of(arena)),
             biases: self.convolutions.map(|c| c.1.of(arena)),
         }
@@ -276,7 +280,7 @@ impl CrossFusion {
     }
 
     /// Step 4, and the class token in front.
-    fn fuse<T: Real>(
+    fn fuse<T: Element>(
         &self,
         ctx: &mut Context,
         streams: [View<T>; 3],
@@ -288,7 +292,7 @@ impl CrossFusion {
         let fused = ctx.arena.save(n + 1, dim)?;
         let dropout = ctx.dropout(self.fusion_site, self.config.fusion_dropout);
         let weights = self.fusion_weights(ctx.params);
-        let problem = ConvFusion { streams: &streams, weights, grid: self.grid(side), dropout, out: convolved };
+        let problem = ConvFusion { streams, weights, grid: self.grid(side), dropout, out: convolved };
         conv_fusion::forward(ctx.device, ctx.arena, &problem)?;
         let linear = ctx.linear::<T>(self.fusion_linear);
         let epilogue = Epilogue { bias: Some(linear.bias), ..Default::default() };
@@ -300,11 +304,11 @@ impl CrossFusion {
 
     /// Adds the parameters' gradients of one slide to `ctx.grads`, from the loss's gradient in the logits. `inputs` receives the bags'
     /// gradients, which training does not need.
-    pub fn backward<T: Real>(
+    pub fn backward<T: Element>(
         &self,
         ctx: &mut Context,
         saved: Saved<T>,
-        dlogits: &[T],
+        dlogits: &[T::Sum],
         inputs: Option<Bags<'_, T>>,
     ) -> Result<()> {
         if dlogits.len() != self.config.n_classes {
@@ -325,6 +329,7 @@ impl CrossFusion {
         ctx.device.upload(dlogits, dlogits_view)?;
         let linear = ctx.linear::<T>(self.head);
         let head_grad = HeadGrad {
+            forward: saved.head,
             dlogits: dlogits_view,
             dx: gradient.rows_range(0..1),
             dnorm_weight: self.last_norm.weight.of(ctx.grads),
@@ -332,14 +337,15 @@ impl CrossFusion {
             dweight: linear.dweight,
             dbias: linear.dbias,
         };
-        head::backward(ctx.device, &saved.head, &head_grad)?;
+        head::backward(ctx.device, ctx.arena, &head_grad)?;
         let dfused = PadTransformer::backward(ctx, &[&self.last], saved.last, side, &[gradient])?[0];
-        self.fuse_backward(ctx, &saved.fusion, side, dfused, &[dstreams[SOURCE], dstreams[FINE], dstreams[COARSE]])?;
+        self.fuse_backward(ctx, &saved.fusion, side, dfused, [dstreams[SOURCE], dstreams[FINE], dstreams[COARSE]])?;
         ctx.arena.release_scratch(after_streams);
 
         let norms = saved.norms.iter().zip(&dstreams).enumerate();
         let norms = norms.map(|(scale, (&(x, stats), &dy))| norm_grad(ctx, self.norms[scale], x, stats, dy, dy));
-        layer_norm::backward(ctx.device, &norms.collect::<Vec<_>>())?;
+        let norms: Vec<_> = norms.collect();
+        layer_norm::backward(ctx.device, ctx.arena, &norms)?;
         ctx.arena.release_saved(saved.before_norms);
         let group: Vec<_> = self.transformers.iter().collect();
         let dencoded = PadTransformer::backward(ctx, &group, saved.transformers, side, &dstreams)?;
@@ -367,37 +373,38 @@ impl CrossFusion {
         Ok(())
     }
 
-    fn fuse_backward<T: Real>(
+    fn fuse_backward<T: Element>(
         &self,
         ctx: &mut Context,
         saved: &SavedFusion<T>,
         side: usize,
         dfused: View<T>,
-        dstreams: &[View<T>],
+        dstreams: [View<T>; 3],
     ) -> Result<()> {
         let n = side * side;
-        let dclass: View<T> = self.class_token.of(ctx.grads);
-        elementwise::sum(ctx.device, &[dclass, dfused.rows_range(0..1)], dclass)?;
+        elementwise::accumulate(ctx.device, dfused.rows_range(0..1), self.class_token.of(ctx.grads))?;
         let dprojected = dfused.rows_range(1..n + 1);
         layer_norm::backward(
             ctx.device,
+            ctx.arena,
             &[norm_grad(ctx, self.fusion_norm, saved.projected, saved.stats, dprojected, dprojected)],
         )?;
         let linear = ctx.linear::<T>(self.fusion_linear);
         let weight_grad = WeightGrad { dy: dprojected, x: saved.convolved, dw: linear.dweight, db: Some(linear.dbias) };
-        matmul::backward_weight(ctx.device, &[weight_grad])?;
+        matmul::backward_weight(ctx.device, ctx.arena, &[weight_grad])?;
         let dconvolved = ctx.arena.scratch(n, self.config.dim / 2)?;
         let product = Matmul { a: dprojected, b: linear.weight, out: dconvolved, epilogue: Epilogue::default() };
         matmul::backward_input(ctx.device, &[product])?;
         let dropout = ctx.dropout(self.fusion_site, self.config.fusion_dropout);
         let weights = self.fusion_weights(ctx.params);
-        let problem =
-            ConvFusion { streams: &saved.streams, weights, grid: self.grid(side), dropout, out: saved.convolved };
+        let forward =
+            ConvFusion { streams: saved.streams, weights, grid: self.grid(side), dropout, out: saved.convolved };
         let grads = self.fusion_weights(ctx.grads);
-        conv_fusion::backward(ctx.device, ctx.arena, &problem, dconvolved, dstreams, &grads)
+        let problem = ConvFusionGrad { forward, dout: dconvolved, dstreams, grads };
+        conv_fusion::backward(ctx.device, ctx.arena, &problem)
     }
 
-    fn project_backward<T: Real>(
+    fn project_backward<T: Element>(
         &self,
         ctx: &mut Context,
         bags: &[View<T>; 3],
@@ -406,24 +413,38 @@ impl CrossFusion {
         inputs: Option<Bags<'_, T>>,
     ) -> Result<()> {
         let dbags = inputs.map(|d| [d.x5, d.x20, d.x10]);
+        // where the ops write these: not the host's memory, if they are kernels
+        let mut written = dbags;
+        if let (Some(written), true) = (&mut written, ctx.device.runs_kernels()) {
+            for x in written {
+                *x = ctx.arena.scratch(x.rows(), x.cols())?;
+            }
+        }
         let (mut norms, mut weights, mut products) = (Vec::new(), Vec::new(), Vec::new());
         for (scale, x) in bags.iter().copied().enumerate() {
             let dy = dtokens[scale];
             let (Some((linear, layer_norm)), Some(saved)) = (self.projections[scale], &saved[scale]) else {
-                if let Some(dbags) = dbags {
-                    elementwise::sum(ctx.device, &[dy], dbags[scale])?;
+                if let Some(written) = written {
+                    elementwise::sum(ctx.device, &[dy], written[scale])?;
                 }
                 continue;
             };
             let linear = ctx.linear::<T>(linear);
             norms.push(norm_grad(ctx, layer_norm, saved.projected, saved.stats, dy, dy));
             weights.push(WeightGrad { dy, x, dw: linear.dweight, db: Some(linear.dbias) });
-            if let Some(dbags) = dbags {
-                products.push(Matmul { a: dy, b: linear.weight, out: dbags[scale], epilogue: Epilogue::default() });
+            if let Some(written) = written {
+                products.push(Matmul { a: dy, b: linear.weight, out: written[scale], epilogue: Epilogue::default() });
             }
         }
-        layer_norm::backward(ctx.device, &norms)?;
-        matmul::backward_weight(ctx.device, &weights)?;
-        matmul::backward_input(ctx.device, &products)
+        layer_norm::backward(ctx.device, ctx.arena, &norms)?;
+        matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
+        matmul::backward_input(ctx.device, &products)?;
+        if let (Some(dbags), Some(written), true) = (dbags, written, ctx.device.runs_kernels()) {
+            for (dbag, written) in dbags.into_iter().zip(written) {
+                // SAFETY: the bags' gradients borrow host memory for writing.
+                unsafe { dbag.slice_mut() }.copy_from_slice(&ctx.device.download(written)?);
+            }
+        }
+        Ok(())
     }
 }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     Result,
-    device::{Mark, Real, View},
+    device::{Element, Mark, View},
     ops::{
         attention::{self, Attention, AttentionGrad},
         elementwise, gelu,
@@ -50,13 +50,13 @@ pub(super) fn sites(heads: usize) -> u32 {
 type Forwarded<S, T> = (Vec<S>, Vec<View<T>>);
 
 /// What backward needs of one layer.
-pub(super) struct SavedLayer<T> {
+pub(super) struct SavedLayer<T: Element> {
     q: View<T>,
     kv: View<T>,
     attended: View<T>,
-    lse: View<T>,
+    lse: View<T::Sum>,
     u: View<T>,
-    stats: View<T>,
+    stats: View<T::Sum>,
     /// Before GELU.
     hidden: View<T>,
 }
@@ -87,7 +87,7 @@ impl Layer {
         }
     }
 
-    fn attention<T: Real>(&self, ctx: &Context, saved: &SavedLayer<T>) -> Attention<T> {
+    fn attention<T: Element>(&self, ctx: &Context, saved: &SavedLayer<T>) -> Attention<T> {
         let d = saved.q.cols();
         Attention {
             q: saved.q,
@@ -100,7 +100,7 @@ impl Layer {
         }
     }
 
-    fn norm<T: Real>(&self, ctx: &Context, saved: &SavedLayer<T>, y: View<T>) -> layer_norm::Norm<T> {
+    fn norm<T: Element>(&self, ctx: &Context, saved: &SavedLayer<T>, y: View<T>) -> layer_norm::Norm<T> {
         norm(ctx, self.norm, saved.u, saved.stats, y)
     }
 
@@ -109,15 +109,21 @@ impl Layer {
     }
 }
 
-pub(super) fn norm<T: Real>(ctx: &Context, norm: Norm, x: View<T>, stats: View<T>, y: View<T>) -> layer_norm::Norm<T> {
-    layer_norm::Norm { x, stats, weight: norm.weight.of(ctx.params), bias: norm.bias.of(ctx.params), y }
-}
-
-pub(super) fn norm_grad<T: Real>(
+pub(super) fn norm<T: Element>(
     ctx: &Context,
     norm: Norm,
     x: View<T>,
-    stats: View<T>,
+    stats: View<T::Sum>,
+    y: View<T>,
+) -> layer_norm::Norm<T> {
+    layer_norm::Norm { x, stats, weight: norm.weight.of(ctx.params), bias: norm.bias.of(ctx.params), y }
+}
+
+pub(super) fn norm_grad<T: Element>(
+    ctx: &Context,
+    norm: Norm,
+    x: View<T>,
+    stats: View<T::Sum>,
     dy: View<T>,
     dx: View<T>,
 ) -> NormGrad<T> {
@@ -126,7 +132,7 @@ pub(super) fn norm_grad<T: Real>(
 }
 
 /// Each layer's x `[n, d]` and context `[m, d]`; returns what backward needs, and each out `[n, d]` on the saved stack.
-pub(super) fn forward<T: Real>(
+pub(super) fn forward<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
     x: &[View<T>],
@@ -170,7 +176,7 @@ pub(super) fn forward<T: Real>(
     matmul::forward(ctx.device, &projections)?;
 
     let problems: Vec<_> = layers.iter().zip(&saved).map(|(layer, saved)| layer.attention(ctx, saved)).collect();
-    attention::forward(ctx.device, &problems)?;
+    attention::forward(ctx.device, ctx.arena, &problems)?;
 
     let products = layers.iter().enumerate().map(|(g, layer)| {
         let out = ctx.linear::<T>(layer.out);
@@ -211,7 +217,7 @@ pub(super) fn forward<T: Real>(
 }
 
 /// A scratch matrix of `cols` columns for each of `like`.
-fn scratch<T: Real>(ctx: &mut Context, like: &[View<T>], cols: usize) -> Result<Vec<View<T>>> {
+fn scratch<T: Element>(ctx: &mut Context, like: &[View<T>], cols: usize) -> Result<Vec<View<T>>> {
     like.iter().map(|x| ctx.arena.scratch(x.rows(), cols)).collect()
 }
 
@@ -225,7 +231,7 @@ pub(super) struct LayerGrad<T> {
 }
 
 /// dcontext =; dx = or, where dx lies in dcontext (`self_attention`), +=; parameter gradients +=.
-pub(super) fn backward<T: Real>(
+pub(super) fn backward<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
     saved: &[SavedLayer<T>],
@@ -248,7 +254,8 @@ pub(super) fn backward<T: Real>(
         dw: linear[g].dweight,
         db: Some(linear[g].dbias),
     });
-    matmul::backward_weight(ctx.device, &weights.collect::<Vec<_>>())?;
+    let weights: Vec<_> = weights.collect();
+    matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
     let inputs =
         all.clone().map(|g| Matmul { a: du[g], b: linear[g].weight, out: dattended[g], epilogue: Epilogue::default() });
     matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
@@ -275,7 +282,7 @@ pub(super) fn backward<T: Real>(
             let (embedding, dembedding) = (param.of(ctx.params), param.of(ctx.grads));
             for (part, bias) in linear.iter().zip(&mut biases) {
                 let dfolded = ctx.arena.scratch(1, bias.cols())?;
-                elementwise::zero(ctx.device, dfolded);
+                elementwise::zero(ctx.device, dfolded)?;
                 let (weight, dweight, dbias) = (part.weight, part.dweight, part.dbias);
                 folds.push(FoldGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
                 *bias = dfolded;
@@ -284,7 +291,7 @@ pub(super) fn backward<T: Real>(
         weights.push(WeightGrad { dy: dq[g], x: grads[g].x, dw: linear[0].dweight, db: Some(biases[0]) });
         weights.push(WeightGrad { dy: dkv[g], x: grads[g].context, dw: linear[1].dweight, db: Some(biases[1]) });
     }
-    matmul::backward_weight(ctx.device, &weights)?;
+    matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
     scale_embedding::backward(ctx.device, &folds)?;
 
     let inputs = all.clone().map(|g| {
@@ -302,7 +309,7 @@ pub(super) fn backward<T: Real>(
 }
 
 /// From dout to du, through out = y + ffn(y) and y = LayerNorm(u).
-fn feed_forward_backward<T: Real>(
+fn feed_forward_backward<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
     saved: &[SavedLayer<T>],
@@ -319,7 +326,11 @@ fn feed_forward_backward<T: Real>(
 
     let second = ctx.arena.mark();
     let z = scratch(ctx, du, 2 * d)?;
-    let hidden = all.clone().map(|g| (saved[g].hidden, layers[g].ffn_dropout(ctx, 0), z[g]));
+    let hidden = all.clone().map(|g| gelu::Recompute {
+        pre: saved[g].hidden,
+        dropout: layers[g].ffn_dropout(ctx, 0),
+        out: z[g],
+    });
     gelu::recompute(ctx.device, &hidden.collect::<Vec<_>>())?;
     // the gradient behind the second dropout
     let mut dz = Vec::new();
@@ -333,7 +344,8 @@ fn feed_forward_backward<T: Real>(
     let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.ffn[1])).collect();
     let weights =
         all.clone().map(|g| WeightGrad { dy: dz[g], x: z[g], dw: linear[g].dweight, db: Some(linear[g].dbias) });
-    matmul::backward_weight(ctx.device, &weights.collect::<Vec<_>>())?;
+    let weights: Vec<_> = weights.collect();
+    matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
     let inputs = all.clone().map(|g| {
         let epilogue =
             Epilogue { gelu_grad: Some(saved[g].hidden), dropout: layers[g].ffn_dropout(ctx, 0), ..Default::default() };
@@ -345,14 +357,16 @@ fn feed_forward_backward<T: Real>(
     let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.ffn[0])).collect();
     let weights =
         all.clone().map(|g| WeightGrad { dy: dhidden[g], x: y[g], dw: linear[g].dweight, db: Some(linear[g].dbias) });
-    matmul::backward_weight(ctx.device, &weights.collect::<Vec<_>>())?;
+    let weights: Vec<_> = weights.collect();
+    matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
     let inputs = all.clone().map(|g| {
         let epilogue = Epilogue { residual: Some(grads[g].dout), ..Default::default() };
         Matmul { a: dhidden[g], b: linear[g].weight, out: du[g], epilogue }
     });
     matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
     let norms = all.map(|g| norm_grad(ctx, layers[g].norm, saved[g].u, saved[g].stats, du[g], du[g]));
-    layer_norm::backward(ctx.device, &norms.collect::<Vec<_>>())?;
+    let norms: Vec<_> = norms.collect();
+    layer_norm::backward(ctx.device, ctx.arena, &norms)?;
     ctx.arena.release_scratch(mark);
     Ok(())
 }
@@ -363,9 +377,9 @@ pub(super) struct SelfLayer {
     layer: Layer,
 }
 
-pub(super) struct SavedSelf<T> {
+pub(super) struct SavedSelf<T: Element> {
     x: View<T>,
-    stats: View<T>,
+    stats: View<T::Sum>,
     layer: SavedLayer<T>,
     /// The saved stack before the group of layers.
     pub mark: Mark,
@@ -381,7 +395,7 @@ impl SelfLayer {
     }
 
     /// Each x `[n0, d]`, padded to `rows` by repeating its first rows; out has the first `queries` rows only.
-    pub fn forward<T: Real>(
+    pub fn forward<T: Element>(
         ctx: &mut Context,
         layers: &[&Self],
         x: &[View<T>],
@@ -408,7 +422,7 @@ impl SelfLayer {
     }
 
     /// `gradient` holds dout in its first rows (as many as forward's queries) and afterwards dx in its first n0.
-    pub fn backward<T: Real>(
+    pub fn backward<T: Element>(
         ctx: &mut Context,
         layers: &[&Self],
         saved: Vec<SavedSelf<T>>,
@@ -439,7 +453,8 @@ impl SelfLayer {
             let (x, stats, _) = outer[g];
             norm_grad(ctx, layer.norm, x, stats, grads[g].dcontext, gradient[g].rows_range(0..x.rows()))
         });
-        layer_norm::backward(ctx.device, &norms.collect::<Vec<_>>())?;
+        let norms: Vec<_> = norms.collect();
+        layer_norm::backward(ctx.device, ctx.arena, &norms)?;
         ctx.arena.release_scratch(mark);
         if let Some((_, _, before)) = outer.first() {
             ctx.arena.release_saved(*before);

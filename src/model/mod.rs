@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
-    device::{Arena, Buffer, Device, Real},
+    device::{Arena, Buffer, Device, Element, View},
     ops::{Draw, Dropout},
 };
 
@@ -93,12 +93,31 @@ impl Config {
     }
 }
 
+/// The kernels' widest head: hazards of more classes do not fit a warp.
+const MOST_CLASSES_OF_KERNELS: usize = 32;
+
+impl Config {
+    /// An error if the kernels cannot run this model: they move 16 bytes at a time, 8 columns of bf16.
+    pub fn check_for_kernels(&self) -> Result<()> {
+        let widths = [("features", self.features, 8), ("dim", self.dim, 16), ("dim / heads", self.dim / self.heads, 8)];
+        if let Some((name, width, of)) = widths.into_iter().find(|(_, width, of)| !width.is_multiple_of(*of)) {
+            return Err(Error::Usage(format!("{name} = {width}: a GPU needs a multiple of {of}; use --device cpu")));
+        }
+        if self.n_classes > MOST_CLASSES_OF_KERNELS {
+            let message = format!("n_classes = {}: a GPU takes at most {MOST_CLASSES_OF_KERNELS}", self.n_classes);
+            return Err(Error::Usage(message + "; use --device cpu"));
+        }
+        Ok(())
+    }
+}
+
 /// What the parts of a forward or backward pass share.
 pub struct Context<'a> {
     pub device: &'a Device,
     pub arena: &'a mut Arena,
+    /// Of the type that the ops read.
     pub params: &'a Buffer,
-    /// Written by backward only.
+    /// Of the type that sums are kept in; written by backward only.
     pub grads: &'a Buffer,
     /// The pass's dropout; None evaluates.
     pub draw: Option<Draw>,
@@ -110,7 +129,20 @@ impl Context<'_> {
         Dropout::new(self.draw, site, rate)
     }
 
-    fn linear<T: Real>(&self, linear: params::Linear) -> LinearViews<T> {
+    /// A bag where this device's ops can read it.
+    fn stage<T: Element>(&mut self, bag: View<T>) -> Result<View<T>> {
+        if !self.device.runs_kernels() {
+            return Ok(bag);
+        }
+        let staged = self.arena.save(bag.rows(), bag.cols())?;
+        if !self.device.is_dry() {
+            // SAFETY: bags borrow host memory that nobody writes.
+            self.device.upload(unsafe { bag.slice() }, staged)?;
+        }
+        Ok(staged)
+    }
+
+    fn linear<T: Element>(&self, linear: params::Linear) -> LinearViews<T> {
         LinearViews {
             weight: linear.weight.of(self.params),
             bias: linear.bias.of(self.params),
@@ -122,9 +154,9 @@ impl Context<'_> {
 
 /// A linear layer's parameters and gradients.
 #[derive(Clone, Copy)]
-struct LinearViews<T> {
-    weight: crate::device::View<T>,
-    bias: crate::device::View<T>,
-    dweight: crate::device::View<T>,
-    dbias: crate::device::View<T>,
+struct LinearViews<T: Element> {
+    weight: View<T>,
+    bias: View<T>,
+    dweight: View<T::Sum>,
+    dbias: View<T::Sum>,
 }

@@ -5,7 +5,7 @@
 
 use crate::{
     Result,
-    device::{Buffer, Device, Real, View},
+    device::{Buffer, Device, Element, Real, View},
 };
 
 /// One named tensor.
@@ -45,7 +45,7 @@ pub struct Param {
 }
 
 impl Param {
-    pub fn of<T: Real>(self, arena: &Buffer) -> View<T> {
+    pub fn of<T: Element>(self, arena: &Buffer) -> View<T> {
         arena.view(self.offset, self.rows, self.cols)
     }
 }

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Result,
-    device::{Mark, Real, View},
+    device::{Element, Mark, View},
     ops::ppeg::{self, Ppeg, PpegGrad},
 };
 
@@ -18,7 +18,7 @@ pub(super) struct PadTransformer {
     biases: [Param; 3],
 }
 
-pub(super) struct SavedTransformer<T> {
+pub(super) struct SavedTransformer<T: Element> {
     /// A group of layers each.
     pre: Vec<Vec<SavedSelf<T>>>,
     post: Vec<Vec<SavedSelf<T>>>,
@@ -59,7 +59,7 @@ impl PadTransformer {
 
     /// Each x `[n0, d]`, padded to `rows` = side^2 (one more with a class token in front). out has the first `queries` rows: all, or
     /// the class token's alone, which is all that the head looks at.
-    pub fn forward<T: Real>(
+    pub fn forward<T: Element>(
         ctx: &mut Context,
         group: &[&Self],
         x: &[View<T>],
@@ -97,7 +97,7 @@ impl PadTransformer {
 
     /// `gradient` `[rows, d]` holds dout in its first `queries` rows and is overwritten. Returns dx in the first n0 rows of matrices `[rows, d]`
     /// that this takes from the scratch stack: the caller releases them.
-    pub fn backward<T: Real>(
+    pub fn backward<T: Element>(
         ctx: &mut Context,
         group: &[&Self],
         saved: SavedTransformer<T>,

@@ -2,7 +2,7 @@
 
 use crate::{
     Result,
-    device::{Device, Real, View},
+    device::{Cpu, Device, Element, Real, View, on_cpu},
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -16,52 +16,61 @@ pub struct Adam {
 
 /// The arenas of one model, each `[1, n]`.
 #[derive(Clone, Copy)]
-pub struct State<T> {
-    pub params: View<T>,
-    pub grads: View<T>,
+pub struct Arenas<T: Element> {
+    /// What is trained.
+    pub params: View<T::Sum>,
+    /// What the ops read: the same rounded to `T`, written by every step; the same memory where nothing is rounded.
+    pub weights: View<T>,
+    pub grads: View<T::Sum>,
     /// First and second moments.
-    pub m: View<T>,
-    pub v: View<T>,
+    pub m: View<T::Sum>,
+    pub v: View<T::Sum>,
 }
 
 /// One update, the `step`-th (from 1); the gradients are zero afterwards.
-pub fn step<T: Real>(device: &Device, adam: &Adam, state: State<T>, step: u64) -> Result<()> {
+pub fn step<T: Element>(device: &Device, adam: &Adam, arenas: Arenas<T>, step: u64) -> Result<()> {
     const OP: &str = "adam";
-    let n = state.params.cols();
-    for (name, tensor) in [("grads", state.grads), ("m", state.m), ("v", state.v)] {
+    let n = arenas.params.cols();
+    for (name, tensor) in [("grads", arenas.grads), ("m", arenas.m), ("v", arenas.v)] {
         tensor.check(OP, name, &[1, n])?;
     }
+    arenas.weights.check(OP, "weights", &[1, n])?;
+    if let Some(cpu) = device.cpu() {
+        cpu_step::<T::Sum>(cpu, adam, on_cpu(&[arenas])?[0], step);
+    }
+    Ok(())
+}
+
+fn cpu_step<T: Real>(cpu: &Cpu, adam: &Adam, state: Arenas<T>, step: u64) {
+    let n = state.params.cols();
     let correction = |beta: f64| 1.0 - beta.powf(step as f64);
     let rate = T::of(adam.learning_rate / correction(adam.beta1));
     let unbias = T::of(1.0 / correction(adam.beta2).sqrt());
     let (beta1, beta2, decay, epsilon) =
         (T::of(adam.beta1), T::of(adam.beta2), T::of(adam.weight_decay), T::of(adam.epsilon));
-    if let Device::Cpu(cpu) = device {
-        const CHUNK: usize = 1 << 15;
-        cpu.parallel(
-            n.div_ceil(CHUNK),
-            #[inline(always)]
-            |task| {
-                let range = task * CHUNK..n.min((task + 1) * CHUNK);
-                let of = |tensor: View<T>| tensor.cols_range(range.clone());
-                // SAFETY: the views are live, and each range is one task's.
-                let (params, grads, m, v) = unsafe {
-                    (
-                        of(state.params).row_mut(0),
-                        of(state.grads).row_mut(0),
-                        of(state.m).row_mut(0),
-                        of(state.v).row_mut(0),
-                    )
-                };
-                for (((p, g), m), v) in params.iter_mut().zip(grads).zip(m).zip(v) {
-                    let gradient = *g + decay * *p;
-                    *m = beta1 * *m + (T::ONE - beta1) * gradient;
-                    *v = beta2 * *v + (T::ONE - beta2) * gradient * gradient;
-                    *p += -(rate * *m / ((*v).sqrt() * unbias + epsilon));
-                    *g = T::ZERO;
-                }
-            },
-        );
-    }
-    Ok(())
+    const CHUNK: usize = 1 << 15;
+    cpu.parallel(
+        n.div_ceil(CHUNK),
+        #[inline(always)]
+        |task| {
+            let range = task * CHUNK..n.min((task + 1) * CHUNK);
+            let of = |tensor: View<T>| tensor.cols_range(range.clone());
+            // SAFETY: the views are live, and each range is one task's.
+            let (params, grads, m, v) = unsafe {
+                (
+                    of(state.params).row_mut(0),
+                    of(state.grads).row_mut(0),
+                    of(state.m).row_mut(0),
+                    of(state.v).row_mut(0),
+                )
+            };
+            for (((p, g), m), v) in params.iter_mut().zip(grads).zip(m).zip(v) {
+                let gradient = *g + decay * *p;
+                *m = beta1 * *m + (T::ONE - beta1) * gradient;
+                *v = beta2 * *v + (T::ONE - beta2) * gradient * gradient;
+                *p += -(rate * *m / ((*v).sqrt() * unbias + epsilon));
+                *g = T::ZERO;
+            }
+        },
+    );
 }

@@ -9,37 +9,41 @@
 //!   dv = (P F)ᵀ dout,   dS = P * (F * (dout vᵀ) - delta) * scale,   dq = dS k,   dk = dSᵀ q   (all `=`).
 //! An empty context gives out = 0.
 
+pub mod kernel;
+
+use kernel::{KernelAttention, KernelAttentionGrad};
 use pulp::Simd;
 
 use super::{Dropout, dropout, elementwise};
 use crate::{
     Error, Result,
     device::{
-        Arena, Device, Real, View,
+        Arena, Device, Element, Real, View,
         cpu::{
             Cpu, Kernel,
             real::sum,
             tile::{self, Lhs, Rhs},
             with_workspace,
         },
+        on_cpu, storage,
     },
 };
 
 #[derive(Clone, Copy)]
-pub struct Attention<T> {
+pub struct Attention<T: Element> {
     pub q: View<T>,
     pub k: View<T>,
     pub v: View<T>,
     pub out: View<T>,
     /// `[heads, n]`, natural logarithm.
-    pub lse: View<T>,
+    pub lse: View<T::Sum>,
     pub heads: usize,
     /// Head h draws at site + h.
     pub dropout: Option<Dropout>,
 }
 
 #[derive(Clone, Copy)]
-pub struct AttentionGrad<T> {
+pub struct AttentionGrad<T: Element> {
     /// What forward was given and what it wrote.
     pub forward: Attention<T>,
     pub dout: View<T>,
@@ -48,7 +52,7 @@ pub struct AttentionGrad<T> {
     pub dv: View<T>,
 }
 
-impl<T: Real> Attention<T> {
+impl<T: Element> Attention<T> {
     fn head_dim(&self) -> usize {
         self.q.cols() / self.heads
     }
@@ -73,28 +77,37 @@ impl<T: Real> Attention<T> {
     }
 
     /// 1 / sqrt(head_dim).
-    fn scale(&self) -> T {
-        T::of(1.0 / (self.head_dim() as f64).sqrt())
+    fn scale(&self) -> f64 {
+        1.0 / (self.head_dim() as f64).sqrt()
     }
 }
 
-pub fn forward<T: Real>(device: &Device, problems: &[Attention<T>]) -> Result<()> {
+pub fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
     for p in problems {
         p.check("attention forward")?;
     }
-    match device {
-        Device::Cpu(cpu) => {
-            let per_head = |p: &Attention<T>| p.q.rows().div_ceil(QUERIES);
-            let tasks = tasks(problems.iter().map(|p| (p.heads, per_head(p))));
-            cpu.parallel_kernel(tasks.len(), &Forward { problems, tasks: &tasks });
+    problems.iter().for_each(|p| device.count(p.flop()));
+    if let Some(cpu) = device.cpu() {
+        cpu_forward::<T::Sum>(cpu, &on_cpu(problems)?);
+    }
+    if device.runs_kernels() {
+        let mark = arena.mark();
+        let mut kernels: Vec<_> = problems.iter().map(KernelAttention::from).collect();
+        let splits = kernel::splits(&kernels);
+        for ((p, kernel), splits) in problems.iter().zip(&mut kernels).zip(splits) {
+            let (n, d) = (p.q.rows(), p.q.cols());
+            kernel.splits = splits as i32;
+            kernel.parts = arena.scratch::<f32>(1, kernel::parts_len(splits, n, d))?.address();
+            kernel.part_lse = arena.scratch::<f32>(1, kernel::part_lse_len(splits, n, p.heads))?.address();
         }
-        Device::Dry(dry) => problems.iter().for_each(|p| dry.count(p.flop())),
+        device.launch(kernel::forward_launches(storage::<T>()?, &kernels))?;
+        arena.release_scratch(mark);
     }
     Ok(())
 }
 
 /// Takes scratch from the arena where a head's keys are split over several tasks.
-pub fn backward<T: Real>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
+pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
     const OP: &str = "attention backward";
     for p in problems {
         p.forward.check(OP)?;
@@ -103,7 +116,23 @@ pub fn backward<T: Real>(device: &Device, arena: &mut Arena, problems: &[Attenti
             tensor.check(OP, name, &[rows, d])?;
         }
     }
+    problems.iter().for_each(|p| device.count(2.5 * p.forward.flop()));
     let mark = arena.mark();
+    if device.runs_kernels() {
+        let mut kernels: Vec<_> = problems.iter().map(KernelAttentionGrad::from).collect();
+        for (p, kernel) in problems.iter().zip(&mut kernels) {
+            kernel.delta = arena.scratch::<f32>(p.forward.heads, p.forward.q.rows())?.address();
+        }
+        device.launch(kernel::backward_launches(storage::<T>()?, &kernels))?;
+    } else {
+        cpu_backward::<T>(device, arena, problems)?;
+    }
+    arena.release_scratch(mark);
+    Ok(())
+}
+
+/// The scratch and, but for a plan, the work.
+fn cpu_backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
     let heads: usize = problems.iter().map(|p| p.forward.heads).sum();
     let mut partial = Vec::with_capacity(problems.len());
     for p in problems {
@@ -111,16 +140,17 @@ pub fn backward<T: Real>(device: &Device, arena: &mut Arena, problems: &[Attenti
         let extra = (1..segments).map(|_| arena.scratch(p.dq.rows(), p.dq.cols())).collect::<Result<Vec<_>>>()?;
         partial.push([vec![p.dq], extra].concat());
     }
-    match device {
-        Device::Cpu(cpu) => cpu_backward(cpu, problems, &partial),
-        Device::Dry(dry) => problems.iter().for_each(|p| dry.count(2.5 * p.forward.flop())),
+    if let Some(cpu) = device.cpu() {
+        let problems = on_cpu::<_, AttentionGrad<T::Sum>>(problems)?;
+        let partial = partial.iter().map(|parts| on_cpu(parts)).collect::<Result<Vec<_>>>()?;
+        let tasks = tasks(problems.iter().zip(&partial).map(|(p, parts)| (p.forward.heads, parts.len())));
+        cpu.parallel_kernel(tasks.len(), &Backward { problems: &problems, partial: &partial, tasks: &tasks });
     }
     for (p, parts) in problems.iter().zip(&partial) {
         if parts.len() > 1 {
             elementwise::sum(device, parts, p.dq)?;
         }
     }
-    arena.release_scratch(mark);
     Ok(())
 }
 
@@ -151,7 +181,12 @@ fn tasks(problems: impl Iterator<Item = (usize, usize)>) -> Vec<(usize, usize, u
         .collect()
 }
 
-struct Forward<'a, T> {
+fn cpu_forward<T: Real>(cpu: &Cpu, problems: &[Attention<T>]) {
+    let tasks = tasks(problems.iter().map(|p| (p.heads, p.q.rows().div_ceil(QUERIES))));
+    cpu.parallel_kernel(tasks.len(), &Forward { problems, tasks: &tasks });
+}
+
+struct Forward<'a, T: Real> {
     problems: &'a [Attention<T>],
     tasks: &'a [(usize, usize, usize)],
 }
@@ -192,7 +227,7 @@ impl<T: Real> Kernel for Forward<'_, T> {
         let rows = block * QUERIES..q.rows().min((block + 1) * QUERIES);
         let (n, m) = (rows.len(), k.rows());
         let dropout = p.dropout.map(|dropout| dropout.at(head as u32));
-        let scale2 = p.scale() * T::of(std::f64::consts::LOG2_E);
+        let scale2 = T::of(p.scale() * std::f64::consts::LOG2_E);
         const SIZE: usize = 2 * QUERIES * HEAD + 2 * KEYS * HEAD + (ROWS + 1) * KEYS + 2 * QUERIES;
         with_workspace(SIZE, |space: &mut [T]| {
             let (queries, space) = space.split_at_mut(QUERIES * HEAD);
@@ -291,12 +326,7 @@ fn maximum<T: Real>(row: &[T]) -> T {
     lanes.into_iter().reduce(T::max).unwrap_or(lanes[0])
 }
 
-fn cpu_backward<T: Real>(cpu: &Cpu, problems: &[AttentionGrad<T>], partial: &[Vec<View<T>>]) {
-    let tasks = tasks(problems.iter().zip(partial).map(|(p, parts)| (p.forward.heads, parts.len())));
-    cpu.parallel_kernel(tasks.len(), &Backward { problems, partial, tasks: &tasks });
-}
-
-struct Backward<'a, T> {
+struct Backward<'a, T: Real> {
     problems: &'a [AttentionGrad<T>],
     /// For each problem the dq of each segment of keys.
     partial: &'a [Vec<View<T>>],
@@ -317,8 +347,7 @@ impl<T: Real> Kernel for Backward<'_, T> {
         let per_segment = m.div_ceil(KEYS).div_ceil(self.partial[i].len()) * KEYS;
         let segment = m.min(segment * per_segment)..m.min((segment + 1) * per_segment);
         let dropout = p.dropout.map(|dropout| dropout.at(head as u32));
-        let scale = p.scale();
-        let scale2 = scale * T::of(std::f64::consts::LOG2_E);
+        let (scale, scale2) = (T::of(p.scale()), T::of(p.scale() * std::f64::consts::LOG2_E));
         if segment.is_empty() || n == 0 {
             // SAFETY: as below.
             (0..n).for_each(|i| unsafe { dq.row_mut(i) }.fill(T::ZERO));

@@ -5,7 +5,7 @@
 //! with K the sum of grouped 7-, 5-, 3- and 1-tap kernels (two inputs a group, d -> d / 2), zero padding, and F_j the factor of
 //! channel dropout (Dropout2d: a whole channel lives or dies). On a sequence grid the kernels have one row.
 //!
-//! Shapes: x_s `[n, d]`; kernels `[d / 2, 2 taps]`; biases `[1, d / 2]`; mix weight `[1, streams]`, mix bias `[1, 1]`; out `[n, d / 2]`.
+//! Shapes: x_s `[n, d]`; kernels `[d / 2, 2 taps]`; biases `[1, d / 2]`; mix weight `[1, 3]`, mix bias `[1, 1]`; out `[n, d / 2]`.
 //! Saved: the streams and out (which is positive exactly where a gradient passes).
 
 use super::{
@@ -18,7 +18,7 @@ pub use depthwise::Grid;
 
 use crate::{
     Error, Result,
-    device::{Arena, Cpu, Device, Real, View, cpu::with_workspace},
+    device::{Arena, Cpu, Device, Element, Real, View, cpu::with_workspace, on_cpu},
 };
 
 /// Kernel sides, in the checkpoint's order proj, proj1, proj2, x_proj.
@@ -27,41 +27,41 @@ pub const SIDES: [usize; 4] = [7, 5, 3, 1];
 /// The op's parameters, or their gradients.
 #[derive(Clone, Copy)]
 pub struct Weights<T> {
-    /// Weight `[1, streams]` and bias `[1, 1]`; a single stream has none.
-    pub mix: Option<(View<T>, View<T>)>,
+    /// Weight `[1, 3]` and bias `[1, 1]`.
+    pub mix: (View<T>, View<T>),
     pub kernels: [View<T>; 4],
     pub biases: [View<T>; 4],
 }
 
-pub struct ConvFusion<'a, T> {
-    pub streams: &'a [View<T>],
+#[derive(Clone, Copy)]
+pub struct ConvFusion<T> {
+    pub streams: [View<T>; 3],
     pub weights: Weights<T>,
     pub grid: TokenGrid,
     pub dropout: Option<Dropout>,
     pub out: View<T>,
 }
 
-fn check<T: Real>(op: &'static str, p: &ConvFusion<T>, weights: &Weights<T>) -> Result<()> {
-    let (n, d) = (p.grid.tokens(), p.streams.first().map_or(0, |x| x.cols()));
-    if p.streams.is_empty()
-        || d % 2 != 0
-        || weights.mix.is_some() != p.weights.mix.is_some()
-        || (weights.mix.is_none() && p.streams.len() > 1)
-    {
-        let message = format!(
-            "{op}: {} streams of width {d}: expected an even width, and a mix for several streams",
-            p.streams.len()
-        );
-        return Err(Error::Usage(message));
+#[derive(Clone, Copy)]
+pub struct ConvFusionGrad<T: Element> {
+    /// What forward was given and what it wrote.
+    pub forward: ConvFusion<T>,
+    pub dout: View<T>,
+    pub dstreams: [View<T>; 3],
+    pub grads: Weights<T::Sum>,
+}
+
+fn check<T: Element, P: Element>(op: &'static str, p: &ConvFusion<T>, weights: &Weights<P>) -> Result<()> {
+    let (n, d) = (p.grid.tokens(), p.streams[0].cols());
+    if d % 2 != 0 {
+        return Err(Error::Usage(format!("{op}: streams of width {d}: expected an even width")));
     }
     for x in p.streams {
         x.check(op, "stream", &[n, d])?;
     }
     p.out.check(op, "out", &[n, d / 2])?;
-    if let Some((weight, bias)) = weights.mix {
-        weight.check(op, "mix weight", &[1, p.streams.len()])?;
-        bias.check(op, "mix bias", &[1, 1])?;
-    }
+    weights.mix.0.check(op, "mix weight", &[1, 3])?;
+    weights.mix.1.check(op, "mix bias", &[1, 1])?;
     for (i, &side) in SIDES.iter().enumerate() {
         weights.kernels[i].check(op, "kernel", &[d / 2, 2 * p.grid.taps_of(side)])?;
         weights.biases[i].check(op, "bias", &[1, d / 2])?;
@@ -74,111 +74,130 @@ fn sided<T: Real>(grid: Grid, kernels: [View<T>; 4]) -> [(usize, View<T>); 4] {
     [0, 1, 2, 3].map(|i| (SIDES[i], kernels[i].reshape(2 * kernels[i].rows(), grid.taps_of(SIDES[i]))))
 }
 
-fn flop<T: Real>(p: &ConvFusion<T>) -> f64 {
+fn flop<T: Element>(p: &ConvFusion<T>) -> f64 {
     2.0 * (p.grid.taps() * p.grid.tokens()) as f64 * p.streams[0].cols() as f64
 }
 
-pub fn forward<T: Real>(device: &Device, arena: &mut Arena, p: &ConvFusion<T>) -> Result<()> {
+pub fn forward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusion<T>) -> Result<()> {
     check("conv_fusion forward", p, &p.weights)?;
+    device.count(flop(p));
     let d = p.streams[0].cols();
     let mark = arena.mark();
-    let merged = arena.scratch(p.grid.taps(), d)?;
-    let mixed = arena.scratch(p.grid.tokens(), d)?;
-    match device {
-        Device::Cpu(cpu) => {
-            depthwise::merge(p.grid, &sided(p.grid, p.weights.kernels), false, merged);
-            mix(cpu, p, mixed);
-            let factors = channel_factors(p.dropout, d / 2);
-            for_rows(
-                cpu,
-                p.grid.tokens(),
-                #[inline(always)]
-                |t| {
-                    with_workspace(d, |products: &mut [T]| {
-                        // SAFETY: the views are live, and each row of out is one task's.
-                        unsafe {
-                            depthwise::convolve(p.grid, mixed, merged, t, products);
-                            let [b0, b1, b2, b3] = p.weights.biases.map(|b| b.row(0));
-                            let out = p.out.row_mut(t);
-                            for j in 0..d / 2 {
-                                let sum = products[2 * j] + products[2 * j + 1] + (b0[j] + b1[j] + b2[j] + b3[j]);
-                                // written so that NaN passes
-                                out[j] = if sum < T::ZERO { T::ZERO } else { sum * factors[j] };
-                            }
-                        }
-                    });
-                },
-            );
+    if !device.runs_kernels() {
+        let merged = arena.scratch(p.grid.taps(), d)?;
+        let mixed = arena.scratch(p.grid.tokens(), d)?;
+        if let Some(cpu) = device.cpu() {
+            cpu_forward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged, mixed);
         }
-        Device::Dry(dry) => dry.count(flop(p)),
     }
     arena.release_scratch(mark);
     Ok(())
 }
 
 /// From dout `[n, d / 2]`: dstreams =, parameter gradients +=.
-pub fn backward<T: Real>(
-    device: &Device,
-    arena: &mut Arena,
-    p: &ConvFusion<T>,
-    dout: View<T>,
-    dstreams: &[View<T>],
-    grads: &Weights<T>,
-) -> Result<()> {
+pub fn backward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusionGrad<T>) -> Result<()> {
     const OP: &str = "conv_fusion backward";
-    check(OP, p, &p.weights)?;
-    check(OP, p, grads)?;
-    if dstreams.len() != p.streams.len() {
-        return Err(Error::Usage(format!("{OP}: {} gradients for {} streams", dstreams.len(), p.streams.len())));
-    }
-    let (n, d) = (p.grid.tokens(), p.streams[0].cols());
-    dout.check(OP, "dout", &[n, d / 2])?;
-    for dx in dstreams {
+    let forward = &p.forward;
+    check(OP, forward, &forward.weights)?;
+    check(OP, forward, &p.grads)?;
+    let (n, d) = (forward.grid.tokens(), forward.streams[0].cols());
+    p.dout.check(OP, "dout", &[n, d / 2])?;
+    for dx in p.dstreams {
         dx.check(OP, "dstream", &[n, d])?;
     }
+    device.count(2.0 * flop(forward));
     let mark = arena.mark();
-    let (merged, flipped) = (arena.scratch(p.grid.taps(), d)?, arena.scratch(p.grid.taps(), d)?);
-    let (mixed, dconv) = (arena.scratch(n, d)?, arena.scratch(n, d)?);
-    let dsum = arena.scratch(n, d / 2)?;
-    match device {
-        Device::Cpu(cpu) => {
-            depthwise::merge(p.grid, &sided(p.grid, p.weights.kernels), false, merged);
-            depthwise::flip(merged, flipped);
-            mix(cpu, p, mixed);
-            let factors = channel_factors::<T>(p.dropout, d / 2);
-            for_rows(
-                cpu,
-                n,
-                #[inline(always)]
-                |t| {
-                    // SAFETY: the views are live, and each row is one task's.
-                    unsafe {
-                        let (out, dout) = (p.out.row(t), dout.row(t));
-                        let (dsum, dconv) = (dsum.row_mut(t), dconv.row_mut(t));
-                        for j in 0..d / 2 {
-                            dsum[j] = if out[j] > T::ZERO { dout[j] * factors[j] } else { T::ZERO };
-                            (dconv[2 * j], dconv[2 * j + 1]) = (dsum[j], dsum[j]);
-                        }
-                    }
-                },
-            );
-            column_sums(cpu, &grads.biases.map(|db| (dsum, db)));
-            depthwise::kernel_gradient(cpu, p.grid, mixed, dconv, merged);
-            depthwise::unmerge(p.grid, merged, &sided(p.grid, grads.kernels));
-            // mixed is not needed any more and takes its own gradient
-            let dmixed = mixed;
-            for_rows(
-                cpu,
-                n,
-                #[inline(always)]
-                |t| unsafe { depthwise::convolve(p.grid, dconv, flipped, t, dmixed.row_mut(t)) },
-            );
-            unmix(cpu, p, dmixed, dstreams, grads);
+    if !device.runs_kernels() {
+        let taps = forward.grid.taps();
+        let scratch = Scratch::<T> {
+            merged: arena.scratch(taps, d)?,
+            flipped: arena.scratch(taps, d)?,
+            mixed: arena.scratch(n, d)?,
+            dconv: arena.scratch(n, d)?,
+            dsum: arena.scratch(n, d / 2)?,
+        };
+        if let Some(cpu) = device.cpu() {
+            cpu_backward::<T::Sum>(cpu, on_cpu(&[*p])?[0], on_cpu(&[scratch])?[0]);
         }
-        Device::Dry(dry) => dry.count(2.0 * flop(p)),
     }
     arena.release_scratch(mark);
     Ok(())
+}
+
+fn cpu_forward<T: Real>(cpu: &Cpu, p: ConvFusion<T>, merged: View<T>, mixed: View<T>) {
+    let d = mixed.cols();
+    depthwise::merge(p.grid, &sided(p.grid, p.weights.kernels), false, merged);
+    mix(cpu, &p, mixed);
+    let factors = channel_factors(p.dropout, d / 2);
+    for_rows(
+        cpu,
+        p.grid.tokens(),
+        #[inline(always)]
+        |t| {
+            with_workspace(d, |products: &mut [T]| {
+                // SAFETY: the views are live, and each row of out is one task's.
+                unsafe {
+                    depthwise::convolve(p.grid, mixed, merged, t, products);
+                    let [b0, b1, b2, b3] = p.weights.biases.map(|b| b.row(0));
+                    let out = p.out.row_mut(t);
+                    for j in 0..d / 2 {
+                        let sum = products[2 * j] + products[2 * j + 1] + (b0[j] + b1[j] + b2[j] + b3[j]);
+                        // written so that NaN passes
+                        out[j] = if sum < T::ZERO { T::ZERO } else { sum * factors[j] };
+                    }
+                }
+            });
+        },
+    );
+}
+
+/// Backward's scratch on the CPU.
+#[derive(Clone, Copy)]
+struct Scratch<T> {
+    merged: View<T>,
+    flipped: View<T>,
+    mixed: View<T>,
+    /// Gradient of each channel's product, `[n, d]`, and of their pairs' sums, `[n, d / 2]`.
+    dconv: View<T>,
+    dsum: View<T>,
+}
+
+fn cpu_backward<T: Real>(cpu: &Cpu, p: ConvFusionGrad<T>, scratch: Scratch<T>) {
+    let ConvFusionGrad { forward, dout, dstreams, grads } = p;
+    let Scratch { merged, flipped, mixed, dconv, dsum } = scratch;
+    let (grid, n, d) = (forward.grid, forward.grid.tokens(), mixed.cols());
+    depthwise::merge(grid, &sided(grid, forward.weights.kernels), false, merged);
+    depthwise::flip(merged, flipped);
+    mix(cpu, &forward, mixed);
+    let factors = channel_factors::<T>(forward.dropout, d / 2);
+    for_rows(
+        cpu,
+        n,
+        #[inline(always)]
+        |t| {
+            // SAFETY: the views are live, and each row is one task's.
+            unsafe {
+                let (out, dout) = (forward.out.row(t), dout.row(t));
+                let (dsum, dconv) = (dsum.row_mut(t), dconv.row_mut(t));
+                for j in 0..d / 2 {
+                    dsum[j] = if out[j] > T::ZERO { dout[j] * factors[j] } else { T::ZERO };
+                    (dconv[2 * j], dconv[2 * j + 1]) = (dsum[j], dsum[j]);
+                }
+            }
+        },
+    );
+    column_sums(cpu, &grads.biases.map(|db| (dsum, db)));
+    depthwise::kernel_gradient(cpu, grid, mixed, dconv, merged);
+    depthwise::unmerge(grid, merged, &sided(grid, grads.kernels));
+    // mixed is not needed any more and takes its own gradient
+    let dmixed = mixed;
+    for_rows(
+        cpu,
+        n,
+        #[inline(always)]
+        |t| unsafe { depthwise::convolve(grid, dconv, flipped, t, dmixed.row_mut(t)) },
+    );
+    unmix(cpu, &forward, dmixed, &dstreams, &grads);
 }
 
 fn channel_factors<T: Real>(dropout: Option<Dropout>, channels: usize) -> Vec<T> {
@@ -199,9 +218,7 @@ fn mix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, mixed: View<T>) {
             // SAFETY: the views are live, and each row of `mixed` is one task's.
             unsafe {
                 let to = mixed.row_mut(t);
-                let Some((weight, bias)) = p.weights.mix else {
-                    return to.copy_from_slice(p.streams[0].row(t));
-                };
+                let (weight, bias) = p.weights.mix;
                 to.fill(bias.row(0)[0]);
                 for (x, &w) in p.streams.iter().zip(weight.row(0)) {
                     for (to, &x) in to.iter_mut().zip(x.row(t)) {
@@ -215,9 +232,10 @@ fn mix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, mixed: View<T>) {
 
 /// The streams' gradients, and += the mix's.
 fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[View<T>], grads: &Weights<T>) {
-    let (n, streams) = (dmixed.rows(), p.streams.len());
-    cpu.with_panels(n * (streams + 1), |sums: View<T>| {
-        let sums = sums.reshape(n, streams + 1);
+    const STREAMS: usize = 3;
+    let n = dmixed.rows();
+    cpu.with_panels(n * (STREAMS + 1), |sums: View<T>| {
+        let sums = sums.reshape(n, STREAMS + 1);
         for_rows(
             cpu,
             n,
@@ -226,8 +244,8 @@ fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[Vie
                 // SAFETY: the views are live, and each row is one task's.
                 unsafe {
                     let (g, sums) = (dmixed.row(t), sums.row_mut(t));
-                    for s in 0..streams {
-                        let w = p.weights.mix.map_or(T::ONE, |(weight, _)| weight.row(0)[s]);
+                    for s in 0..STREAMS {
+                        let w = p.weights.mix.0.row(0)[s];
                         let x = p.streams[s].row(t);
                         let dx = dstreams[s].row_mut(t);
                         for j in 0..g.len() {
@@ -239,7 +257,7 @@ fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[Vie
                             |j| g[j] * x[j],
                         );
                     }
-                    sums[streams] = crate::device::cpu::real::sum(
+                    sums[STREAMS] = crate::device::cpu::real::sum(
                         g.len(),
                         #[inline(always)]
                         |j| g[j],
@@ -247,8 +265,7 @@ fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[Vie
                 }
             },
         );
-        if let Some((dweight, dbias)) = grads.mix {
-            column_sums(cpu, &[(sums.cols_range(0..streams), dweight), (sums.cols_range(streams..streams + 1), dbias)]);
-        }
+        let (dweight, dbias) = grads.mix;
+        column_sums(cpu, &[(sums.cols_range(0..STREAMS), dweight), (sums.cols_range(STREAMS..STREAMS + 1), dbias)]);
     });
 }

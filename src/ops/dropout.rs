@@ -101,6 +101,29 @@ fn rounds(mut c: [[u32; 16]; 4], mut key: [u32; 2], rounds: u32) -> [[u32; 16]; 
     c
 }
 
+/// A [`Dropout`] as kernels take it (`Dropout` of kernels/dropout.cuh); a threshold of 0 drops nothing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct KernelDropout {
+    pub seed: u64,
+    pub step: u32,
+    pub site: u32,
+    pub threshold: u32,
+    pub scale: f32,
+}
+
+impl From<Option<Dropout>> for KernelDropout {
+    fn from(dropout: Option<Dropout>) -> Self {
+        dropout.map_or(bytemuck::Zeroable::zeroed(), |d| Self {
+            seed: d.draw.seed,
+            step: d.draw.step,
+            site: d.site,
+            threshold: d.threshold,
+            scale: d.scale() as f32,
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

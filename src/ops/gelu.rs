@@ -3,7 +3,7 @@
 use super::Dropout;
 use crate::{
     Result,
-    device::{Device, Real, View},
+    device::{Device, Element, Real, View, on_cpu},
 };
 
 #[inline(always)]
@@ -24,12 +24,19 @@ fn normal_cdf<T: Real>(x: T) -> T {
 }
 
 /// out = dropout(gelu(pre)), both `[m, n]`: what the forward product's epilogue made of the pre-activation that it stored.
-pub fn recompute<T: Real>(device: &Device, problems: &[(View<T>, Option<Dropout>, View<T>)]) -> Result<()> {
-    for (pre, _, out) in problems {
-        out.check("gelu recompute", "out", &[pre.rows(), pre.cols()])?;
+#[derive(Clone, Copy)]
+pub struct Recompute<T> {
+    pub pre: View<T>,
+    pub dropout: Option<Dropout>,
+    pub out: View<T>,
+}
+
+pub fn recompute<T: Element>(device: &Device, problems: &[Recompute<T>]) -> Result<()> {
+    for p in problems {
+        p.out.check("gelu recompute", "out", &[p.pre.rows(), p.pre.cols()])?;
     }
-    if let Device::Cpu(cpu) = device {
-        for &(pre, dropout, out) in problems {
+    if let Some(cpu) = device.cpu() {
+        for Recompute { pre, dropout, out } in on_cpu::<_, Recompute<T::Sum>>(problems)? {
             super::for_rows(
                 cpu,
                 pre.rows(),

@@ -10,18 +10,19 @@ use super::{ROWS_PER_TASK, for_rows, matmul::column_sums};
 use crate::{
     Result,
     device::{
-        Arg, Cpu, Device, Launch, Matrix, Real, Storage, View,
+        Arena, Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View,
         cpu::{real::sum, with_workspace},
+        on_cpu, storage,
     },
 };
 
 pub const EPSILON: f64 = 1e-5;
 
 #[derive(Clone, Copy)]
-pub struct Norm<T> {
+pub struct Norm<T: Element> {
     pub x: View<T>,
     /// `[n0, 2]`, written by forward.
-    pub stats: View<T>,
+    pub stats: View<T::Sum>,
     /// `[1, d]`
     pub weight: View<T>,
     /// `[1, d]`
@@ -30,95 +31,75 @@ pub struct Norm<T> {
 }
 
 #[derive(Clone, Copy)]
-pub struct NormGrad<T> {
+pub struct NormGrad<T: Element> {
     pub x: View<T>,
-    pub stats: View<T>,
+    pub stats: View<T::Sum>,
     pub weight: View<T>,
     /// `[n, d]`
     pub dy: View<T>,
     /// `[n0, d]`, overwritten; may be `dy`'s first n0 rows.
     pub dx: View<T>,
-    pub dweight: View<T>,
-    pub dbias: View<T>,
+    pub dweight: View<T::Sum>,
+    pub dbias: View<T::Sum>,
 }
 
 /// Statistics and y.
-pub fn forward<T: Real>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
+pub fn forward<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
     check("layer_norm forward", problems)?;
-    if let Device::Cpu(cpu) = device {
-        for p in problems {
-            for_rows(
-                cpu,
-                p.x.rows(),
-                #[inline(always)]
-                |i| {
-                    // SAFETY: the views are live, and each row is one task's.
-                    let (x, stats) = unsafe { (p.x.row(i), p.stats.row_mut(i)) };
-                    let d = T::of(x.len() as f64);
-                    let mean = sum(
-                        x.len(),
-                        #[inline(always)]
-                        |j| x[j],
-                    ) / d;
-                    let var = sum(
-                        x.len(),
-                        #[inline(always)]
-                        |j| (x[j] - mean) * (x[j] - mean),
-                    ) / d;
-                    stats.copy_from_slice(&[mean, T::ONE / (var + T::of(EPSILON)).sqrt()]);
-                },
-            );
-        }
+    if let Some(cpu) = device.cpu() {
+        let problems = on_cpu::<_, Norm<T::Sum>>(problems)?;
+        problems.iter().for_each(|p| cpu_statistics(cpu, p));
+        problems.iter().for_each(|p| cpu_apply(cpu, p));
     }
-    apply(device, problems)
+    if device.runs_kernels() {
+        let problems: Vec<_> = problems.iter().map(KernelNorm::from).collect();
+        device.launch([forward_launch(storage::<T>()?, &problems)])?;
+    }
+    Ok(())
 }
 
 /// y from x and its saved statistics.
-pub fn apply<T: Real>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
+pub fn apply<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
     check("layer_norm apply", problems)?;
-    if let Device::Cpu(cpu) = device {
-        for p in problems {
-            for_rows(
-                cpu,
-                p.y.rows(),
-                #[inline(always)]
-                |i| {
-                    let source = i % p.x.rows();
-                    // SAFETY: the views are live, and each row of y is one task's.
-                    unsafe {
-                        let (x, stats) = (p.x.row(source), p.stats.row(source));
-                        let (weight, bias) = (p.weight.row(0), p.bias.row(0));
-                        let y = p.y.row_mut(i);
-                        for j in 0..y.len() {
-                            y[j] = (x[j] - stats[0]) * stats[1] * weight[j] + bias[j];
-                        }
-                    }
-                },
-            );
-        }
+    if let Some(cpu) = device.cpu() {
+        on_cpu::<_, Norm<T::Sum>>(problems)?.iter().for_each(|p| cpu_apply(cpu, p));
+    }
+    if device.runs_kernels() {
+        let problems: Vec<_> = problems.iter().map(KernelNorm::from).collect();
+        device.launch([apply_launch(storage::<T>()?, &problems)])?;
     }
     Ok(())
 }
 
 /// dx = gradient of x, dweight += sum over rows of dy * x_hat, dbias += sum of dy.
-pub fn backward<T: Real>(device: &Device, problems: &[NormGrad<T>]) -> Result<()> {
+pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[NormGrad<T>]) -> Result<()> {
     const OP: &str = "layer_norm backward";
     for p in problems {
         let d = p.x.cols();
         p.stats.check(OP, "stats", &[p.x.rows(), 2])?;
         p.dy.check(OP, "dy", &[padded_rows(p.dy.rows(), p.x.rows()), d])?;
         p.dx.check(OP, "dx", &[p.x.rows(), d])?;
-        for (name, row) in [("weight", p.weight), ("dweight", p.dweight), ("dbias", p.dbias)] {
-            row.check(OP, name, &[1, d])?;
-        }
+        p.weight.check(OP, "weight", &[1, d])?;
+        p.dweight.check(OP, "dweight", &[1, d])?;
+        p.dbias.check(OP, "dbias", &[1, d])?;
     }
-    if let Device::Cpu(cpu) = device {
-        problems.iter().for_each(|p| cpu_backward(cpu, p));
+    if let Some(cpu) = device.cpu() {
+        on_cpu::<_, NormGrad<T::Sum>>(problems)?.iter().for_each(|p| cpu_backward(cpu, p));
+    }
+    if device.runs_kernels() {
+        let mark = arena.mark();
+        let kernel = |p: &NormGrad<T>| {
+            let partial = arena.scratch::<f32>(1, partial_len(p.x.rows(), p.x.cols()))?;
+            Ok(KernelNormGrad { partial: partial.address(), ..p.into() })
+        };
+        let problems = problems.iter().map(kernel).collect::<Result<Vec<_>>>()?;
+        device.launch(backward_launches(storage::<T>()?, &problems))?;
+        arena.release_scratch(mark);
     }
     Ok(())
 }
 
-fn check<T: Real>(op: &'static str, problems: &[Norm<T>]) -> Result<()> {
+fn check<T: Element>(op: &'static str, problems: &[Norm<T>]) -> Result<()> {
     for p in problems {
         let d = p.x.cols();
         p.stats.check(op, "stats", &[p.x.rows(), 2])?;
@@ -127,6 +108,50 @@ fn check<T: Real>(op: &'static str, problems: &[Norm<T>]) -> Result<()> {
         p.y.check(op, "y", &[padded_rows(p.y.rows(), p.x.rows()), d])?;
     }
     Ok(())
+}
+
+fn cpu_statistics<T: Real>(cpu: &Cpu, p: &Norm<T>) {
+    for_rows(
+        cpu,
+        p.x.rows(),
+        #[inline(always)]
+        |i| {
+            // SAFETY: the views are live, and each row is one task's.
+            let (x, stats) = unsafe { (p.x.row(i), p.stats.row_mut(i)) };
+            let d = T::of(x.len() as f64);
+            let mean = sum(
+                x.len(),
+                #[inline(always)]
+                |j| x[j],
+            ) / d;
+            let var = sum(
+                x.len(),
+                #[inline(always)]
+                |j| (x[j] - mean) * (x[j] - mean),
+            ) / d;
+            stats.copy_from_slice(&[mean, T::ONE / (var + T::of(EPSILON)).sqrt()]);
+        },
+    );
+}
+
+fn cpu_apply<T: Real>(cpu: &Cpu, p: &Norm<T>) {
+    for_rows(
+        cpu,
+        p.y.rows(),
+        #[inline(always)]
+        |i| {
+            let source = i % p.x.rows();
+            // SAFETY: the views are live, and each row of y is one task's.
+            unsafe {
+                let (x, stats) = (p.x.row(source), p.stats.row(source));
+                let (weight, bias) = (p.weight.row(0), p.bias.row(0));
+                let y = p.y.row_mut(i);
+                for j in 0..y.len() {
+                    y[j] = (x[j] - stats[0]) * stats[1] * weight[j] + bias[j];
+                }
+            }
+        },
+    );
 }
 
 /// The nearest number of rows to `n` that the padding allows.
@@ -219,6 +244,29 @@ pub struct KernelNormGrad {
     pub partial: u64,
     pub dweight: u64,
     pub dbias: u64,
+}
+
+impl<T: Element> From<&Norm<T>> for KernelNorm {
+    fn from(p: &Norm<T>) -> Self {
+        let (stats, weight, bias) = (p.stats.address(), p.weight.address(), p.bias.address());
+        Self { x: p.x.into(), y: p.y.into(), stats, weight, bias }
+    }
+}
+
+impl<T: Element> From<&NormGrad<T>> for KernelNormGrad {
+    /// Without its scratch.
+    fn from(p: &NormGrad<T>) -> Self {
+        Self {
+            x: p.x.into(),
+            dy: p.dy.into(),
+            dx: p.dx.into(),
+            stats: p.stats.address(),
+            weight: p.weight.address(),
+            partial: 0,
+            dweight: p.dweight.address(),
+            dbias: p.dbias.address(),
+        }
+    }
 }
 
 /// Elements of a backward problem's scratch.

@@ -6,14 +6,19 @@
 //!   [`backward_weight`]  dW += dyᵀ x, db += colsum(dy)
 //! Each takes a list of independent problems, which a GPU runs as one launch.
 
+pub mod kernel;
+
 use pulp::Simd;
+
+use kernel::{KernelMatmul, KernelWeightGrad};
 
 use super::{Dropout, gelu};
 use crate::{
     Result,
     device::{
-        Device, Real, View,
+        Arena, Device, Element, Real, View,
         cpu::{Cpu, Kernel, tile, with_workspace},
+        on_cpu, storage,
     },
 };
 
@@ -50,22 +55,22 @@ pub struct Matmul<T> {
 
 /// dw `[out, in]` += dyᵀ x, db `[1, out]` += colsum(dy), from dy `[m, out]` and x `[m, in]`.
 #[derive(Clone, Copy)]
-pub struct WeightGrad<T> {
+pub struct WeightGrad<T: Element> {
     pub dy: View<T>,
     pub x: View<T>,
-    pub dw: View<T>,
-    pub db: Option<View<T>>,
+    pub dw: View<T::Sum>,
+    pub db: Option<View<T::Sum>>,
 }
 
-pub fn forward<T: Real>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+pub fn forward<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
     run(device, "matmul forward", problems, true)
 }
 
-pub fn backward_input<T: Real>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+pub fn backward_input<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
     run(device, "matmul backward input", problems, false)
 }
 
-pub fn backward_weight<T: Real>(device: &Device, problems: &[WeightGrad<T>]) -> Result<()> {
+pub fn backward_weight<T: Element>(device: &Device, arena: &mut Arena, problems: &[WeightGrad<T>]) -> Result<()> {
     const OP: &str = "matmul backward weight";
     for p in problems {
         let (m, n, k) = (p.dy.rows(), p.dy.cols(), p.x.cols());
@@ -75,16 +80,25 @@ pub fn backward_weight<T: Real>(device: &Device, problems: &[WeightGrad<T>]) -> 
             db.check(OP, "db", &[1, n])?;
         }
     }
-    match device {
-        Device::Cpu(cpu) => cpu_backward_weight(cpu, problems),
-        Device::Dry(dry) => {
-            problems.iter().for_each(|p| dry.count(2.0 * p.dy.rows() as f64 * (p.dw.rows() * p.dw.cols()) as f64))
+    problems.iter().for_each(|p| device.count(2.0 * p.dy.rows() as f64 * (p.dw.rows() * p.dw.cols()) as f64));
+    if let Some(cpu) = device.cpu() {
+        cpu_backward_weight::<T::Sum>(cpu, &on_cpu(problems)?);
+    }
+    if device.runs_kernels() {
+        let mark = arena.mark();
+        let mut kernels: Vec<_> = problems.iter().map(KernelWeightGrad::from).collect();
+        let splits = kernel::splits(&kernels);
+        for ((p, kernel), splits) in problems.iter().zip(&mut kernels).zip(splits) {
+            let partial = arena.scratch::<f32>(1, kernel::partial_len(splits, p.dw.rows(), p.dw.cols()))?;
+            (kernel.partial, kernel.splits) = (partial.address(), splits as i32);
         }
+        device.launch(kernel::backward_weight_launches(storage::<T>()?, &kernels))?;
+        arena.release_scratch(mark);
     }
     Ok(())
 }
 
-fn run<T: Real>(device: &Device, op: &'static str, problems: &[Matmul<T>], transposed: bool) -> Result<()> {
+fn run<T: Element>(device: &Device, op: &'static str, problems: &[Matmul<T>], transposed: bool) -> Result<()> {
     for p in problems {
         let (m, n, k) = (p.out.rows(), p.out.cols(), p.a.cols());
         p.a.check(op, "a", &[m, k])?;
@@ -99,11 +113,14 @@ fn run<T: Real>(device: &Device, op: &'static str, problems: &[Matmul<T>], trans
             }
         }
     }
-    match device {
-        Device::Cpu(cpu) => cpu_run(cpu, problems, transposed),
-        Device::Dry(dry) => {
-            problems.iter().for_each(|p| dry.count(2.0 * (p.out.rows() * p.out.cols()) as f64 * p.a.cols() as f64))
-        }
+    problems.iter().for_each(|p| device.count(2.0 * (p.out.rows() * p.out.cols()) as f64 * p.a.cols() as f64));
+    if let Some(cpu) = device.cpu() {
+        cpu_run::<T::Sum>(cpu, &on_cpu(problems)?, transposed);
+    }
+    if device.runs_kernels() {
+        let kernels: Vec<_> = problems.iter().map(KernelMatmul::from).collect();
+        let launches = if transposed { kernel::forward_launches } else { kernel::backward_input_launches };
+        device.launch(launches(storage::<T>()?, &kernels))?;
     }
     Ok(())
 }
@@ -276,7 +293,7 @@ fn cpu_backward_weight<T: Real>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
     column_sums(cpu, &biases);
 }
 
-struct PackChunk<'a, T> {
+struct PackChunk<'a, T: Real> {
     problems: &'a [WeightGrad<T>],
     start: usize,
     offsets: &'a [usize],
@@ -298,7 +315,7 @@ impl<T: Real> Kernel for PackChunk<'_, T> {
     }
 }
 
-struct Accumulate<'a, T> {
+struct Accumulate<'a, T: Real> {
     problems: &'a [WeightGrad<T>],
     start: usize,
     offsets: &'a [usize],

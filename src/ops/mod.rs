@@ -5,6 +5,7 @@
 pub mod adam;
 pub mod attention;
 pub mod conv_fusion;
+pub mod cox;
 mod depthwise;
 pub mod dropout;
 pub mod elementwise;

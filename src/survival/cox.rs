@@ -72,6 +72,22 @@ pub struct CoxCohort {
 const EVENT: u8 = 1;
 /// It is the first of the rows tied in time.
 const FIRST: u8 = 2;
+// For kernels: it is the last of them; the first, the last of its stratum.
+const LAST: u8 = 4;
+const STRATUM_FIRST: u8 = 8;
+const STRATUM_LAST: u8 = 16;
+
+/// A cohort by place (see [`CoxCohort`]).
+pub(crate) struct Columns<'a> {
+    /// Empty if the rows came in order.
+    pub rows: &'a [u32],
+    pub flags: Vec<u8>,
+    /// The first and the last place of each place's tie.
+    pub first: Vec<u32>,
+    pub last: Vec<u32>,
+    /// Empty if all are 1.
+    pub weights: Vec<f32>,
+}
 
 /// Places `start..end`, whole ties of one stratum: the unit of parallel work, the same for any number of threads.
 #[derive(Debug, Clone)]
@@ -147,6 +163,30 @@ impl CoxCohort {
         }
         let events = event.iter().filter(|&&e| e).count();
         Self { rows, flags, weights, chunks, events }
+    }
+
+    /// The cohort by place, as kernels take it.
+    pub(crate) fn columns(&self) -> Columns<'_> {
+        let n = self.flags.len();
+        let mut flags = self.flags.clone();
+        let mut stratum_starts = true;
+        for chunk in &self.chunks {
+            if std::mem::replace(&mut stratum_starts, chunk.last_of_stratum) {
+                flags[chunk.start] |= STRATUM_FIRST;
+            }
+            if chunk.last_of_stratum {
+                flags[chunk.end - 1] |= STRATUM_LAST;
+            }
+        }
+        let (mut first, mut last) = (vec![0; n], vec![0; n]);
+        let starts: Vec<usize> = (0..n).filter(|&place| flags[place] & FIRST != 0).chain([n]).collect();
+        for tie in starts.windows(2) {
+            flags[tie[1] - 1] |= LAST;
+            first[tie[0]..tie[1]].fill(tie[0] as u32);
+            last[tie[0]..tie[1]].fill(tie[1] as u32 - 1);
+        }
+        let weights = self.weights.iter().map(|&w| w as f32).collect();
+        Columns { rows: self.rows.as_deref().unwrap_or_default(), flags, first, last, weights }
     }
 
     /// Number of events, by which the loss -loglik / events is averaged.

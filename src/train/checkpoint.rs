@@ -39,7 +39,7 @@ pub struct ModelCard {
 
 /// Writes the model's parameters under their public names.
 pub fn save_model(path: &Path, engine: &Engine<f32>, card: &ModelCard) -> Result<()> {
-    let params = engine.read_state(State::Params);
+    let params = engine.read_state(State::Params)?;
     let layout = &engine.model.layout;
     let tensors = layout.entries().iter().map(|entry| {
         let values = &params[entry.offset..entry.offset + entry.len()];
@@ -105,11 +105,9 @@ const ARENAS: [(&str, State); 4] =
 
 /// Writes an engine's whole state, with the trainer's as JSON. Without an engine: a finished fold's, which needs no tensors.
 pub fn save_state<S: Serialize>(path: &Path, engine: Option<&Engine<f32>>, state: &S) -> Result<()> {
-    let arenas = ARENAS.map(|(name, which)| (name, engine.map(|engine| engine.read_state(which))));
-    let tensors = arenas.iter().filter_map(|(name, values)| {
-        let values = values.as_ref()?;
-        Some((name.to_string(), vec![values.len()], values.as_slice()))
-    });
+    let read = |(name, which)| engine.map(|engine| Ok((name, engine.read_state(which)?)));
+    let arenas = ARENAS.into_iter().filter_map(read).collect::<Result<Vec<(&str, _)>>>()?;
+    let tensors = arenas.iter().map(|(name, values)| (name.to_string(), vec![values.len()], values.as_slice()));
     save(path, tensors, state)
 }
 

@@ -21,7 +21,7 @@ use crate::{
         dataset::{Dataset, Fold},
         sampler::shuffled,
     },
-    device::Real,
+    device::Element,
     loss::{CoxBatch, Prediction},
     model::Bags,
     ops::Draw,
@@ -165,7 +165,7 @@ pub type Work<'a, T> = dyn FnMut(usize, Bags<'_, T>) -> Result<f64> + 'a;
 /// Adds the gradient of a batch's loss, and returns the loss and the slides' risks; None if `show` stopped, when the gradients are those of
 /// some of the slides. `show` hands each slide of the batch to the work, in order, and is called twice; once where nobody
 /// can be compared, the loss is 0 and there is no gradient. `draw` is each slide's dropout.
-pub fn accumulate<T: Real>(
+pub fn accumulate<T: Element>(
     engine: &mut Engine<T>,
     batch: &CoxBatch,
     draw: impl Fn(usize) -> Option<Draw>,

@@ -7,7 +7,7 @@
 use crate::{
     Error, Result,
     data::torch::{Parameter, StateDict},
-    device::{Arena, Buffer, Device, Real},
+    device::{Arena, Buffer, Counts, Device, Element, Real},
     model::{Bags, Config, Context, CrossFusion, Saved},
     ops::{
         Draw,
@@ -15,10 +15,13 @@ use crate::{
     },
 };
 
-pub struct Engine<T> {
+pub struct Engine<T: Element> {
     pub device: Device,
     pub model: CrossFusion,
+    /// What is trained, in `T::Sum`.
     params: Buffer,
+    /// What the ops read: the parameters rounded to `T`. None where that is the parameters themselves.
+    weights: Option<Buffer>,
     grads: Buffer,
     moments: [Buffer; 2],
     arena: Arena,
@@ -49,6 +52,8 @@ pub struct Plan {
     pub forward_flop: f64,
     /// Forward and backward.
     pub step_flop: f64,
+    /// Kernels launched, where the device runs kernels.
+    pub launches: usize,
 }
 
 /// The arenas that [`Engine::read_state`] names, and that a checkpoint holds.
@@ -61,16 +66,41 @@ pub enum State {
     V,
 }
 
-impl<T: Real> Engine<T> {
+impl<T: Element> Engine<T> {
     /// A fresh model, initialised from the seed.
     pub fn new(device: Device, config: &Config, seed: u64) -> Result<Self> {
         let model = CrossFusion::new(config)?;
-        let bytes = model.layout.len() * size_of::<T>();
-        let params = device.alloc(bytes)?;
-        model.layout.initialize::<T>(&device, seed, &params)?;
-        let (grads, moments) = (device.alloc(bytes)?, [device.alloc(bytes)?, device.alloc(bytes)?]);
-        let arena = Arena::new(&device, 0)?;
-        Ok(Self { device, model, params, grads, moments, arena, updates: 0, element: std::marker::PhantomData })
+        if device.runs_kernels() {
+            config.check_for_kernels()?;
+        }
+        let (len, rounded) = (model.layout.len(), size_of::<T>() != size_of::<T::Sum>());
+        let bytes = len * size_of::<T::Sum>();
+        let engine = Self {
+            params: device.alloc(bytes)?,
+            weights: if rounded { Some(device.alloc(len * size_of::<T>())?) } else { None },
+            grads: device.alloc(bytes)?,
+            moments: [device.alloc(bytes)?, device.alloc(bytes)?],
+            arena: Arena::new(&device, 0)?,
+            device,
+            model,
+            updates: 0,
+            element: std::marker::PhantomData,
+        };
+        engine.model.layout.initialize::<T::Sum>(&engine.device, seed, &engine.params)?;
+        engine.round_weights()?;
+        Ok(engine)
+    }
+
+    fn weights(&self) -> &Buffer {
+        self.weights.as_ref().unwrap_or(&self.params)
+    }
+
+    /// Brings the weights that the ops read up to date with parameters that the host has written.
+    fn round_weights(&self) -> Result<()> {
+        let Some(weights) = &self.weights else { return Ok(()) };
+        let params = self.device.download(self.params.flat::<T::Sum>())?;
+        let rounded: Vec<T> = params.into_iter().map(T::from_sum).collect();
+        self.device.upload(&rounded, weights.flat())
     }
 
     /// Logits of a slide, without dropout.
@@ -82,7 +112,7 @@ impl<T: Real> Engine<T> {
     pub fn forward(&mut self, bags: Bags<'_, T>, draw: Option<Draw>) -> Result<Vec<f64>> {
         self.reserve(sizes(&bags), draw.is_some())?;
         let (model, mut ctx) = self.pass(draw);
-        ctx.device.install(|| Ok(logits(ctx.device, &model.forward(&mut ctx, bags)?)))
+        ctx.device.install(|| logits(ctx.device, &model.forward(&mut ctx, bags)?))
     }
 
     /// Forward, `loss` (from logits to their gradient, scaled as it shall be summed), backward: adds one slide's gradients.
@@ -98,8 +128,8 @@ impl<T: Real> Engine<T> {
         let (model, mut ctx) = self.pass(draw);
         ctx.device.install(|| {
             let saved = model.forward(&mut ctx, bags)?;
-            let logits = logits(ctx.device, &saved);
-            let dlogits: Vec<T> = loss(&logits).into_iter().map(T::of).collect();
+            let logits = logits(ctx.device, &saved)?;
+            let dlogits: Vec<T::Sum> = loss(&logits).into_iter().map(T::Sum::of).collect();
             model.backward(&mut ctx, saved, &dlogits, inputs)?;
             Ok(logits)
         })
@@ -108,7 +138,8 @@ impl<T: Real> Engine<T> {
     /// What a pass works with; the arena is empty.
     fn pass(&mut self, draw: Option<Draw>) -> (&CrossFusion, Context<'_>) {
         self.arena.reset();
-        let Self { device, model, arena, params, grads, .. } = self;
+        let Self { device, model, arena, params, weights, grads, .. } = self;
+        let params = weights.as_ref().unwrap_or(params);
         (model, Context { device, arena, params, grads, draw, config: &model.config })
     }
 
@@ -116,13 +147,19 @@ impl<T: Real> Engine<T> {
     pub fn update(&mut self, adam: &Adam) -> Result<()> {
         self.updates += 1;
         let [m, v] = &self.moments;
-        let state = adam::State { params: self.params.flat(), grads: self.grads.flat(), m: m.flat(), v: v.flat() };
-        adam::step::<T>(&self.device, adam, state, self.updates)
+        let arenas = adam::Arenas {
+            params: self.params.flat(),
+            weights: self.weights().flat(),
+            grads: self.grads.flat(),
+            m: m.flat(),
+            v: v.flat(),
+        };
+        adam::step::<T>(&self.device, adam, arenas, self.updates)
     }
 
     /// What a slide of these sizes takes, by running the same code on the device that only counts.
     pub fn plan(&self, sizes: BagSizes, training: bool) -> Result<Plan> {
-        plan::<T>(&self.model, sizes, training)
+        plan::<T>(&self.device, &self.model, sizes, training)
     }
 
     /// Makes the arena large enough for slides up to these sizes, so that training need not grow it slide by slide.
@@ -154,18 +191,20 @@ impl<T: Real> Engine<T> {
     }
 
     /// A whole arena, padding included.
-    pub fn read_state(&self, which: State) -> Vec<T> {
+    pub fn read_state(&self, which: State) -> Result<Vec<T::Sum>> {
         self.device.download(self.state(which).flat())
     }
 
-    pub fn write_state(&mut self, which: State, values: &[T]) -> Result<()> {
-        self.device.upload(values, self.state(which).flat())
+    pub fn write_state(&mut self, which: State, values: &[T::Sum]) -> Result<()> {
+        self.device.upload(values, self.state(which).flat())?;
+        self.round_weights()
     }
 
     /// A named tensor of an arena.
-    pub fn read(&self, which: State, name: &str) -> Option<Vec<T>> {
-        let entry = self.model.layout.entries().iter().find(|entry| entry.name == name)?;
-        Some(self.device.download(self.state(which).view(entry.offset, 1, entry.len())))
+    pub fn read(&self, which: State, name: &str) -> Result<Vec<T::Sum>> {
+        let entry = self.model.layout.entries().iter().find(|entry| entry.name == name);
+        let entry = entry.ok_or_else(|| Error::Usage(format!("the model has no tensor `{name}`")))?;
+        self.device.download(self.state(which).view(entry.offset, 1, entry.len()))
     }
 
     /// Replaces all parameters; every tensor of the model must be there with its shape, and no other. On an error nothing has changed.
@@ -184,18 +223,18 @@ impl<T: Real> Engine<T> {
             return Err(Error::Usage(format!("the checkpoint holds tensor `{name}`, which this model does not have")));
         }
         for entry in entries {
-            let values: Vec<T> = tensors[&entry.name].values.iter().map(|&x| T::of(f64::from(x))).collect();
+            let values: Vec<_> = tensors[&entry.name].values.iter().map(|&x| T::Sum::of(f64::from(x))).collect();
             self.device.upload(&values, self.params.view(entry.offset, 1, entry.len()))?;
         }
-        Ok(())
+        self.round_weights()
     }
 }
 
 /// [`Engine::plan`] without an engine.
-pub fn plan<T: Real>(model: &CrossFusion, sizes: BagSizes, training: bool) -> Result<Plan> {
-    let device = Device::dry();
-    let bytes = model.layout.len() * size_of::<T>();
-    let (params, grads) = (device.alloc(bytes)?, device.alloc(bytes)?);
+pub fn plan<T: Element>(device: &Device, model: &CrossFusion, sizes: BagSizes, training: bool) -> Result<Plan> {
+    let device = device.dry();
+    let len = model.layout.len();
+    let (params, grads) = (device.alloc(len * size_of::<T>())?, device.alloc(len * size_of::<T::Sum>())?);
     let mut arena = Arena::unlimited();
     let features = model.config.features;
     let bag =
@@ -205,19 +244,19 @@ pub fn plan<T: Real>(model: &CrossFusion, sizes: BagSizes, training: bool) -> Re
     let mut ctx =
         Context { device: &device, arena: &mut arena, params: &params, grads: &grads, draw, config: &model.config };
     let saved = model.forward(&mut ctx, bags)?;
-    let flop = || if let Device::Dry(dry) = &device { dry.flop() } else { 0.0 };
-    let forward_flop = flop();
+    let counts = || if let Device::Dry(dry) = &device { dry.counts() } else { Counts::default() };
+    let forward = counts();
     if training {
-        model.backward(&mut ctx, saved, &vec![T::ZERO; model.config.n_classes], None)?;
+        model.backward(&mut ctx, saved, &vec![Default::default(); model.config.n_classes], None)?;
     }
-    let step_flop = flop();
-    Ok(Plan { arena_bytes: arena.peak(), forward_flop, step_flop })
+    let step = counts();
+    Ok(Plan { arena_bytes: arena.peak(), forward_flop: forward.flop, step_flop: step.flop, launches: step.launches })
 }
 
-fn sizes<T: Real>(bags: &Bags<'_, T>) -> BagSizes {
+fn sizes<T: Element>(bags: &Bags<'_, T>) -> BagSizes {
     BagSizes { x5: bags.x5.rows(), x10: bags.x10.rows(), x20: bags.x20.rows() }
 }
 
-fn logits<T: Real>(device: &Device, saved: &Saved<T>) -> Vec<f64> {
-    device.download(saved.logits).into_iter().map(T::f64).collect()
+fn logits<T: Element>(device: &Device, saved: &Saved<T>) -> Result<Vec<f64>> {
+    Ok(device.download(saved.logits)?.into_iter().map(Real::f64).collect())
 }

@@ -1,10 +1,7 @@
 //! kernels/layer_norm.cu against src/ops/layer_norm.rs.
 
 use crossfusion::{
-    device::{
-        Cpu, Device, Matrix, Real, Stored, View,
-        emulator::{Memory, Options, launch},
-    },
+    device::{Arena, Cpu, Device, Matrix, Real, Stored, View, emulator::Options},
     ops::layer_norm::{
         self, CASES, Case, KernelNorm, KernelNormGrad, Norm, NormGrad, apply_launch, backward_launches, forward_launch,
         partial_len,
@@ -13,9 +10,9 @@ use crossfusion::{
 use half::bf16;
 
 use crate::{
-    Element, PLAIN, RACE,
+    Element, Memory, PLAIN, RACE,
     common::{Law, fill},
-    error,
+    error, launch,
 };
 
 /// Inputs, and what the parameters' gradients hold before.
@@ -72,7 +69,7 @@ fn reference<R: Real, T: Element>(case: Case, inputs: &Inputs<T>) -> [Vec<f64>; 
         dweight: unsafe { View::of_slice_mut(&mut dweight, 1, cols) },
         dbias: unsafe { View::of_slice_mut(&mut dbias, 1, cols) },
     };
-    layer_norm::backward(&device, &[grad]).unwrap();
+    layer_norm::backward(&device, &mut Arena::new(&device, 0).unwrap(), &[grad]).unwrap();
     [y, stats, dx, dweight, dbias].map(|v| v.into_iter().map(Real::f64).collect())
 }
 

@@ -2,13 +2,14 @@
 
 use crossfusion::device::{
     Arg, Launch, Storage,
-    emulator::{Memory, Options, Schedule, kernels, launch},
+    emulator::{Options, Schedule, kernels},
 };
 use half::bf16;
 
 use crate::{
-    PLAIN, RACE,
+    Memory, PLAIN, RACE,
     common::{Law, fill},
+    gpu, launch,
 };
 
 fn probe(kernel: &'static str, blocks: u32, threads: u32, shared_bytes: u32, args: Vec<Arg>) -> Launch {
@@ -54,7 +55,7 @@ fn mma_fragments() {
         let args = vec![Arg::new(ra.address()), Arg::new(rb.address()), Arg::new(rd.address())];
         let kernel = if tf32 { "probe_mma_tf32" } else { "probe_mma_bf16" };
         let stats = launch(&probe(kernel, 1, 32, 0, args), RACE).unwrap();
-        assert_eq!(stats.mma, 1);
+        assert!(gpu().is_some() || stats.mma == 1);
         let d = rd.read().unwrap();
         for lane in 0..32 {
             for v in 0..4 {
@@ -77,7 +78,7 @@ fn ldmatrix_fragments() {
         let kernel = if trans { "probe_ldmatrix_trans" } else { "probe_ldmatrix" };
         let args = vec![Arg::new(input.address()), Arg::new(output.address())];
         let stats = launch(&probe(kernel, 1, 32, 512, args), RACE).unwrap();
-        assert_eq!((stats.ldmatrix, stats.ldmatrix_conflicts), (1, 0));
+        assert!(gpu().is_some() || (stats.ldmatrix, stats.ldmatrix_conflicts) == (1, 0));
         for (i, register) in output.read().unwrap().into_iter().enumerate() {
             let (lane, j) = (i / 4, i % 4);
             for half in 0..2 {
@@ -147,6 +148,9 @@ fn detects<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(
 ) {
     for options in PLAIN.into_iter().chain([RACE]) {
         assert_eq!(run(sound, options).as_deref(), Ok(truth), "{sound} {options:?}");
+    }
+    if gpu().is_some() {
+        return; // a bug may do anything there
     }
     for &(bug, words, seen) in bugs {
         let message = run(bug, RACE).expect_err(bug);
@@ -221,8 +225,16 @@ fn atomics() {
     );
 }
 
+/// Whether to skip what only the emulator does.
+fn skips_the_emulators_own() -> bool {
+    gpu().is_some()
+}
+
 #[test]
 fn refused_launches() {
+    if skips_the_emulators_own() {
+        return;
+    }
     let refusal = |launch_: Launch| launch(&launch_, PLAIN[0]).unwrap_err().to_string();
     let args = || vec![Arg::new(0u64), Arg::new(0i32)];
     assert!(refusal(probe("no_such", 1, 32, 0, args())).ends_with("no_such_f32: there is no such kernel"));
@@ -236,6 +248,9 @@ fn refused_launches() {
 
 #[test]
 fn kernels_come_in_both_storage_types() {
+    if skips_the_emulators_own() {
+        return;
+    }
     let names = kernels().unwrap();
     for kernel in names.iter().filter_map(|n| n.strip_suffix("_f32")) {
         assert!(names.contains(&format!("{kernel}_bf16")), "{kernel}");
@@ -246,6 +261,9 @@ fn kernels_come_in_both_storage_types() {
 /// Two host threads at once: each gets its own error.
 #[test]
 fn errors_are_per_launch() {
+    if skips_the_emulators_own() {
+        return;
+    }
     std::thread::scope(|scope| {
         for (kernel, words) in [("probe_sum_bug4", "divergent"), ("probe_sum_bug5", "own mask")] {
             scope.spawn(move || {

@@ -19,6 +19,26 @@ fn assert_cox(cohort: &CoxCohort, risk: &[f64], ties: Ties, loglik: f64, want: &
     for (row, (&got, want)) in gradient.iter().zip(want).enumerate() {
         assert!((f64::from(got) - want).abs() <= 1e-5 * want.abs().max(1.0), "{what} in f32: row {row} {got}, {want}");
     }
+    #[cfg(feature = "emulator")]
+    assert_cox_kernels(cohort, &risk, ties, loglik, want, what);
+}
+
+/// kernels/cox.cu on the emulator, or on the GPU if CROSSFUSION_DEVICE=cuda.
+#[cfg(feature = "emulator")]
+fn assert_cox_kernels(cohort: &CoxCohort, risk: &[f32], ties: Ties, loglik: f64, want: &[f64], what: &str) {
+    use crossfusion::{device::Device, ops::cox::DeviceCohort};
+    let name = std::env::var("CROSSFUSION_DEVICE").unwrap_or_else(|_| "emulator".into());
+    let device = Device::from_name(&name, 0).unwrap();
+    let mut gradient = vec![f32::NAN; risk.len()];
+    let cohort = DeviceCohort::new(&device, cohort).unwrap();
+    let got = cohort.loglik_and_gradient(&device, risk, ties, &mut gradient).unwrap();
+    assert_relative_eq!(got, loglik, max_relative = 1e-5);
+    for (row, (&got, want)) in gradient.iter().zip(want).enumerate() {
+        assert!(
+            (f64::from(got) - want).abs() <= 1e-5 * want.abs().max(1.0),
+            "{what} by kernels: row {row} {got}, {want}"
+        );
+    }
 }
 
 #[test]

@@ -9,6 +9,9 @@ use super::{Cpu, Kernel, Real};
 const CHAINS: usize = 12;
 const STEPS: usize = 1 << 16;
 
+/// Larger than any cache: 256 MiB read, 256 MiB written.
+const COPY: usize = 32 << 20;
+
 /// Independent chains of multiply-adds that live in registers.
 struct Chains<T>(std::marker::PhantomData<T>);
 
@@ -37,5 +40,22 @@ impl Cpu {
             flop / start.elapsed().as_secs_f64()
         };
         (0..repeats).map(run).fold(0.0, f64::max)
+    }
+
+    /// Bytes a second of a large copy by all threads, read plus written, the best of `repeats` after one that takes the pages.
+    pub fn copy_rate(&self, repeats: usize) -> f64 {
+        let (from, mut to) = (vec![1u64; COPY], vec![0u64; COPY]);
+        let part = COPY.div_ceil(4 * self.threads());
+        let mut run = || {
+            let start = Instant::now();
+            self.install(|| {
+                use rayon::prelude::*;
+                to.par_chunks_mut(part).zip(from.par_chunks(part)).for_each(|(to, from)| to.copy_from_slice(from));
+            });
+            black_box(&to);
+            (2 * COPY * size_of::<u64>()) as f64 / start.elapsed().as_secs_f64()
+        };
+        run();
+        (0..repeats).map(|_| run()).fold(0.0, f64::max)
     }
 }

@@ -2,16 +2,13 @@
 //!
 //! The f32 functions are branch-free polynomials, so that loops over them vectorize; the f64 ones are libm's.
 
-use bytemuck::Pod;
 use pulp::Simd;
 
+use crate::device::Element;
+
 pub trait Real:
-    Pod
-    + Default
-    + Send
-    + Sync
+    Element<Sum = Self>
     + PartialOrd
-    + std::fmt::Debug
     + std::ops::Add<Output = Self>
     + std::ops::Sub<Output = Self>
     + std::ops::Mul<Output = Self>

@@ -1,0 +1,212 @@
+//! An NVIDIA GPU through cudarc: one stream for all work, kernels looked up once, no allocation but [`Cuda::alloc`].
+//!
+//! NOT YET RUN ON A GPU. The kernels are proven on the emulator; this file by review only.
+
+use std::{
+    collections::HashMap,
+    ffi::{CStr, c_void},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use cudarc::{
+    driver::{
+        CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result,
+        sys::{self, CUfunction_attribute_enum, CUresult},
+    },
+    nvrtc::Ptx,
+};
+
+use super::{Launch, Storage, fatbins::fatbins};
+use crate::{Error, Result};
+
+/// The oldest that the kernels run on (Ampere: cp.async, bf16 and TF32 tensor cores).
+const OLDEST: (i32, i32) = (8, 0);
+
+pub struct Cuda {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    modules: Vec<Arc<CudaModule>>,
+    functions: Mutex<HashMap<(&'static str, Storage), CudaFunction>>,
+    /// What was launched last, for the message when the device reports an error later.
+    last: Mutex<Option<Launch>>,
+    name: String,
+}
+
+impl Cuda {
+    /// The first GPU that the driver shows (CUDA_VISIBLE_DEVICES chooses).
+    pub fn new() -> Result<Self> {
+        if fatbins().is_empty() {
+            return Err(Error::Device(
+                "--device cuda: this program was built without CUDA kernels: run scripts/cuda-toolchain.sh (or set CUDA_HOME to a \
+                 CUDA 13 toolkit), build again, or use --device cpu"
+                    .into(),
+            ));
+        }
+        // SAFETY: looks for the driver's library; every other call panics without it.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::Device(
+                "--device cuda: there is no NVIDIA driver on this machine (libcuda was not found); use --device cpu"
+                    .into(),
+            ));
+        }
+        let failed = |what: &str, e: DriverError| Error::Device(format!("--device cuda: {what}: {}", reason(e)));
+        if CudaContext::device_count().map_err(|e| failed("the NVIDIA driver does not start", e))? == 0 {
+            return Err(Error::Device("--device cuda: the NVIDIA driver shows no GPU; use --device cpu".into()));
+        }
+        let context = CudaContext::new(0).map_err(|e| failed("the GPU cannot be opened", e))?;
+        let name = context.name().map_err(|e| failed("the GPU has no name", e))?;
+        let capability = context.compute_capability().map_err(|e| failed("the GPU has no compute capability", e))?;
+        if capability < OLDEST {
+            let message = format!(
+                "--device cuda: {name} has compute capability {}.{}, the kernels need {}.{} (Ampere) or newer; use --device cpu",
+                capability.0, capability.1, OLDEST.0, OLDEST.1
+            );
+            return Err(Error::Device(message));
+        }
+        // SAFETY: nothing has been allocated yet; all work goes through one stream, so events order nothing.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(|e| failed("no stream", e))?;
+        let load = |(file, fatbin): &(&str, &[u8])| {
+            let module = context.load_module(Ptx::from_binary(fatbin.to_vec()));
+            module.map_err(|e| failed(&format!("the kernels of {file} do not load on {name}"), e))
+        };
+        let modules = fatbins().iter().map(load).collect::<Result<_>>()?;
+        Ok(Self { context, stream, modules, functions: Mutex::default(), last: Mutex::default(), name })
+    }
+
+    /// The GPU's name, as the driver tells it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Zeroed device memory.
+    pub fn alloc(&self, bytes: usize) -> Result<CudaSlice<u8>> {
+        self.stream.alloc_zeros(bytes.max(1)).map_err(|e| {
+            if e.0 != CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                return self.failed("allocating memory", e);
+            }
+            let (free, total) = self.context.mem_get_info().unwrap_or_default();
+            let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+            Error::Device(format!(
+                "{}: {:.2} GiB are needed, {:.2} of {:.2} GiB are free; a smaller --memory-budget, or --device cpu, may do",
+                self.name,
+                gib(bytes),
+                gib(free),
+                gib(total)
+            ))
+        })
+    }
+
+    /// Starts a kernel.
+    pub fn launch(&self, launch: Launch) -> Result<()> {
+        let function = self.function(&launch)?;
+        self.bind()?;
+        let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x, y, z));
+        let mut args: Vec<*mut c_void> = launch.args.iter().map(|arg| arg.as_ptr().cast_mut().cast()).collect();
+        // SAFETY: the arguments outlive the call, which copies them; that they fit the kernel is checked by the emulator's tests.
+        let launched = unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                grid,
+                block,
+                launch.shared_bytes,
+                self.stream.cu_stream(),
+                &mut args,
+            )
+        };
+        launched.map_err(|e| Error::Device(format!("{}: {} failed: {}", self.name, describe(&launch), reason(e))))?;
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(launch);
+        Ok(())
+    }
+
+    /// The kernel, from whichever module has it.
+    fn function(&self, launch: &Launch) -> Result<CudaFunction> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (launch.kernel, launch.storage);
+        if let Some(function) = functions.get(&key) {
+            return Ok(function.clone());
+        }
+        let symbol = launch.symbol();
+        let function = self.modules.iter().find_map(|module| module.load_function(&symbol).ok());
+        let function = function.ok_or_else(|| Error::Device(format!("this build has no kernel `{symbol}`")))?;
+        // what a block may take beyond 48 KiB has to be asked for
+        let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let fixed = function.shared_size_bytes().unwrap_or(0);
+        let limit = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let limit = self.context.attribute(limit).map_err(|e| self.failed("asking for the GPU's shared memory", e))?;
+        function.set_attribute(attribute, limit - fixed).map_err(|e| self.failed(&symbol, e))?;
+        functions.insert(key, function.clone());
+        Ok(function)
+    }
+
+    /// Copies to the device; returns when `from` may change again.
+    pub fn upload(&self, from: &[u8], to: u64) -> Result<()> {
+        self.bind()?;
+        // SAFETY: `to` lies in a live buffer of this device that is large enough (the caller's view).
+        unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }
+            .and_then(|()| self.stream.synchronize())
+            .map_err(|e| self.failed("copying to the GPU", e))
+    }
+
+    /// Copies from the device, after all work so far.
+    pub fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: as above; the copy has ended when this returns.
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }
+            .and_then(|()| self.stream.synchronize())
+            .map_err(|e| self.failed("copying from the GPU", e))
+    }
+
+    /// Waits for all work so far.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(|e| self.failed("waiting for the GPU", e))
+    }
+
+    /// Seconds that the device takes for what `work` launches, by its own clock.
+    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        let event = || self.stream.record_event(flags).map_err(|e| self.failed("recording an event", e));
+        let start = event()?;
+        work()?;
+        let end = event()?;
+        end.synchronize().map_err(|e| self.failed("waiting for the GPU", e))?;
+        let milliseconds = start.elapsed_ms(&end).map_err(|e| self.failed("reading the GPU's clock", e))?;
+        Ok(f64::from(milliseconds) * 1e-3)
+    }
+
+    /// The stream of all work, for other libraries' calls.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|e| self.failed("using the GPU", e))
+    }
+
+    /// An error that the device reports after the fact belongs to some launch before.
+    fn failed(&self, what: &str, e: DriverError) -> Error {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let after = last.as_ref().map_or(String::new(), |launch| {
+            format!(
+                "; the last kernel started was {} (CUDA_LAUNCH_BLOCKING=1 names the one that failed)",
+                describe(launch)
+            )
+        });
+        Error::Device(format!("{}: {what} failed: {}{after}", self.name, reason(e)))
+    }
+}
+
+fn describe(launch: &Launch) -> String {
+    let Launch { grid: [gx, gy, gz], block: [bx, by, bz], shared_bytes, .. } = launch;
+    format!(
+        "kernel {} (grid {gx} x {gy} x {gz}, block {bx} x {by} x {bz}, {shared_bytes} bytes of shared memory)",
+        launch.symbol()
+    )
+}
+
+/// The driver's name for an error and its own words.
+fn reason(e: DriverError) -> String {
+    let text =
+        |text: Result<&CStr, DriverError>| text.map_or(String::new(), |text| text.to_string_lossy().into_owned());
+    format!("{} ({})", text(e.error_name()), text(e.error_string()))
+}

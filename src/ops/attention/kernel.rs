@@ -1,0 +1,270 @@
+//! kernels/attention_forward.cu and attention_backward.cu: what their launches are for given shapes.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{Attention, AttentionGrad};
+use crate::{
+    device::{Arg, Element, Launch, Matrix, Storage},
+    ops::dropout::KernelDropout,
+};
+
+// As in the kernels.
+const PROBLEMS: usize = 4;
+const THREADS: usize = 128;
+/// Rows that a block owns.
+const OWN: usize = 64;
+/// Rows of a streamed tile in backward.
+const STREAMED: usize = 32;
+
+/// Blocks that keep a large GPU busy to its end: two on each of an H100's 132 multiprocessors, twice.
+const FULL: usize = 4 * 132;
+/// Keys that a split takes at least: below, joining the splits costs more than they save.
+const SPLIT_KEYS: usize = 1024;
+
+/// `Attention` of attention_forward.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct KernelAttention {
+    pub q: Matrix,
+    pub k: Matrix,
+    pub v: Matrix,
+    pub out: Matrix,
+    pub lse: u64,
+    /// Scratch of [`parts_len`] and [`part_lse_len`] f32 if there are several splits.
+    pub parts: u64,
+    pub part_lse: u64,
+    pub dropout: KernelDropout,
+    pub heads: i32,
+    pub splits: i32,
+    first_block: i32,
+    padding: i32,
+}
+
+/// `AttentionGrad` of attention_backward.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct KernelAttentionGrad {
+    pub q: Matrix,
+    pub k: Matrix,
+    pub v: Matrix,
+    pub out: Matrix,
+    pub dout: Matrix,
+    pub dq: Matrix,
+    pub dk: Matrix,
+    pub dv: Matrix,
+    pub lse: u64,
+    /// Scratch of `heads * n` f32.
+    pub delta: u64,
+    pub dropout: KernelDropout,
+    pub heads: i32,
+    first_block: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Table<P> {
+    problem: [P; PROBLEMS],
+    count: i32,
+    padding: i32,
+}
+
+// SAFETY: both problems are Pod with a size that is a multiple of 8, so there is no padding that is not a field.
+unsafe impl<P: Zeroable> Zeroable for Table<P> {}
+unsafe impl<P: Pod> Pod for Table<P> {}
+
+impl<T: Element> From<&Attention<T>> for KernelAttention {
+    /// Without splits and scratch.
+    fn from(p: &Attention<T>) -> Self {
+        Self {
+            q: p.q.into(),
+            k: p.k.into(),
+            v: p.v.into(),
+            out: p.out.into(),
+            lse: p.lse.address(),
+            parts: 0,
+            part_lse: 0,
+            dropout: p.dropout.into(),
+            heads: p.heads as i32,
+            splits: 1,
+            first_block: 0,
+            padding: 0,
+        }
+    }
+}
+
+impl<T: Element> From<&AttentionGrad<T>> for KernelAttentionGrad {
+    /// Without scratch.
+    fn from(p: &AttentionGrad<T>) -> Self {
+        let forward = &p.forward;
+        Self {
+            q: forward.q.into(),
+            k: forward.k.into(),
+            v: forward.v.into(),
+            out: forward.out.into(),
+            dout: p.dout.into(),
+            dq: p.dq.into(),
+            dk: p.dk.into(),
+            dv: p.dv.into(),
+            lse: forward.lse.address(),
+            delta: 0,
+            dropout: forward.dropout.into(),
+            heads: forward.heads as i32,
+            first_block: 0,
+        }
+    }
+}
+
+/// The compiled head width that holds the heads, as an index into lists of kernels.
+fn width(q: Matrix, heads: i32) -> usize {
+    match q.cols / heads as u32 {
+        0..=32 => 0,
+        33..=64 => 1,
+        _ => 2,
+    }
+}
+
+const WIDTHS: [usize; 3] = [32, 64, 128];
+
+/// In how many parts each problem's keys are attended to: as many blocks as a large GPU needs, if the keys are long enough.
+pub fn splits(problems: &[KernelAttention]) -> Vec<usize> {
+    let blocks: usize = problems.iter().map(|p| p.heads as usize * (p.q.rows as usize).div_ceil(OWN)).sum();
+    let of = |p: &KernelAttention| (FULL / blocks.max(1)).clamp(1, (p.k.rows as usize).div_ceil(SPLIT_KEYS).max(1));
+    problems.iter().map(of).collect()
+}
+
+/// f32 elements of a problem's partial outputs, and of their log-sum-exps.
+pub fn parts_len(splits: usize, n: usize, d: usize) -> usize {
+    if splits > 1 { splits * n * d } else { 0 }
+}
+
+pub fn part_lse_len(splits: usize, n: usize, heads: usize) -> usize {
+    if splits > 1 { splits * n * heads } else { 0 }
+}
+
+/// A table of up to [`PROBLEMS`] problems with their blocks counted.
+fn table<P: Pod>(
+    problems: &[P],
+    blocks_of: impl Fn(&P) -> usize,
+    first_block: impl Fn(&mut P, i32),
+) -> (Table<P>, usize) {
+    let mut table = Table { problem: [P::zeroed(); PROBLEMS], count: problems.len() as i32, padding: 0 };
+    let mut blocks = 0;
+    for (place, p) in table.problem.iter_mut().zip(problems) {
+        *place = *p;
+        first_block(place, blocks as i32);
+        blocks += blocks_of(p);
+    }
+    (table, blocks)
+}
+
+fn launch<P: Pod>(
+    kernel: &'static str,
+    storage: Storage,
+    grid: [usize; 2],
+    shared_bytes: usize,
+    table: Table<P>,
+) -> Option<Launch> {
+    (grid[0] * grid[1] > 0).then(|| Launch {
+        kernel,
+        storage,
+        grid: [grid[0] as u32, grid[1] as u32, 1],
+        block: [THREADS as u32, 1, 1],
+        shared_bytes: shared_bytes as u32,
+        args: vec![Arg::new(table)],
+    })
+}
+
+/// All problems of a call have heads of one width.
+pub fn forward_launches(storage: Storage, problems: &[KernelAttention]) -> Vec<Launch> {
+    let mut launches = Vec::new();
+    for problems in problems.chunks(PROBLEMS) {
+        let width = problems.iter().map(|p| width(p.q, p.heads)).max().unwrap_or(0);
+        let kernel = ["attention_forward_32", "attention_forward_64", "attention_forward_128"][width];
+        let blocks = |p: &KernelAttention| (p.heads * p.splits) as usize * (p.q.rows as usize).div_ceil(OWN);
+        let (table, blocks) = table(problems, blocks, |p, first| p.first_block = first);
+        let keys = if storage == Storage::Bf16 { 64 } else { 32 };
+        let shared = (OWN + 4 * keys) * WIDTHS[width] * storage.bytes();
+        launches.extend(launch(kernel, storage, [blocks, 1], shared, table));
+        let rows = problems.iter().filter(|p| p.splits > 1).map(|p| p.q.rows as usize).max().unwrap_or(0);
+        launches.extend(launch("attention_merge", storage, [rows.div_ceil(THREADS / 32), problems.len()], 0, table));
+    }
+    launches
+}
+
+pub fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
+    let mut launches = Vec::new();
+    for problems in problems.chunks(PROBLEMS) {
+        let width = problems.iter().map(|p| width(p.q, p.heads)).max().unwrap_or(0);
+        let stages = if storage == Storage::Bf16 || width < 2 { 2 } else { 1 };
+        let tiles = (2 * OWN + 2 * stages * STREAMED) * WIDTHS[width] * storage.bytes();
+        let rows = problems.iter().map(|p| p.q.rows as usize).max().unwrap_or(0);
+        let by_queries = |p: &KernelAttentionGrad| p.heads as usize * (p.q.rows as usize).div_ceil(OWN);
+        let by_keys = |p: &KernelAttentionGrad| p.heads as usize * (p.k.rows as usize).div_ceil(OWN);
+        let first = |p: &mut KernelAttentionGrad, block| p.first_block = block;
+
+        let (queries, query_blocks) = table(problems, by_queries, first);
+        launches.extend(launch("attention_delta", storage, [rows.div_ceil(THREADS / 32), problems.len()], 0, queries));
+        let kernel = ["attention_dkv_32", "attention_dkv_64", "attention_dkv_128"][width];
+        let (keys, key_blocks) = table(problems, by_keys, first);
+        // lse and delta of the streamed rows, and two stages of dropout's bits
+        let others = (2 * stages * STREAMED * 4).next_multiple_of(128) + 2 * 2 * 4 * (STREAMED + 8) * 4;
+        launches.extend(launch(kernel, storage, [key_blocks, 1], tiles + others, keys));
+        let kernel = ["attention_dq_32", "attention_dq_64", "attention_dq_128"][width];
+        launches.extend(launch(kernel, storage, [query_blocks, 1], tiles, queries));
+    }
+    launches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(n: usize, m: usize) -> KernelAttention {
+        KernelAttention {
+            q: Matrix::new(0, n, 512),
+            k: Matrix::new(0, m, 512),
+            heads: 4,
+            splits: 1,
+            ..Zeroable::zeroed()
+        }
+    }
+
+    #[test]
+    fn few_queries_split_long_contexts() {
+        assert_eq!(splits(&[problem(3025, 3025); 3]), [1, 1, 1]);
+        assert_eq!(splits(&[problem(200, 800), problem(200, 250_000)]), [1, 16]);
+        assert_eq!(splits(&[problem(1, 3026)]), [3]);
+        assert_eq!(parts_len(3, 5, 512), 3 * 5 * 512);
+    }
+
+    #[test]
+    fn blocks_are_those_of_all_problems_and_heads() {
+        let launches = forward_launches(Storage::Bf16, &[problem(3000, 800), problem(65, 12000)]);
+        assert_eq!(launches.len(), 1);
+        assert_eq!((launches[0].kernel, launches[0].grid), ("attention_forward_128", [4 * (47 + 2), 1, 1]));
+        assert_eq!(launches[0].shared_bytes, 80 << 10);
+        let split = forward_launches(Storage::F32, &[KernelAttention { splits: 3, ..problem(65, 12000) }]);
+        assert_eq!(
+            split.iter().map(|l| (l.kernel, l.grid[0])).collect::<Vec<_>>(),
+            [("attention_forward_128", 24), ("attention_merge", 17)]
+        );
+        assert!(forward_launches(Storage::F32, &[problem(0, 10)]).is_empty());
+    }
+
+    #[test]
+    fn every_block_fits_the_shared_memory_of_any_gpu_since_ampere() {
+        let grad = |d: usize| KernelAttentionGrad {
+            q: Matrix::new(0, 100, d),
+            k: Matrix::new(0, 100, d),
+            heads: 1,
+            ..Zeroable::zeroed()
+        };
+        for storage in [Storage::F32, Storage::Bf16] {
+            for d in [32, 64, 128] {
+                let forward = KernelAttention { q: Matrix::new(0, 100, d), heads: 1, ..problem(1, 1) };
+                let launches = [forward_launches(storage, &[forward]), backward_launches(storage, &[grad(d)])].concat();
+                assert!(launches.iter().all(|l| l.shared_bytes <= 99 << 10), "{launches:?}");
+            }
+        }
+    }
+}

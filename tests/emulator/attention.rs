@@ -1,0 +1,161 @@
+//! kernels/attention_forward.cu and attention_backward.cu against src/ops/attention.rs.
+
+use crossfusion::{
+    Result,
+    device::{Element, View},
+    ops::{
+        Draw, Dropout,
+        attention::{self, Attention, AttentionGrad},
+    },
+};
+
+use half::bf16;
+
+use crate::{
+    bed::{Bed, Case, check, check_races},
+    common::Law,
+};
+
+/// Forward and backward of a group of problems, each n queries and m keys.
+struct Attentions {
+    heads: usize,
+    head_dim: usize,
+    rate: f64,
+    sizes: Vec<[usize; 2]>,
+}
+
+impl Case for Attentions {
+    fn name(&self) -> String {
+        let Self { heads, head_dim, rate, sizes } = self;
+        format!("{heads} heads of {head_dim}, dropout {rate}, {sizes:?}")
+    }
+
+    fn run<T: Element>(&self, bed: &mut Bed<T>) -> Result<()> {
+        let unit = Law { offset: 0.0, scale: 1.5 };
+        let d = self.heads * self.head_dim;
+        let (mut forward, mut backward) = (Vec::new(), Vec::new());
+        for (i, &[n, m]) in self.sizes.iter().enumerate() {
+            let of = |name: &str| format!("{name} {i}");
+            let q = bed.input(&of("q"), n, d, unit);
+            // keys and values are the halves of one matrix
+            let kv = bed.input(&of("kv"), m, 2 * d, unit);
+            let (out, lse) = (bed.output(&of("out"), n, d), bed.sums(&of("lse"), self.heads, n));
+            let draw = Some(Draw { seed: 5 << 33 | 1, step: 9 });
+            let dropout = Dropout::new(draw, (3 + i * self.heads) as u32, self.rate);
+            let (k, v) = (kv.cols_range(0..d), kv.cols_range(d..2 * d));
+            let problem = Attention { q, k, v, out, lse, heads: self.heads, dropout };
+            let dout = bed.input(&of("dout"), n, d, unit);
+            let (dq, dkv) = (bed.output(&of("dq"), n, d), bed.output(&of("dkv"), m, 2 * d));
+            let (dk, dv) = (dkv.cols_range(0..d), dkv.cols_range(d..2 * d));
+            forward.push(problem);
+            backward.push(AttentionGrad { forward: problem, dout, dq, dk, dv });
+        }
+        if bed.plainly {
+            backward.iter().for_each(|p| plainly(bed, p));
+            return Ok(());
+        }
+        attention::forward(bed.device, &mut bed.arena, &forward)?;
+        attention::backward(bed.device, &mut bed.arena, &backward)
+    }
+}
+
+/// As eager PyTorch does it: scores, probabilities and their gradients are tensors of their own, in bf16.
+fn plainly<T: Element>(bed: &Bed<T>, p: &AttentionGrad<T>) {
+    let Attention { q, k, v, out, lse, heads, dropout } = p.forward;
+    let (n, m, head_dim) = (q.rows(), k.rows(), q.cols() / heads);
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    for head in 0..heads {
+        let of = |view: View<T>| view.cols_range(head * head_dim..(head + 1) * head_dim);
+        let rows = |view: View<T>| Rows { values: bed.read(of(view)), cols: head_dim };
+        let (q, k, v, dout) = (rows(q), rows(k), rows(v), rows(p.dout));
+        let mut factors = vec![1.0; n * m];
+        if let Some(dropout) = dropout {
+            factors.chunks_mut(m.max(1)).enumerate().for_each(|(i, row)| dropout.at(head as u32).apply(i, row));
+        }
+        let scores = round(table(n, m, |i, j| scale * dot(q.row(i), k.row(j))));
+        let sum = |i: usize| (0..m).map(|j| scores[i * m + j].exp()).sum::<f64>();
+        let sums: Vec<f64> = (0..n).map(sum).collect();
+        let probs = round(table(n, m, |i, j| scores[i * m + j].exp() / sums[i]));
+        let dropped = round(table(n, m, |i, j| probs[i * m + j] * factors[i * m + j]));
+        let over_keys = |weights: &[f64], x: &Rows| {
+            table(n, head_dim, |i, c| (0..m).map(|j| weights[i * m + j] * x.row(j)[c]).sum())
+        };
+        let over_queries = |weights: &[f64], x: &Rows| {
+            table(m, head_dim, |j, c| (0..n).map(|i| weights[i * m + j] * x.row(i)[c]).sum())
+        };
+        bed.write(&over_keys(&dropped, &v), of(out));
+        bed.write(&sums.iter().map(|s| s.ln()).collect::<Vec<_>>(), lse.rows_range(head..head + 1));
+        let ddropped = round(table(n, m, |i, j| dot(dout.row(i), v.row(j))));
+        let dprobs = round(table(n, m, |i, j| ddropped[i * m + j] * factors[i * m + j]));
+        let delta = |i: usize| dot(&dprobs[i * m..(i + 1) * m], &probs[i * m..(i + 1) * m]);
+        let deltas: Vec<f64> = (0..n).map(delta).collect();
+        let dscores = round(table(n, m, |i, j| scale * probs[i * m + j] * (dprobs[i * m + j] - deltas[i])));
+        bed.write(&over_queries(&dropped, &dout), of(p.dv));
+        bed.write(&over_keys(&dscores, &k), of(p.dq));
+        bed.write(&over_queries(&dscores, &q), of(p.dk));
+    }
+}
+
+struct Rows {
+    values: Vec<f64>,
+    cols: usize,
+}
+
+impl Rows {
+    fn row(&self, i: usize) -> &[f64] {
+        &self.values[i * self.cols..(i + 1) * self.cols]
+    }
+}
+
+fn table(rows: usize, cols: usize, of: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+    (0..rows * cols).map(|i| of(i / cols, i % cols)).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn round(mut values: Vec<f64>) -> Vec<f64> {
+    values.iter_mut().for_each(|x| *x = bf16::from_f64(*x).to_f64());
+    values
+}
+
+fn case(heads: usize, head_dim: usize, rate: f64, sizes: &[[usize; 2]]) -> Attentions {
+    Attentions { heads, head_dim, rate, sizes: sizes.to_vec() }
+}
+
+/// One query, one key, an empty context, ragged tiles, each width, dropout, groups.
+fn small() -> Vec<Attentions> {
+    vec![
+        case(1, 8, 0.0, &[[1, 1]]),
+        case(2, 8, 0.3, &[[3, 40]]),
+        case(1, 32, 0.0, &[[65, 33], [2, 130]]),
+        case(2, 64, 0.3, &[[66, 70]]),
+        case(1, 128, 0.2, &[[34, 67], [1, 5]]),
+    ]
+}
+
+fn large() -> Vec<Attentions> {
+    vec![
+        case(4, 32, 0.2, &[[130, 257], [65, 64], [257, 100]]),
+        case(2, 128, 0.2, &[[129, 200]]),
+        // keys in three and in two parts
+        case(1, 16, 0.2, &[[20, 2100], [70, 1500]]),
+        case(1, 8, 0.0, &[[5, 9]; 6]),
+    ]
+}
+
+#[test]
+fn matches_the_cpu() {
+    small().iter().for_each(check);
+}
+
+#[test]
+fn groups_and_splits_match_the_cpu() {
+    large().iter().for_each(check);
+}
+
+#[test]
+fn has_no_races() {
+    small().iter().for_each(check_races);
+}

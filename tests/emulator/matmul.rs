@@ -1,0 +1,135 @@
+//! kernels/matmul.cu against src/ops/matmul.rs.
+
+use crossfusion::{
+    Result,
+    device::Element,
+    ops::{
+        Draw, Dropout,
+        matmul::{self, Epilogue, Matmul, WeightGrad},
+    },
+};
+
+use crate::{
+    bed::{Bed, Case, check, check_races},
+    common::Law,
+};
+
+/// Which part of a linear layer, and `[m, k]` times `[k, n]` of each problem.
+struct Products {
+    part: Part,
+    epilogue: Options,
+    sizes: Vec<[usize; 3]>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    Forward,
+    Input,
+    Weight,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Options {
+    accumulate: bool,
+    bias: bool,
+    gelu: bool,
+    gelu_grad: bool,
+    dropout: bool,
+    residual: bool,
+}
+
+const UNIT: Law = Law { offset: 0.0, scale: 1.0 };
+
+impl Case for Products {
+    fn name(&self) -> String {
+        format!("{:?} {:?} {:?}", self.part, self.sizes, self.epilogue)
+    }
+
+    fn run<T: Element>(&self, bed: &mut Bed<T>) -> Result<()> {
+        let (mut products, mut weights) = (Vec::new(), Vec::new());
+        for (i, &[m, n, k]) in self.sizes.iter().enumerate() {
+            let of = |name: &str| format!("{name} {i}");
+            if let Part::Weight = self.part {
+                let (dy, x) = (bed.input(&of("dy"), m, n, UNIT), bed.input(&of("x"), m, k, UNIT));
+                let (dw, db) = (bed.accumulated(&of("dw"), n, k), bed.accumulated(&of("db"), 1, n));
+                weights.push(WeightGrad { dy, x, dw, db: (i != 1).then_some(db) });
+                continue;
+            }
+            let o = self.epilogue;
+            // rows of a and out lie in wider matrices
+            let a = bed.input(&of("a"), m, k + 8, UNIT).cols_range(8..k + 8);
+            let b = match self.part {
+                Part::Forward => bed.input(&of("b"), n, k, UNIT),
+                _ => bed.input(&of("b"), k, n, UNIT),
+            };
+            let out = if o.accumulate { bed.in_place(&of("out"), m, n, UNIT) } else { bed.output(&of("out"), m, n) };
+            let epilogue = Epilogue {
+                accumulate: o.accumulate,
+                bias: o.bias.then(|| bed.input(&of("bias"), 1, n, UNIT)),
+                gelu: o.gelu.then(|| bed.output(&of("pre"), m, n)),
+                gelu_grad: o.gelu_grad.then(|| bed.input(&of("pre"), m, n, Law { offset: 0.0, scale: 3.0 })),
+                dropout: Dropout::new(o.dropout.then_some(Draw { seed: 1 << 40 | 7, step: 3 }), i as u32, 0.3),
+                residual: o.residual.then(|| bed.input(&of("residual"), m, n, UNIT)),
+            };
+            products.push(Matmul { a, b, out, epilogue });
+        }
+        match self.part {
+            Part::Forward => matmul::forward(bed.device, &products),
+            Part::Input => matmul::backward_input(bed.device, &products),
+            Part::Weight => matmul::backward_weight(bed.device, &mut bed.arena, &weights),
+        }
+    }
+}
+
+fn products(part: Part, epilogue: Options, sizes: &[[usize; 3]]) -> Products {
+    Products { part, epilogue, sizes: sizes.to_vec() }
+}
+
+const NONE: Options =
+    Options { accumulate: false, bias: false, gelu: false, gelu_grad: false, dropout: false, residual: false };
+const FFN: Options = Options { bias: true, gelu: true, dropout: true, ..NONE };
+const BACK: Options = Options { gelu_grad: true, dropout: true, ..NONE };
+const ADD: Options = Options { accumulate: true, residual: true, bias: true, ..NONE };
+
+/// One element a side, ragged everywhere, whole tiles, several stages, depth 0, and groups.
+fn small() -> Vec<Products> {
+    let mut cases = Vec::new();
+    for part in [Part::Forward, Part::Input] {
+        cases.push(products(part, NONE, &[[1, 8, 8]]));
+        cases.push(products(part, NONE, &[[5, 8, 0], [65, 72, 200]]));
+        cases.push(products(part, FFN, &[[33, 40, 72]]));
+        cases.push(products(part, BACK, &[[70, 64, 24]]));
+        cases.push(products(part, ADD, &[[17, 136, 64], [1, 24, 16], [0, 8, 8]]));
+    }
+    cases.push(products(Part::Weight, NONE, &[[1, 8, 8]]));
+    cases.push(products(Part::Weight, NONE, &[[70, 72, 136], [300, 8, 16], [0, 16, 8]]));
+    cases
+}
+
+/// The large tile, split sums, more problems than a launch takes.
+fn large() -> Vec<Products> {
+    vec![
+        products(Part::Forward, FFN, &[[1500, 1160, 72], [300, 512, 40]]),
+        products(Part::Input, BACK, &[[1500, 1160, 72], [300, 512, 40]]),
+        products(Part::Weight, NONE, &[[1300, 136, 144], [40, 128, 128], [600, 200, 136]]),
+        products(Part::Weight, NONE, &[[1100, 8, 24]]),
+        products(Part::Forward, NONE, &[[9, 16, 24]; 10]),
+        products(Part::Weight, NONE, &[[9, 16, 24]; 10]),
+    ]
+}
+
+#[test]
+fn matches_the_cpu() {
+    small().iter().for_each(check);
+}
+
+#[test]
+fn large_tiles_and_split_sums_match_the_cpu() {
+    large().iter().for_each(check);
+}
+
+#[test]
+fn has_no_races() {
+    small().iter().for_each(check_races);
+    check_races(&products(Part::Weight, NONE, &[[1100, 8, 24]]));
+}
