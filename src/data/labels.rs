@@ -6,8 +6,8 @@ use crate::{Error, Result};
 /// Added to both ends so that every slide falls inside.
 const MARGIN: f64 = 1e-6;
 
-/// Bin edges, `bins + 1` of them; bin i is [edge i, edge i + 1).
-#[derive(Clone, Debug, PartialEq)]
+/// Bin edges, `bins + 1` of them; bin i is [edge i, edge i + 1). By default there are none, for a loss that needs no labels.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Bins {
     pub edges: Vec<f64>,
 }
@@ -42,7 +42,7 @@ impl Bins {
     }
 
     pub fn len(&self) -> usize {
-        self.edges.len() - 1
+        self.edges.len().saturating_sub(1)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -51,7 +51,7 @@ impl Bins {
 
     /// The bin that holds `months`; what lies outside belongs to the nearest.
     pub fn label(&self, months: f64) -> usize {
-        self.edges[1..self.len()].iter().filter(|&&edge| months >= edge).count()
+        self.edges[1.min(self.len())..self.len()].iter().filter(|&&edge| months >= edge).count()
     }
 
     /// What sampling balances: 2 * bin + censorship.

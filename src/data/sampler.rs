@@ -34,6 +34,17 @@ impl Sampler {
     }
 }
 
+/// 0 .. n in an order of its own for each seed, fold and epoch (Fisher & Yates): everybody once, for losses that balance nothing.
+pub fn shuffled(n: usize, seed: u64, fold: usize, epoch: usize) -> Vec<usize> {
+    let stream = mix(mix(mix(seed) ^ fold as u64) ^ epoch as u64);
+    let mut order: Vec<usize> = (0..n).collect();
+    for i in (1..n).rev() {
+        // the bias of the remainder is below n / 2^64
+        order.swap(i, (mix(stream.wrapping_add(i as u64)) % (i as u64 + 1)) as usize);
+    }
+    order
+}
+
 /// The finaliser of splitmix64 (Steele et al. 2014), after its increment.
 fn mix(x: u64) -> u64 {
     let z = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -71,6 +82,25 @@ mod tests {
             let six_sigma = 6.0 * f64::sqrt(n * 2.0 / 9.0);
             assert!((drawn[class] - expected).abs() < six_sigma, "class {class} drawn {} times", drawn[class]);
         }
+    }
+
+    /// Everybody once, and everybody as often in every place: a shuffle that never leaves i where it is, or favours a place, fails.
+    #[test]
+    fn a_shuffle_is_a_fair_permutation() {
+        const N: usize = 5;
+        let mut places = [[0.0f64; N]; N];
+        for epoch in 0..4000 {
+            let order = shuffled(N, 3, 1, epoch);
+            let mut sorted = order.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, [0, 1, 2, 3, 4]);
+            order.iter().enumerate().for_each(|(place, &i)| places[place][i] += 1.0);
+        }
+        // six standard deviations of a binomial share of 1/5
+        let six_sigma = 6.0 * f64::sqrt(4000.0 * 0.2 * 0.8);
+        assert!(places.iter().flatten().all(|count| (count - 800.0).abs() < six_sigma), "{places:?}");
+        assert_eq!(shuffled(N, 1, 2, 3), shuffled(N, 1, 2, 3));
+        assert!(shuffled(0, 1, 2, 3).is_empty());
     }
 
     #[test]

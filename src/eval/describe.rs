@@ -13,9 +13,6 @@ use crate::{
     train::{config::RunConfig, fold::EpochMetrics, run::metrics_path, step::Engine},
 };
 
-const PROTOCOL: &str = "As published, each fold\u{2019}s epoch was chosen by the C-index on the validation slides that it \
-     is shown for, and label bins were cut over all slides: an optimistic estimate. Epochs count from 1.";
-
 pub fn run(run: &Path, config: &RunConfig, engine: &Engine<f32>, metrics: &[EpochMetrics]) -> Result<About> {
     let seconds: f64 = metrics.iter().map(|epoch| epoch.seconds).sum();
     let mut facts = model_facts(&config.backbone, engine);
@@ -31,7 +28,7 @@ pub fn run(run: &Path, config: &RunConfig, engine: &Engine<f32>, metrics: &[Epoc
     Ok(About {
         title: cohort_name(&config.clinical),
         facts,
-        protocol: PROTOCOL.into(),
+        protocol: config.protocol.sentence(config.loss_fn),
         config: config.to_toml()?,
         commands: format!("cf-train --config {folder}/config.toml --out NEW_RUN\ncf-eval {folder}"),
     })

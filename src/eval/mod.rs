@@ -19,7 +19,6 @@ use crate::{
     data::{
         self,
         dataset::{Dataset, Source},
-        labels::Bins,
         torch::{StateDict, read_state_dict},
     },
     device::Device,
@@ -30,7 +29,7 @@ use crate::{
         checkpoint::{ModelCard, read_card, read_state},
         config::RunConfig,
         fold::FoldTrainer,
-        run,
+        protocol, run,
         step::Engine,
     },
 };
@@ -73,7 +72,7 @@ pub fn evaluate_run(run: &Path, device: Device, plan: Bootstrap) -> Result<Summa
         load(&mut engine, &path, read_state_dict(&path)?)?;
         slides.extend(predict(&mut engine, &dataset, &part.val, fold)?);
         folds.push(Fold { fold, train_slides: Some(part.train.len()), ..of_card(read_card(&path)?) });
-        if let Err(change) = unchanged(&config, &dataset, &part, &folder) {
+        if let Err(change) = unchanged(&config, &dataset, (fold, &part), &folder) {
             notes.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
         }
         if part.without_outcome > 0 {
@@ -153,9 +152,9 @@ fn refuse_state(path: &Path) -> Result<()> {
 }
 
 /// An error that says what has changed since the fold was trained. A fold without a state to compare with passes.
-fn unchanged(config: &RunConfig, dataset: &Dataset, part: &data::dataset::Fold, folder: &Path) -> Result<()> {
-    let bins = Bins::cut(&dataset.slides, config.n_classes)?;
-    FoldTrainer::check(config, dataset, &bins, part, folder)
+fn unchanged(config: &RunConfig, dataset: &Dataset, fold: (usize, &data::dataset::Fold), folder: &Path) -> Result<()> {
+    let seen = protocol::prepare(config, dataset, fold)?;
+    FoldTrainer::check(config, dataset, &seen.bins, &seen.slides, folder)
 }
 
 fn load(engine: &mut Engine<f32>, path: &Path, tensors: StateDict) -> Result<()> {

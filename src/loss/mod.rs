@@ -2,6 +2,12 @@
 //!
 //! With n discrete time bins: hazards h = sigmoid(logits), survival S_t = product over u <= t of (1 - h_u), S_-1 = 1, risk = -sum of S.
 //! The label y is the slide's bin, c = 1 when it is censored there.
+//!
+//! The Cox loss compares slides, so it is one of a batch: [`CoxBatch`].
+
+mod cox;
+
+pub use cox::CoxBatch;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,30 +23,45 @@ pub enum Loss {
     NllSurv,
     /// Cross-entropy of the survival curve at the label's bin, regularised by the likelihood's uncensored part.
     CeSurv,
+    /// Cox partial likelihood of the risks of a batch of slides (Cox 1972); needs no time bins.
+    CoxSurv,
 }
 
 /// What a slide's logits say.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Prediction {
+    /// Empty, as is `survival`, where the model has one output.
     pub hazards: Vec<f64>,
     /// S_0 .. S_{n-1}
     pub survival: Vec<f64>,
-    /// -sum of survival: higher is worse.
+    /// -sum of survival, or the one output itself: higher is worse.
     pub risk: f64,
 }
 
 impl Prediction {
     pub fn from_logits(logits: &[f64]) -> Self {
-        let hazards: Vec<f64> = logits.iter().map(|&x| 1.0 / (1.0 + (-x).exp())).collect();
-        let survival: Vec<f64> = hazards
-            .iter()
-            .scan(1.0, |s, h| {
-                *s *= 1.0 - h;
-                Some(*s)
-            })
-            .collect();
+        if let &[risk] = logits {
+            return Self { hazards: Vec::new(), survival: Vec::new(), risk };
+        }
+        let (hazards, survival) = curve(logits);
         let risk = -survival.iter().sum::<f64>();
         Self { hazards, survival, risk }
+    }
+
+    /// d risk / d logits: with S_t = S_{t-1} (1 - h_t), d(-S_t) / d logit_u = h_u S_t for u <= t.
+    pub fn risk_gradient(&self) -> Vec<f64> {
+        if self.hazards.is_empty() {
+            return vec![1.0];
+        }
+        let mut later = 0.0; // sum of S_t over t >= u
+        let mut gradient: Vec<f64> = (self.hazards.iter().zip(&self.survival).rev())
+            .map(|(h, s)| {
+                later += s;
+                h * later
+            })
+            .collect();
+        gradient.reverse();
+        gradient
     }
 }
 
@@ -52,10 +73,10 @@ pub struct Target {
 }
 
 impl Loss {
-    /// The loss and its gradient in the logits. `alpha` weighs the uncensored part up: 0.2 in training, 0 in validation.
-    /// `target.label` must be below the number of logits.
+    /// The loss of one slide and its gradient in the logits. `alpha` weighs the uncensored part up: 0.2 in training, 0 in validation.
+    /// `target.label` must be below the number of logits. The Cox loss of one slide is 0: nobody else is at risk.
     pub fn evaluate(self, logits: &[f64], target: Target, alpha: f64) -> (f64, Vec<f64>) {
-        let Prediction { hazards, survival, .. } = Prediction::from_logits(logits);
+        let (hazards, survival) = curve(logits);
         let y = target.label;
         let before = if y == 0 { 1.0 } else { survival[y - 1] };
         // gradients in h_y, S_y and S_{y-1}
@@ -76,6 +97,7 @@ impl Loss {
                 let ds = (1.0 - alpha) * inverse(1.0 - survival[y]);
                 (value, -alpha * inverse(hazards[y]), ds, -alpha / (before + EPSILON))
             }
+            (Self::CoxSurv, _) => (0.0, 0.0, 0.0, 0.0),
         };
         // back through S_t = S_{t-1} (1 - h_t) and the sigmoid
         let mut gradient = vec![0.0; logits.len()];
@@ -90,6 +112,17 @@ impl Loss {
         }
         (value, gradient)
     }
+}
+
+/// Hazards and survival.
+fn curve(logits: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let hazards: Vec<f64> = logits.iter().map(|&x| 1.0 / (1.0 + (-x).exp())).collect();
+    let step = |s: &mut f64, h: &f64| {
+        *s *= 1.0 - h;
+        Some(*s)
+    };
+    let survival = hazards.iter().scan(1.0, step).collect();
+    (hazards, survival)
 }
 
 fn log_clamped(p: f64) -> f64 {

@@ -26,9 +26,9 @@ pub struct SlideResult {
     pub time: f64,
     /// True when the event was observed.
     pub event: bool,
-    /// -sum of the survival curve; higher is worse.
+    /// -sum of the survival curve, or the model's one output; higher is worse.
     pub risk: f64,
-    /// One for each time bin.
+    /// One for each time bin; empty where the model has one output.
     pub hazards: Vec<f64>,
     pub survival: Vec<f64>,
 }

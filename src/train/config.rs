@@ -7,12 +7,17 @@ use std::path::{Path, PathBuf};
 use clap::{ArgMatches, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
+use super::{
+    cox::{BatchSize, CoxUnit},
+    protocol::Protocol,
+};
 use crate::{
     Error, Result,
     data::dataset::Source,
     loss::Loss,
     model::{self, Fusion},
     ops::adam::Adam,
+    survival::Ties,
 };
 
 /// A run's settings: the flags of `cf-train`, and the keys of the `config.toml` in a run's folder.
@@ -42,6 +47,9 @@ pub struct RunConfig {
     /// Folds to train, from 0
     #[arg(long, alias = "num-folds", default_value_t = 5)]
     pub folds: usize,
+    /// How a fold's epoch is chosen
+    #[arg(long, value_enum, default_value_t = Protocol::Published)]
+    pub protocol: Protocol,
 
     /// Width of the model
     #[arg(long, default_value_t = 512)]
@@ -52,7 +60,7 @@ pub struct RunConfig {
     /// Self-attention layers before and after each positional encoding
     #[arg(long, default_value_t = 1)]
     pub num_attn_layers: usize,
-    /// Time bins
+    /// Time bins; with --loss-fn cox_surv 1 unless given, a model whose output is the risk
     #[arg(long, default_value_t = 4)]
     pub n_classes: usize,
     /// Convolve the fused tokens on their square grid, or along the sequence
@@ -68,9 +76,18 @@ pub struct RunConfig {
     #[arg(long, default_value_t = 0.3)]
     pub fusion_dropout: f64,
 
-    /// Negative log-likelihood or cross-entropy of the survival bins
+    /// Negative log-likelihood or cross-entropy of the survival bins, or the Cox partial likelihood
     #[arg(long, value_enum, default_value_t = Loss::NllSurv)]
     pub loss_fn: Loss,
+    /// Cox: most slides (patients, with --cox-unit patient) that are compared, for one update; a number or `all`
+    #[arg(long, default_value_t = BatchSize::AtMost(32), value_name = "N|all")]
+    pub cox_batch: BatchSize,
+    /// Cox: what events at one time share
+    #[arg(long, value_enum, default_value_t = Ties::Efron)]
+    pub cox_ties: Ties,
+    /// Cox: whose risks are compared
+    #[arg(long, value_enum, default_value_t = CoxUnit::Slide)]
+    pub cox_unit: CoxUnit,
     /// Weight of the uncensored part of the loss
     #[arg(long, default_value_t = 0.2)]
     pub alpha_surv: f64,
@@ -86,7 +103,7 @@ pub struct RunConfig {
     /// Lowest learning rate
     #[arg(long, default_value_t = 0.0)]
     pub eta_min: f64,
-    /// Slides whose gradients are averaged into one update
+    /// Slides whose gradients are averaged into one update; Cox has --cox-batch
     #[arg(long, default_value_t = 32)]
     pub grad_accum_steps: usize,
     /// Most epochs a fold
@@ -139,15 +156,20 @@ impl RunConfig {
     /// command line, with defaults where nothing was given.
     pub fn resolve(&self, matches: &ArgMatches, name: &str, table: toml::Table) -> Result<Self> {
         let mut settings = toml::Table::try_from(self).map_err(|e| Error::Usage(format!("{name}: {e}")))?;
+        let given = |key: &str| {
+            matches.try_contains_id(key).is_ok() && matches.value_source(key) == Some(ValueSource::CommandLine)
+        };
+        let n_classes_given = given("n_classes") || table.contains_key("n_classes");
         for (key, value) in table {
-            let given =
-                matches.try_contains_id(&key).is_ok() && matches.value_source(&key) == Some(ValueSource::CommandLine);
-            if !given {
+            if !given(&key) {
                 settings.insert(key, value);
             }
         }
         let mut config: Self =
             settings.try_into().map_err(|e: toml::de::Error| Error::Usage(format!("{name}: {}", e.message())))?;
+        if config.loss_fn == Loss::CoxSurv && !n_classes_given {
+            config.n_classes = 1;
+        }
         config.check()?;
         // so that a run can be resumed and evaluated from anywhere
         let paths = [&mut config.clinical, &mut config.splits, &mut config.pt_dir];
@@ -205,8 +227,14 @@ impl RunConfig {
         if let Some((flag, value, most)) = most.iter().find(|(_, value, most)| value > most) {
             return usage(format!("{flag} {value}: expected at most {most}"));
         }
-        if self.n_classes < 2 {
-            return usage(format!("--n-classes {}: expected at least 2", self.n_classes));
+        let fewest = if self.loss_fn == Loss::CoxSurv { 1 } else { 2 };
+        if self.n_classes < fewest {
+            return usage(format!("--n-classes {}: expected at least {fewest}", self.n_classes));
+        }
+        if let BatchSize::AtMost(n @ 0..2) = self.cox_batch {
+            return usage(format!(
+                "--cox-batch {n}: expected at least 2, for one slide has no other to be compared with"
+            ));
         }
         let rates = [
             ("--learning-rate", self.learning_rate),

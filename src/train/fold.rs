@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     checkpoint::{self, ModelCard, Origin},
     config::RunConfig,
+    cox::{self, Unit},
     step::{BagSizes, Engine},
 };
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
         sampler::Sampler,
     },
     device::Device,
-    loss::{Prediction, Target},
+    loss::{CoxBatch, Loss, Prediction, Target},
     model::Bags,
     ops::Draw,
     survival::concordance_index,
@@ -29,14 +30,19 @@ use crate::{
 
 /// What an interrupted fold needs besides the engine's arenas.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Progress {
-    epoch: usize,
-    /// Slides of this epoch that are done.
-    position: usize,
-    updates: u64,
-    /// Sum of this epoch's losses so far, and each slide's risk, in the order shown.
-    loss_sum: f64,
-    risks: Vec<f64>,
+pub(super) struct Progress {
+    pub epoch: usize,
+    /// Slides of this epoch that are done: whole batches of them with the Cox loss.
+    pub position: usize,
+    pub updates: u64,
+    /// Sum of this epoch's losses so far (log-likelihoods with the Cox loss), and each slide's risk, in the order shown.
+    pub loss_sum: f64,
+    pub risks: Vec<f64>,
+    /// With the Cox loss: events of the batches so far, and batches in which nobody could be compared.
+    #[serde(default)]
+    pub events: usize,
+    #[serde(default)]
+    pub batches_without_update: usize,
     best: Option<Best>,
     finished: bool,
 }
@@ -68,8 +74,15 @@ pub struct EpochMetrics {
     pub val_c_index: Option<f64>,
     /// Whether this epoch gave the best model so far.
     pub best: bool,
+    /// Cox batches in which nobody could be compared.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub batches_without_update: usize,
     pub seconds: f64,
     pub patches_per_second: f64,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// What a slide's pass came to, for progress displays.
@@ -77,12 +90,12 @@ pub struct EpochMetrics {
 pub struct SlideDone {
     pub fold: usize,
     pub epoch: usize,
-    /// Slides done in this epoch, of how many.
+    /// Slides done in this epoch, of how many. Training with the Cox loss goes twice over each.
     pub position: usize,
     pub slides: usize,
     pub validating: bool,
-    /// Mean loss of the epoch so far.
-    pub loss: f64,
+    /// Mean loss of the epoch so far; absent where there is none yet.
+    pub loss: Option<f64>,
     pub patches: usize,
 }
 
@@ -97,17 +110,25 @@ pub trait Observer {
 }
 
 pub struct FoldTrainer<'a> {
-    config: &'a RunConfig,
-    dataset: &'a Dataset,
-    fold: usize,
+    pub(super) config: &'a RunConfig,
+    pub(super) dataset: &'a Dataset,
+    pub(super) fold: usize,
     slides: Fold,
     bins: Bins,
     sampler: Sampler,
+    /// With the Cox loss.
+    cox: Option<Cox>,
     /// The fold's part of the run folder.
     folder: PathBuf,
-    engine: Engine<f32>,
+    pub(super) engine: Engine<f32>,
     origin: Origin,
-    progress: Progress,
+    pub(super) progress: Progress,
+}
+
+/// Slides or patients to train on, and the validation slides as one cohort.
+struct Cox {
+    units: Vec<Unit>,
+    validation: CoxBatch,
 }
 
 /// Whether a fold came to its end.
@@ -162,6 +183,16 @@ impl<'a> FoldTrainer<'a> {
         }
         engine.updates = progress.updates;
         engine.reserve(largest(dataset, slides), true)?;
+        let mut slides = slides.clone();
+        let mut cox = None;
+        if config.loss_fn == Loss::CoxSurv {
+            cox::check(config, dataset, (fold, &slides))?;
+            let [units, validation] =
+                [&slides.train, &slides.val].map(|side| cox::units(config.cox_unit, dataset, side));
+            let (units, validation) = (units?, validation?);
+            slides.val = validation.concat(); // a patient's slides side by side
+            cox = Some(Cox { units, validation: cox::cohort(dataset, &validation, config.cox_ties)? });
+        }
         let classes: Vec<_> = slides.train.iter().map(|&i| bins.class(&dataset.slides[i])).collect();
         Ok(Self {
             config,
@@ -169,7 +200,8 @@ impl<'a> FoldTrainer<'a> {
             fold,
             bins: bins.clone(),
             sampler: Sampler::new(&classes),
-            slides: slides.clone(),
+            slides,
+            cox,
             folder: folder.to_path_buf(),
             engine,
             origin,
@@ -191,14 +223,23 @@ impl<'a> FoldTrainer<'a> {
     fn epoch(&mut self, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
         let start = Instant::now();
         let epoch = self.progress.epoch;
-        let draws = self.sampler.epoch(self.config.seed, self.fold, epoch);
-        let order: Vec<usize> = draws.into_iter().map(|i| self.slides.train[i]).collect();
         let mut patches = 0;
-        if self.train(&order, &mut patches, observer)?.is_break() {
+        let (seed, fold) = (self.config.seed, self.fold);
+        let (order, stopped) = if let Some(cox) = &self.cox {
+            let batches = cox::batches(&cox.units, self.config.cox_batch, seed, fold, epoch);
+            let order: Vec<usize> = batches.iter().flatten().flatten().copied().collect();
+            (order, self.train_cox(&batches, &mut patches, observer)?)
+        } else {
+            let draws = self.sampler.epoch(seed, fold, epoch);
+            let order: Vec<usize> = draws.into_iter().map(|i| self.slides.train[i]).collect();
+            let stopped = self.train(&order, &mut patches, observer)?;
+            (order, stopped)
+        };
+        if stopped.is_break() {
             self.checkpoint()?;
             return Ok(ControlFlow::Break(()));
         }
-        let train_loss = self.progress.loss_sum / order.len() as f64;
+        let train_loss = self.train_loss().unwrap_or_default();
         let train_c_index = self.c_index(&order, &self.progress.risks);
         let Some((val_loss, val_c_index)) = self.validate(&mut patches, observer)? else {
             self.checkpoint()?;
@@ -228,6 +269,7 @@ impl<'a> FoldTrainer<'a> {
             val_loss,
             val_c_index,
             best,
+            batches_without_update: self.progress.batches_without_update,
             seconds,
             patches_per_second: patches as f64 / seconds,
         };
@@ -236,6 +278,12 @@ impl<'a> FoldTrainer<'a> {
         self.progress = Progress { epoch: epoch + 1, updates, best, finished: last, ..Progress::default() };
         self.checkpoint()?;
         Ok(ControlFlow::Continue(()))
+    }
+
+    /// Mean loss of the epoch so far: over slides, or events with the Cox loss.
+    pub(super) fn train_loss(&self) -> Option<f64> {
+        let terms = if self.cox.is_some() { self.progress.events } else { self.progress.position };
+        (terms > 0).then(|| self.progress.loss_sum / terms as f64)
     }
 
     /// The slides of an epoch that are not done yet.
@@ -255,7 +303,7 @@ impl<'a> FoldTrainer<'a> {
                 self.progress.epoch,
                 self.progress.position,
             )?;
-            self.check_finite(slide, risk)?;
+            Self::check_finite(dataset, (self.fold, self.progress.epoch), slide, risk)?;
             self.progress.updates = self.engine.updates;
             self.progress.position += 1;
             self.progress.loss_sum += loss;
@@ -267,8 +315,8 @@ impl<'a> FoldTrainer<'a> {
                 position,
                 slides: order.len(),
                 validating: false,
-                loss: self.progress.loss_sum / position as f64,
-                patches: total(dataset.sizes[slide]),
+                loss: self.train_loss(),
+                patches: dataset.sizes[slide].total(),
             };
             *patches += done.patches;
             stopped = observer.slide(&done);
@@ -280,7 +328,7 @@ impl<'a> FoldTrainer<'a> {
         Ok(stopped)
     }
 
-    /// Mean loss (alpha = 0) and C-index of the fold's validation slides, without dropout. None if stopped; a resumed run validates anew.
+    /// Mean loss (alpha = 0; with the Cox loss, that of one cohort) and C-index of the fold's validation slides, without dropout. None if stopped; a resumed run validates anew.
     fn validate(&mut self, patches: &mut usize, observer: &mut dyn Observer) -> Result<Option<(f64, Option<f64>)>> {
         let (dataset, order) = (self.dataset, self.slides.val.clone());
         let (mut loss_sum, mut risks) = (0.0, Vec::new());
@@ -289,7 +337,7 @@ impl<'a> FoldTrainer<'a> {
             let logits = self.engine.evaluate(bag.views()?)?;
             loss_sum += self.config.loss_fn.evaluate(&logits, dataset.target(&self.bins, slide), 0.0).0;
             let risk = Prediction::from_logits(&logits).risk;
-            self.check_finite(slide, risk)?;
+            Self::check_finite(dataset, (self.fold, self.progress.epoch), slide, risk)?;
             risks.push(risk);
             let done = SlideDone {
                 fold: self.fold,
@@ -297,22 +345,34 @@ impl<'a> FoldTrainer<'a> {
                 position: risks.len(),
                 slides: order.len(),
                 validating: true,
-                loss: loss_sum / risks.len() as f64,
-                patches: total(dataset.sizes[slide]),
+                loss: self.cox.is_none().then_some(loss_sum / risks.len() as f64),
+                patches: dataset.sizes[slide].total(),
             };
             *patches += done.patches;
             stopped = observer.slide(&done);
             Ok(stopped.is_continue())
         })?;
-        Ok(stopped.is_continue().then(|| (loss_sum / order.len() as f64, self.c_index(&order, &risks))))
+        if stopped.is_break() {
+            return Ok(None);
+        }
+        let loss = match &self.cox {
+            Some(cox) => cox.validation.evaluate(&risks)?.0,
+            None => loss_sum / order.len() as f64,
+        };
+        Ok(Some((loss, self.c_index(&order, &risks))))
     }
 
     /// Training that has diverged ends here: the loss, which is clamped, would not show it.
-    fn check_finite(&self, slide: usize, risk: f64) -> Result<()> {
+    pub(super) fn check_finite(
+        dataset: &Dataset,
+        (fold, epoch): (usize, usize),
+        slide: usize,
+        risk: f64,
+    ) -> Result<()> {
         if risk.is_finite() {
             return Ok(());
         }
-        let (fold, epoch, slide) = (self.fold, self.progress.epoch + 1, &self.dataset.slides[slide].slide_id);
+        let (epoch, slide) = (epoch + 1, &dataset.slides[slide].slide_id);
         let reason = format!(
             "it is {risk} for slide `{slide}` in epoch {epoch} of fold {fold}; a lower --learning-rate may help"
         );
@@ -336,7 +396,7 @@ impl<'a> FoldTrainer<'a> {
         checkpoint::save_model(&Self::best_path(&self.folder), &self.engine, &card)
     }
 
-    fn checkpoint(&self) -> Result<()> {
+    pub(super) fn checkpoint(&self) -> Result<()> {
         let engine = (!self.progress.finished).then_some(&self.engine);
         let record = Record { origin: self.origin.clone(), progress: self.progress.clone() };
         checkpoint::save_state(&Self::checkpoint_path(&self.folder), engine, &record)
@@ -365,10 +425,6 @@ pub fn train_slide(
         engine.update(&config.adam(epoch))?;
     }
     Ok((loss, Prediction::from_logits(&logits).risk))
-}
-
-fn total(sizes: BagSizes) -> usize {
-    sizes.x5 + sizes.x10 + sizes.x20
 }
 
 /// FNV-1a (64 bit) of what a fold shows: its slides in order, their outcomes and patches, and the bins.

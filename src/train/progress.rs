@@ -12,8 +12,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::{
     config::RunConfig,
     fold::{Best, EpochMetrics, SlideDone},
+    protocol::Part,
 };
-use crate::data::dataset::{Dataset, Fold};
+use crate::data::dataset::Dataset;
 
 /// Where output is piped, a long epoch says this often that it is alive.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(60);
@@ -35,7 +36,7 @@ pub struct Display<'a> {
 
 impl<'a> Display<'a> {
     /// Says what the run works on.
-    pub fn new(run: &Path, config: &RunConfig, dataset: &Dataset, folds: &[Fold], interrupted: &'a AtomicBool) -> Self {
+    pub fn new(run: &Path, config: &RunConfig, dataset: &Dataset, parts: &[Part], interrupted: &'a AtomicBool) -> Self {
         crate::say(format!("run folder {}", run.display()));
         let events = dataset.slides.iter().filter(|slide| !slide.censored).count();
         crate::say(format!(
@@ -46,16 +47,18 @@ impl<'a> Display<'a> {
         if let Some(sentence) = dataset.left_out() {
             crate::say(sentence);
         }
-        for (i, fold) in folds.iter().enumerate() {
-            let without = match fold.without_outcome {
+        for (i, part) in parts.iter().enumerate() {
+            let without = match part.slides.without_outcome {
                 0 => String::new(),
                 n => format!(" ({n} cases without an outcome left out)"),
             };
-            crate::say(format!(
-                "fold {i}: {} slides to train, {} to validate{without}",
-                fold.train.len(),
-                fold.val.len()
-            ));
+            let (train, val) = (part.slides.train.len(), part.slides.val.len());
+            crate::say(match part.held_out {
+                0 => format!("fold {i}: {train} slides to train, {val} to validate{without}"),
+                n => format!(
+                    "fold {i}: {train} slides to train, {val} to choose the epoch by, {n} to evaluate at the end{without}"
+                ),
+            });
         }
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{msg} {wide_bar:.cyan/blue} {pos}/{len} {elapsed}<{eta}");
@@ -87,9 +90,9 @@ impl<'a> Display<'a> {
         };
         let what = if done.validating { "val" } else { "train" };
         let c_index = self.c_index.map_or(String::new(), |c| format!(" C {c:.3}"));
+        let loss = done.loss.map_or(String::new(), |loss| format!(" loss {loss:.3}"));
         let epoch = done.epoch + 1;
-        let state =
-            format!("fold {} epoch {epoch}/{} {what} loss {:.3}{c_index}{rate}", done.fold, self.epochs, done.loss);
+        let state = format!("fold {} epoch {epoch}/{} {what}{loss}{c_index}{rate}", done.fold, self.epochs);
         if let Some(bar) = &self.bar {
             bar.set_message(state);
             bar.set_position(done.position as u64);
@@ -107,8 +110,13 @@ impl<'a> Display<'a> {
             Some(best) => format!(" (best {:.3} in epoch {})", best.c_index, best.epoch + 1),
             None => String::new(),
         };
+        let skipped = match metrics.batches_without_update {
+            0 => String::new(),
+            1 => ", 1 batch without an event to compare gave no update".into(),
+            n => format!(", {n} batches without an event to compare gave no update"),
+        };
         let line = format!(
-            "fold {} epoch {:>3}/{} lr {:.1e} | train loss {:.3} C {} | val loss {:.3} C {}{best} | {:.1} s, {:.0} patches/s",
+            "fold {} epoch {:>3}/{} lr {:.1e} | train loss {:.3} C {} | val loss {:.3} C {}{best} | {:.1} s, {:.0} patches/s{skipped}",
             metrics.fold,
             metrics.epoch + 1,
             self.epochs,

@@ -19,13 +19,13 @@ use super::{
     config::RunConfig,
     fold::{Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
     progress::Display,
+    protocol::{self, Part},
 };
 use crate::{
     Error, Result,
     data::{
         atomic::{remove_leftovers, write_text},
-        dataset::{Dataset, Fold},
-        labels::Bins,
+        dataset::Dataset,
     },
 };
 
@@ -131,8 +131,7 @@ fn line(metrics: &EpochMetrics) -> String {
 pub struct Run {
     config: RunConfig,
     dataset: Dataset,
-    bins: Bins,
-    folds: Vec<Fold>,
+    parts: Vec<Part>,
 }
 
 impl Run {
@@ -144,9 +143,9 @@ impl Run {
                 format!("--backbone-dim {width}: the features of {} have width {}", config.backbone, dataset.features);
             return Err(Error::Usage(message));
         }
-        let bins = Bins::cut(&dataset.slides, config.n_classes)?;
-        let folds = (0..config.folds).map(|fold| dataset.fold(&config.splits, fold)).collect::<Result<_>>()?;
-        Ok(Self { config, dataset, bins, folds })
+        let part = |i: usize| protocol::prepare(&config, &dataset, (i, &dataset.fold(&config.splits, i)?));
+        let parts = (0..config.folds).map(part).collect::<Result<_>>()?;
+        Ok(Self { config, dataset, parts })
     }
 
     /// Writes the settings into the run's folder; from then on it can be resumed.
@@ -157,20 +156,20 @@ impl Run {
     /// Trains all folds, from the beginning or from where the folder's checkpoints are. `interrupted` asks for a stop after the slide in hand.
     pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<()> {
         let _lock = lock(folder)?;
-        for (i, fold) in self.folds.iter().enumerate() {
-            let parts = fold_folder(folder, i);
-            std::fs::create_dir_all(&parts).map_err(|e| Error::file(&parts, format!("cannot be made: {e}")))?;
-            remove_leftovers(&parts)?;
-            FoldTrainer::check(&self.config, &self.dataset, &self.bins, fold, &parts)?;
+        for (i, part) in self.parts.iter().enumerate() {
+            let files = fold_folder(folder, i);
+            std::fs::create_dir_all(&files).map_err(|e| Error::file(&files, format!("cannot be made: {e}")))?;
+            remove_leftovers(&files)?;
+            FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
         }
-        trim_metrics(folder, self.folds.len())?;
-        let mut display = Display::new(folder, &self.config, &self.dataset, &self.folds, interrupted);
-        for (i, fold) in self.folds.iter().enumerate() {
-            let parts = fold_folder(folder, i);
-            if FoldTrainer::epochs_done(&parts)?.1 {
+        trim_metrics(folder, self.parts.len())?;
+        let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, interrupted);
+        for (i, part) in self.parts.iter().enumerate() {
+            let files = fold_folder(folder, i);
+            if FoldTrainer::epochs_done(&files)?.1 {
                 continue;
             }
-            let mut trainer = FoldTrainer::new(&self.config, &self.dataset, &self.bins, (i, fold), &parts)?;
+            let mut trainer = FoldTrainer::new(&self.config, &self.dataset, &part.bins, (i, &part.slides), &files)?;
             let mut log = Log { path: metrics_path(folder), display: &mut display };
             if trainer.run(&mut log)? == Outcome::Stopped {
                 display.finish();

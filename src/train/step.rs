@@ -38,6 +38,12 @@ pub struct BagSizes {
     pub x20: usize,
 }
 
+impl BagSizes {
+    pub fn total(self) -> usize {
+        self.x5 + self.x10 + self.x20
+    }
+}
+
 /// What a step on one slide takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -99,8 +105,13 @@ impl<T: Element> Engine<T> {
 
     /// Logits of a slide, without dropout.
     pub fn evaluate(&mut self, bags: Bags<'_, T>) -> Result<Vec<f64>> {
-        self.reserve(sizes(&bags), false)?;
-        let (model, mut ctx) = self.pass(None);
+        self.forward(bags, None)
+    }
+
+    /// Logits of a slide under a dropout: the very ones that [`Engine::accumulate`] finds with the same draw.
+    pub fn forward(&mut self, bags: Bags<'_, T>, draw: Option<Draw>) -> Result<Vec<f64>> {
+        self.reserve(sizes(&bags), draw.is_some())?;
+        let (model, mut ctx) = self.pass(draw);
         ctx.device.install(|| logits(ctx.device, &model.forward(&mut ctx, bags)?))
     }
 

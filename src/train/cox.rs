@@ -1,0 +1,270 @@
+//! Cox training. The loss compares slides, so a batch's gradient needs the risks of all of them before the first slide's backward pass.
+//! In the memory of one slide: each slide forward, keeping its risk; the loss and its derivative in each risk; each slide forward again with
+//! the same dropout, and backward with its own derivative. By the chain rule the sum is the batch's gradient, exactly.
+
+use std::{
+    fmt::{Display, Formatter},
+    ops::ControlFlow,
+    str::FromStr,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    config::RunConfig,
+    fold::{FoldTrainer, Observer, SlideDone},
+    step::{Engine, State},
+};
+use crate::{
+    Error, Result,
+    data::{
+        dataset::{Dataset, Fold},
+        sampler::shuffled,
+    },
+    device::Element,
+    loss::{CoxBatch, Prediction},
+    model::Bags,
+    ops::Draw,
+    survival::Ties,
+};
+
+/// Whose risks are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum CoxUnit {
+    /// Every slide counts as one
+    Slide,
+    /// A patient's risk is the mean of the slides' risks
+    Patient,
+}
+
+/// Slides, or patients, of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "Written")]
+pub enum BatchSize {
+    All,
+    AtMost(usize),
+}
+
+/// In a file of settings: `cox_batch = "all"`, `cox_batch = 64`.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Number(usize),
+    Word(String),
+}
+
+impl TryFrom<Written> for BatchSize {
+    type Error = String;
+
+    fn try_from(written: Written) -> std::result::Result<Self, String> {
+        match written {
+            Written::Number(n) => Ok(Self::AtMost(n)),
+            Written::Word(word) => word.parse(),
+        }
+    }
+}
+
+impl From<BatchSize> for Written {
+    fn from(size: BatchSize) -> Self {
+        match size {
+            BatchSize::All => Self::Word("all".into()),
+            BatchSize::AtMost(n) => Self::Number(n),
+        }
+    }
+}
+
+impl FromStr for BatchSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "all" => Ok(Self::All),
+            number => number.parse().map(Self::AtMost).map_err(|_| format!("`{number}`, expected a number or `all`")),
+        }
+    }
+}
+
+impl Display for BatchSize {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::AtMost(n) => n.fmt(f),
+        }
+    }
+}
+
+/// A slide, or a patient's slides, as indices into the dataset.
+pub type Unit = Vec<usize>;
+
+/// The units of these slides, in the order of their first slides. A patient whose slides differ in outcome is an error.
+pub fn units(unit: CoxUnit, dataset: &Dataset, slides: &[usize]) -> Result<Vec<Unit>> {
+    if unit == CoxUnit::Slide {
+        return Ok(slides.iter().map(|&slide| vec![slide]).collect());
+    }
+    let mut units: Vec<Unit> = Vec::new();
+    let mut of_case = std::collections::HashMap::new();
+    for &slide in slides {
+        let this = &dataset.slides[slide];
+        let unit = *of_case.entry(&this.case_id).or_insert(units.len());
+        match units.get_mut(unit) {
+            None => units.push(vec![slide]),
+            Some(unit) => {
+                let first = &dataset.slides[unit[0]];
+                if (first.months, first.censored) != (this.months, this.censored) {
+                    let (case, a, b) = (&this.case_id, &first.slide_id, &this.slide_id);
+                    return Err(Error::Usage(format!(
+                        "--cox-unit patient: case `{case}` has one outcome at slide `{a}` and another at slide `{b}`"
+                    )));
+                }
+                unit.push(slide);
+            }
+        }
+    }
+    Ok(units)
+}
+
+/// Their outcomes, as the loss takes them.
+pub fn cohort(dataset: &Dataset, units: &[Unit], ties: Ties) -> Result<CoxBatch> {
+    let first = units.iter().map(|unit| &dataset.slides[unit[0]]);
+    let (time, event): (Vec<f64>, Vec<bool>) = first.map(|slide| (slide.months, !slide.censored)).unzip();
+    CoxBatch::new(units.iter().map(Vec::len).collect(), &time, &event, ties)
+}
+
+/// The batches of an epoch: every unit once, in an order of the epoch's, in as few batches as the size allows, which are equally large
+/// but for one unit.
+pub fn batches(units: &[Unit], size: BatchSize, seed: u64, fold: usize, epoch: usize) -> Vec<Vec<Unit>> {
+    let n = units.len();
+    let count = match size {
+        BatchSize::All => 1,
+        BatchSize::AtMost(most) => n.div_ceil(most),
+    };
+    let order = shuffled(n, seed, fold, epoch);
+    let batch = |i: usize| order[i * n / count..(i + 1) * n / count].iter().map(|&unit| units[unit].clone()).collect();
+    (0..count).map(batch).collect()
+}
+
+/// An error if there is nobody to compare in fold `i`'s slides, on either side.
+pub fn check(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold)) -> Result<()> {
+    for (side, slides) in [("training", &fold.train), ("validation", &fold.val)] {
+        let units = units(config.cox_unit, dataset, slides)?;
+        if !cohort(dataset, &units, config.cox_ties)?.is_comparable() {
+            let reason = format!(
+                "none of the {} {side} slides of fold {i} has an event at which another is still at risk",
+                slides.len()
+            );
+            return Err(Error::Statistic { statistic: "the Cox loss", reason });
+        }
+    }
+    Ok(())
+}
+
+/// Takes the `i`-th slide of a batch and returns its risk.
+pub type Work<'a, T> = dyn FnMut(usize, Bags<'_, T>) -> Result<f64> + 'a;
+
+/// Adds the gradient of a batch's loss, and returns the loss and the slides' risks; None if `show` stopped, when the gradients are those of
+/// some of the slides. `show` hands each slide of the batch to the work, in order, and is called twice; once where nobody
+/// can be compared, the loss is 0 and there is no gradient. `draw` is each slide's dropout.
+pub fn accumulate<T: Element>(
+    engine: &mut Engine<T>,
+    batch: &CoxBatch,
+    draw: impl Fn(usize) -> Option<Draw>,
+    mut show: impl FnMut(&mut Work<'_, T>) -> Result<ControlFlow<()>>,
+) -> Result<Option<(f64, Vec<f64>)>> {
+    let mut risks = Vec::new();
+    let stopped = show(&mut |i, bags| {
+        let risk = Prediction::from_logits(&engine.forward(bags, draw(i))?).risk;
+        risks.push(risk);
+        Ok(risk)
+    })?;
+    if stopped.is_break() {
+        return Ok(None);
+    }
+    if !batch.is_comparable() {
+        return Ok(Some((0.0, risks)));
+    }
+    let (loss, drisks) = batch.evaluate(&risks)?;
+    let stopped = show(&mut |i, bags| {
+        let chain = |logits: &[f64]| {
+            Prediction::from_logits(logits).risk_gradient().into_iter().map(|g| g * drisks[i]).collect()
+        };
+        let logits = engine.accumulate(bags, draw(i), None, chain)?;
+        Ok(Prediction::from_logits(&logits).risk)
+    })?;
+    Ok(stopped.is_continue().then_some((loss, risks)))
+}
+
+impl FoldTrainer<'_> {
+    /// The batches of an epoch that are not done yet, each with an update. A stop discards the batch in hand, which is done anew.
+    pub(super) fn train_cox(
+        &mut self,
+        batches: &[Vec<Unit>],
+        patches: &mut usize,
+        observer: &mut dyn Observer,
+    ) -> Result<ControlFlow<()>> {
+        let (dataset, config, fold, epoch) = (self.dataset, self.config, self.fold, self.progress.epoch);
+        let total: usize = batches.iter().flatten().map(Vec::len).sum();
+        let mut start = 0;
+        for batch in batches {
+            let slides = batch.concat();
+            let (first, end) = (start, start + slides.len());
+            start = end;
+            if first < self.progress.position {
+                continue;
+            }
+            let cohort = cohort(dataset, batch, config.cox_ties)?;
+            let loss = self.train_loss();
+            let draw = |i: usize| {
+                Some(Draw { seed: config.seed ^ (fold as u64) << 32, step: (epoch * total + first + i) as u32 })
+            };
+            let mut shown = 0;
+            let show = |work: &mut Work<'_, f32>| {
+                let (mut i, mut stopped) = (0, ControlFlow::Continue(()));
+                dataset.for_each(&slides, config.prefetch_factor, |slide, bag| {
+                    let risk = work(i, bag.views()?)?;
+                    Self::check_finite(dataset, (fold, epoch), slide, risk)?;
+                    i += 1;
+                    shown += 1;
+                    let done = SlideDone {
+                        fold,
+                        epoch,
+                        position: 2 * first + shown,
+                        slides: 2 * total,
+                        validating: false,
+                        loss,
+                        patches: dataset.sizes[slide].total(),
+                    };
+                    *patches += done.patches;
+                    stopped = observer.slide(&done);
+                    Ok(stopped.is_continue())
+                })?;
+                Ok(stopped)
+            };
+            let Some((loss, risks)) = accumulate(&mut self.engine, &cohort, draw, show)? else {
+                self.engine.write_state(State::Grads, &vec![0.0; self.engine.model.layout.len()])?;
+                return Ok(ControlFlow::Break(()));
+            };
+            if cohort.is_comparable() {
+                self.engine.update(&config.adam(epoch))?;
+                self.progress.updates = self.engine.updates;
+                self.progress.loss_sum += loss * cohort.events() as f64;
+                self.progress.events += cohort.events();
+            } else {
+                self.progress.batches_without_update += 1;
+            }
+            self.progress.position = end;
+            self.progress.risks.extend(risks);
+            if end / config.checkpoint_every > first / config.checkpoint_every {
+                self.checkpoint()?;
+            }
+        }
+        if self.progress.events == 0 {
+            let (epoch, size) = (epoch + 1, config.cox_batch);
+            let reason = format!(
+                "no batch of epoch {epoch} of fold {fold} has an event at which another is still at risk; --cox-batch {size} is too small"
+            );
+            return Err(Error::Statistic { statistic: "the Cox loss", reason });
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+}

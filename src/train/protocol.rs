@@ -1,0 +1,166 @@
+//! How a fold's epoch is chosen, and what its label bins are cut from.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{config::RunConfig, cox};
+use crate::{
+    Error, Result,
+    data::{
+        cohort::Slide,
+        dataset::{Dataset, Fold},
+        labels::Bins,
+        sampler::shuffled,
+    },
+    loss::Loss,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// The epoch that is best on the fold's validation slides, on which it is then reported; bins of all slides
+    Published,
+    /// The epoch that is best on a fifth of the training patients, which no weight is trained on; bins of the training slides; the
+    /// fold's validation slides are used once, at the end
+    Nested,
+}
+
+/// The share of the training patients that chooses the epoch.
+const INNER_SHARE: f64 = 0.2;
+
+/// Sets the inner split's draws apart from the epochs'.
+const INNER_EPOCH: usize = usize::MAX;
+
+impl Protocol {
+    /// What a report says of it.
+    pub fn sentence(self, loss: Loss) -> String {
+        let bins = |of: &str| {
+            if loss == Loss::CoxSurv { String::new() } else { format!(", and label bins were cut over {of}") }
+        };
+        match self {
+            Self::Published => format!(
+                "As published, each fold\u{2019}s epoch was chosen by the C-index on the validation slides that it is shown for{}: \
+                 an optimistic estimate. Epochs count from 1.",
+                bins("all slides")
+            ),
+            Self::Nested => format!(
+                "Nested: each fold\u{2019}s epoch was chosen by the C-index on a fifth of its training patients, which were held out of training{}; \
+                 the validation slides were used once, for the result shown. Epochs count from 1.",
+                bins("the training slides")
+            ),
+        }
+    }
+}
+
+/// What the trainer of a fold sees.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    pub bins: Bins,
+    /// The slides to train on, and those to choose the epoch by.
+    pub slides: Fold,
+    /// Slides of the fold that it does not see.
+    pub held_out: usize,
+}
+
+/// The part of fold `i` that training may see.
+pub fn prepare(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold)) -> Result<Part> {
+    let nested = config.protocol == Protocol::Nested;
+    let bins = match (config.loss_fn, nested) {
+        (Loss::CoxSurv, _) => Bins::default(),
+        (_, false) => Bins::cut(&dataset.slides, config.n_classes)?,
+        (_, true) => {
+            let training: Vec<Slide> = fold.train.iter().map(|&slide| dataset.slides[slide].clone()).collect();
+            Bins::cut(&training, config.n_classes)?
+        }
+    };
+    let slides = if nested { inner_split(&dataset.slides, fold, config.seed, i)? } else { fold.clone() };
+    if config.loss_fn == Loss::CoxSurv {
+        cox::check(config, dataset, (i, &slides))?;
+    }
+    Ok(Part { bins, slides, held_out: if nested { fold.val.len() } else { 0 } })
+}
+
+/// The training slides of fold `i` in two parts by patient, with and without an event apart.
+fn inner_split(slides: &[Slide], fold: &Fold, seed: u64, i: usize) -> Result<Fold> {
+    // by case, so that the order of rows does not matter
+    let mut event: BTreeMap<&str, bool> = BTreeMap::new();
+    for &slide in &fold.train {
+        *event.entry(&slides[slide].case_id).or_default() |= !slides[slide].censored;
+    }
+    let mut chosen = std::collections::BTreeSet::new();
+    for with_event in [true, false] {
+        let cases: Vec<&str> = event.iter().filter(|(_, event)| **event == with_event).map(|(case, _)| *case).collect();
+        if with_event && cases.len() < 2 {
+            return Err(Error::Usage(format!(
+                "--protocol nested: {} training patients of fold {i} have an event, expected at least 2 to split them",
+                cases.len()
+            )));
+        }
+        let share = (INNER_SHARE * cases.len() as f64).round().max(1.0) as usize;
+        let order = shuffled(cases.len(), seed, i, INNER_EPOCH - usize::from(with_event));
+        // a lone patient is for training
+        chosen.extend(order.into_iter().take(share.min(cases.len().saturating_sub(1))).map(|case| cases[case]));
+    }
+    let (val, train) = fold.train.iter().partition(|&&slide| chosen.contains(slides[slide].case_id.as_str()));
+    Ok(Fold { train, val, without_outcome: fold.without_outcome })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 40 patients, of whom every fourth has an event and every fifth a second slide.
+    fn cohort() -> (Vec<Slide>, Fold) {
+        let slides: Vec<Slide> = (0..48)
+            .map(|row| {
+                let patient = if row < 40 { row } else { (row - 40) * 5 };
+                Slide {
+                    case_id: format!("case-{patient:02}"),
+                    slide_id: format!("slide-{row}"),
+                    months: (patient * 7 % 11) as f64,
+                    censored: patient % 4 != 0,
+                }
+            })
+            .collect();
+        let fold =
+            Fold { train: (0..48).filter(|row| row % 40 >= 4).collect(), val: vec![0, 1, 2, 3], without_outcome: 0 };
+        (slides, fold)
+    }
+
+    #[test]
+    fn the_inner_split_is_by_patient_and_keeps_the_share_of_events() {
+        let (slides, fold) = cohort();
+        let inner = inner_split(&slides, &fold, 7, 0).unwrap();
+        let cases = |side: &[usize]| -> std::collections::BTreeSet<String> {
+            side.iter().map(|&slide| slides[slide].case_id.clone()).collect()
+        };
+        let (train, val) = (cases(&inner.train), cases(&inner.val));
+        assert!(train.is_disjoint(&val), "a patient is on both sides");
+        let mut both = [inner.train.clone(), inner.val.clone()].concat();
+        both.sort_unstable();
+        assert_eq!(both, fold.train, "the outer validation is touched, or a slide is lost");
+        // a fifth of the patients of each kind, rounded
+        let patients = |event: bool| {
+            let of = |cases: &std::collections::BTreeSet<String>| {
+                cases.iter().filter(|case| slides.iter().any(|s| s.case_id == **case && s.censored != event)).count()
+            };
+            (of(&val), of(&train))
+        };
+        for event in [true, false] {
+            let (val, train) = patients(event);
+            assert_eq!(val, ((val + train) as f64 * 0.2).round() as usize, "event {event}");
+        }
+        assert_eq!(inner, inner_split(&slides, &fold, 7, 0).unwrap());
+        assert_ne!(inner, inner_split(&slides, &fold, 8, 0).unwrap());
+        assert_ne!(inner, inner_split(&slides, &fold, 7, 1).unwrap());
+    }
+
+    #[test]
+    fn one_event_cannot_be_split() {
+        let (mut slides, fold) = cohort();
+        slides.iter_mut().filter(|slide| slide.case_id != "case-08").for_each(|slide| slide.censored = true);
+        let error = inner_split(&slides, &fold, 7, 3).unwrap_err().to_string();
+        assert!(error.contains("1 training patients of fold 3 have an event"), "{error}");
+    }
+}
