@@ -30,8 +30,29 @@ SASS_OF = ("sm_80", "sm_90a")
 
 # Bytes of dynamic shared memory that a kernel's launch asks for, at the published model's sizes (d = 512): (f32, bf16).
 DYNAMIC = {
+    "attention_forward_32": (24576, 20480),
+    "attention_forward_64": (49152, 40960),
+    "attention_forward_128": (98304, 81920),
+    "attention_dkv_32": (35328, 19456),
+    "attention_dkv_64": (68096, 35840),
+    "attention_dkv_128": (101120, 68608),
+    "attention_dq_32": (32768, 16384),
+    "attention_dq_64": (65536, 32768),
+    "attention_dq_128": (98304, 65536),
+    "conv_fusion_backward": (37828, 37828),
+    "conv_fusion_backward_sequence": (9884, 9884),
+    "conv_fusion_forward": (68420, 68420),
+    "conv_fusion_forward_sequence": (18076, 18076),
     "layer_norm_backward": (64 * 512, 64 * 512),
     "layer_norm_backward_scalar": (64 * 512, 64 * 512),
+    "matmul_forward": (98304, 98304),
+    "matmul_forward_small": (49152, 49152),
+    "matmul_backward_input": (98304, 98304),
+    "matmul_backward_input_small": (49152, 49152),
+    "matmul_backward_weight": (98304, 98304),
+    "matmul_backward_weight_small": (49152, 49152),
+    "ppeg_backward": (68420, 37444),
+    "ppeg_forward": (68420, 37444),
 }
 
 

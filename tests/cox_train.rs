@@ -513,6 +513,7 @@ fn a_nested_cox_run_from_settings_to_report() {
         let text = std::fs::read_to_string(run.join(file)).unwrap();
         assert!(text.contains("Nested: each fold\u{2019}s epoch was chosen"), "{file}");
         assert!(!text.contains("As published"), "{file}");
+        assert!(!text.contains("evaluated on other than"), "{file}: nothing has changed since training");
     }
     // the one output is the risk, and there are no bins
     let predictions = std::fs::read_to_string(run.join("predictions.csv")).unwrap();
