@@ -50,16 +50,17 @@ template <int D, int N8> GPU_FN void scores(float (&c)[N8][4], const real* a, in
   }
 }
 
-// out[16][D] += weights [16][8 N8] (accumulators of a product) times a tile [8 N8][D].
-template <int D, int N8> GPU_FN void weigh(float (&out)[D / 8][4], const float (&weights)[N8][4], const real* tile) {
+// out[16][COLUMNS] += weights [16][8 N8] (accumulators of a product) times columns first .. first + COLUMNS of a tile [8 N8][D].
+template <int D, int COLUMNS, int N8>
+GPU_FN void weigh(float (&out)[COLUMNS / 8][4], const float (&weights)[N8][4], const real* tile, int first = 0) {
 #pragma unroll
   for (int step = 0; step < 8 * N8 / kStep; step++) {
     Fragment as;
     accumulator_to_a(as, weights, step);
 #pragma unroll
-    for (int j = 0; j < D / 16; j++) {
+    for (int j = 0; j < COLUMNS / 16; j++) {
       Fragment bs;
-      load_b_t<D>(bs, tile, 16 * j, step * kStep);
+      load_b_t<D>(bs, tile, first + 16 * j, step * kStep);
       multiply_add(out[2 * j], as, bs[0], bs[1]);
       multiply_add(out[2 * j + 1], as, bs[2], bs[3]);
     }

@@ -29,17 +29,20 @@ struct AttentionGrads {
 // Rows of a streamed tile, and stages of the stream.
 template <int D> constexpr int kQueries = 32;
 template <int D> constexpr int kStages = kIsBf16 || D < 128 ? 2 : 1;
+// Columns of dk and dv at a time: in f32, 128 of both are more than a thread's registers, so the queries stream by twice.
+template <int D> constexpr int kColumns = kIsBf16 || D < 128 ? D : D / 2;
 
-// Columns of this thread in a 16 x D accumulator, times a factor, to rows row0 + {g, g + 8} of a head.
-template <int D> GPU_FN void store_rows(const Matrix<real>& to, int row0, const float (&c)[D / 8][4], float factor) {
+// Columns of this thread in a 16 x COLUMNS accumulator, times a factor, to rows row0 + {g, g + 8} of a head, from column `first` on.
+template <int COLUMNS>
+GPU_FN void store_rows(const Matrix<real>& to, int row0, int first, const float (&c)[COLUMNS / 8][4], float factor) {
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int row = row0 + g + 8 * h;
     if (row >= to.rows) continue;
 #pragma unroll
-    for (int j = 0; j < D / 8; j++) {
-      const int column = 8 * j + 2 * t;
+    for (int j = 0; j < COLUMNS / 8; j++) {
+      const int column = first + 8 * j + 2 * t;
       if (column < to.cols) store_pair(to.row(row) + column, c[j][2 * h] * factor, c[j][2 * h + 1] * factor);
     }
   }
@@ -49,7 +52,7 @@ template <int D> GPU_FN void keys_and_values(const AttentionGrads& table) {
   constexpr int kM = kQueries<D>, kM8 = kM / 8;
   const Place place = place_of(table, int(blockIdx.x));
   const AttentionGrad& p = table.problem[place.problem];
-  const int n = p.q.rows, m = p.k.rows, head_dim = p.q.cols / p.heads, k0 = place.part * kOwn;
+  const int n = p.q.rows, head_dim = p.q.cols / p.heads, k0 = place.part * kOwn;
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const float scale = 1.f / sqrtf(float(head_dim)), scale2 = scale * kLog2e;
   const auto q = head_of(p.q, place.head, head_dim), dout = head_of(p.dout, place.head, head_dim);
@@ -100,58 +103,57 @@ template <int D> GPU_FN void keys_and_values(const AttentionGrads& table) {
   const int tiles = (n + kM - 1) / kM;
   load_tile<kOwn, D, kThreads, kUnroll>(keys, head_of(p.k, place.head, head_dim), k0, 0);
   load_tile<kOwn, D, kThreads, kUnroll>(values, head_of(p.v, place.head, head_dim), k0, 0);
-  if (tiles > 0) {
-    load(0, 0);
-    draw(0);
-  }
-  float dk[D / 8][4], dv[D / 8][4];
-  clear(dk);
-  clear(dv);
-  const int key = k0 + warp * 16 + g;  // and key + 8
-
-  for (int i = 0; i < tiles; i++) {
-    const int stage = kStages<D> == 2 ? i & 1 : 0;
-    cp_async_wait<0>();
-    __syncthreads();  // tile i has landed for everyone, and everyone has finished with tile i - 1
-    if (kStages<D> == 2 && i + 1 < tiles) load(i + 1, (i + 1) & 1);
-    if (i + 1 < tiles) draw(i + 1);
-    const real *queries_here = queries + stage * kM * D, *douts_here = douts + stage * kM * D;
-
-    float s[kM8][4], dp[kM8][4];  // [key][query]
-    clear(s);
-    clear(dp);
-    scores<D, kM8>(s, keys, warp * 16, queries_here, 0);
-    scores<D, kM8>(dp, values, warp * 16, douts_here, 0);
-#pragma unroll
-    for (int c = 0; c < kM8; c++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int query = 8 * c + 2 * t + e;
-        const float lse2 = lses[stage * kM + query] * kLog2e, delta = deltas[stage * kM + query];
-        const bool outside = i * kM + query >= n;
-        uint32_t bits = 0xff;
-        if (dropout.threshold) bits = kept[(i & 1) * kKept + (warp * 16 / 32 * 4 + g / 2) * kLine + query];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const float probability = outside ? 0.f : fast_exp2(s[c][2 * h + e] * scale2 - lse2);
-          // key = k0 + 16 warp + 8 h + g: word 2 (warp % 2) + h, half g % 2
-          const bool keep = bits >> (2 * (2 * (warp % 2) + h) + g % 2) & 1u;
-          const float factor = !dropout.threshold ? 1.f : keep ? dropout.scale : 0.f;
-          s[c][2 * h + e] = probability * factor;
-          dp[c][2 * h + e] = probability * (dp[c][2 * h + e] * factor - delta);
-        }
-      }
-    weigh<D, kM8>(dv, s, douts_here);
-    weigh<D, kM8>(dk, dp, queries_here);
-    if (kStages<D> == 1) {
-      __syncthreads();  // everyone has finished with the only stage
-      if (i + 1 < tiles) load(i + 1, 0);
+  for (int first = 0; first < D; first += kColumns<D>) {
+    if (tiles > 0) {
+      load(0, 0);
+      draw(0);
     }
+    float dk[kColumns<D> / 8][4], dv[kColumns<D> / 8][4];
+    clear(dk);
+    clear(dv);
+    for (int i = 0; i < tiles; i++) {
+      const int stage = kStages<D> == 2 ? i & 1 : 0;
+      cp_async_wait<0>();
+      __syncthreads();  // tile i has landed for everyone, and everyone has finished with tile i - 1
+      if (kStages<D> == 2 && i + 1 < tiles) load(i + 1, (i + 1) & 1);
+      if (i + 1 < tiles) draw(i + 1);
+      const real *queries_here = queries + stage * kM * D, *douts_here = douts + stage * kM * D;
+
+      float s[kM8][4], dp[kM8][4];  // [key][query]
+      clear(s);
+      clear(dp);
+      scores<D, kM8>(s, keys, warp * 16, queries_here, 0);
+      scores<D, kM8>(dp, values, warp * 16, douts_here, 0);
+#pragma unroll
+      for (int c = 0; c < kM8; c++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int query = 8 * c + 2 * t + e;
+          const float lse2 = lses[stage * kM + query] * kLog2e, delta = deltas[stage * kM + query];
+          const bool outside = i * kM + query >= n;
+          uint32_t bits = 0xff;
+          if (dropout.threshold) bits = kept[(i & 1) * kKept + (warp * 16 / 32 * 4 + g / 2) * kLine + query];
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const float probability = outside ? 0.f : fast_exp2(s[c][2 * h + e] * scale2 - lse2);
+            // key = k0 + 16 warp + 8 h + g: word 2 (warp % 2) + h, half g % 2
+            const bool keep = bits >> (2 * (2 * (warp % 2) + h) + g % 2) & 1u;
+            const float factor = !dropout.threshold ? 1.f : keep ? dropout.scale : 0.f;
+            s[c][2 * h + e] = probability * factor;
+            dp[c][2 * h + e] = probability * (dp[c][2 * h + e] * factor - delta);
+          }
+        }
+      weigh<D, kColumns<D>>(dv, s, douts_here, first);
+      weigh<D, kColumns<D>>(dk, dp, queries_here, first);
+      if (kStages<D> == 1) {
+        __syncthreads();  // everyone has finished with the only stage
+        if (i + 1 < tiles) load(i + 1, 0);
+      }
+    }
+    cp_async_wait<0>();
+    store_rows<kColumns<D>>(head_of(p.dk, place.head, head_dim), k0 + warp * 16, first, dk, scale);
+    store_rows<kColumns<D>>(head_of(p.dv, place.head, head_dim), k0 + warp * 16, first, dv, 1.f);
   }
-  cp_async_wait<0>();
-  if (key - g >= m) return;
-  store_rows<D>(head_of(p.dk, place.head, head_dim), k0 + warp * 16, dk, scale);
-  store_rows<D>(head_of(p.dv, place.head, head_dim), k0 + warp * 16, dv, 1.f);
 }
 
 template <int D> GPU_FN void queries(const AttentionGrads& table) {
@@ -215,14 +217,14 @@ template <int D> GPU_FN void queries(const AttentionGrads& table) {
           s[c][2 * h + e] = probability * (dp[c][2 * h + e] * factor - delta[h]);
         }
     }
-    weigh<D, kN8>(dq, s, keys_here);
+    weigh<D, D>(dq, s, keys_here);
     if (kStages<D> == 1) {
       __syncthreads();  // everyone has finished with the only stage
       if (j + 1 < tiles) load(j + 1, 0);
     }
   }
   cp_async_wait<0>();
-  store_rows<D>(head_of(p.dq, place.head, head_dim), q0 + warp * 16, dq, scale);
+  store_rows<D>(head_of(p.dq, place.head, head_dim), q0 + warp * 16, 0, dq, scale);
 }
 }  // namespace
 
@@ -244,9 +246,9 @@ KERNEL(attention_delta, kThreads, const AttentionGrads table) {
   }
 }
 
-KERNEL(attention_dkv_32, kThreads, const AttentionGrads table) { keys_and_values<32>(table); }
-KERNEL(attention_dkv_64, kThreads, const AttentionGrads table) { keys_and_values<64>(table); }
-KERNEL(attention_dkv_128, kThreads, const AttentionGrads table) { keys_and_values<128>(table); }
-KERNEL(attention_dq_32, kThreads, const AttentionGrads table) { queries<32>(table); }
-KERNEL(attention_dq_64, kThreads, const AttentionGrads table) { queries<64>(table); }
-KERNEL(attention_dq_128, kThreads, const AttentionGrads table) { queries<128>(table); }
+KERNEL_BLOCKS(attention_dkv_32, kThreads, 2, const AttentionGrads table) { keys_and_values<32>(table); }
+KERNEL_BLOCKS(attention_dkv_64, kThreads, 2, const AttentionGrads table) { keys_and_values<64>(table); }
+KERNEL_BLOCKS(attention_dkv_128, kThreads, 2, const AttentionGrads table) { keys_and_values<128>(table); }
+KERNEL_BLOCKS(attention_dq_32, kThreads, 2, const AttentionGrads table) { queries<32>(table); }
+KERNEL_BLOCKS(attention_dq_64, kThreads, 2, const AttentionGrads table) { queries<64>(table); }
+KERNEL_BLOCKS(attention_dq_128, kThreads, 2, const AttentionGrads table) { queries<128>(table); }

@@ -104,7 +104,7 @@ template <int D> GPU_FN void attend(const Attentions& table) {
         }
       }
     }
-    weigh<D, kN8>(out, s, values + stage * kN * D);
+    weigh<D, D>(out, s, values + stage * kN * D);
   }
   cp_async_wait<0>();  // where there are no keys, the queries are still on their way
 

@@ -26,6 +26,9 @@ using bf16 = __nv_bfloat16;
 #define GPU_FN __device__ __forceinline__
 // An entry point, its largest block, its parameters.
 #define KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads) GPU_PASTE(name, REAL)(__VA_ARGS__)
+// The same, where a multiprocessor shall hold at least so many blocks: without it the compiler spills registers to hold more.
+#define KERNEL_BLOCKS(name, threads, blocks, ...) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) GPU_PASTE(name, REAL)(__VA_ARGS__)
 // A static array in shared memory: SHARED_ARRAY(float, partial, [8]);
 #define SHARED_ARRAY(type, name, dims) __shared__ type name dims
 

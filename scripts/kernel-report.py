@@ -130,7 +130,7 @@ def kernels(stem, storage, dump):
             for instruction in re.findall(r"\b(?:HMMA|LDSM|LDGSTS)[.\w]*", function):
                 counts[instruction] = counts.get(instruction, 0) + 1
     in_source = (ROOT / f"kernels/{stem}.cu").read_text()
-    order = lambda k: in_source.find(f"KERNEL({k.name},")
+    order = lambda k: re.search(rf"KERNEL(_BLOCKS)?\({k.name},", in_source).start()
     return sorted(found.values(), key=order), report
 
 

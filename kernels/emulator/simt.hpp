@@ -145,6 +145,7 @@ inline float __uint_as_float(uint32_t u) { return __builtin_bit_cast(float, u); 
   static const ::simt::Registered name##_registered(                                                            \
       ::simt::Entry<name>::kernel(GPU_STRING(name) "_" GPU_STRING(REAL), threads));                             \
   static void name(__VA_ARGS__)
+#define KERNEL_BLOCKS(name, threads, blocks, ...) KERNEL(name, threads, __VA_ARGS__)
 #define SHARED_ARRAY(type, name, dims)  \
   static const char name##_key = 0;     \
   using name##_type = type dims;        \

@@ -109,8 +109,8 @@ fn small() -> Vec<Products> {
 /// The large tile, split sums, more problems than a launch takes.
 fn large() -> Vec<Products> {
     vec![
-        products(Part::Forward, FFN, &[[1500, 1160, 72], [300, 512, 40]]),
-        products(Part::Input, BACK, &[[1500, 1160, 72], [300, 512, 40]]),
+        products(Part::Forward, FFN, &[[1100, 1160, 72], [300, 640, 40]]),
+        products(Part::Input, BACK, &[[1100, 1160, 72], [300, 640, 40]]),
         products(Part::Weight, NONE, &[[1300, 136, 144], [40, 128, 128], [600, 200, 136]]),
         products(Part::Weight, NONE, &[[1100, 8, 24]]),
         products(Part::Forward, NONE, &[[9, 16, 24]; 10]),
