@@ -335,7 +335,8 @@ fn train(config: &RunConfig, stops: &[(usize, bool, usize)]) -> Trained {
     let end = (config.num_epochs - 1, true, 2);
     let mut observer = StopAt { stops: [stops, &[end]].concat(), ..StopAt::default() };
     while !observer.stops.is_empty() {
-        let mut trainer = FoldTrainer::new(config, &dataset, &part.bins, (0, &part.slides), folder.path()).unwrap();
+        let mut trainer =
+            FoldTrainer::<f32>::new(config, &dataset, &part.bins, (0, &part.slides), folder.path()).unwrap();
         assert_eq!(trainer.run(&mut observer).unwrap(), Outcome::Stopped, "missed {:?}", observer.stops);
     }
     let checkpoint = std::fs::read(FoldTrainer::checkpoint_path(folder.path())).unwrap();

@@ -109,7 +109,7 @@ fn train(config: &RunConfig, stops: &[(usize, bool, usize)]) -> Trained {
     let end = (config.num_epochs - 1, false, 30);
     let mut observer = StopAt { stops: [stops, &[end]].concat(), metrics: Vec::new() };
     while !observer.stops.is_empty() {
-        let mut trainer = FoldTrainer::new(config, &dataset, &bins, (0, &fold), folder.path()).unwrap();
+        let mut trainer = FoldTrainer::<f32>::new(config, &dataset, &bins, (0, &fold), folder.path()).unwrap();
         assert_eq!(trainer.run(&mut observer).unwrap(), Outcome::Stopped, "missed {:?}", observer.stops);
     }
     let checkpoint = std::fs::read(FoldTrainer::checkpoint_path(folder.path())).unwrap();
@@ -157,7 +157,7 @@ fn patience_begins_after_the_warm_up() {
     fold.train.truncate(8);
     let folder = tempfile::tempdir().unwrap();
     let mut observer = StopAt { stops: Vec::new(), metrics: Vec::new() };
-    let mut trainer = FoldTrainer::new(&config, &dataset, &bins, (0, &fold), folder.path()).unwrap();
+    let mut trainer = FoldTrainer::<f32>::new(&config, &dataset, &bins, (0, &fold), folder.path()).unwrap();
     assert_eq!(trainer.run(&mut observer).unwrap(), Outcome::Finished);
     // with a learning rate of 0 nothing gets better: the first epoch that may be the best is, the next one is one too many
     let best: Vec<bool> = observer.metrics.iter().map(|m| m.best).collect();
@@ -173,7 +173,7 @@ fn a_diverged_model_ends_training() {
     let fold = dataset.fold(&config.splits, 0).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let mut observer = StopAt { stops: vec![(0, false, 3)], metrics: Vec::new() };
-    let trainer = || FoldTrainer::new(&config, &dataset, &bins, (0, &fold), folder.path());
+    let trainer = || FoldTrainer::<f32>::new(&config, &dataset, &bins, (0, &fold), folder.path());
     assert_eq!(trainer().unwrap().run(&mut observer).unwrap(), Outcome::Stopped);
     // the checkpoint's weights become NaN
     let path = FoldTrainer::checkpoint_path(folder.path());
@@ -392,8 +392,9 @@ fn wrong_input_is_refused_in_a_sentence() {
         (vec!["--config", good, "--loss-fn", "mse"], 2, "possible values: nll_surv, ce_surv"),
         (vec!["--config", good, "--embed-dim", "30", "--num-heads", "4"], 2, "expected an even dim that heads divides"),
         (vec!["--config", good, "--threads", "100000"], 2, "100000 threads: expected at most 1024"),
-        (vec!["--config", good, "--device", "tpu"], 2, "expected auto or cpu"),
-        (vec!["--config", good, "--device", "cuda"], 1, "no CUDA kernels"),
+        (vec!["--config", good, "--device", "tpu"], 2, "expected auto, cpu or cuda"),
+        (vec!["--config", good, "--device", "cuda"], 1, "--device cuda: "),
+        (vec!["--config", good, "--precision", "bf16"], 2, "--precision bf16 needs --device cuda"),
         (vec!["--config", "typo.toml"], 2, "unknown field `learning_rat`"),
         (vec!["--config", "broken.toml"], 2, "broken.toml"),
         (vec!["--config", "missing.toml"], 2, "missing.toml: cannot be read"),

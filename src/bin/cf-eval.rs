@@ -51,7 +51,7 @@ struct Arguments {
     out: Option<PathBuf>,
     #[command(flatten)]
     resampling: Resampling,
-    /// Where to run: auto or cpu
+    /// Where to run: auto, cpu or cuda
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads; 0 is one for each core. Results do not depend on it

@@ -13,7 +13,7 @@ use super::{
     folds,
     labels::Bins,
 };
-use crate::{Error, Result, loss::Target, model::Bags, train::step::BagSizes};
+use crate::{Error, Result, device::Element, loss::Target, model::Bags, train::step::BagSizes};
 
 /// Where a cohort lies on disk.
 #[derive(Clone, Debug)]
@@ -46,14 +46,14 @@ pub struct Fold {
 }
 
 /// A slide's features, in memory.
-pub struct Bag {
-    pub x5: Array2<f32>,
-    pub x10: Array2<f32>,
-    pub x20: Array2<f32>,
+pub struct Bag<T> {
+    pub x5: Array2<T>,
+    pub x10: Array2<T>,
+    pub x20: Array2<T>,
 }
 
-impl Bag {
-    pub fn views(&self) -> Result<Bags<'_, f32>> {
+impl<T: Element> Bag<T> {
+    pub fn views(&self) -> Result<Bags<'_, T>> {
         let slices = [&self.x5, &self.x10, &self.x20].map(|x| x.as_slice().unwrap_or_default());
         Bags::new(slices, self.x10.ncols())
     }
@@ -133,8 +133,8 @@ impl Dataset {
         Target { label: bins.label(slide.months), censored: slide.censored }
     }
 
-    /// Reads a slide's features.
-    pub fn read(&self, slide: usize) -> Result<Bag> {
+    /// Reads a slide's features, rounded to `T`.
+    pub fn read<T: Element<Sum = f32>>(&self, slide: usize) -> Result<Bag<T>> {
         let [x5, x10, x20] = &self.files[slide];
         let sizes = self.sizes[slide];
         let read = |path: &PathBuf, patches: usize| {
@@ -148,18 +148,18 @@ impl Dataset {
                 );
                 return Err(Error::file(path, message));
             }
-            file.read()
+            Ok(file.read()?.mapv(T::from_sum))
         };
         Ok(Bag { x5: read(x5, sizes.x5)?, x10: read(x10, sizes.x10)?, x20: read(x20, sizes.x20)? })
     }
 
     /// Reads slides in order on a thread of its own, up to `ahead` of the one in use; `work` gets each in turn and ends the reading by
     /// returning false or an error.
-    pub fn for_each(
+    pub fn for_each<T: Element<Sum = f32>>(
         &self,
         order: &[usize],
         ahead: usize,
-        mut work: impl FnMut(usize, Bag) -> Result<bool>,
+        mut work: impl FnMut(usize, Bag<T>) -> Result<bool>,
     ) -> Result<()> {
         std::thread::scope(|scope| {
             let (sender, receiver) = std::sync::mpsc::sync_channel(ahead.min(order.len()));

@@ -167,7 +167,7 @@ fn predict(engine: &mut Engine<f32>, dataset: &Dataset, order: &[usize], fold: u
     let bar = ProgressBar::new(order.len() as u64).with_message(fold.to_string()); // hidden where output is piped
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut slides = Vec::new();
-    dataset.for_each(order, AHEAD, |i, bag| {
+    dataset.for_each(order, AHEAD, |i, bag: data::dataset::Bag<f32>| {
         let slide = &dataset.slides[i];
         let Prediction { hazards, survival, risk } = Prediction::from_logits(&engine.evaluate(bag.views()?)?);
         slides.push(SlideResult {

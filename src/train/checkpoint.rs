@@ -20,7 +20,7 @@ use super::{
     config::RunConfig,
     step::{Engine, State},
 };
-use crate::{Error, Result, data::atomic::write_atomically, model};
+use crate::{Error, Result, data::atomic::write_atomically, device::Element, model};
 
 /// Metadata key of our JSON.
 const KEY: &str = "crossfusion";
@@ -38,7 +38,7 @@ pub struct ModelCard {
 }
 
 /// Writes the model's parameters under their public names.
-pub fn save_model(path: &Path, engine: &Engine<f32>, card: &ModelCard) -> Result<()> {
+pub fn save_model<T: Element<Sum = f32>>(path: &Path, engine: &Engine<T>, card: &ModelCard) -> Result<()> {
     let params = engine.read_state(State::Params)?;
     let layout = &engine.model.layout;
     let tensors = layout.entries().iter().map(|entry| {
@@ -104,7 +104,11 @@ const ARENAS: [(&str, State); 4] =
     [("params", State::Params), ("grads", State::Grads), ("adam_m", State::M), ("adam_v", State::V)];
 
 /// Writes an engine's whole state, with the trainer's as JSON. Without an engine: a finished fold's, which needs no tensors.
-pub fn save_state<S: Serialize>(path: &Path, engine: Option<&Engine<f32>>, state: &S) -> Result<()> {
+pub fn save_state<S: Serialize, T: Element<Sum = f32>>(
+    path: &Path,
+    engine: Option<&Engine<T>>,
+    state: &S,
+) -> Result<()> {
     let read = |(name, which)| engine.map(|engine| Ok((name, engine.read_state(which)?)));
     let arenas = ARENAS.into_iter().filter_map(read).collect::<Result<Vec<(&str, _)>>>()?;
     let tensors = arenas.iter().map(|(name, values)| (name.to_string(), vec![values.len()], values.as_slice()));
@@ -122,7 +126,7 @@ pub fn read_state<S: DeserializeOwned>(path: &Path) -> Result<Option<S>> {
 }
 
 /// Puts a checkpoint's arenas back.
-pub fn load_state(path: &Path, engine: &mut Engine<f32>) -> Result<()> {
+pub fn load_state<T: Element<Sum = f32>>(path: &Path, engine: &mut Engine<T>) -> Result<()> {
     let (bytes, _) = read(path)?;
     let file =
         SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;

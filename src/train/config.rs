@@ -14,6 +14,7 @@ use super::{
 use crate::{
     Error, Result,
     data::dataset::Source,
+    device::{Device, Storage},
     loss::Loss,
     model::{self, Fusion},
     ops::adam::Adam,
@@ -126,7 +127,10 @@ pub struct RunConfig {
     /// Slides between checkpoints within an epoch; there is one at its end in any case
     #[arg(long, default_value_t = 100)]
     pub checkpoint_every: usize,
-    /// Where to run: auto or cpu
+    /// How activations and weights are stored: auto is bf16 on a GPU, f32 on a CPU. Master weights and sums are f32
+    #[arg(long, value_enum, default_value_t = Precision::Auto)]
+    pub precision: Precision,
+    /// Where to run: auto, cpu or cuda
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Threads; 0 is one for each core. Results do not depend on it
@@ -149,6 +153,29 @@ impl Default for RunConfig {
 /// A path that may still be empty: the file of settings may give it.
 fn path(text: &str) -> std::result::Result<PathBuf, std::convert::Infallible> {
     Ok(text.into())
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    #[default]
+    Auto,
+    F32,
+    Bf16,
+}
+
+impl Precision {
+    /// What that means on a device; an error for bf16 on a CPU.
+    pub fn storage(self, device: &Device) -> Result<Storage> {
+        match self {
+            Self::F32 => Ok(Storage::F32),
+            Self::Auto if !device.runs_kernels() => Ok(Storage::F32),
+            Self::Bf16 if !device.runs_kernels() => {
+                Err(Error::Usage("--precision bf16 needs --device cuda: the CPU computes in f32".into()))
+            }
+            _ => Ok(Storage::Bf16),
+        }
+    }
 }
 
 impl RunConfig {

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        dataset::{Dataset, Fold},
+        dataset::{Bag, Dataset, Fold},
         sampler::shuffled,
     },
     device::Element,
@@ -194,7 +194,7 @@ pub fn accumulate<T: Element>(
     Ok(stopped.is_continue().then_some((loss, risks)))
 }
 
-impl FoldTrainer<'_> {
+impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
     /// The batches of an epoch that are not done yet, each with an update. A stop discards the batch in hand, which is done anew.
     pub(super) fn train_cox(
         &mut self,
@@ -218,9 +218,9 @@ impl FoldTrainer<'_> {
                 Some(Draw { seed: config.seed ^ (fold as u64) << 32, step: (epoch * total + first + i) as u32 })
             };
             let mut shown = 0;
-            let show = |work: &mut Work<'_, f32>| {
+            let show = |work: &mut Work<'_, T>| {
                 let (mut i, mut stopped) = (0, ControlFlow::Continue(()));
-                dataset.for_each(&slides, config.prefetch_factor, |slide, bag| {
+                dataset.for_each(&slides, config.prefetch_factor, |slide, bag: Bag<T>| {
                     let risk = work(i, bag.views()?)?;
                     Self::check_finite(dataset, (fold, epoch), slide, risk)?;
                     i += 1;

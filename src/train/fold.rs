@@ -17,11 +17,11 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        dataset::{Dataset, Fold},
+        dataset::{Bag, Dataset, Fold},
         labels::Bins,
         sampler::Sampler,
     },
-    device::Device,
+    device::{Device, Element},
     loss::{CoxBatch, Loss, Prediction, Target},
     model::Bags,
     ops::Draw,
@@ -109,7 +109,8 @@ pub trait Observer {
     }
 }
 
-pub struct FoldTrainer<'a> {
+/// Trains one fold; `T` is how activations and weights are stored.
+pub struct FoldTrainer<'a, T: Element = f32> {
     pub(super) config: &'a RunConfig,
     pub(super) dataset: &'a Dataset,
     pub(super) fold: usize,
@@ -120,7 +121,7 @@ pub struct FoldTrainer<'a> {
     cox: Option<Cox>,
     /// The fold's part of the run folder.
     folder: PathBuf,
-    pub(super) engine: Engine<f32>,
+    pub(super) engine: Engine<T>,
     origin: Origin,
     pub(super) progress: Progress,
 }
@@ -138,7 +139,7 @@ pub enum Outcome {
     Stopped,
 }
 
-impl<'a> FoldTrainer<'a> {
+impl FoldTrainer<'_> {
     pub fn checkpoint_path(folder: &Path) -> PathBuf {
         folder.join("checkpoint.safetensors")
     }
@@ -160,7 +161,9 @@ impl<'a> FoldTrainer<'a> {
         let now = Origin::new(config, fingerprint(dataset, bins, slides));
         record.map_or(Ok(()), |record| record.origin.check(&path, &now))
     }
+}
 
+impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
     /// A fold from its start, or from its checkpoint if there is one in `folder`.
     pub fn new(
         config: &'a RunConfig,
@@ -171,7 +174,7 @@ impl<'a> FoldTrainer<'a> {
     ) -> Result<Self> {
         let device = Device::from_name(&config.device, config.threads)?;
         let mut engine = Engine::new(device, &config.model(dataset.features), config.seed.wrapping_add(fold as u64))?;
-        let path = Self::checkpoint_path(folder);
+        let path = FoldTrainer::checkpoint_path(folder);
         let origin = Origin::new(config, fingerprint(dataset, bins, slides));
         let mut progress = Progress::default();
         if let Some(record) = checkpoint::read_state::<Record>(&path)? {
@@ -290,7 +293,7 @@ impl<'a> FoldTrainer<'a> {
     fn train(&mut self, order: &[usize], patches: &mut usize, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
         let dataset = self.dataset;
         let mut stopped = ControlFlow::Continue(());
-        dataset.for_each(&order[self.progress.position..], self.config.prefetch_factor, |slide, bag| {
+        dataset.for_each(&order[self.progress.position..], self.config.prefetch_factor, |slide, bag: Bag<T>| {
             let step = (self.progress.epoch * order.len() + self.progress.position) as u32;
             let draw = Some(Draw { seed: self.config.seed ^ (self.fold as u64) << 32, step });
             let (config, target) = (self.config, dataset.target(&self.bins, slide));
@@ -333,7 +336,7 @@ impl<'a> FoldTrainer<'a> {
         let (dataset, order) = (self.dataset, self.slides.val.clone());
         let (mut loss_sum, mut risks) = (0.0, Vec::new());
         let mut stopped = ControlFlow::Continue(());
-        dataset.for_each(&order, self.config.prefetch_factor, |slide, bag| {
+        dataset.for_each(&order, self.config.prefetch_factor, |slide, bag: Bag<T>| {
             let logits = self.engine.evaluate(bag.views()?)?;
             loss_sum += self.config.loss_fn.evaluate(&logits, dataset.target(&self.bins, slide), 0.0).0;
             let risk = Prediction::from_logits(&logits).risk;
@@ -393,22 +396,22 @@ impl<'a> FoldTrainer<'a> {
             c_index,
             bin_edges: self.bins.edges.clone(),
         };
-        checkpoint::save_model(&Self::best_path(&self.folder), &self.engine, &card)
+        checkpoint::save_model(&FoldTrainer::best_path(&self.folder), &self.engine, &card)
     }
 
     pub(super) fn checkpoint(&self) -> Result<()> {
         let engine = (!self.progress.finished).then_some(&self.engine);
         let record = Record { origin: self.origin.clone(), progress: self.progress.clone() };
-        checkpoint::save_state(&Self::checkpoint_path(&self.folder), engine, &record)
+        checkpoint::save_state(&FoldTrainer::checkpoint_path(&self.folder), engine, &record)
     }
 }
 
 /// One slide of training: forward, loss, backward, and an update after every `grad_accum_steps`-th slide of the epoch. Gradients left at an
 /// epoch's end carry into the next epoch's first update, as published. Returns loss and risk.
-pub fn train_slide(
-    engine: &mut Engine<f32>,
+pub fn train_slide<T: Element<Sum = f32>>(
+    engine: &mut Engine<T>,
     config: &RunConfig,
-    bags: Bags<'_, f32>,
+    bags: Bags<'_, T>,
     target: Target,
     draw: Option<Draw>,
     epoch: usize,

@@ -15,6 +15,8 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use half::bf16;
+
 use super::{
     config::RunConfig,
     fold::{Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
@@ -27,6 +29,7 @@ use crate::{
         atomic::{remove_leftovers, write_text},
         dataset::Dataset,
     },
+    device::{Device, Element, Storage},
 };
 
 /// The demo's cohort, in its run's folder.
@@ -163,15 +166,19 @@ impl Run {
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
         }
         trim_metrics(folder, self.parts.len())?;
+        let storage = self.config.precision.storage(&Device::from_name(&self.config.device, self.config.threads)?)?;
         let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, interrupted);
         for (i, part) in self.parts.iter().enumerate() {
             let files = fold_folder(folder, i);
             if FoldTrainer::epochs_done(&files)?.1 {
                 continue;
             }
-            let mut trainer = FoldTrainer::new(&self.config, &self.dataset, &part.bins, (i, &part.slides), &files)?;
             let mut log = Log { path: metrics_path(folder), display: &mut display };
-            if trainer.run(&mut log)? == Outcome::Stopped {
+            let outcome = match storage {
+                Storage::F32 => self.train_fold::<f32>((i, part), &files, &mut log),
+                Storage::Bf16 => self.train_fold::<bf16>((i, part), &files, &mut log),
+            };
+            if outcome? == Outcome::Stopped {
                 display.finish();
                 return Err(Error::Interrupted(format!(
                     "stopped; go on with: cf-train --resume {}",
@@ -181,6 +188,15 @@ impl Run {
         }
         display.finish();
         Ok(())
+    }
+
+    fn train_fold<T: Element<Sum = f32>>(
+        &self,
+        (i, part): (usize, &Part),
+        files: &Path,
+        observer: &mut dyn Observer,
+    ) -> Result<Outcome> {
+        FoldTrainer::<T>::new(&self.config, &self.dataset, &part.bins, (i, &part.slides), files)?.run(observer)
     }
 }
 
