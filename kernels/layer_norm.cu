@@ -10,14 +10,14 @@
 //
 // A warp takes a row and its lanes packs of V columns; it reads the row again for each sum, which is in L1 by then.
 // blockIdx.y is the problem. "_scalar": V = 1, for rows that do not split into 16 bytes.
-// Shared memory of a backward block: 64 d bytes.
+// Backward goes over tiles of 32 V columns, so that a block's shared memory does not grow with d.
 #include "gpu.cuh"
 
 namespace {
 constexpr float kEpsilon = 1e-5f;
 // As in src/ops/layer_norm.rs.
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRowsPerBlock = 32;  // in backward
+constexpr int kRowsPerWarp = 4, kRowsPerBlock = kRowsPerWarp * kWarps;  // in backward
 constexpr int kProblems = 4;
 
 struct Norm {
@@ -91,54 +91,71 @@ template <int V> GPU_FN Floats<V> gradient(const real* dy, const real* repeated,
 }
 
 template <int V> GPU_FN void backward(const NormGrad p) {
+  // Column c of a tile at c % V * kStride + c / V: lanes that write, and threads that read, fall into different banks.
+  constexpr int kTile = 32 * V, kStride = 32 + 32 / V;
+  SHARED_ARRAY(float, sums, [kWarps][2][V * kStride]);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int n0 = p.x.rows, d = p.x.cols, first = int(blockIdx.x) * kRowsPerBlock;
-  if (first >= n0) return;
-  // Each warp's sums for dweight, then for dbias, each lane its own columns: column c at c / V + c % V * (d / V), so
-  // that neighbouring lanes fall into neighbouring banks.
-  SharedMemory shared;
-  float* sums = shared.take<float>(kWarps * 2 * d);
-  float *dweight = sums + warp * 2 * d, *dbias = dweight + d;
-  const int step = d / V;
-  for (int c = lane; c < step; c += 32)
-    for (int e = 0; e < V; e++) dweight[c + e * step] = dbias[c + e * step] = 0.f;
+  const int n0 = p.x.rows, d = p.x.cols, first = int(blockIdx.x) * kRowsPerBlock + warp;
+  if (int(blockIdx.x) * kRowsPerBlock >= n0) return;
 
-  for (int row = first + warp; row < min(first + kRowsPerBlock, n0); row += kWarps) {
+  float mean[kRowsPerWarp], rstd[kRowsPerWarp], mean_g[kRowsPerWarp], mean_gx[kRowsPerWarp];
+#pragma unroll
+  for (int r = 0; r < kRowsPerWarp; r++) {
+    const int row = first + r * kWarps;
+    mean[r] = rstd[r] = mean_g[r] = mean_gx[r] = 0.f;
+    if (row >= n0) continue;
     const real *x = p.x.row(row), *dy = p.dy.row(row);
     const real* repeated = row + n0 < p.dy.rows ? p.dy.row(row + n0) : nullptr;
-    const float mean = p.stats[2 * row], rstd = p.stats[2 * row + 1];
-    float mean_g = 0.f, mean_gx = 0.f;
-    for (int c = lane * V; c < d; c += 32 * V) {
+    mean[r] = p.stats[2 * row];
+    rstd[r] = p.stats[2 * row + 1];
+#pragma unroll 1  // of four rows at a time: more would take half again as many registers
+    for (int c = lane * V; c < d; c += kTile) {
       const auto xs = load<V>(x + c), weight = load<V>(p.weight + c);
       const auto g = gradient<V>(dy, repeated, c);
       for (int e = 0; e < V; e++) {
-        const float x_hat = (float(xs.v[e]) - mean) * rstd, gw = g.v[e] * float(weight.v[e]);
-        dweight[c / V + e * step] += g.v[e] * x_hat;
-        dbias[c / V + e * step] += g.v[e];
-        mean_g += gw;
-        mean_gx += gw * x_hat;
+        const float gw = g.v[e] * float(weight.v[e]);
+        mean_g[r] += gw;
+        mean_gx[r] += gw * ((float(xs.v[e]) - mean[r]) * rstd[r]);
       }
     }
-    mean_g = warp_sum(mean_g) / float(d);
-    mean_gx = warp_sum(mean_gx) / float(d);
-    for (int c = lane * V; c < d; c += 32 * V) {
-      const auto xs = load<V>(x + c), weight = load<V>(p.weight + c);
-      const auto g = gradient<V>(dy, repeated, c);
-      Pack<real, V> dx;
-      for (int e = 0; e < V; e++) {
-        const float x_hat = (float(xs.v[e]) - mean) * rstd;
-        dx.v[e] = real(rstd * (g.v[e] * float(weight.v[e]) - mean_g - x_hat * mean_gx));
-      }
-      store<V>(p.dx.row(row) + c, dx);
-    }
+    mean_g[r] = warp_sum(mean_g[r]) / float(d);
+    mean_gx[r] = warp_sum(mean_gx[r]) / float(d);
   }
 
-  __syncthreads();
-  for (int c = int(threadIdx.x); c < 2 * d; c += kThreads) {
-    const int in_half = c < d ? c : c - d, at = (c - in_half) + in_half / V + in_half % V * step;
-    float total = 0.f;
-    for (int w = 0; w < kWarps; w++) total += sums[w * 2 * d + at];
-    p.partial[int64_t(blockIdx.x) * (2 * d) + c] = total;
+  for (int tile = 0; tile < d; tile += kTile) {
+    const int c = tile + lane * V;
+    float dweight[V] = {}, dbias[V] = {};
+    if (c < d) {
+      const auto weight = load<V>(p.weight + c);
+#pragma unroll
+      for (int r = 0; r < kRowsPerWarp; r++) {
+        const int row = first + r * kWarps;
+        if (row >= n0) break;
+        const auto xs = load<V>(p.x.row(row) + c);
+        const auto g = gradient<V>(p.dy.row(row), row + n0 < p.dy.rows ? p.dy.row(row + n0) : nullptr, c);
+        Pack<real, V> dx;
+        for (int e = 0; e < V; e++) {
+          const float x_hat = (float(xs.v[e]) - mean[r]) * rstd[r];
+          dweight[e] += g.v[e] * x_hat;
+          dbias[e] += g.v[e];
+          dx.v[e] = real(rstd[r] * (g.v[e] * float(weight.v[e]) - mean_g[r] - x_hat * mean_gx[r]));
+        }
+        store<V>(p.dx.row(row) + c, dx);
+      }
+    }
+    for (int e = 0; e < V; e++) {
+      sums[warp][0][e * kStride + lane] = dweight[e];
+      sums[warp][1][e * kStride + lane] = dbias[e];
+    }
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < 2 * kTile; i += kThreads) {
+      const int half = i / kTile, column = i % kTile;
+      if (tile + column >= d) continue;
+      float total = 0.f;
+      for (int w = 0; w < kWarps; w++) total += sums[w][half][column % V * kStride + column / V];
+      p.partial[int64_t(blockIdx.x) * (2 * d) + half * d + tile + column] = total;
+    }
+    __syncthreads();  // the sums are free again
   }
 }
 }  // namespace

@@ -1,5 +1,5 @@
 // probes.cu -- small kernels that each show one feature: tests run them on the emulator, and on a GPU where there is one.
-#include "gpu.cuh"
+#include "dropout.cuh"
 
 // ---- fragment layouts -------------------------------------------------------------------------------------------
 // Registers come straight from arrays [lane][register]; the test scatters matrices into them by layouts stated
@@ -135,3 +135,20 @@ template <int BUG> GPU_FN void probe_count_any(int* counts, int n) {
 }
 KERNEL(probe_count, 64, int* counts, int n) { probe_count_any<0>(counts, n); }
 KERNEL(probe_count_bug1, 64, int* counts, int n) { probe_count_any<1>(counts, n); }
+
+// Dropout's factors of rows first + blockIdx.x, `cols` of them (a multiple of 256), as each of the header's functions tells them.
+KERNEL(probe_dropout, 32, const Dropout dropout, int first, int cols, float* by_fragment, float* by_eight, float* singly) {
+  const int lane = int(threadIdx.x), t = lane % 4;
+  const uint32_t row = uint32_t(first) + blockIdx.x;
+  const int64_t start = int64_t(blockIdx.x) * cols;
+  for (int c = lane / 4 * 32; c < cols; c += 256) {
+    float factors[4][2];
+    dropout_fragment(dropout, row, uint32_t(c / 32), t, factors);
+    const uint32_t kept = dropout_kept_eight(dropout, row, uint32_t(c / 32));
+    for (int e = 0; e < 8; e++) {
+      by_fragment[start + c + e / 2 * 8 + 2 * t + e % 2] = factors[e / 2][e % 2];
+      by_eight[start + c + 8 * t + e] = kept >> e & 1u ? dropout.scale : 0.f;
+      singly[start + c + 8 * t + e] = dropout_factor(dropout, row, uint32_t(c + 8 * t + e));
+    }
+  }
+}

@@ -43,8 +43,6 @@ DYNAMIC = {
     "conv_fusion_backward_sequence": (9884, 9884),
     "conv_fusion_forward": (68420, 68420),
     "conv_fusion_forward_sequence": (18076, 18076),
-    "layer_norm_backward": (64 * 512, 64 * 512),
-    "layer_norm_backward_scalar": (64 * 512, 64 * 512),
     "matmul_forward": (98304, 98304),
     "matmul_forward_small": (49152, 49152),
     "matmul_backward_input": (98304, 98304),

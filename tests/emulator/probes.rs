@@ -1,8 +1,11 @@
 //! kernels/probes.cu: fragment layouts against CuTe's tables, arithmetic against half's, seeded bugs against the detectors.
 
-use crossfusion::device::{
-    Arg, Launch, Storage,
-    emulator::{Options, Schedule, kernels},
+use crossfusion::{
+    device::{
+        Arg, Launch, Storage,
+        emulator::{Options, Schedule, kernels},
+    },
+    ops::{Draw, Dropout, dropout::KernelDropout},
 };
 use half::bf16;
 
@@ -275,4 +278,28 @@ fn errors_are_per_launch() {
             });
         }
     });
+}
+
+/// The three functions of kernels/dropout.cuh draw, bit for bit, what src/ops/dropout.rs draws.
+#[test]
+fn dropout_is_the_cpu_s() {
+    let (rows, cols) = (3, 512);
+    let draws = [Draw { seed: 1, step: 0 }, Draw { seed: 0xdead_beef_0123_4567, step: u32::MAX }];
+    for (i, rate) in [0.1, 0.3, 0.5, 0.95].into_iter().enumerate() {
+        let dropout = Dropout::new(Some(draws[i % 2]), [0, 7, 1 << 20][i % 3], rate).unwrap();
+        for first in [0, 40_000] {
+            let outs = [(); 3].map(|()| Memory::<f32>::unset(rows * cols).unwrap());
+            let mut args = vec![Arg::new(KernelDropout::from(Some(dropout))), Arg::new(first), Arg::new(cols as i32)];
+            args.extend(outs.iter().map(|out| Arg::new(out.address())));
+            launch(&probe("probe_dropout", rows as u32, 32, 0, args), RACE).unwrap();
+            let mut expected = vec![1.0f32; rows * cols];
+            for (row, factors) in expected.chunks_mut(cols).enumerate() {
+                dropout.apply(first as usize + row, factors);
+            }
+            assert!(expected.contains(&0.0) && expected.iter().any(|&x| x > 1.0));
+            for (name, out) in ["fragment", "eight", "factor"].iter().zip(&outs) {
+                assert!(out.read().unwrap() == expected, "{name}: rate {rate}, rows from {first}");
+            }
+        }
+    }
 }
