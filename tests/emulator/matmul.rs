@@ -50,19 +50,24 @@ impl Case for Products {
         for (i, &[m, n, k]) in self.sizes.iter().enumerate() {
             let of = |name: &str| format!("{name} {i}");
             if let Part::Weight = self.part {
-                let (dy, x) = (bed.input(&of("dy"), m, n, UNIT), bed.input(&of("x"), m, k, UNIT));
+                let dy = bed.input(&of("dy"), m, n + 8, UNIT).cols_range(0..n);
+                let x = bed.input(&of("x"), m, k + 8, UNIT).cols_range(8..k + 8);
                 let (dw, db) = (bed.accumulated(&of("dw"), n, k), bed.accumulated(&of("db"), 1, n));
                 weights.push(WeightGrad { dy, x, dw, db: (i != 1).then_some(db) });
                 continue;
             }
             let o = self.epilogue;
-            // rows of a and out lie in wider matrices
+            // the rows of a, b and, where it is read, out lie in wider matrices; what stands beside out must stay
             let a = bed.input(&of("a"), m, k + 8, UNIT).cols_range(8..k + 8);
             let b = match self.part {
-                Part::Forward => bed.input(&of("b"), n, k, UNIT),
-                _ => bed.input(&of("b"), k, n, UNIT),
+                Part::Forward => bed.input(&of("b"), n, k + 8, UNIT).cols_range(0..k),
+                _ => bed.input(&of("b"), k, n + 8, UNIT).cols_range(8..n + 8),
             };
-            let out = if o.accumulate { bed.in_place(&of("out"), m, n, UNIT) } else { bed.output(&of("out"), m, n) };
+            let out = if o.accumulate {
+                bed.in_place(&of("out"), m, n + 16, UNIT).cols_range(8..n + 8)
+            } else {
+                bed.output(&of("out"), m, n)
+            };
             let epilogue = Epilogue {
                 accumulate: o.accumulate,
                 bias: o.bias.then(|| bed.input(&of("bias"), 1, n, UNIT)),
