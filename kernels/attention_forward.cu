@@ -2,7 +2,7 @@
 // (Dao 2023, algorithm 1). One launch for all heads of up to four problems of any lengths.
 //
 // A block owns 64 queries of a head, 16 a warp; keys and values stream through two stages of cp.async. Where there are few
-// queries the keys are split over several blocks, which write f32 outputs and log-sum-exps of their own; attention_merge
+// queries the keys are split over several blocks, which write f32 outputs and log-sum-exps of their own; attention_join_splits
 // joins them: with lse = log sum_s e^lse_s,  out = sum_s e^(lse_s - lse) out_s  (Dao 2023, section 3.1).
 #include "attention.cuh"
 
@@ -141,7 +141,7 @@ KERNEL(attention_forward_64, kThreads, const Attentions table) { attend<64>(tabl
 KERNEL(attention_forward_128, kThreads, const Attentions table) { attend<128>(table); }
 
 // Joins the splits of problem blockIdx.y: a warp takes a row.
-KERNEL(attention_merge, kThreads, const Attentions table) {
+KERNEL(attention_join_splits, kThreads, const Attentions table) {
   const Attention& p = table.problem[blockIdx.y];
   const int n = p.q.rows, head_dim = p.q.cols / p.heads, lane = int(threadIdx.x) % 32;
   const int row = int(blockIdx.x) * (kThreads / 32) + int(threadIdx.x) / 32;
@@ -161,5 +161,47 @@ KERNEL(attention_merge, kThreads, const Attentions table) {
     }
     store_pair(p.out.row(row) + column, a / total, b / total);
     if (column % head_dim == 0) p.lse[at] = highest + logf(total);
+  }
+}
+
+namespace {
+// `KernelMerge` of src/ops/attention/kernel.rs.
+struct Merge {
+  Matrix<const real> part;
+  Matrix<float> out;
+  const float* part_lse;
+  float* lse;
+  int32_t heads, first;
+};
+struct Merges {
+  Merge problem[kProblems];
+  int32_t count, padding;
+};
+}  // namespace
+
+// out, lse of the parts of a context so far, together with one more part's: a warp takes a row.
+KERNEL(attention_merge_parts, kThreads, const Merges table) {
+  const Merge& p = table.problem[blockIdx.y];
+  const int n = p.part.rows, head_dim = p.part.cols / p.heads, lane = int(threadIdx.x) % 32;
+  const int row = int(blockIdx.x) * (kThreads / 32) + int(threadIdx.x) / 32;
+  if (row >= n) return;
+  for (int head = 0; head < p.heads; head++) {
+    const int64_t at = int64_t(head) * n + row;
+    const float before = p.first ? -INFINITY : p.lse[at], part_lse = p.part_lse[at];
+    const float highest = fmaxf(before, part_lse);
+    const float shift = highest == -INFINITY ? 0.f : highest;  // no keys yet: both weights are 0
+    const float a = expf(before - shift), b = expf(part_lse - shift), total = a + b;
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    for (int c = 2 * lane; c < head_dim; c += 64) {
+      const int column = head * head_dim + c;
+      const auto part = load<2>(p.part.row(row) + column);
+      Pack<float, 2> out = {};
+      if (a > 0.f) out = load<2>(p.out.row(row) + column);  // else it may hold anything
+#pragma unroll
+      for (int e = 0; e < 2; e++) out.v[e] = (a * out.v[e] + b * float(part.v[e])) * inverse;
+      store<2>(p.out.row(row) + column, out);
+    }
+    __syncwarp();  // all lanes have read lse
+    if (lane == 0) p.lse[at] = shift + logf(total);
   }
 }

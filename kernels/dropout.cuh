@@ -9,13 +9,15 @@ struct Dropout {
   uint32_t step, site;
   uint32_t threshold;  // an element whose 16-bit draw is below is dropped; 0: none is
   float scale;         // of the others
+  uint32_t first_row;  // of the whole tensor, where the tensor at hand is a part of its rows
+  uint32_t padding;
 };
 
 struct PhiloxWords { uint32_t word[4]; };
 
 // Philox4x32 with 7 rounds: eight 16-bit draws.
 GPU_FN PhiloxWords philox(const Dropout& dropout, uint32_t row, uint32_t call) {
-  uint32_t c0 = call, c1 = row, c2 = dropout.site, c3 = dropout.step;
+  uint32_t c0 = call, c1 = dropout.first_row + row, c2 = dropout.site, c3 = dropout.step;
   uint32_t k0 = uint32_t(dropout.seed), k1 = uint32_t(dropout.seed >> 32);
 #pragma unroll
   for (int round = 0; round < 7; round++) {

@@ -77,6 +77,21 @@ KERNEL(elementwise_accumulate, kThreads, const Matrix<const real> x, const Matri
   }
 }
 
+// out = sums
+KERNEL(elementwise_round, kThreads, const Matrix<const float> sums, const Matrix<real> out) {
+  const Piece piece = piece_of(out.cols);
+  if (piece.row >= out.rows || piece.column >= out.cols) return;
+  const float* from = sums.row(int(piece.row)) + piece.column;
+  float v[8];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const auto sum = load<4>(from + 4 * half);
+#pragma unroll
+    for (int e = 0; e < 4; e++) v[4 * half + e] = sum.v[e];
+  }
+  store_eight(out.row(int(piece.row)) + piece.column, v);
+}
+
 KERNEL(elementwise_zero, kThreads, const Matrix<float> sums) {
   const Piece piece = piece_of(sums.cols);
   if (piece.row >= sums.rows || piece.column >= sums.cols) return;

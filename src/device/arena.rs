@@ -15,6 +15,7 @@ pub struct Arena {
     saved: usize,
     scratch: usize,
     peak: usize,
+    saved_at_peak: usize,
 }
 
 /// A height of both stacks, to go back to.
@@ -27,12 +28,17 @@ pub struct Mark {
 impl Arena {
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
         let bytes = bytes.next_multiple_of(ALIGNMENT);
-        Ok(Self { buffer: device.alloc(bytes)?, saved: 0, scratch: bytes, peak: 0 })
+        Ok(Self { buffer: device.alloc(bytes)?, saved: 0, scratch: bytes, peak: 0, saved_at_peak: 0 })
     }
 
     /// As large as anything could ask for; only for [`Device::Dry`], which backs it with nothing.
     pub(crate) fn unlimited() -> Self {
-        Self { buffer: Buffer::imaginary(1 << 50), saved: 0, scratch: 1 << 50, peak: 0 }
+        Self { buffer: Buffer::imaginary(1 << 50), saved: 0, scratch: 1 << 50, peak: 0, saved_at_peak: 0 }
+    }
+
+    /// What a matrix takes.
+    pub(crate) fn matrix_bytes<T>(rows: usize, cols: usize) -> Result<usize> {
+        bytes::<T>(rows, cols)
     }
 
     pub fn bytes(&self) -> usize {
@@ -42,6 +48,11 @@ impl Arena {
     /// The largest sum of both stacks so far, in bytes: what an arena must hold for the same step.
     pub fn peak(&self) -> usize {
         self.peak
+    }
+
+    /// The saved stack's share of [`Arena::peak`].
+    pub fn saved_at_peak(&self) -> usize {
+        self.saved_at_peak
     }
 
     /// A matrix that lives until its mark is released in backward. Its content is whatever was there before.
@@ -68,7 +79,10 @@ impl Arena {
                 "the step's arena of {total} bytes is too small for another {bytes} bytes; please report this as a bug in the memory plan"
             )));
         }
-        self.peak = self.peak.max(self.saved + total - self.scratch);
+        let now = self.saved + total - self.scratch;
+        if now > self.peak {
+            (self.peak, self.saved_at_peak) = (now, self.saved);
+        }
         Ok(())
     }
 

@@ -79,6 +79,11 @@ impl Device {
         }
     }
 
+    /// Whether its memory is the host's.
+    pub(crate) fn is_host(&self) -> bool {
+        !matches!(self, Self::Cuda(_) | Self::Dry(_))
+    }
+
     pub(crate) fn is_dry(&self) -> bool {
         matches!(self, Self::Dry(_))
     }

@@ -1,16 +1,15 @@
 //! CrossFusion (Soraki et al. 2026, fig. 1): three bags in, survival logits out, and the way back.
 
-use std::marker::PhantomData;
-
 use super::{
-    Config, Context, Fusion,
-    layer::{self, Layer, LayerGrad, Names, SavedLayer, norm, norm_grad, sites},
+    Bag, Bags, Config, Context, Fusion,
+    layer::{self, Layer, LayerGrad, Names, SavedLayer, norm, norm_grad, scratch, sites},
     params::{Layout, Linear, Norm, Param},
+    streamed::Stream,
     transformer::{PadTransformer, SavedTransformer, transformer_sites},
 };
 use crate::{
     Error, Result,
-    device::{Element, Mark, View},
+    device::{Buffer, Element, Mark, View},
     ops::{
         conv_fusion::{self, ConvFusion, ConvFusionGrad, Grid, Weights},
         elementwise,
@@ -20,52 +19,10 @@ use crate::{
     },
 };
 
-/// A slide's patch features at 5x, 10x and 20x, `[M5, F]`, `[N, F]`, `[M20, F]`, borrowed from host memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Bags<'a, T> {
-    pub(crate) x5: View<T>,
-    pub(crate) x10: View<T>,
-    pub(crate) x20: View<T>,
-    owner: PhantomData<&'a [T]>,
-}
-
-impl<'a, T: Element> Bags<'a, T> {
-    /// Row-major features of x5, x10 and x20, `features` values a patch.
-    pub fn new(bags: [&'a [T]; 3], features: usize) -> Result<Self> {
-        // SAFETY: `owner` keeps the slices borrowed as long as the views can be reached.
-        let view = |x: &[T]| Ok::<_, Error>(unsafe { View::of_slice(x, patches(x, features)?, features) });
-        let [x5, x10, x20] = bags;
-        Ok(Self::of_views(view(x5)?, view(x10)?, view(x20)?))
-    }
-
-    /// Memory that receives the bags' gradients.
-    pub fn new_mut(bags: [&'a mut [T]; 3], features: usize) -> Result<Self> {
-        // SAFETY: as above.
-        let view = |x: &mut [T]| Ok::<_, Error>(unsafe { View::of_slice_mut(x, patches(x, features)?, features) });
-        let [x5, x10, x20] = bags;
-        Ok(Self::of_views(view(x5)?, view(x10)?, view(x20)?))
-    }
-
-    /// Views that the caller keeps alive.
-    pub(crate) fn of_views(x5: View<T>, x10: View<T>, x20: View<T>) -> Self {
-        Self { x5, x10, x20, owner: PhantomData }
-    }
-}
-
-/// Rows of `features` values in a bag.
-fn patches<T>(bag: &[T], features: usize) -> Result<usize> {
-    if features == 0 || !bag.len().is_multiple_of(features) {
-        let message =
-            format!("a bag of {} values: expected a whole number of patches of {features} features", bag.len());
-        return Err(Error::Usage(message));
-    }
-    Ok(bag.len() / features)
-}
-
 // The three scales, in the order of the arrays below. The names in a checkpoint start with these letters.
 const COARSE: usize = 0;
 const FINE: usize = 1;
-const SOURCE: usize = 2;
+pub(super) const SOURCE: usize = 2;
 const LETTERS: [&str; 3] = ["c", "f", "s"];
 
 pub struct CrossFusion {
@@ -75,7 +32,7 @@ pub struct CrossFusion {
     /// None where features are as wide as the model.
     projections: [Option<(Linear, Norm)>; 3],
     /// Of the coarse and the fine context.
-    cross: [Layer; 2],
+    pub(super) cross: [Layer; 2],
     transformers: [PadTransformer; 3],
     norms: [Norm; 3],
     mix: (Param, Param),
@@ -89,12 +46,10 @@ pub struct CrossFusion {
 }
 
 /// What backward needs of a forward pass; its views lie on the arena's saved stack.
-pub struct Saved<T: Element> {
-    /// x5, x20, x10
-    bags: [View<T>; 3],
+pub struct Saved<'a, T: Element> {
     side: usize,
-    projections: SavedProjections<T>,
-    tokens: [View<T>; 3],
+    contexts: Contexts<'a, T>,
+    source: Input<T>,
     before_cross: Mark,
     cross: Vec<SavedLayer<T>>,
     transformers: SavedTransformer<T>,
@@ -108,9 +63,25 @@ pub struct Saved<T: Element> {
     pub logits: View<T::Sum>,
 }
 
-/// None where a bag is its own projection.
-type SavedProjections<T> = [Option<SavedProjection<T>>; 3];
+/// x5 and x20.
+enum Contexts<'a, T: Element> {
+    Held(Inputs<T>),
+    Streamed(Stream<'a, T>),
+}
 
+/// A bag, or a part of one, on its way into the model.
+#[derive(Clone, Copy)]
+pub(super) struct Input<T: Element> {
+    pub scale: usize,
+    bag: View<T>,
+    /// None where a bag is its own projection.
+    projection: Option<SavedProjection<T>>,
+    pub tokens: View<T>,
+}
+
+pub(super) type Inputs<T> = Vec<Input<T>>;
+
+#[derive(Clone, Copy)]
 struct SavedProjection<T: Element> {
     /// Before the norm.
     projected: View<T>,
@@ -183,23 +154,43 @@ impl CrossFusion {
     }
 
     /// Logits `[1, n_classes]`, and all that backward needs.
-    pub fn forward<T: Element>(&self, ctx: &mut Context, bags: Bags<'_, T>) -> Result<Saved<T>> {
-        let inputs = [ctx.stage(bags.x5)?, ctx.stage(bags.x20)?, ctx.stage(bags.x10)?];
-        for (x, name) in inputs.iter().zip(["x5", "x20", "x10"]) {
-            x.check("CrossFusion", name, &[x.rows().max(1), self.config.features])?;
+    pub fn forward<'a, T: Element>(&self, ctx: &mut Context, bags: Bags<'a, T>) -> Result<Saved<'a, T>> {
+        for (view, name) in [(bags.x5.view(), "x5"), (Some(bags.x10), "x10"), (bags.x20.view(), "x20")] {
+            if let Some(x) = view {
+                x.check("CrossFusion", name, &[x.rows().max(1), self.config.features])?;
+            }
         }
         let n0 = bags.x10.rows();
         let side = (1..).find(|side| side * side >= n0).unwrap_or(n0);
         let (n, dim) = (side * side, self.config.dim);
 
-        let (projections, tokens) = self.project(ctx, inputs)?;
+        let x10 = ctx.stage(&Bag::Memory(bags.x10))?;
+        let (source, contexts) = match ctx.policy.stream {
+            Some(patches) => {
+                let stream = Stream::new(ctx, [bags.x5, bags.x20], patches)?;
+                let source = self.project(ctx, &[(SOURCE, x10)], true)?;
+                (source[0], Contexts::Streamed(stream))
+            }
+            None => {
+                let staged = [(COARSE, ctx.stage(&bags.x5)?), (FINE, ctx.stage(&bags.x20)?), (SOURCE, x10)];
+                let mut held = self.project(ctx, &staged, true)?;
+                let source = held.remove(SOURCE);
+                (source, Contexts::Held(held))
+            }
+        };
         let before_cross = ctx.arena.mark();
-        let layers: Vec<_> = self.cross.iter().collect();
-        let (cross, crossed) = layer::forward(ctx, &layers, &[tokens[SOURCE]; 2], &tokens[..2])?;
+        let (cross, crossed) = match &contexts {
+            Contexts::Held(inputs) => {
+                let layers: Vec<_> = self.cross.iter().collect();
+                let context: Vec<_> = inputs.iter().map(|input| input.tokens).collect();
+                layer::forward(ctx, &layers, &[source.tokens; 2], &context)?
+            }
+            Contexts::Streamed(stream) => self.cross_streamed(ctx, source.tokens, stream)?,
+        };
 
         let group: Vec<_> = self.transformers.iter().collect();
         let (transformers, encoded) =
-            PadTransformer::forward(ctx, &group, &[crossed[COARSE], crossed[FINE], tokens[SOURCE]], (n, side), n)?;
+            PadTransformer::forward(ctx, &group, &[crossed[COARSE], crossed[FINE], source.tokens], (n, side), n)?;
 
         let before_norms = ctx.arena.mark();
         let mut problems = Vec::new();
@@ -223,10 +214,9 @@ impl CrossFusion {
         };
         head::forward(ctx.device, &head)?;
         Ok(Saved {
-            bags: inputs,
             side,
-            projections,
-            tokens,
+            contexts,
+            source,
             before_cross,
             cross,
             transformers,
@@ -239,32 +229,36 @@ impl CrossFusion {
         })
     }
 
-    /// Step 1: Linear and LayerNorm of each bag.
-    fn project<T: Element>(
+    /// Step 1: Linear and LayerNorm of each bag, on the saved stack if backward shall find them.
+    pub(super) fn project<T: Element>(
         &self,
         ctx: &mut Context,
-        inputs: [View<T>; 3],
-    ) -> Result<(SavedProjections<T>, [View<T>; 3])> {
-        let mut tokens = inputs;
-        let mut saved = [None, None, None];
+        bags: &[(usize, View<T>)],
+        save: bool,
+    ) -> Result<Inputs<T>> {
+        let dim = self.config.dim;
+        let mut inputs = Vec::new();
         let (mut products, mut norms) = (Vec::new(), Vec::new());
-        for scale in 0..3 {
-            let Some((linear, layer_norm)) = self.projections[scale] else { continue };
-            let (rows, dim) = (inputs[scale].rows(), self.config.dim);
-            let (projected, stats) = (ctx.arena.save(rows, dim)?, ctx.arena.save(rows, 2)?);
-            tokens[scale] = ctx.arena.save(rows, dim)?;
-            let linear = ctx.linear::<T>(linear);
-            let epilogue = Epilogue { bias: Some(linear.bias), ..Default::default() };
-            products.push(Matmul { a: inputs[scale], b: linear.weight, out: projected, epilogue });
-            norms.push(norm(ctx, layer_norm, projected, stats, tokens[scale]));
-            saved[scale] = Some(SavedProjection { projected, stats });
+        for &(scale, bag) in bags {
+            let mut input = Input { scale, bag, projection: None, tokens: bag };
+            if let Some((linear, layer_norm)) = self.projections[scale] {
+                let rows = bag.rows();
+                let (projected, stats) = (ctx.room(save, rows, dim)?, ctx.room(save, rows, 2)?);
+                input.tokens = ctx.room(save, rows, dim)?;
+                input.projection = Some(SavedProjection { projected, stats });
+                let linear = ctx.linear::<T>(linear);
+                let epilogue = Epilogue { bias: Some(linear.bias), ..Default::default() };
+                products.push(Matmul { a: bag, b: linear.weight, out: projected, epilogue });
+                norms.push(norm(ctx, layer_norm, projected, stats, input.tokens));
+            }
+            inputs.push(input);
         }
         matmul::forward(ctx.device, &products)?;
         layer_norm::forward(ctx.device, &norms)?;
-        Ok((saved, tokens))
+        Ok(inputs)
     }
 
-    fn fusion_weights<T: Element>(&self, arena: &crate::device::Buffer) -> Weights<T> {
+    fn fusion_weights<T: Element>(&self, arena: &Buffer) -> Weights<T> {
         Weights {
             mix: (self.mix.0.of(arena), self.mix.1.of(arena)),
             kernels: self.convolutions.map(|c| c.0.of(arena)),
@@ -307,7 +301,7 @@ impl CrossFusion {
     pub fn backward<T: Element>(
         &self,
         ctx: &mut Context,
-        saved: Saved<T>,
+        saved: Saved<'_, T>,
         dlogits: &[T::Sum],
         inputs: Option<Bags<'_, T>>,
     ) -> Result<()> {
@@ -350,25 +344,34 @@ impl CrossFusion {
         let group: Vec<_> = self.transformers.iter().collect();
         let dencoded = PadTransformer::backward(ctx, &group, saved.transformers, side, &dstreams)?;
 
-        let n0 = saved.bags[SOURCE].rows();
-        let dtokens = saved.bags.map(|x| ctx.arena.scratch(x.rows(), dim));
-        let [coarse, fine, source] = dtokens;
-        let dtokens = [coarse?, fine?, source?];
-        let layers: Vec<_> = self.cross.iter().collect();
-        let mut grads = Vec::new();
-        for scale in [COARSE, FINE] {
-            grads.push(LayerGrad {
-                x: saved.tokens[SOURCE],
-                context: saved.tokens[scale],
-                dout: dencoded[scale].rows_range(0..n0),
-                dx: ctx.arena.scratch(n0, dim)?,
-                dcontext: dtokens[scale],
-            });
+        let x = saved.source.tokens;
+        let dout = [dencoded[COARSE], dencoded[FINE]].map(|dx| dx.rows_range(0..x.rows()));
+        let dx = scratch(ctx, &[x; 2], dim)?;
+        let dsource = ctx.arena.scratch(x.rows(), dim)?;
+        let dbags = inputs.map(|d| [d.x5.view(), d.x20.view(), Some(d.x10)].map(|view| view.unwrap_or(d.x10)));
+        let mut held = Vec::new();
+        let mut dtokens = Vec::new();
+        match saved.contexts {
+            Contexts::Held(contexts) => {
+                let tokens: Vec<_> = contexts.iter().map(|input| input.tokens).collect();
+                dtokens = scratch(ctx, &tokens, dim)?;
+                let layers: Vec<_> = self.cross.iter().collect();
+                let grads =
+                    (0..2).map(|g| LayerGrad { x, context: tokens[g], dout: dout[g], dx: dx[g], dcontext: dtokens[g] });
+                let grads: Vec<_> = grads.collect();
+                layer::backward(ctx, &layers, &saved.cross, &grads, false)?;
+                held = contexts;
+            }
+            Contexts::Streamed(stream) => {
+                self.cross_streamed_backward(ctx, (&saved.cross, x), &stream, &dout, &dx, dbags)?;
+            }
         }
-        layer::backward(ctx, &layers, &saved.cross, &grads, false)?;
         ctx.arena.release_saved(saved.before_cross);
-        elementwise::sum(ctx.device, &[dencoded[SOURCE].rows_range(0..n0), grads[0].dx, grads[1].dx], dtokens[SOURCE])?;
-        self.project_backward(ctx, &saved.bags, &saved.projections, dtokens, inputs)?;
+        elementwise::sum(ctx.device, &[dencoded[SOURCE].rows_range(0..x.rows()), dx[0], dx[1]], dsource)?;
+        held.push(saved.source);
+        dtokens.push(dsource);
+        let dbags = dbags.map(|dbags| held.iter().map(|input| dbags[input.scale]).collect::<Vec<_>>());
+        self.project_backward(ctx, &held, &dtokens, dbags.as_deref())?;
         ctx.arena.release_scratch(start);
         Ok(())
     }
@@ -404,43 +407,42 @@ impl CrossFusion {
         conv_fusion::backward(ctx.device, ctx.arena, &problem)
     }
 
-    fn project_backward<T: Element>(
+    /// `dtokens` are overwritten; `dbags` receives the bags' gradients.
+    pub(super) fn project_backward<T: Element>(
         &self,
         ctx: &mut Context,
-        bags: &[View<T>; 3],
-        saved: &SavedProjections<T>,
-        dtokens: [View<T>; 3],
-        inputs: Option<Bags<'_, T>>,
+        inputs: &[Input<T>],
+        dtokens: &[View<T>],
+        dbags: Option<&[View<T>]>,
     ) -> Result<()> {
-        let dbags = inputs.map(|d| [d.x5, d.x20, d.x10]);
-        // where the ops write these: not the host's memory, if they are kernels
-        let mut written = dbags;
+        // where the ops write dbags: not the host's memory, if they are kernels
+        let mut written = dbags.map(<[_]>::to_vec);
         if let (Some(written), true) = (&mut written, ctx.device.runs_kernels()) {
             for x in written {
                 *x = ctx.arena.scratch(x.rows(), x.cols())?;
             }
         }
         let (mut norms, mut weights, mut products) = (Vec::new(), Vec::new(), Vec::new());
-        for (scale, x) in bags.iter().copied().enumerate() {
-            let dy = dtokens[scale];
-            let (Some((linear, layer_norm)), Some(saved)) = (self.projections[scale], &saved[scale]) else {
-                if let Some(written) = written {
-                    elementwise::sum(ctx.device, &[dy], written[scale])?;
+        for (i, input) in inputs.iter().enumerate() {
+            let (dy, dx) = (dtokens[i], written.as_ref().map(|written| written[i]));
+            let (Some((linear, layer_norm)), Some(saved)) = (self.projections[input.scale], &input.projection) else {
+                if let Some(dx) = dx {
+                    elementwise::sum(ctx.device, &[dy], dx)?;
                 }
                 continue;
             };
             let linear = ctx.linear::<T>(linear);
             norms.push(norm_grad(ctx, layer_norm, saved.projected, saved.stats, dy, dy));
-            weights.push(WeightGrad { dy, x, dw: linear.dweight, db: Some(linear.dbias) });
-            if let Some(written) = written {
-                products.push(Matmul { a: dy, b: linear.weight, out: written[scale], epilogue: Epilogue::default() });
+            weights.push(WeightGrad { dy, x: input.bag, dw: linear.dweight, db: Some(linear.dbias) });
+            if let Some(dx) = dx {
+                products.push(Matmul { a: dy, b: linear.weight, out: dx, epilogue: Epilogue::default() });
             }
         }
         layer_norm::backward(ctx.device, ctx.arena, &norms)?;
         matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
         matmul::backward_input(ctx.device, &products)?;
         if let (Some(dbags), Some(written), true) = (dbags, written, ctx.device.runs_kernels()) {
-            for (dbag, written) in dbags.into_iter().zip(written) {
+            for (dbag, written) in dbags.iter().zip(written) {
                 // SAFETY: the bags' gradients borrow host memory for writing.
                 unsafe { dbag.slice_mut() }.copy_from_slice(&ctx.device.download(written)?);
             }

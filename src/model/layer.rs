@@ -5,14 +5,18 @@
 //! self-attention block ([`SelfLayer`]) first normalises its input, x = c = LayerNorm(input). The residuals start from the NORMALISED
 //! values. Every function takes a group of layers, which run in lockstep so that each op is one launch.
 
+use std::ops::Range;
+
 use super::{
     Context, LinearViews,
     params::{Layout, Linear, Norm, Param},
+    policy::pieces,
 };
 use crate::{
     Result,
-    device::{Element, Mark, View},
+    device::{Device, Element, Mark, Real, View},
     ops::{
+        Dropout,
         attention::{self, Attention, AttentionGrad},
         elementwise, gelu,
         layer_norm::{self, NormGrad},
@@ -22,9 +26,9 @@ use crate::{
 };
 
 pub(super) struct Layer {
-    q: Linear,
+    pub q: Linear,
     /// Keys' and values' projections side by side.
-    kv: Linear,
+    pub kv: Linear,
     out: Linear,
     embedding: Option<Param>,
     norm: Norm,
@@ -51,10 +55,22 @@ type Forwarded<S, T> = (Vec<S>, Vec<View<T>>);
 
 /// What backward needs of one layer.
 pub(super) struct SavedLayer<T: Element> {
+    pub attended: View<T>,
+    pub lse: View<T::Sum>,
+    /// None where backward computes it again.
+    kept: Option<(Projected<T>, Tail<T>)>,
+}
+
+/// Queries, and keys and values side by side.
+#[derive(Clone, Copy)]
+struct Projected<T> {
     q: View<T>,
     kv: View<T>,
-    attended: View<T>,
-    lse: View<T::Sum>,
+}
+
+/// What the part behind attention computes on its way, of all rows or of a piece.
+#[derive(Clone, Copy)]
+pub(super) struct Tail<T: Element> {
     u: View<T>,
     stats: View<T::Sum>,
     /// Before GELU.
@@ -87,25 +103,23 @@ impl Layer {
         }
     }
 
-    fn attention<T: Element>(&self, ctx: &Context, saved: &SavedLayer<T>) -> Attention<T> {
-        let d = saved.q.cols();
-        Attention {
-            q: saved.q,
-            k: saved.kv.cols_range(0..d),
-            v: saved.kv.cols_range(d..2 * d),
-            out: saved.attended,
-            lse: saved.lse,
-            heads: ctx.config.heads,
-            dropout: ctx.dropout(self.site, self.attention_dropout),
-        }
+    pub(super) fn attention<T: Element>(
+        &self,
+        ctx: &Context,
+        q: View<T>,
+        kv: View<T>,
+        (out, lse): (View<T>, View<T::Sum>),
+    ) -> Attention<T> {
+        let d = q.cols();
+        let (k, v) = (kv.cols_range(0..d), kv.cols_range(d..2 * d));
+        let dropout = ctx.dropout(self.site, self.attention_dropout);
+        Attention { q, k, v, out, lse, heads: ctx.config.heads, dropout }
     }
 
-    fn norm<T: Element>(&self, ctx: &Context, saved: &SavedLayer<T>, y: View<T>) -> layer_norm::Norm<T> {
-        norm(ctx, self.norm, saved.u, saved.stats, y)
-    }
-
-    fn ffn_dropout(&self, ctx: &Context, which: u32) -> Option<crate::ops::Dropout> {
-        ctx.dropout(self.site + ctx.config.heads as u32 + which, ctx.config.ffn_dropout)
+    /// Of the rows from `row` on.
+    fn ffn_dropout(&self, ctx: &Context, which: u32, row: usize) -> Option<Dropout> {
+        let dropout = ctx.dropout(self.site + ctx.config.heads as u32 + which, ctx.config.ffn_dropout);
+        dropout.map(|dropout| dropout.from_row(row))
     }
 }
 
@@ -138,86 +152,176 @@ pub(super) fn forward<T: Element>(
     x: &[View<T>],
     context: &[View<T>],
 ) -> Result<Forwarded<SavedLayer<T>, T>> {
-    let d = ctx.config.dim;
-    let (mut saved, mut outs) = (Vec::new(), Vec::new());
-    for g in 0..layers.len() {
-        let (n, m) = (x[g].rows(), context[g].rows());
-        saved.push(SavedLayer {
-            q: ctx.arena.save(n, d)?,
-            kv: ctx.arena.save(m, 2 * d)?,
-            attended: ctx.arena.save(n, d)?,
-            lse: ctx.arena.save(ctx.config.heads, n)?,
-            u: ctx.arena.save(n, d)?,
-            stats: ctx.arena.save(n, 2)?,
-            hidden: ctx.arena.save(n, 2 * d)?,
-        });
-        outs.push(ctx.arena.save(n, d)?);
-    }
+    let start = ctx.arena.mark();
+    let (mut saved, outs) = allocate(ctx, x)?;
     let mark = ctx.arena.mark();
-
-    let mut projections = Vec::new();
-    for (g, layer) in layers.iter().enumerate() {
-        let mut biases = [layer.q, layer.kv].map(|linear| linear.bias.of(ctx.params));
-        if let Some(embedding) = layer.embedding {
-            for (linear, bias) in [layer.q, layer.kv].into_iter().zip(&mut biases) {
-                let (weight, folded) = (linear.weight.of(ctx.params), ctx.arena.scratch(1, bias.cols())?);
-                let embedding = embedding.of(ctx.params);
-                scale_embedding::forward(ctx.device, &[Fold { weight, bias: *bias, embedding, folded }])?;
-                *bias = folded;
-            }
-        }
-        for ((linear, bias), (a, out)) in
-            [layer.q, layer.kv].into_iter().zip(biases).zip([(x[g], saved[g].q), (context[g], saved[g].kv)])
-        {
-            let epilogue = Epilogue { bias: Some(bias), ..Default::default() };
-            projections.push(Matmul { a, b: linear.weight.of(ctx.params), out, epilogue });
+    let projected = project(ctx, layers, x, context)?;
+    let attention = layers.iter().zip(&projected).zip(&saved);
+    let attention = attention.map(|((layer, p), saved)| layer.attention(ctx, p.q, p.kv, (saved.attended, saved.lse)));
+    let attention: Vec<_> = attention.collect();
+    attention::forward(ctx.device, ctx.arena, &attention)?;
+    ctx.arena.release_scratch(mark);
+    let tails = tail(ctx, layers, x, &saved, &outs)?;
+    if ctx.keeps_all() {
+        for (saved, kept) in saved.iter_mut().zip(projected.into_iter().zip(tails)) {
+            saved.kept = Some(kept);
         }
     }
-    matmul::forward(ctx.device, &projections)?;
-
-    let problems: Vec<_> = layers.iter().zip(&saved).map(|(layer, saved)| layer.attention(ctx, saved)).collect();
-    attention::forward(ctx.device, ctx.arena, &problems)?;
-
-    let products = layers.iter().enumerate().map(|(g, layer)| {
-        let out = ctx.linear::<T>(layer.out);
-        let epilogue = Epilogue { bias: Some(out.bias), residual: Some(x[g]), ..Default::default() };
-        Matmul { a: saved[g].attended, b: out.weight, out: saved[g].u, epilogue }
-    });
-    matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
-
-    let y = scratch(ctx, x, d)?;
-    let norms: Vec<_> = (0..layers.len()).map(|g| layers[g].norm(ctx, &saved[g], y[g])).collect();
-    layer_norm::forward(ctx.device, &norms)?;
-
-    let z = scratch(ctx, x, 2 * d)?;
-    let products = layers.iter().enumerate().map(|(g, layer)| {
-        let linear = ctx.linear::<T>(layer.ffn[0]);
-        let (gelu, dropout) = (Some(saved[g].hidden), layer.ffn_dropout(ctx, 0));
-        Matmul {
-            a: y[g],
-            b: linear.weight,
-            out: z[g],
-            epilogue: Epilogue { bias: Some(linear.bias), gelu, dropout, ..Default::default() },
-        }
-    });
-    matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
-    let products = layers.iter().enumerate().map(|(g, layer)| {
-        let linear = ctx.linear::<T>(layer.ffn[1]);
-        let (dropout, residual) = (layer.ffn_dropout(ctx, 1), Some(y[g]));
-        Matmul {
-            a: z[g],
-            b: linear.weight,
-            out: outs[g],
-            epilogue: Epilogue { bias: Some(linear.bias), dropout, residual, ..Default::default() },
-        }
-    });
-    matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
-    ctx.arena.release_scratch(mark);
+    ctx.arena.release_scratch(start);
     Ok((saved, outs))
 }
 
+/// The outs, and room for attention's.
+pub(super) fn allocate<T: Element>(ctx: &mut Context, x: &[View<T>]) -> Result<Forwarded<SavedLayer<T>, T>> {
+    let (mut saved, mut outs) = (Vec::new(), Vec::new());
+    for x in x {
+        let (n, d) = (x.rows(), ctx.config.dim);
+        outs.push(ctx.arena.save(n, d)?);
+        saved.push(SavedLayer { attended: ctx.keep(n, d)?, lse: ctx.keep(ctx.config.heads, n)?, kept: None });
+    }
+    Ok((saved, outs))
+}
+
+/// Both projections of each layer, as one launch.
+fn project<T: Element>(
+    ctx: &mut Context,
+    layers: &[&Layer],
+    x: &[View<T>],
+    context: &[View<T>],
+) -> Result<Vec<Projected<T>>> {
+    let d = ctx.config.dim;
+    let (mut projected, mut products) = (Vec::new(), Vec::new());
+    for (g, layer) in layers.iter().enumerate() {
+        let (q, kv) = (ctx.keep_inner(x[g].rows(), d)?, ctx.keep_inner(context[g].rows(), 2 * d)?);
+        products.push(projection(ctx, layer, layer.q, x[g], q)?);
+        products.push(projection(ctx, layer, layer.kv, context[g], kv)?);
+        projected.push(Projected { q, kv });
+    }
+    matmul::forward(ctx.device, &products)?;
+    Ok(projected)
+}
+
+/// Queries alone; see [`keys_values`].
+pub(super) fn queries<T: Element>(ctx: &mut Context, layers: &[&Layer], x: &[View<T>], q: &[View<T>]) -> Result<()> {
+    let products = (0..layers.len()).map(|g| projection(ctx, layers[g], layers[g].q, x[g], q[g]));
+    let products = products.collect::<Result<Vec<_>>>()?;
+    matmul::forward(ctx.device, &products)
+}
+
+/// Keys and values alone, of a part of a context.
+pub(super) fn keys_values<T: Element>(
+    ctx: &mut Context,
+    layers: &[&Layer],
+    context: &[View<T>],
+    kv: &[View<T>],
+) -> Result<()> {
+    let products = (0..layers.len()).map(|g| projection(ctx, layers[g], layers[g].kv, context[g], kv[g]));
+    let products = products.collect::<Result<Vec<_>>>()?;
+    matmul::forward(ctx.device, &products)
+}
+
+/// One of a layer's projections; the scale embedding is folded into its bias, which stays on the scratch stack.
+fn projection<T: Element>(
+    ctx: &mut Context,
+    layer: &Layer,
+    linear: Linear,
+    a: View<T>,
+    out: View<T>,
+) -> Result<Matmul<T>> {
+    let (weight, mut bias) = (linear.weight.of(ctx.params), linear.bias.of(ctx.params));
+    if let Some(embedding) = layer.embedding {
+        let folded = ctx.arena.scratch(1, bias.cols())?;
+        let embedding = embedding.of(ctx.params);
+        scale_embedding::forward(ctx.device, &[Fold { weight, bias, embedding, folded }])?;
+        bias = folded;
+    }
+    Ok(Matmul { a, b: weight, out, epilogue: Epilogue { bias: Some(bias), ..Default::default() } })
+}
+
+/// From attention's output to out. Where all is kept there is one piece, and this is what backward needs of it.
+pub(super) fn tail<T: Element>(
+    ctx: &mut Context,
+    layers: &[&Layer],
+    x: &[View<T>],
+    saved: &[SavedLayer<T>],
+    outs: &[View<T>],
+) -> Result<Vec<Tail<T>>> {
+    let mut tails = Vec::new();
+    for rows in pieces(x[0].rows(), ctx.policy.recompute) {
+        let mark = ctx.arena.mark();
+        let x: Vec<_> = x.iter().map(|x| x.rows_range(rows.clone())).collect();
+        tails = residual_norm(ctx, layers, &x, saved, &rows)?;
+        let y = scratch(ctx, &x, ctx.config.dim)?;
+        norms(ctx, layers, &tails, &y, layer_norm::forward)?;
+        let z = hidden(ctx, layers, &tails, &y, &rows)?;
+        let products = layers.iter().enumerate().map(|(g, layer)| {
+            let linear = ctx.linear::<T>(layer.ffn[1]);
+            let (dropout, residual) = (layer.ffn_dropout(ctx, 1, rows.start), Some(y[g]));
+            let epilogue = Epilogue { bias: Some(linear.bias), dropout, residual, ..Default::default() };
+            Matmul { a: z[g], b: linear.weight, out: outs[g].rows_range(rows.clone()), epilogue }
+        });
+        matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
+        ctx.arena.release_scratch(mark);
+    }
+    Ok(tails)
+}
+
+/// u = x + out_proj(attended) of some rows; room for the rest of the tail.
+fn residual_norm<T: Element>(
+    ctx: &mut Context,
+    layers: &[&Layer],
+    x: &[View<T>],
+    saved: &[SavedLayer<T>],
+    rows: &Range<usize>,
+) -> Result<Vec<Tail<T>>> {
+    let (n, d) = (rows.len(), ctx.config.dim);
+    let mut tails = Vec::new();
+    for _ in layers {
+        let (u, stats) = (ctx.keep_inner(n, d)?, ctx.keep_inner(n, 2)?);
+        tails.push(Tail { u, stats, hidden: ctx.keep_inner(n, 2 * d)? });
+    }
+    let products = layers.iter().enumerate().map(|(g, layer)| {
+        let out = ctx.linear::<T>(layer.out);
+        let epilogue = Epilogue { bias: Some(out.bias), residual: Some(x[g]), ..Default::default() };
+        Matmul { a: saved[g].attended.rows_range(rows.clone()), b: out.weight, out: tails[g].u, epilogue }
+    });
+    matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
+    Ok(tails)
+}
+
+/// y = LayerNorm(u), finding its statistics (`layer_norm::forward`) or by them (`layer_norm::apply`).
+fn norms<T: Element>(
+    ctx: &Context,
+    layers: &[&Layer],
+    tails: &[Tail<T>],
+    y: &[View<T>],
+    op: impl FnOnce(&Device, &[layer_norm::Norm<T>]) -> Result<()>,
+) -> Result<()> {
+    let norms = (0..layers.len()).map(|g| norm(ctx, layers[g].norm, tails[g].u, tails[g].stats, y[g]));
+    op(ctx.device, &norms.collect::<Vec<_>>())
+}
+
+/// z = dropout(GELU(hidden)), and hidden.
+fn hidden<T: Element>(
+    ctx: &mut Context,
+    layers: &[&Layer],
+    tails: &[Tail<T>],
+    y: &[View<T>],
+    rows: &Range<usize>,
+) -> Result<Vec<View<T>>> {
+    let z = scratch(ctx, y, 2 * ctx.config.dim)?;
+    let products = layers.iter().enumerate().map(|(g, layer)| {
+        let linear = ctx.linear::<T>(layer.ffn[0]);
+        let (gelu, dropout) = (Some(tails[g].hidden), layer.ffn_dropout(ctx, 0, rows.start));
+        let epilogue = Epilogue { bias: Some(linear.bias), gelu, dropout, ..Default::default() };
+        Matmul { a: y[g], b: linear.weight, out: z[g], epilogue }
+    });
+    matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
+    Ok(z)
+}
+
 /// A scratch matrix of `cols` columns for each of `like`.
-fn scratch<T: Element>(ctx: &mut Context, like: &[View<T>], cols: usize) -> Result<Vec<View<T>>> {
+pub(super) fn scratch<T: Element>(ctx: &mut Context, like: &[View<T>], cols: usize) -> Result<Vec<View<T>>> {
     like.iter().map(|x| ctx.arena.scratch(x.rows(), cols)).collect()
 }
 
@@ -239,106 +343,203 @@ pub(super) fn backward<T: Element>(
     self_attention: bool,
 ) -> Result<()> {
     let d = ctx.config.dim;
-    let all = 0..layers.len();
     let mark = ctx.arena.mark();
     let x: Vec<_> = grads.iter().map(|grad| grad.x).collect();
-    let du = scratch(ctx, &x, d)?;
-    feed_forward_backward(ctx, layers, saved, grads, &du)?;
-
-    // u = x + out_proj(attended)
-    let dattended = scratch(ctx, &x, d)?;
-    let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.out)).collect();
-    let weights = all.clone().map(|g| WeightGrad {
-        dy: du[g],
-        x: saved[g].attended,
-        dw: linear[g].dweight,
-        db: Some(linear[g].dbias),
-    });
-    let weights: Vec<_> = weights.collect();
-    matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
-    let inputs =
-        all.clone().map(|g| Matmul { a: du[g], b: linear[g].weight, out: dattended[g], epilogue: Epilogue::default() });
-    matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
+    let context: Vec<_> = grads.iter().map(|grad| grad.context).collect();
+    let dout: Vec<_> = grads.iter().map(|grad| grad.dout).collect();
+    let (du, dattended) = (scratch(ctx, &x, d)?, scratch(ctx, &x, d)?);
+    tail_backward(ctx, layers, (saved, &x), &dout, &du, &dattended)?;
 
     let dq = scratch(ctx, &x, d)?;
-    let context: Vec<_> = grads.iter().map(|grad| grad.context).collect();
     let dkv = scratch(ctx, &context, 2 * d)?;
-    let problems = all.clone().map(|g| AttentionGrad {
-        forward: layers[g].attention(ctx, &saved[g]),
-        dout: dattended[g],
-        dq: dq[g],
-        dk: dkv[g].cols_range(0..d),
-        dv: dkv[g].cols_range(d..2 * d),
+    let projected = match saved.iter().map(|saved| saved.kept.map(|kept| kept.0)).collect::<Option<Vec<_>>>() {
+        Some(kept) => kept,
+        None => project(ctx, layers, &x, &context)?,
+    };
+    let problems = layers.iter().enumerate().map(|(g, layer)| {
+        let forward = layer.attention(ctx, projected[g].q, projected[g].kv, (saved[g].attended, saved[g].lse));
+        attention_grad(forward, dattended[g], (dq[g], dkv[g]))
     });
     let problems: Vec<_> = problems.collect();
     attention::backward(ctx.device, ctx.arena, &problems)?;
 
+    let biases = bias_grads(ctx, layers)?;
     let mut weights = Vec::new();
-    let mut folds = Vec::new();
     for (g, layer) in layers.iter().enumerate() {
-        let linear: [LinearViews<T>; 2] = [ctx.linear(layer.q), ctx.linear(layer.kv)];
-        let mut biases = linear.map(|linear| linear.dbias);
-        if let Some(param) = layer.embedding {
-            let (embedding, dembedding) = (param.of(ctx.params), param.of(ctx.grads));
-            for (part, bias) in linear.iter().zip(&mut biases) {
-                let dfolded = ctx.arena.scratch(1, bias.cols())?;
-                elementwise::zero(ctx.device, dfolded)?;
-                let (weight, dweight, dbias) = (part.weight, part.dweight, part.dbias);
-                folds.push(FoldGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
-                *bias = dfolded;
-            }
-        }
-        weights.push(WeightGrad { dy: dq[g], x: grads[g].x, dw: linear[0].dweight, db: Some(biases[0]) });
-        weights.push(WeightGrad { dy: dkv[g], x: grads[g].context, dw: linear[1].dweight, db: Some(biases[1]) });
+        weights.push(weight_grad(ctx, layer.q, biases[g][0], x[g], dq[g]));
+        weights.push(weight_grad(ctx, layer.kv, biases[g][1], context[g], dkv[g]));
     }
     matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
-    scale_embedding::backward(ctx.device, &folds)?;
-
-    let inputs = all.clone().map(|g| {
-        let weight = layers[g].kv.weight.of(ctx.params);
-        Matmul { a: dkv[g], b: weight, out: grads[g].dcontext, epilogue: Epilogue::default() }
-    });
-    matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
-    let inputs = all.map(|g| {
-        let epilogue = Epilogue { accumulate: self_attention, residual: Some(du[g]), ..Default::default() };
-        Matmul { a: dq[g], b: layers[g].q.weight.of(ctx.params), out: grads[g].dx, epilogue }
-    });
-    matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
+    fold_backward::<T>(ctx, layers, &biases)?;
+    let dcontext: Vec<_> = grads.iter().map(|grad| grad.dcontext).collect();
+    keys_values_backward(ctx, layers, &dkv, &dcontext)?;
+    let dx: Vec<_> = grads.iter().map(|grad| grad.dx).collect();
+    queries_backward(ctx, layers, &dq, &du, &dx, self_attention)?;
     ctx.arena.release_scratch(mark);
     Ok(())
 }
 
-/// From dout to du, through out = y + ffn(y) and y = LayerNorm(u).
+pub(super) fn attention_grad<T: Element>(
+    forward: Attention<T>,
+    dout: View<T>,
+    (dq, dkv): (View<T>, View<T>),
+) -> AttentionGrad<T> {
+    let d = dq.cols();
+    AttentionGrad { forward, dout, dq, dk: dkv.cols_range(0..d), dv: dkv.cols_range(d..2 * d) }
+}
+
+/// Where the gradients of the projections' biases, queries' and keys' and values', are summed: apart from the parameters' own where a
+/// scale embedding is folded in, see [`fold_backward`].
+pub(super) fn bias_grads<T: Real>(ctx: &mut Context, layers: &[&Layer]) -> Result<Vec<[View<T>; 2]>> {
+    let mut biases = Vec::new();
+    for layer in layers {
+        let mut pair = [layer.q, layer.kv].map(|linear| linear.bias.of(ctx.grads));
+        if layer.embedding.is_some() {
+            for bias in &mut pair {
+                *bias = ctx.arena.scratch(1, bias.cols())?;
+                elementwise::zero(ctx.device, *bias)?;
+            }
+        }
+        biases.push(pair);
+    }
+    Ok(biases)
+}
+
+/// From the gradients of folded biases to those of bias, weight and embedding.
+pub(super) fn fold_backward<T: Element>(ctx: &Context, layers: &[&Layer], biases: &[[View<T::Sum>; 2]]) -> Result<()> {
+    let mut folds = Vec::new();
+    for (layer, biases) in layers.iter().zip(biases) {
+        let Some(embedding) = layer.embedding else { continue };
+        for (linear, &dfolded) in [layer.q, layer.kv].into_iter().zip(biases) {
+            let LinearViews { weight, dweight, dbias, .. } = ctx.linear::<T>(linear);
+            let (embedding, dembedding) = (embedding.of(ctx.params), embedding.of(ctx.grads));
+            folds.push(FoldGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
+        }
+    }
+    scale_embedding::backward(ctx.device, &folds)
+}
+
+pub(super) fn weight_grad<T: Element>(
+    ctx: &Context,
+    linear: Linear,
+    db: View<T::Sum>,
+    x: View<T>,
+    dy: View<T>,
+) -> WeightGrad<T> {
+    WeightGrad { dy, x, dw: linear.weight.of(ctx.grads), db: Some(db) }
+}
+
+/// dcontext = dkv W_kv.
+pub(super) fn keys_values_backward<T: Element>(
+    ctx: &Context,
+    layers: &[&Layer],
+    dkv: &[View<T>],
+    dcontext: &[View<T>],
+) -> Result<()> {
+    let products = layers.iter().enumerate().map(|(g, layer)| {
+        let weight = layer.kv.weight.of(ctx.params);
+        Matmul { a: dkv[g], b: weight, out: dcontext[g], epilogue: Epilogue::default() }
+    });
+    matmul::backward_input(ctx.device, &products.collect::<Vec<_>>())
+}
+
+/// dx = dq W_q + du, added to what dx held if `accumulate`.
+pub(super) fn queries_backward<T: Element>(
+    ctx: &Context,
+    layers: &[&Layer],
+    dq: &[View<T>],
+    du: &[View<T>],
+    dx: &[View<T>],
+    accumulate: bool,
+) -> Result<()> {
+    let products = layers.iter().enumerate().map(|(g, layer)| {
+        let epilogue = Epilogue { accumulate, residual: Some(du[g]), ..Default::default() };
+        Matmul { a: dq[g], b: layer.q.weight.of(ctx.params), out: dx[g], epilogue }
+    });
+    matmul::backward_input(ctx.device, &products.collect::<Vec<_>>())
+}
+
+/// From dout to du and dattended, through out = y + ffn(y), y = LayerNorm(u) and u = x + out_proj(attended).
+pub(super) fn tail_backward<T: Element>(
+    ctx: &mut Context,
+    layers: &[&Layer],
+    (saved, x): (&[SavedLayer<T>], &[View<T>]),
+    dout: &[View<T>],
+    du: &[View<T>],
+    dattended: &[View<T>],
+) -> Result<()> {
+    for rows in pieces(x[0].rows(), ctx.policy.recompute) {
+        let mark = ctx.arena.mark();
+        let of = |views: &[View<T>]| views.iter().map(|view| view.rows_range(rows.clone())).collect::<Vec<_>>();
+        let (x, dout, du, dattended) = (of(x), of(dout), of(du), of(dattended));
+        feed_forward_backward(ctx, layers, (saved, &x), &dout, &du, &rows)?;
+
+        let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.out)).collect();
+        let weights = linear.iter().enumerate().map(|(g, linear)| {
+            let attended = saved[g].attended.rows_range(rows.clone());
+            WeightGrad { dy: du[g], x: attended, dw: linear.dweight, db: Some(linear.dbias) }
+        });
+        let weights: Vec<_> = weights.collect();
+        matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
+        let inputs = linear.iter().enumerate();
+        let inputs = inputs.map(|(g, linear)| Matmul {
+            a: du[g],
+            b: linear.weight,
+            out: dattended[g],
+            epilogue: Epilogue::default(),
+        });
+        matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
+        ctx.arena.release_scratch(mark);
+    }
+    Ok(())
+}
+
+/// From dout to du of some rows.
 fn feed_forward_backward<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
-    saved: &[SavedLayer<T>],
-    grads: &[LayerGrad<T>],
+    (saved, x): (&[SavedLayer<T>], &[View<T>]),
+    dout: &[View<T>],
     du: &[View<T>],
+    rows: &Range<usize>,
 ) -> Result<()> {
     let d = ctx.config.dim;
     let all = 0..layers.len();
     let mark = ctx.arena.mark();
     let y = scratch(ctx, du, d)?;
-    let norms: Vec<_> = all.clone().map(|g| layers[g].norm(ctx, &saved[g], y[g])).collect();
-    layer_norm::apply(ctx.device, &norms)?;
+    let tails = match saved.iter().map(|saved| saved.kept.map(|kept| kept.1)).collect::<Option<Vec<_>>>() {
+        Some(kept) => {
+            norms(ctx, layers, &kept, &y, layer_norm::apply)?;
+            kept
+        }
+        None => {
+            let tails = residual_norm(ctx, layers, x, saved, rows)?;
+            norms(ctx, layers, &tails, &y, layer_norm::forward)?;
+            let products = layers.iter().enumerate().map(|(g, layer)| {
+                let linear = ctx.linear::<T>(layer.ffn[0]);
+                let epilogue = Epilogue { bias: Some(linear.bias), ..Default::default() };
+                Matmul { a: y[g], b: linear.weight, out: tails[g].hidden, epilogue }
+            });
+            matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
+            tails
+        }
+    };
     let dhidden = scratch(ctx, du, 2 * d)?;
 
     let second = ctx.arena.mark();
     let z = scratch(ctx, du, 2 * d)?;
     let hidden = all.clone().map(|g| gelu::Recompute {
-        pre: saved[g].hidden,
-        dropout: layers[g].ffn_dropout(ctx, 0),
+        pre: tails[g].hidden,
+        dropout: layers[g].ffn_dropout(ctx, 0, rows.start),
         out: z[g],
     });
     gelu::recompute(ctx.device, &hidden.collect::<Vec<_>>())?;
     // the gradient behind the second dropout
-    let mut dz = Vec::new();
+    let mut dz = dout.to_vec();
     for g in all.clone() {
-        dz.push(grads[g].dout);
-        if let Some(dropout) = layers[g].ffn_dropout(ctx, 1) {
-            dz[g] = ctx.arena.scratch(du[g].rows(), d)?;
-            elementwise::dropout(ctx.device, grads[g].dout, dropout, dz[g])?;
+        if let Some(dropout) = layers[g].ffn_dropout(ctx, 1, rows.start) {
+            dz[g] = ctx.arena.scratch(rows.len(), d)?;
+            elementwise::dropout(ctx.device, dout[g], dropout, dz[g])?;
         }
     }
     let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.ffn[1])).collect();
@@ -347,8 +548,8 @@ fn feed_forward_backward<T: Element>(
     let weights: Vec<_> = weights.collect();
     matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
     let inputs = all.clone().map(|g| {
-        let epilogue =
-            Epilogue { gelu_grad: Some(saved[g].hidden), dropout: layers[g].ffn_dropout(ctx, 0), ..Default::default() };
+        let (gelu_grad, dropout) = (Some(tails[g].hidden), layers[g].ffn_dropout(ctx, 0, rows.start));
+        let epilogue = Epilogue { gelu_grad, dropout, ..Default::default() };
         Matmul { a: dz[g], b: linear[g].weight, out: dhidden[g], epilogue }
     });
     matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
@@ -360,11 +561,11 @@ fn feed_forward_backward<T: Element>(
     let weights: Vec<_> = weights.collect();
     matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
     let inputs = all.clone().map(|g| {
-        let epilogue = Epilogue { residual: Some(grads[g].dout), ..Default::default() };
+        let epilogue = Epilogue { residual: Some(dout[g]), ..Default::default() };
         Matmul { a: dhidden[g], b: linear[g].weight, out: du[g], epilogue }
     });
     matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
-    let norms = all.map(|g| norm_grad(ctx, layers[g].norm, saved[g].u, saved[g].stats, du[g], du[g]));
+    let norms = all.map(|g| norm_grad(ctx, layers[g].norm, tails[g].u, tails[g].stats, du[g], du[g]));
     let norms: Vec<_> = norms.collect();
     layer_norm::backward(ctx.device, ctx.arena, &norms)?;
     ctx.arena.release_scratch(mark);
@@ -435,7 +636,7 @@ impl SelfLayer {
             let rows = gradient[g].rows();
             let (y, dy) = (ctx.arena.scratch(rows, d)?, ctx.arena.scratch(rows, d)?);
             norms.push(norm(ctx, layer.norm, saved[g].x, saved[g].stats, y));
-            let queries = 0..saved[g].layer.q.rows();
+            let queries = 0..saved[g].layer.attended.rows();
             grads.push(LayerGrad {
                 x: y.rows_range(queries.clone()),
                 context: y,

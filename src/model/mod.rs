@@ -1,12 +1,20 @@
 //! The model: its parameters, its parts, and how they are put together.
 
+mod bags;
 mod crossfusion;
 mod layer;
 mod params;
+mod policy;
+mod streamed;
 mod transformer;
 
-pub use crossfusion::{Bags, CrossFusion, Saved};
+use std::ops::Range;
+
+pub(crate) use bags::Bag;
+pub use bags::{Bags, ReadPatches};
+pub use crossfusion::{CrossFusion, Saved};
 pub use params::{Entry, Layout, Param};
+pub use policy::Policy;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -119,8 +127,11 @@ pub struct Context<'a> {
     pub params: &'a Buffer,
     /// Of the type that sums are kept in; written by backward only.
     pub grads: &'a Buffer,
-    /// The pass's dropout; None evaluates.
+    /// The pass's dropout, if any.
     pub draw: Option<Draw>,
+    /// Whether backward follows.
+    pub training: bool,
+    pub policy: Policy,
     pub config: &'a Config,
 }
 
@@ -129,17 +140,79 @@ impl Context<'_> {
         Dropout::new(self.draw, site, rate)
     }
 
-    /// A bag where this device's ops can read it.
-    fn stage<T: Element>(&mut self, bag: View<T>) -> Result<View<T>> {
-        if !self.device.runs_kernels() {
-            return Ok(bag);
+    /// Whether backward finds all that forward computed.
+    fn keeps_all(&self) -> bool {
+        self.training && self.policy.recompute.is_none()
+    }
+
+    /// A matrix on the saved stack, or on the scratch stack.
+    fn room<T: Element>(&mut self, save: bool, rows: usize, cols: usize) -> Result<View<T>> {
+        if save { self.arena.save(rows, cols) } else { self.arena.scratch(rows, cols) }
+    }
+
+    /// Saved for backward, whatever the policy.
+    fn keep<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
+        self.room(self.training, rows, cols)
+    }
+
+    /// Saved for backward, unless that computes it again.
+    fn keep_inner<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
+        self.room(self.keeps_all(), rows, cols)
+    }
+
+    /// A whole bag where this device's ops can read it.
+    fn stage<T: Element>(&mut self, bag: &Bag<'_, T>) -> Result<View<T>> {
+        match bag {
+            Bag::Memory(bag) if !self.device.runs_kernels() => Ok(*bag),
+            bag => {
+                let staged = self.arena.save(bag.patches(), self.config.features)?;
+                self.copy(bag, 0..bag.patches(), staged)?;
+                Ok(staged)
+            }
         }
-        let staged = self.arena.save(bag.rows(), bag.cols())?;
-        if !self.device.is_dry() {
+    }
+
+    /// Where parts of a bag will be staged; None where its memory serves as it is.
+    fn stream_buffer<T: Element>(&mut self, bag: &Bag<'_, T>, patches: usize) -> Result<Option<View<T>>> {
+        match bag {
+            Bag::Memory(_) if !self.device.runs_kernels() => Ok(None),
+            bag => self.arena.save(bag.patches().min(patches), self.config.features).map(Some),
+        }
+    }
+
+    /// Some patches of a bag, in its buffer.
+    fn stage_part<T: Element>(
+        &self,
+        bag: &Bag<'_, T>,
+        patches: Range<usize>,
+        buffer: Option<View<T>>,
+    ) -> Result<View<T>> {
+        match (bag, buffer) {
+            (Bag::Memory(bag), None) => Ok(bag.rows_range(patches)),
+            (bag, buffer) => {
+                let buffer = buffer.ok_or_else(|| Error::Device("a streamed bag has no buffer".into()))?;
+                let staged = buffer.rows_range(0..patches.len());
+                self.copy(bag, patches, staged)?;
+                Ok(staged)
+            }
+        }
+    }
+
+    fn copy<T: Element>(&self, bag: &Bag<'_, T>, patches: Range<usize>, to: View<T>) -> Result<()> {
+        if self.device.is_dry() {
+            return Ok(());
+        }
+        match bag {
             // SAFETY: bags borrow host memory that nobody writes.
-            self.device.upload(unsafe { bag.slice() }, staged)?;
+            Bag::Memory(bag) => self.device.upload(unsafe { bag.rows_range(patches).slice() }, to),
+            // SAFETY: a matrix of the arena that nobody else uses yet.
+            Bag::Reader(reader) if self.device.is_host() => reader.read(patches, unsafe { to.slice_mut() }),
+            Bag::Reader(reader) => {
+                let mut read = vec![T::default(); to.rows() * to.cols()];
+                reader.read(patches, &mut read)?;
+                self.device.upload(&read, to)
+            }
         }
-        Ok(staged)
     }
 
     fn linear<T: Element>(&self, linear: params::Linear) -> LinearViews<T> {

@@ -8,13 +8,17 @@
 //! P = exp(scale q kᵀ - lse), F dropout's factors and delta = rowsum(dout * out),
 //!   dv = (P F)ᵀ dout,   dS = P * (F * (dout vᵀ) - delta) * scale,   dq = dS k,   dk = dSᵀ q   (all `=`).
 //! An empty context gives out = 0.
+//!
+//! A context may come in parts ([`merge`]): with out_i and lse_i of part i alone, lse = log(sum_i exp(lse_i)) and
+//! out = sum_i exp(lse_i - lse) out_i (FlashAttention-2, section 3.1). Backward of a part is [`backward`] with the whole context's out and
+//! lse: its dk and dv are final, its dq is a term of a sum.
 
 pub mod kernel;
 
-use kernel::{KernelAttention, KernelAttentionGrad};
+use kernel::{KernelAttention, KernelAttentionGrad, KernelMerge};
 use pulp::Simd;
 
-use super::{Dropout, dropout, elementwise};
+use super::{Dropout, dropout, elementwise, for_rows};
 use crate::{
     Error, Result,
     device::{
@@ -104,6 +108,74 @@ pub fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Atten
         arena.release_scratch(mark);
     }
     Ok(())
+}
+
+/// Adds the attention to a part of a context to that to the parts before.
+#[derive(Clone, Copy)]
+pub struct Merge<T: Element> {
+    /// `[n, d]`, of the part alone.
+    pub part: View<T>,
+    /// `[heads, n]`
+    pub part_lse: View<T::Sum>,
+    /// `[n, d]`, of all parts so far.
+    pub out: View<T::Sum>,
+    /// `[heads, n]`
+    pub lse: View<T::Sum>,
+    /// Nothing has been merged yet: out and lse may hold anything.
+    pub first: bool,
+}
+
+/// out, lse = those of the parts before together with this one.
+pub fn merge<T: Element>(device: &Device, problems: &[Merge<T>]) -> Result<()> {
+    const OP: &str = "attention merge";
+    for p in problems {
+        let (n, d, heads) = (p.part.rows(), p.part.cols(), p.lse.rows());
+        if heads == 0 || d % heads != 0 {
+            return Err(Error::Usage(format!("{OP}: {d} columns in {heads} heads: heads must divide the columns")));
+        }
+        p.out.check(OP, "out", &[n, d])?;
+        p.lse.check(OP, "lse", &[heads, n])?;
+        p.part_lse.check(OP, "part_lse", &[heads, n])?;
+    }
+    if let Some(cpu) = device.cpu() {
+        on_cpu::<_, Merge<T::Sum>>(problems)?.iter().for_each(|p| cpu_merge(cpu, p));
+    }
+    if device.runs_kernels() {
+        let kernels: Vec<_> = problems.iter().map(KernelMerge::from).collect();
+        device.launch(kernel::merge_launches(storage::<T>()?, &kernels))?;
+    }
+    Ok(())
+}
+
+fn cpu_merge<T: Real>(cpu: &Cpu, p: &Merge<T>) {
+    let (heads, head_dim) = (p.lse.rows(), p.part.cols() / p.lse.rows());
+    for_rows(
+        cpu,
+        p.part.rows(),
+        #[inline(always)]
+        |i| {
+            // SAFETY: the views are live, and each row, and each column of lse, is one task's.
+            let (part, out) = unsafe { (p.part.row(i), p.out.row_mut(i)) };
+            for head in 0..heads {
+                let (lse, part_lse) = unsafe { (p.lse.ptr().add(head * p.lse.stride() + i), p.part_lse.row(head)[i]) };
+                let before = if p.first { T::of(f64::NEG_INFINITY) } else { unsafe { *lse } };
+                let highest = before.max(part_lse);
+                let columns = head * head_dim..(head + 1) * head_dim;
+                let (out, part) = (&mut out[columns.clone()], &part[columns]);
+                unsafe { *lse = highest };
+                if highest == T::of(f64::NEG_INFINITY) {
+                    out.fill(T::ZERO); // no keys yet
+                    continue;
+                }
+                let (a, b) = ((before - highest).f64().exp(), (part_lse - highest).f64().exp());
+                unsafe { *lse = highest + T::of((a + b).ln()) };
+                let (a, b) = (T::of(a / (a + b)), T::of(b / (a + b)));
+                for (out, &part) in out.iter_mut().zip(part) {
+                    *out = b * part + if a == T::ZERO { T::ZERO } else { a * *out };
+                }
+            }
+        },
+    );
 }
 
 /// Takes scratch from the arena where a head's keys are split over several tasks.

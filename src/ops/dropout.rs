@@ -28,18 +28,25 @@ pub struct Dropout {
     /// Tells the model's dropouts (and attention's heads) apart.
     pub site: u32,
     threshold: u32,
+    /// Row of the whole tensor that row 0 of the tensor at hand is.
+    first_row: u32,
 }
 
 impl Dropout {
     /// None where nothing is dropped. `rate` is in [0, 1).
     pub fn new(draw: Option<Draw>, site: u32, rate: f64) -> Option<Self> {
         let threshold = (rate * 65536.0).round() as u32;
-        draw.filter(|_| threshold > 0).map(|draw| Self { draw, site, threshold })
+        draw.filter(|_| threshold > 0).map(|draw| Self { draw, site, threshold, first_row: 0 })
     }
 
     /// The same tensor's dropout at another site, for attention's heads.
     pub fn at(self, offset: u32) -> Self {
         Self { site: self.site + offset, ..self }
+    }
+
+    /// The dropout of the rows from `row` on, where they stand as a tensor of their own.
+    pub fn from_row(self, row: usize) -> Self {
+        Self { first_row: self.first_row + row as u32, ..self }
     }
 
     /// 1 / (probability of being kept).
@@ -51,7 +58,7 @@ impl Dropout {
     #[inline(always)]
     pub fn factors<T: Real>(self, row: usize, block: usize, out: &mut [T; BLOCK]) {
         let scale = T::of(self.scale());
-        let words = philox_x16(self.draw, self.site, row as u32, (block * 16) as u32);
+        let words = philox_x16(self.draw, self.site, self.first_row + row as u32, (block * 16) as u32);
         // Lane c of word w holds columns 32 (c / 4) + 8 w + 2 (c % 4) and the next.
         for (w, word) in words.iter().enumerate() {
             for (c, &bits) in word.iter().enumerate() {
@@ -110,6 +117,8 @@ pub struct KernelDropout {
     pub site: u32,
     pub threshold: u32,
     pub scale: f32,
+    pub first_row: u32,
+    padding: u32,
 }
 
 impl From<Option<Dropout>> for KernelDropout {
@@ -120,6 +129,8 @@ impl From<Option<Dropout>> for KernelDropout {
             site: d.site,
             threshold: d.threshold,
             scale: d.scale() as f32,
+            first_row: d.first_row,
+            padding: 0,
         })
     }
 }
@@ -151,6 +162,15 @@ mod tests {
         }
         // mean 1, standard deviation sqrt(0.3 / 0.7 / 512000) = 0.0009
         assert!((kept / 512_000.0 - 1.0).abs() < 0.004, "{kept}");
+    }
+
+    #[test]
+    fn a_part_of_the_rows_draws_the_same() {
+        let dropout = Dropout::new(Some(Draw { seed: 3, step: 1 }), 2, 0.5).unwrap();
+        let (mut whole, mut part) = (vec![1.0f32; 64], vec![1.0f32; 64]);
+        dropout.apply(105, &mut whole);
+        dropout.from_row(60).from_row(40).apply(5, &mut part);
+        assert_eq!(whole, part);
     }
 
     #[test]

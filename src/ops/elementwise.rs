@@ -41,6 +41,19 @@ pub fn accumulate<T: Element>(device: &Device, x: View<T>, sums: View<T::Sum>) -
     Ok(())
 }
 
+/// out = sums, rounded to the type of activations.
+pub fn round<T: Element>(device: &Device, sums: View<T::Sum>, out: View<T>) -> Result<()> {
+    sums.check("round", "sums", &[out.rows(), out.cols()])?;
+    if let Some(cpu) = device.cpu() {
+        cpu_sum(cpu, &[sums], on_cpu(&[out])?[0]);
+    }
+    if device.runs_kernels() {
+        let args = vec![Arg::new(Matrix::from(sums)), Arg::new(Matrix::from(out))];
+        device.launch(launch("elementwise_round", storage::<T>()?, &[out.into()], args))?;
+    }
+    Ok(())
+}
+
 fn cpu_sum<T: Real>(cpu: &Cpu, terms: &[View<T>], out: View<T>) {
     for_rows(
         cpu,

@@ -4,11 +4,16 @@
 //!
 //! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one arena for a step's activations.
 
+use std::{collections::HashMap, ops::Range};
+
+use bytesize::ByteSize;
+use serde::Serialize;
+
 use crate::{
     Error, Result,
     data::torch::{Parameter, StateDict},
     device::{Arena, Buffer, Counts, Device, Element, Real},
-    model::{Bags, Config, Context, CrossFusion, Saved},
+    model::{Bag, Bags, Config, Context, CrossFusion, Policy, ReadPatches, Saved},
     ops::{
         Draw,
         adam::{self, Adam},
@@ -25,6 +30,8 @@ pub struct Engine<T: Element> {
     grads: Buffer,
     moments: [Buffer; 2],
     arena: Arena,
+    memory: Memory,
+    plans: HashMap<(BagSizes, bool), Plan>,
     /// Updates so far, for Adam's bias correction.
     pub updates: u64,
     element: std::marker::PhantomData<T>,
@@ -44,9 +51,19 @@ impl BagSizes {
     }
 }
 
+/// How an engine decides what a pass keeps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Memory {
+    Policy(Policy),
+    /// The policy of the fewest operations whose [`Plan::peak_bytes`] are at most so many, for each slide.
+    Budget(usize),
+}
+
 /// What a step on one slide takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
+    pub policy: Policy,
+    pub parts: Parts,
     /// Exact size of the step's arena.
     pub arena_bytes: usize,
     pub forward_flop: f64,
@@ -54,6 +71,32 @@ pub struct Plan {
     pub step_flop: f64,
     /// Kernels launched, where the device runs kernels.
     pub launches: usize,
+}
+
+/// Bytes of a step's peak.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Parts {
+    /// With the weights that the ops read.
+    pub parameters: usize,
+    pub gradients: usize,
+    /// Adam's.
+    pub moments: usize,
+    /// Bags that are held whole.
+    pub bags: usize,
+    /// Parts of the bags that are streamed.
+    pub stream: usize,
+    /// Kept by forward for backward.
+    pub saved: usize,
+    /// What an op or a block takes for itself.
+    pub scratch: usize,
+}
+
+impl Plan {
+    /// What the step holds at most: of a GPU's memory, or of the process's. A process holds some 0.1 GB besides (docs/giant-bags.md).
+    pub fn peak_bytes(&self) -> usize {
+        let Parts { parameters, gradients, moments, bags, stream, saved, scratch } = self.parts;
+        parameters + gradients + moments + bags + stream + saved + scratch
+    }
 }
 
 /// The arenas that [`Engine::read_state`] names, and that a checkpoint holds.
@@ -81,6 +124,8 @@ impl<T: Element> Engine<T> {
             grads: device.alloc(bytes)?,
             moments: [device.alloc(bytes)?, device.alloc(bytes)?],
             arena: Arena::new(&device, 0)?,
+            memory: Memory::Policy(Policy::KEEP),
+            plans: HashMap::new(),
             device,
             model,
             updates: 0,
@@ -103,6 +148,12 @@ impl<T: Element> Engine<T> {
         self.device.upload(&rounded, weights.flat())
     }
 
+    /// From now on.
+    pub fn set_memory(&mut self, memory: Memory) {
+        self.memory = memory;
+        self.plans.clear();
+    }
+
     /// Logits of a slide, without dropout.
     pub fn evaluate(&mut self, bags: Bags<'_, T>) -> Result<Vec<f64>> {
         self.forward(bags, None)
@@ -110,8 +161,7 @@ impl<T: Element> Engine<T> {
 
     /// Logits of a slide under a dropout: the very ones that [`Engine::accumulate`] finds with the same draw.
     pub fn forward(&mut self, bags: Bags<'_, T>, draw: Option<Draw>) -> Result<Vec<f64>> {
-        self.reserve(sizes(&bags), draw.is_some())?;
-        let (model, mut ctx) = self.pass(draw);
+        let (model, mut ctx) = self.pass(&bags, draw, false, false)?;
         ctx.device.install(|| logits(ctx.device, &model.forward(&mut ctx, bags)?))
     }
 
@@ -124,8 +174,7 @@ impl<T: Element> Engine<T> {
         inputs: Option<Bags<'_, T>>,
         loss: impl FnOnce(&[f64]) -> Vec<f64> + Send,
     ) -> Result<Vec<f64>> {
-        self.reserve(sizes(&bags), true)?;
-        let (model, mut ctx) = self.pass(draw);
+        let (model, mut ctx) = self.pass(&bags, draw, true, inputs.is_some())?;
         ctx.device.install(|| {
             let saved = model.forward(&mut ctx, bags)?;
             let logits = logits(ctx.device, &saved)?;
@@ -135,12 +184,24 @@ impl<T: Element> Engine<T> {
         })
     }
 
-    /// What a pass works with; the arena is empty.
-    fn pass(&mut self, draw: Option<Draw>) -> (&CrossFusion, Context<'_>) {
+    /// What a pass works with; the arena is empty and large enough, also for the bags' gradients if they are wanted.
+    fn pass(
+        &mut self,
+        bags: &Bags<'_, T>,
+        draw: Option<Draw>,
+        training: bool,
+        inputs: bool,
+    ) -> Result<(&CrossFusion, Context<'_>)> {
+        let sizes = BagSizes { x5: bags.x5.patches(), x10: bags.x10.rows(), x20: bags.x20.patches() };
+        let plan = self.reserve(sizes, training)?;
+        if inputs && self.device.runs_kernels() {
+            let matrix = |patches| Arena::matrix_bytes::<T>(patches, self.model.config.features);
+            self.grow(plan.arena_bytes + matrix(sizes.x5)? + matrix(sizes.x10)? + matrix(sizes.x20)?)?;
+        }
         self.arena.reset();
         let Self { device, model, arena, params, weights, grads, .. } = self;
-        let params = weights.as_ref().unwrap_or(params);
-        (model, Context { device, arena, params, grads, draw, config: &model.config })
+        let (params, policy) = (weights.as_ref().unwrap_or(params), plan.policy);
+        Ok((model, Context { device, arena, params, grads, draw, training, policy, config: &model.config }))
     }
 
     /// One Adam update from the summed gradients, which are zero afterwards.
@@ -157,17 +218,30 @@ impl<T: Element> Engine<T> {
         adam::step::<T>(&self.device, adam, arenas, self.updates)
     }
 
-    /// What a slide of these sizes takes, by running the same code on the device that only counts.
+    /// What a slide of these sizes takes, by running the same code on the device that only counts. An error if it takes more than the
+    /// budget by any policy.
     pub fn plan(&self, sizes: BagSizes, training: bool) -> Result<Plan> {
-        plan::<T>(&self.device, &self.model, sizes, training)
+        match self.memory {
+            Memory::Policy(policy) => plan::<T>(&self.device, &self.model, sizes, training, policy),
+            Memory::Budget(bytes) => fit::<T>(&self.device, &self.model, sizes, training, bytes),
+        }
     }
 
     /// Makes the arena large enough for slides up to these sizes, so that training need not grow it slide by slide.
-    pub fn reserve(&mut self, sizes: BagSizes, training: bool) -> Result<()> {
-        let needed = self.plan(sizes, training)?.arena_bytes;
-        if needed > self.arena.bytes() {
+    pub fn reserve(&mut self, sizes: BagSizes, training: bool) -> Result<Plan> {
+        let plan = match self.plans.get(&(sizes, training)) {
+            Some(plan) => *plan,
+            None => self.plan(sizes, training)?,
+        };
+        self.plans.insert((sizes, training), plan);
+        self.grow(plan.arena_bytes)?;
+        Ok(plan)
+    }
+
+    fn grow(&mut self, bytes: usize) -> Result<()> {
+        if bytes > self.arena.bytes() {
             self.arena = Arena::new(&self.device, 0)?; // give the old one back first
-            self.arena = Arena::new(&self.device, needed)?;
+            self.arena = Arena::new(&self.device, bytes)?;
         }
         Ok(())
     }
@@ -230,19 +304,49 @@ impl<T: Element> Engine<T> {
     }
 }
 
-/// [`Engine::plan`] without an engine.
-pub fn plan<T: Element>(device: &Device, model: &CrossFusion, sizes: BagSizes, training: bool) -> Result<Plan> {
+/// The plan of a policy; bags that it streams are read from files.
+pub fn plan<T: Element>(
+    device: &Device,
+    model: &CrossFusion,
+    sizes: BagSizes,
+    training: bool,
+    policy: Policy,
+) -> Result<Plan> {
     let device = device.dry();
-    let len = model.layout.len();
+    let (len, features) = (model.layout.len(), model.config.features);
     let (params, grads) = (device.alloc(len * size_of::<T>())?, device.alloc(len * size_of::<T::Sum>())?);
     let mut arena = Arena::unlimited();
-    let features = model.config.features;
-    let bag =
-        |rows: usize| Ok::<_, Error>(device.alloc(rows * features * size_of::<T>())?.view::<T>(0, rows, features));
-    let bags = Bags::of_views(bag(sizes.x5)?, bag(sizes.x10)?, bag(sizes.x20)?);
-    let draw = training.then_some(Draw { seed: 0, step: 0 });
-    let mut ctx =
-        Context { device: &device, arena: &mut arena, params: &params, grads: &grads, draw, config: &model.config };
+    let bag_bytes = |patches: usize| patches * features * size_of::<T>();
+    let bag = |patches: usize| Ok::<_, Error>(device.alloc(bag_bytes(patches))?.view::<T>(0, patches, features));
+    let (x5, x20) = (Unread(sizes.x5), Unread(sizes.x20));
+    let mut bags = Bags::of_views(bag(sizes.x5)?, bag(sizes.x10)?, bag(sizes.x20)?);
+    let mut parts = Parts {
+        parameters: len * if size_of::<T>() == size_of::<T::Sum>() { 0 } else { size_of::<T>() },
+        gradients: len * size_of::<T::Sum>(),
+        moments: 2 * len * size_of::<T::Sum>(),
+        bags: bag_bytes(sizes.x10),
+        stream: 0,
+        saved: 0,
+        scratch: 0,
+    };
+    parts.parameters += parts.gradients;
+    match policy.stream {
+        None => parts.bags = bag_bytes(sizes.total()),
+        Some(patches) => {
+            (bags.x5, bags.x20) = (Bag::Reader(&x5), Bag::Reader(&x20));
+            parts.stream = bag_bytes(sizes.x5.min(patches)) + bag_bytes(sizes.x20.min(patches));
+        }
+    }
+    let mut ctx = Context {
+        device: &device,
+        arena: &mut arena,
+        params: &params,
+        grads: &grads,
+        draw: training.then_some(Draw { seed: 0, step: 0 }),
+        training,
+        policy,
+        config: &model.config,
+    };
     let saved = model.forward(&mut ctx, bags)?;
     let counts = || if let Device::Dry(dry) = &device { dry.counts() } else { Counts::default() };
     let forward = counts();
@@ -250,13 +354,65 @@ pub fn plan<T: Element>(device: &Device, model: &CrossFusion, sizes: BagSizes, t
         model.backward(&mut ctx, saved, &vec![Default::default(); model.config.n_classes], None)?;
     }
     let step = counts();
-    Ok(Plan { arena_bytes: arena.peak(), forward_flop: forward.flop, step_flop: step.flop, launches: step.launches })
+    // the buffers, and on a GPU the bags, lie on the saved stack
+    let staged = parts.stream + if device.runs_kernels() { parts.bags } else { 0 };
+    parts.saved = arena.saved_at_peak().saturating_sub(staged);
+    parts.scratch = arena.peak() - arena.saved_at_peak();
+    Ok(Plan {
+        policy,
+        parts,
+        arena_bytes: arena.peak(),
+        forward_flop: forward.flop,
+        step_flop: step.flop,
+        launches: step.launches,
+    })
 }
 
-fn sizes<T: Element>(bags: &Bags<'_, T>) -> BagSizes {
-    BagSizes { x5: bags.x5.rows(), x10: bags.x10.rows(), x20: bags.x20.rows() }
+/// The plan of the fewest operations that fits; of several, the one that reads the largest parts.
+pub fn fit<T: Element>(
+    device: &Device,
+    model: &CrossFusion,
+    sizes: BagSizes,
+    training: bool,
+    budget: usize,
+) -> Result<Plan> {
+    let (mut best, mut least): (Option<Plan>, usize) = (None, usize::MAX);
+    for policy in Policy::all() {
+        let plan = plan::<T>(device, model, sizes, training, policy)?;
+        least = least.min(plan.peak_bytes());
+        if plan.peak_bytes() <= budget && best.is_none_or(|best| plan.step_flop < best.step_flop) {
+            best = Some(plan);
+        }
+        if policy == Policy::KEEP && best.is_some() {
+            break; // nothing takes fewer
+        }
+    }
+    best.ok_or_else(|| {
+        Error::Usage(format!(
+            "a slide of {}, {} and {} patches of {} features does not fit a memory budget of {}: the least is {}",
+            sizes.x5,
+            sizes.x10,
+            sizes.x20,
+            model.config.features,
+            ByteSize(budget as u64),
+            ByteSize(least as u64)
+        ))
+    })
 }
 
-fn logits<T: Element>(device: &Device, saved: &Saved<T>) -> Result<Vec<f64>> {
+/// A bag that plans speak of.
+struct Unread(usize);
+
+impl<T> ReadPatches<T> for Unread {
+    fn patches(&self) -> usize {
+        self.0
+    }
+
+    fn read(&self, _: Range<usize>, _: &mut [T]) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn logits<T: Element>(device: &Device, saved: &Saved<'_, T>) -> Result<Vec<f64>> {
     Ok(device.download(saved.logits)?.into_iter().map(Real::f64).collect())
 }

@@ -5,7 +5,7 @@ use crossfusion::{
     device::{Element, View},
     ops::{
         Draw, Dropout,
-        attention::{self, Attention, AttentionGrad},
+        attention::{self, Attention, AttentionGrad, Merge},
     },
 };
 
@@ -57,6 +57,58 @@ impl Case for Attentions {
         attention::forward(bed.device, &mut bed.arena, &forward)?;
         attention::backward(bed.device, &mut bed.arena, &backward)
     }
+}
+
+/// Attention to a context in parts, an empty one first and one in between.
+struct Parts {
+    heads: usize,
+    head_dim: usize,
+    n: usize,
+    keys: Vec<usize>,
+}
+
+impl Case for Parts {
+    fn name(&self) -> String {
+        format!("{} heads of {}, {} queries, parts of {:?} keys", self.heads, self.head_dim, self.n, self.keys)
+    }
+
+    fn run<T: Element>(&self, bed: &mut Bed<T>) -> Result<()> {
+        let Self { heads, n, .. } = *self;
+        let (unit, d) = (Law { offset: 0.0, scale: 1.5 }, heads * self.head_dim);
+        let (mut parts, mut merges) = (Vec::new(), Vec::new());
+        // two contexts of the same parts, the second one's the other way around
+        for context in 0..2 {
+            let q = bed.input(&format!("q {context}"), n, d, unit);
+            let (out, lse) = (bed.sums(&format!("out {context}"), n, d), bed.sums(&format!("lse {context}"), heads, n));
+            for i in 0..self.keys.len() {
+                let m = self.keys[if context == 0 { i } else { self.keys.len() - 1 - i }];
+                let kv = bed.input(&format!("kv {context} {i}"), m, 2 * d, unit);
+                let (k, v) = (kv.cols_range(0..d), kv.cols_range(d..2 * d));
+                let part = bed.output(&format!("part {context} {i}"), n, d);
+                let part_lse = bed.sums(&format!("part lse {context} {i}"), heads, n);
+                parts.push(Attention { q, k, v, out: part, lse: part_lse, heads, dropout: None });
+                merges.push(Merge { part, part_lse, out, lse, first: i == 0 });
+            }
+        }
+        attention::forward(bed.device, &mut bed.arena, &parts)?;
+        let each = self.keys.len();
+        for i in 0..each {
+            attention::merge(bed.device, &[merges[i], merges[each + i]])?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn parts_of_a_context_merge() {
+    check(&Parts { heads: 4, head_dim: 32, n: 70, keys: vec![0, 33, 0, 130, 1] });
+    check(&Parts { heads: 1, head_dim: 128, n: 5, keys: vec![9, 64, 3] });
+    check(&Parts { heads: 2, head_dim: 8, n: 1, keys: vec![0, 0] });
+}
+
+#[test]
+fn merging_has_no_races() {
+    check_races(&Parts { heads: 2, head_dim: 128, n: 6, keys: vec![0, 5, 9] });
 }
 
 /// As eager PyTorch does it: scores, probabilities and their gradients are tensors of their own, in bf16.

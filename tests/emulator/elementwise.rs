@@ -52,6 +52,8 @@ impl Case for Elementwise {
         gelu::recompute(bed.device, &problems)?;
         let sums = bed.accumulated("accumulated", rows, cols);
         elementwise::accumulate(bed.device, wide, sums)?;
+        let rounded = bed.output("rounded", rows, cols);
+        elementwise::round(bed.device, sums, rounded)?;
         let zeros = bed.accumulated("zeros", rows, cols);
         elementwise::zero(bed.device, zeros)
     }

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Attention, AttentionGrad};
+use super::{Attention, AttentionGrad, Merge};
 use crate::{
     device::{Arg, Element, Launch, Matrix, Storage},
     ops::dropout::KernelDropout,
@@ -60,6 +60,31 @@ pub struct KernelAttentionGrad {
     first_block: i32,
 }
 
+/// `Merge` of attention_forward.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct KernelMerge {
+    pub part: Matrix,
+    pub out: Matrix,
+    pub part_lse: u64,
+    pub lse: u64,
+    pub heads: i32,
+    pub first: i32,
+}
+
+impl<T: Element> From<&Merge<T>> for KernelMerge {
+    fn from(p: &Merge<T>) -> Self {
+        Self {
+            part: p.part.into(),
+            out: p.out.into(),
+            part_lse: p.part_lse.address(),
+            lse: p.lse.address(),
+            heads: p.lse.rows() as i32,
+            first: i32::from(p.first),
+        }
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Table<P> {
@@ -68,7 +93,7 @@ struct Table<P> {
     padding: i32,
 }
 
-// SAFETY: both problems are Pod with a size that is a multiple of 8, so there is no padding that is not a field.
+// SAFETY: all problems are Pod with a size that is a multiple of 8, so there is no padding that is not a field.
 unsafe impl<P: Zeroable> Zeroable for Table<P> {}
 unsafe impl<P: Pod> Pod for Table<P> {}
 
@@ -186,9 +211,24 @@ pub fn forward_launches(storage: Storage, problems: &[KernelAttention]) -> Vec<L
         let shared = (OWN + 4 * keys) * WIDTHS[width] * storage.bytes();
         launches.extend(launch(kernel, storage, [blocks, 1], shared, table));
         let rows = problems.iter().filter(|p| p.splits > 1).map(|p| p.q.rows as usize).max().unwrap_or(0);
-        launches.extend(launch("attention_merge", storage, [rows.div_ceil(THREADS / 32), problems.len()], 0, table));
+        launches.extend(launch(
+            "attention_join_splits",
+            storage,
+            [rows.div_ceil(THREADS / 32), problems.len()],
+            0,
+            table,
+        ));
     }
     launches
+}
+
+pub fn merge_launches(storage: Storage, problems: &[KernelMerge]) -> Vec<Launch> {
+    let launches = problems.chunks(PROBLEMS).map(|problems| {
+        let rows = problems.iter().map(|p| p.part.rows as usize).max().unwrap_or(0);
+        let (table, _) = table(problems, |_| 0, |_, _| {});
+        launch("attention_merge_parts", storage, [rows.div_ceil(THREADS / 32), problems.len()], 0, table)
+    });
+    launches.flatten().collect()
 }
 
 pub fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
@@ -246,7 +286,7 @@ mod tests {
         let split = forward_launches(Storage::F32, &[KernelAttention { splits: 3, ..problem(65, 12000) }]);
         assert_eq!(
             split.iter().map(|l| (l.kernel, l.grid[0])).collect::<Vec<_>>(),
-            [("attention_forward_128", 24), ("attention_merge", 17)]
+            [("attention_forward_128", 24), ("attention_join_splits", 17)]
         );
         assert!(forward_launches(Storage::F32, &[problem(0, 10)]).is_empty());
     }

@@ -1,0 +1,223 @@
+//! Every memory policy gives the gradients of the one that keeps everything, and holds what its plan says; on the CPU, and by
+//! CROSSFUSION_DEVICE on another device.
+
+mod common;
+
+use std::ops::Range;
+
+use common::{Law, fill};
+use crossfusion::{
+    Error, Result,
+    device::{Device, Element, Real},
+    loss::{Loss, Target},
+    model::{Bags, Config, Policy, ReadPatches},
+    ops::Draw,
+    train::step::{BagSizes, Engine, Memory, State},
+};
+
+const FEATURES: usize = 48;
+const WHOLE: usize = usize::MAX;
+
+struct Rows<T> {
+    values: Vec<T>,
+    /// Reading from here on fails.
+    broken_from: usize,
+}
+
+impl<T: Element> ReadPatches<T> for Rows<T> {
+    fn patches(&self) -> usize {
+        self.values.len() / FEATURES
+    }
+
+    fn read(&self, patches: Range<usize>, out: &mut [T]) -> Result<()> {
+        if patches.end > self.broken_from {
+            return Err(Error::Usage("slide.pt: cannot be read".into()));
+        }
+        out.copy_from_slice(&self.values[patches.start * FEATURES..patches.end * FEATURES]);
+        Ok(())
+    }
+}
+
+/// A config with a projection, or with features as wide as the model; two layers.
+fn config(projected: bool) -> Config {
+    let dim = if projected { 32 } else { FEATURES };
+    Config { dim, heads: if projected { 4 } else { 6 }, layers: 2, ..Config::new(FEATURES) }
+}
+
+fn engine<T: Element<Sum: Real>>(device: Device, config: &Config) -> Engine<T> {
+    let mut engine = Engine::new(device, config, 3).unwrap();
+    let mut params = engine.read_state(State::Params).unwrap();
+    for entry in engine.model.layout.entries() {
+        let law =
+            if entry.shape.len() == 1 { Law { offset: 0.5, scale: 0.4 } } else { Law { offset: 0.0, scale: 0.3 } };
+        for (p, x) in params[entry.offset..].iter_mut().zip(fill(&entry.name, entry.len(), law)) {
+            *p = T::Sum::of(f64::from(x));
+        }
+    }
+    engine.write_state(State::Params, &params).unwrap();
+    engine
+}
+
+fn slide<T: Element<Sum: Real>>([x5, x10, x20]: [usize; 3]) -> [Rows<T>; 3] {
+    let law = Law { offset: 0.0, scale: 1.7 };
+    [("x5", x5), ("x10", x10), ("x20", x20)].map(|(name, patches)| Rows {
+        values: fill(name, patches * FEATURES, law).into_iter().map(|x| T::from_sum(T::Sum::of(x.into()))).collect(),
+        broken_from: WHOLE,
+    })
+}
+
+/// How a step is taken: the loss' logits, the parameters' gradients, the bags' gradients.
+struct Step<T> {
+    logits: Vec<f64>,
+    grads: Vec<T>,
+    dbags: Vec<T>,
+}
+
+fn step<T: Element<Sum: Real>>(engine: &mut Engine<T>, slide: &[Rows<T>; 3], streamed: bool) -> Result<Step<T::Sum>> {
+    let zeros = vec![T::Sum::ZERO; engine.read_state(State::Grads)?.len()];
+    engine.write_state(State::Grads, &zeros)?;
+    let [x5, x10, x20] = slide;
+    let bags = if streamed {
+        Bags::streamed(x5, &x10.values, x20, FEATURES)?
+    } else {
+        Bags::new([&x5.values, &x10.values, &x20.values], FEATURES)?
+    };
+    let mut dbags = slide.each_ref().map(|rows| vec![T::default(); rows.values.len()]);
+    let inputs = Bags::new_mut(dbags.each_mut().map(Vec::as_mut_slice), FEATURES)?;
+    let target = Target { label: 1, censored: false };
+    let draw = Some(Draw { seed: 7, step: 3 });
+    let logits = engine.accumulate(bags, draw, Some(inputs), |logits| Loss::NllSurv.evaluate(logits, target, 0.2).1)?;
+    let dbags = dbags.concat().into_iter().map(T::to_sum).collect();
+    Ok(Step { logits, grads: engine.read_state(State::Grads)?, dbags })
+}
+
+/// |a - b| / |b|
+fn relative<T: Real>(a: &[T], b: &[T]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut a.iter().zip(b).map(|(&a, &b)| a.f64() - b.f64())) / norm(&mut b.iter().map(|&b| b.f64()))
+}
+
+fn device() -> Device {
+    let name = std::env::var("CROSSFUSION_DEVICE").unwrap_or_else(|_| "cpu".into());
+    Device::from_name(&name, 2).unwrap()
+}
+
+/// Policies with ragged, exact and overlong pieces, and whether only recomputation differs from keeping all.
+fn policies() -> Vec<(Policy, bool)> {
+    let mut policies = Vec::new();
+    for recompute in [None, Some(WHOLE), Some(5), Some(16)] {
+        for stream in [None, Some(1000), Some(64), Some(7)] {
+            let exact = stream.is_none() && recompute.is_none_or(|rows| rows == WHOLE);
+            policies.push((Policy { recompute, stream }, exact));
+        }
+    }
+    policies
+}
+
+fn check_all<T: Element<Sum: Real>>(device: impl Fn() -> Device, config: &Config, sizes: [usize; 3], tolerance: f64) {
+    let slide = slide::<T>(sizes);
+    let [x5, x10, x20] = sizes;
+    let mut keep = engine::<T>(device(), config);
+    let expected = step(&mut keep, &slide, false).unwrap();
+    for (policy, exact) in policies() {
+        for streamed in [false, true] {
+            if streamed && policy.stream.is_none() {
+                continue;
+            }
+            let mut engine = engine::<T>(device(), config);
+            engine.set_memory(Memory::Policy(policy));
+            let got = step(&mut engine, &slide, streamed).unwrap();
+            if exact {
+                assert!(got.logits == expected.logits && got.grads == expected.grads, "{policy}: other bits");
+                assert!(got.dbags == expected.dbags, "{policy}: other bits in the bags' gradients");
+            }
+            let mut errors = vec![relative(&got.logits, &expected.logits), relative(&got.grads, &expected.grads)];
+            // no training uses the bags' gradients, and in f32 rounding alone moves them by up to 2e-6
+            if size_of::<T>() == 8 {
+                errors.push(relative(&got.dbags, &expected.dbags));
+            }
+            assert!(errors.iter().all(|&e| e <= tolerance), "{policy}, streamed {streamed}: {errors:?}");
+            // a bag in the CPU's memory needs no buffer; kernels write the bags' gradients into memory on top of the plan
+            if !engine.device.runs_kernels() && (streamed || policy.stream.is_none()) {
+                let plan = engine.plan(BagSizes { x5, x10, x20 }, true).unwrap();
+                assert_eq!(engine.arena_peak(), plan.arena_bytes, "{policy}, streamed {streamed}");
+            }
+        }
+    }
+}
+
+#[test]
+fn all_policies_agree_in_f32() {
+    for (projected, sizes) in [(true, [9, 21, 130]), (false, [64, 16, 1]), (true, [1, 1, 300])] {
+        check_all::<f32>(device, &config(projected), sizes, 1e-6);
+    }
+}
+
+/// In f64 rounding is out of the way: what is left of a difference would be another formula.
+#[test]
+fn all_policies_agree_in_f64() {
+    for (projected, sizes) in [(true, [70, 33, 257]), (false, [5, 10, 65])] {
+        check_all::<f64>(|| Device::from_name("cpu", 2).unwrap(), &config(projected), sizes, 1e-13);
+    }
+}
+
+#[test]
+fn evaluation_holds_less_and_finds_the_same() {
+    let (slide, config) = (slide::<f32>([9, 21, 130]), config(true));
+    let bags = Bags::new(slide.each_ref().map(|rows| rows.values.as_slice()), FEATURES).unwrap();
+    let mut engine = engine::<f32>(device(), &config);
+    let expected = engine.accumulate(bags, None, None, |logits| vec![0.0; logits.len()]).unwrap();
+    let sizes = BagSizes { x5: 9, x10: 21, x20: 130 };
+    let (training, evaluation) = (engine.plan(sizes, true).unwrap(), engine.plan(sizes, false).unwrap());
+    assert!(2 * evaluation.arena_bytes < training.arena_bytes, "{evaluation:?}");
+    for (policy, _) in policies() {
+        engine.set_memory(Memory::Policy(policy));
+        let logits = engine.evaluate(bags).unwrap();
+        let error = relative(&logits, &expected);
+        assert!(error <= if policy.stream.is_some() { 1e-6 } else { 0.0 }, "{policy}: {error}");
+    }
+}
+
+#[test]
+fn a_read_error_in_mid_slide_ends_the_step() {
+    let mut slide = slide::<f32>([9, 21, 130]);
+    slide[2].broken_from = 100;
+    let mut engine = engine::<f32>(device(), &config(true));
+    engine.set_memory(Memory::Policy(Policy { recompute: None, stream: Some(32) }));
+    let error = step(&mut engine, &slide, true).err().unwrap();
+    assert_eq!(error.to_string(), "slide.pt: cannot be read");
+}
+
+#[test]
+fn a_budget_takes_the_policy_of_the_fewest_operations_that_fits() {
+    let sizes = BagSizes { x5: 2000, x10: 400, x20: 60_000 };
+    let mut engine = Engine::<f32>::new(Device::from_name("cpu", 1).unwrap(), &Config::new(64), 1).unwrap();
+    let keep = engine.plan(sizes, true).unwrap();
+    assert_eq!(keep.policy, Policy::KEEP);
+    let mut last = keep;
+    let mut seen = vec![keep.policy];
+    let mut budget = keep.peak_bytes();
+    let least = loop {
+        engine.set_memory(Memory::Budget(budget));
+        match engine.plan(sizes, true) {
+            Ok(plan) => {
+                assert!(plan.peak_bytes() <= budget);
+                assert!(
+                    plan.step_flop >= last.step_flop,
+                    "{} takes fewer operations than {}",
+                    plan.policy,
+                    last.policy
+                );
+                if plan.policy != last.policy {
+                    seen.push(plan.policy);
+                }
+                last = plan;
+                budget = plan.peak_bytes() - 1;
+            }
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(seen.len() > 2 && seen.last().unwrap().stream.is_some(), "{seen:?}");
+    let expected = bytesize::ByteSize(last.peak_bytes() as u64).to_string();
+    assert!(least.contains("2000, 400 and 60000 patches of 64 features") && least.ends_with(&expected), "{least}");
+}
