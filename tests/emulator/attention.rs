@@ -91,6 +91,9 @@ impl Case for Parts {
             }
         }
         attention::forward(bed.device, &mut bed.arena, &parts)?;
+        if bed.plainly {
+            parts.iter().for_each(|p| bed.write(&round(bed.read(p.out)), p.out)); // each part's output is a tensor
+        }
         let each = self.keys.len();
         for i in 0..each {
             attention::merge(bed.device, &[merges[i], merges[each + i]])?;
