@@ -5,21 +5,28 @@ mod ceilings;
 mod cox;
 mod op;
 mod peer;
+mod plan;
+mod slide;
 
 use std::time::Instant;
 
+use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 use half::bf16;
 pub use op::{OpArguments, op};
+pub use plan::{PlanArguments, plan};
 use serde::Serialize;
+pub use slide::{SlideArguments, slide};
+use tempfile::TempDir;
 
 use crate::{
     Error, Result,
+    data::dataset::Bag,
     device::{Device, Element},
     loss::{Loss, Target},
     model::{Bags, Config},
     ops::{Draw, adam::Adam},
-    train::step::{BagSizes, Engine},
+    train::step::{BagSizes, Engine, Memory},
 };
 
 #[derive(Args)]
@@ -42,6 +49,9 @@ pub struct StepArguments {
     /// Storage precision
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
+    /// Most memory for the step: 8GiB, say. The bags are then files in the folder for temporary files
+    #[arg(long, value_name = "BYTES")]
+    memory_budget: Option<ByteSize>,
     /// Timed steps, after one that warms up
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
@@ -106,6 +116,9 @@ struct StepReport {
     backward_s: Seconds,
     optimizer_s: Seconds,
     step_s: Seconds,
+    policy: String,
+    /// What the plan says that the step holds, bags included.
+    planned_bytes: usize,
     arena_bytes: usize,
     peak_rss_bytes: u64,
     /// Measured on this device just before and just after the steps, the better of the two.
@@ -128,11 +141,41 @@ pub fn step(arguments: &StepArguments) -> Result<()> {
         Precision::Bf16 => measure::<bf16>(device, arguments)?,
     };
     if arguments.json {
-        crate::say(serde_json::to_string(&report).map_err(|e| Error::Device(e.to_string()))?);
-    } else {
-        print(&report);
+        return print_json(&report);
     }
+    print(&report);
     Ok(())
+}
+
+fn print_json(report: &impl Serialize) -> Result<()> {
+    crate::say(serde_json::to_string(report).map_err(|e| Error::Device(e.to_string()))?);
+    Ok(())
+}
+
+/// What a step is measured on: random numbers in memory, or under a budget files, as in training.
+enum Slide<T> {
+    Memory([Vec<T>; 3], usize),
+    Files(Bag<T>, TempDir),
+}
+
+impl<T: Element<Sum = f32>> Slide<T> {
+    fn new(arguments: &StepArguments, streamed: bool) -> Result<Self> {
+        let BagSizes { x5, x10, x20 } = arguments.bags;
+        if arguments.memory_budget.is_none() {
+            let bag = |patches: usize| random(patches * arguments.features).into_iter().map(T::from_sum).collect();
+            return Ok(Self::Memory([x5, x10, x20].map(bag), arguments.features));
+        }
+        let folder = tempfile::tempdir().map_err(|e| Error::Device(format!("no folder for temporary files: {e}")))?;
+        let files = slide::write(folder.path(), arguments.bags, arguments.features, slide::Format::Safetensors)?;
+        Ok(Self::Files(Bag::read(&files, streamed)?, folder))
+    }
+
+    fn bags(&self) -> Result<Bags<'_, T>> {
+        match self {
+            Self::Memory(bags, features) => Bags::new(bags.each_ref().map(Vec::as_slice), *features),
+            Self::Files(bag, _folder) => bag.views(),
+        }
+    }
 }
 
 fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> Result<StepReport> {
@@ -140,11 +183,12 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
     let name = device.description();
     let peak_before = ceilings::peak::<T>(&device)?;
     let mut engine = Engine::<T>::new(device, &Config::new(arguments.features), 1)?;
-    engine.reserve(arguments.bags, true)?;
+    engine.set_memory(Memory::new(arguments.memory_budget));
+    engine.reserve([arguments.bags], true)?;
     let BagSizes { x5, x10, x20 } = arguments.bags;
-    let data = [x5, x10, x20].map(|patches| random(patches * arguments.features));
-    let data = data.map(|bag| bag.into_iter().map(T::from_sum).collect::<Vec<T>>());
-    let bags = Bags::new(data.each_ref().map(Vec::as_slice), arguments.features)?;
+    let plan = engine.plan(arguments.bags, true)?;
+    let slide = Slide::new(arguments, plan.policy.stream.is_some())?;
+    let bags = slide.bags()?;
     // the published optimizer
     let adam = Adam { learning_rate: 1e-4, weight_decay: 4e-6, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
 
@@ -169,7 +213,6 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
     }
     let peak = peak_before.max(ceilings::peak::<T>(&engine.device)?) / 1e9;
     let [forward_s, backward_s, optimizer_s, step_s] = times.map(Seconds::of);
-    let plan = engine.plan(arguments.bags, true)?;
     let step_gflop = published_step_flop(arguments.bags, arguments.features) / 1e9;
     Ok(StepReport {
         device: name,
@@ -177,6 +220,8 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
         features: arguments.features,
         dropout: arguments.dropout,
         precision: arguments.precision,
+        policy: plan.policy.to_string(),
+        planned_bytes: plan.peak_bytes(),
         arena_bytes: engine.arena_bytes(),
         peak_rss_bytes: peak_rss_bytes(),
         fma_peak_gflops: peak,
@@ -211,7 +256,9 @@ fn print(report: &StepReport) {
         report.fma_peak_gflops
     ));
     crate::say(format!(
-        "arena {:.0} MiB, peak resident {:.0} MiB",
+        "policy: {}; planned {:.0} MiB, arena {:.0} MiB, peak resident {:.0} MiB",
+        report.policy,
+        mib(report.planned_bytes as f64),
         mib(report.arena_bytes as f64),
         mib(report.peak_rss_bytes as f64)
     ));

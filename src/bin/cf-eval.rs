@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 use crossfusion::{
     Error, Result,
@@ -54,6 +55,9 @@ struct Arguments {
     /// Where to run: auto, cpu or cuda
     #[arg(long, default_value = "auto")]
     device: String,
+    /// Most memory for a slide, on a GPU of the GPU's: 8GiB, say [default: the run's own]
+    #[arg(long, value_name = "BYTES")]
+    memory_budget: Option<ByteSize>,
     /// Threads; 0 is one for each core. Results do not depend on it
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -108,7 +112,9 @@ fn evaluate(arguments: &Arguments) -> Result<()> {
     let device = Device::from_name(&arguments.device, arguments.threads)?;
     let plan = arguments.resampling.plan();
     let (summary, folder) = match arguments {
-        Arguments { run: Some(run), .. } => (eval::evaluate_run(run, device, plan)?, run.clone()),
+        Arguments { run: Some(run), .. } => {
+            (eval::evaluate_run(run, device, arguments.memory_budget, plan)?, run.clone())
+        }
         Arguments {
             checkpoint: Some(path),
             clinical: Some(clinical),
@@ -125,7 +131,7 @@ fn evaluate(arguments: &Arguments) -> Result<()> {
             let split = splits.as_deref().zip(*fold);
             let out = out.clone().unwrap_or_else(|| run::fresh_folder(&format!("eval-{backbone}")));
             let checkpoint = Checkpoint { path, source, split, heads: *num_heads };
-            (eval::evaluate_checkpoint(&checkpoint, &out, device, plan)?, out)
+            (eval::evaluate_checkpoint(&checkpoint, &out, device, arguments.memory_budget, plan)?, out)
         }
         _ => return Err(Error::Usage("expected a run folder, or --checkpoint; see --help".into())),
     };

@@ -115,7 +115,7 @@ fn train() -> Result<()> {
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
     run.train(&folder, &INTERRUPTED)?;
-    let summary = eval::evaluate_run(&folder, device, report::RESAMPLING)?;
+    let summary = eval::evaluate_run(&folder, device, None, report::RESAMPLING)?;
     crossfusion::say(summary.table().trim_end());
     crossfusion::say(format!("report {}", folder.join("report.html").display()));
     Ok(())

@@ -5,15 +5,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ndarray::Array2;
-
 use super::{
-    cohort::{BagFiles, Cohort, MAGNIFICATIONS, Missing, Slide, find_features},
+    cohort::{Cohort, MAGNIFICATIONS, Missing, Slide, find_features},
     features::FeatureFile,
     folds,
     labels::Bins,
+    patches::PatchReader,
 };
-use crate::{Error, Result, device::Element, loss::Target, model::Bags, train::step::BagSizes};
+use crate::{
+    Error, Result,
+    device::Element,
+    loss::Target,
+    model::{Bags, ReadPatches},
+    train::step::{BagSizes, Engine},
+};
 
 /// Where a cohort lies on disk.
 #[derive(Clone, Debug)]
@@ -33,7 +38,8 @@ pub struct Dataset {
     pub cohort: Cohort,
     /// What was left out.
     pub missing: Missing,
-    files: Vec<BagFiles>,
+    /// x5, x10, x20.
+    readers: Vec<[PatchReader; 3]>,
 }
 
 /// One fold's slides, as indices into the dataset.
@@ -45,17 +51,40 @@ pub struct Fold {
     pub without_outcome: usize,
 }
 
-/// A slide's features, in memory.
+/// A slide's features: x10 in memory, x5 and x20 too or still in their files.
 pub struct Bag<T> {
-    pub x5: Array2<T>,
-    pub x10: Array2<T>,
-    pub x20: Array2<T>,
+    x5: Features<T>,
+    x10: Vec<T>,
+    x20: Features<T>,
+    features: usize,
 }
 
-impl<T: Element> Bag<T> {
+enum Features<T> {
+    Memory(Vec<T>),
+    File(PatchReader),
+}
+
+impl<T: Element<Sum = f32>> Bag<T> {
+    /// Reads x5, x10 and x20, rounded to `T`; `streamed` leaves x5 and x20 in their files.
+    pub fn read(readers: &[PatchReader; 3], streamed: bool) -> Result<Self> {
+        let whole = |reader: &PatchReader| {
+            let mut values = vec![T::default(); reader.patches * reader.features];
+            reader.read(0..reader.patches, &mut values)?;
+            Ok::<_, Error>(values)
+        };
+        let context = |reader: &PatchReader| {
+            Ok::<_, Error>(if streamed { Features::File(reader.clone()) } else { Features::Memory(whole(reader)?) })
+        };
+        let [x5, x10, x20] = readers;
+        Ok(Self { x5: context(x5)?, x10: whole(x10)?, x20: context(x20)?, features: x10.features })
+    }
+
     pub fn views(&self) -> Result<Bags<'_, T>> {
-        let slices = [&self.x5, &self.x10, &self.x20].map(|x| x.as_slice().unwrap_or_default());
-        Bags::new(slices, self.x10.ncols())
+        match (&self.x5, &self.x20) {
+            (Features::File(x5), Features::File(x20)) => Bags::streamed(x5, &self.x10, x20, self.features),
+            (Features::Memory(x5), Features::Memory(x20)) => Bags::new([x5, &self.x10, x20], self.features),
+            _ => Err(Error::Usage("a slide is held whole, or its x5 and x20 both stay in their files".into())),
+        }
     }
 }
 
@@ -65,18 +94,19 @@ impl Dataset {
         let cohort = Cohort::read(source.clinical, source.manifest)?;
         let (found, missing) = find_features(cohort.slides.clone(), source.pt_dir, source.backbone)?;
         let mut dataset =
-            Self { slides: Vec::new(), sizes: Vec::new(), features: 0, cohort, missing, files: Vec::new() };
+            Self { slides: Vec::new(), sizes: Vec::new(), features: 0, cohort, missing, readers: Vec::new() };
         for (slide, files) in found {
-            let mut patches = [0; 3];
-            for (path, patches) in files.iter().zip(&mut patches) {
-                let file = FeatureFile::open(path)?;
-                *patches = file.patches();
-                dataset.check_width(path, file.features())?;
-            }
-            let [x5, x10, x20] = patches;
+            let mut reader = |path: PathBuf| {
+                let file = FeatureFile::open(&path)?;
+                dataset.check_width(&path, file.features())?;
+                Ok::<_, Error>(PatchReader { path, patches: file.patches(), features: file.features() })
+            };
+            let [x5, x10, x20] = files;
+            let readers = [reader(x5)?, reader(x10)?, reader(x20)?];
+            let [x5, x10, x20] = readers.each_ref().map(|reader| reader.patches);
             dataset.sizes.push(BagSizes { x5, x10, x20 });
             dataset.slides.push(slide);
-            dataset.files.push(files);
+            dataset.readers.push(readers);
         }
         Ok(dataset)
     }
@@ -133,40 +163,28 @@ impl Dataset {
         Target { label: bins.label(slide.months), censored: slide.censored }
     }
 
-    /// Reads a slide's features, rounded to `T`.
-    pub fn read<T: Element<Sum = f32>>(&self, slide: usize) -> Result<Bag<T>> {
-        let [x5, x10, x20] = &self.files[slide];
-        let sizes = self.sizes[slide];
-        let read = |path: &PathBuf, patches: usize| {
-            let file = FeatureFile::open(path)?;
-            if (file.patches(), file.features()) != (patches, self.features) {
-                let message = format!(
-                    "has changed: it holds {} patches of {} features, and held {patches} of {}",
-                    file.patches(),
-                    file.features(),
-                    self.features
-                );
-                return Err(Error::file(path, message));
-            }
-            Ok(file.read()?.mapv(T::from_sum))
-        };
-        Ok(Bag { x5: read(x5, sizes.x5)?, x10: read(x10, sizes.x10)?, x20: read(x20, sizes.x20)? })
-    }
-
-    /// Reads slides in order on a thread of its own, up to `ahead` of the one in use; `work` gets each in turn and ends the reading by
-    /// returning false or an error.
+    /// Reads slides in order; `work` gets each in turn and ends the reading by returning false or an error.
     pub fn for_each<T: Element<Sum = f32>>(
         &self,
         order: &[usize],
-        ahead: usize,
+        reading: &Reading,
         mut work: impl FnMut(usize, Bag<T>) -> Result<bool>,
     ) -> Result<()> {
+        let read = |slide: usize| Bag::read(&self.readers[slide], reading.streamed.contains(&slide));
+        if reading.ahead == 0 {
+            for &slide in order {
+                if !work(slide, read(slide)?)? {
+                    break;
+                }
+            }
+            return Ok(());
+        }
         std::thread::scope(|scope| {
-            let (sender, receiver) = std::sync::mpsc::sync_channel(ahead.min(order.len()));
+            let (sender, receiver) = std::sync::mpsc::sync_channel(reading.ahead.min(order.len()));
             scope.spawn(move || {
                 for &slide in order {
                     // a closed channel means that nobody wants more
-                    if sender.send((slide, self.read(slide))).is_err() {
+                    if sender.send((slide, read(slide))).is_err() {
                         break;
                     }
                 }
@@ -178,5 +196,37 @@ impl Dataset {
             }
             Ok(())
         })
+    }
+}
+
+/// How slides are read.
+#[derive(Clone, Debug, Default)]
+pub struct Reading {
+    /// Slides that a thread of its own reads ahead of the one in use; 0 reads each when it is wanted.
+    pub ahead: usize,
+    /// Slides whose x5 and x20 stay in their files.
+    pub streamed: HashSet<usize>,
+}
+
+impl Reading {
+    /// As an engine's plans for these slides want it. Where bags lie in the memory that a budget is for, none is read ahead.
+    pub fn plan<T: Element<Sum = f32>>(
+        engine: &mut Engine<T>,
+        dataset: &Dataset,
+        slides: &[(usize, bool)],
+        ahead: usize,
+    ) -> Result<Self> {
+        let mut reading = Self { ahead, streamed: HashSet::new() };
+        for &(slide, training) in slides {
+            let plan = engine.plan(dataset.sizes[slide], training);
+            let plan = plan.map_err(|e| Error::Usage(format!("slide {}: {e}", dataset.slides[slide].slide_id)))?;
+            if plan.policy.stream.is_some() {
+                reading.streamed.insert(slide);
+            }
+        }
+        if engine.has_budget() && engine.device.is_host() {
+            reading.ahead = 0;
+        }
+        Ok(reading)
     }
 }

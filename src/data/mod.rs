@@ -8,6 +8,7 @@ pub mod features;
 pub mod folds;
 mod h5;
 pub mod labels;
+pub mod patches;
 pub mod pickle;
 pub mod sampler;
 pub mod table;

@@ -298,9 +298,21 @@ fn member(zip: &mut ZipArchive<Cursor<&[u8]>>, bytes: &Bytes, name: &str, budget
     Ok(data.into())
 }
 
-/// Writes a bag as `torch.save(tensor, path)` does, stored and with its numbers 64-byte aligned, so that
-/// `torch.load(path)` and the memory-mapped reader here both take it.
+/// Writes a bag as `torch.save(tensor, path)` does, so that `torch.load(path)` and the memory-mapped reader here both take it.
 pub fn write_pt(path: &Path, features: ArrayView2<f32>) -> Result<()> {
+    let shape = [features.nrows(), features.ncols()];
+    write_pt_numbers(path, DType::F32, shape, |file| {
+        features.rows().into_iter().try_for_each(|row| file.write_all(bytemuck::cast_slice(&row.to_vec())))
+    })
+}
+
+/// The same for a bag that `numbers` writes, little-endian, `shape` = patches, features. They are stored 64-byte aligned.
+pub fn write_pt_numbers(
+    path: &Path,
+    dtype: DType,
+    shape: [usize; 2],
+    numbers: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written: {e}"));
     write_atomically(path, |file| {
         let mut zip = ZipWriter::new(file);
@@ -308,26 +320,14 @@ pub fn write_pt(path: &Path, features: ArrayView2<f32>) -> Result<()> {
             .compression_method(CompressionMethod::Stored)
             .last_modified_time(zip::DateTime::default())
             .with_alignment(64)
-            .large_file(features.len() as u64 * 4 >= u32::MAX.into());
-        let small = [
-            ("data.pkl", &tensor_pickle(features.nrows(), features.ncols())[..]),
-            ("byteorder", b"little"),
-            ("version", b"3\n"),
-        ];
-        for (name, content) in small {
+            .large_file((shape[0] * shape[1] * dtype.size()) as u64 >= u32::MAX.into());
+        let pickle = tensor_pickle(dtype, shape);
+        for (name, content) in [("data.pkl", &pickle[..]), ("byteorder", b"little"), ("version", b"3\n")] {
             zip.start_file(format!("archive/{name}"), options).map_err(|e| failed(&e))?;
             zip.write_all(content).map_err(|e| failed(&e))?;
         }
         zip.start_file("archive/data/0", options).map_err(|e| failed(&e))?;
-        // The machine is little-endian (rust-hdf5 builds on no other), so its own bytes are the file's.
-        match features.as_slice() {
-            Some(all) => zip.write_all(bytemuck::cast_slice(all)).map_err(|e| failed(&e))?,
-            None => {
-                for row in features.rows() {
-                    zip.write_all(bytemuck::cast_slice(&row.to_vec())).map_err(|e| failed(&e))?;
-                }
-            }
-        }
+        numbers(&mut zip).map_err(|e| failed(&e))?;
         zip.finish().map_err(|e| failed(&e))?;
         Ok(())
     })
@@ -335,7 +335,7 @@ pub fn write_pt(path: &Path, features: ArrayView2<f32>) -> Result<()> {
 
 /// `_rebuild_tensor_v2(("storage", FloatStorage, "0", "cpu", rows * columns), 0, (rows, columns), (columns, 1), False,
 /// OrderedDict())` in pickle protocol 2.
-fn tensor_pickle(rows: usize, columns: usize) -> Vec<u8> {
+fn tensor_pickle(dtype: DType, [rows, columns]: [usize; 2]) -> Vec<u8> {
     fn text(out: &mut Vec<u8>, text: &str) {
         out.push(b'X');
         out.extend((text.len() as u32).to_le_bytes());
@@ -355,7 +355,13 @@ fn tensor_pickle(rows: usize, columns: usize) -> Vec<u8> {
     }
     let mut out = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((".to_vec();
     text(&mut out, "storage");
-    out.extend(b"ctorch\nFloatStorage\n");
+    let storage = match dtype {
+        DType::F16 => "HalfStorage",
+        DType::BF16 => "BFloat16Storage",
+        DType::F32 => "FloatStorage",
+        DType::F64 => "DoubleStorage",
+    };
+    out.extend(format!("ctorch\n{storage}\n").as_bytes());
     text(&mut out, "0");
     text(&mut out, "cpu");
     integer(&mut out, rows * columns);

@@ -12,13 +12,14 @@ pub use describe::quote;
 
 use std::path::Path;
 
+use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
     Error, Result,
     data::{
         self,
-        dataset::{Dataset, Source},
+        dataset::{Dataset, Reading, Source},
         torch::{StateDict, read_state_dict},
     },
     device::Device,
@@ -30,7 +31,7 @@ use crate::{
         config::RunConfig,
         fold::FoldTrainer,
         protocol, run,
-        step::Engine,
+        step::{Engine, Memory},
     },
 };
 
@@ -51,7 +52,8 @@ pub struct Checkpoint<'a> {
 
 /// Evaluates every fold of a run that has a model, on its validation slides, and writes the files into the run's folder.
 /// Paths in the run's settings are as `cf-train` was given them.
-pub fn evaluate_run(run: &Path, device: Device, plan: Bootstrap) -> Result<Summary> {
+/// `budget` replaces the run's own memory budget.
+pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: Bootstrap) -> Result<Summary> {
     let path = run::config_path(run);
     if !path.is_file() {
         return Err(Error::Usage(format!("{}: is not a run folder, it has no config.toml", run.display())));
@@ -60,6 +62,7 @@ pub fn evaluate_run(run: &Path, device: Device, plan: Bootstrap) -> Result<Summa
     let dataset = Dataset::open(&config.source())?;
     let metrics = run::read_metrics(run)?;
     let mut engine = Engine::new(device, &config.model(dataset.features), config.seed)?;
+    engine.set_memory(Memory::new(budget.or(config.memory_budget)));
     let (mut folds, mut slides, mut notes) = (Vec::new(), Vec::new(), Vec::new());
     for fold in 0..config.folds {
         let folder = run::fold_folder(run, fold);
@@ -98,7 +101,13 @@ pub fn evaluate_run(run: &Path, device: Device, plan: Bootstrap) -> Result<Summa
 }
 
 /// Evaluates one checkpoint and writes the files into `out`.
-pub fn evaluate_checkpoint(checkpoint: &Checkpoint, out: &Path, device: Device, plan: Bootstrap) -> Result<Summary> {
+pub fn evaluate_checkpoint(
+    checkpoint: &Checkpoint,
+    out: &Path,
+    device: Device,
+    budget: Option<ByteSize>,
+    plan: Bootstrap,
+) -> Result<Summary> {
     let path = checkpoint.path;
     if run::config_path(out).exists() {
         let message =
@@ -126,6 +135,7 @@ pub fn evaluate_checkpoint(checkpoint: &Checkpoint, out: &Path, device: Device, 
         None => (0, (0..dataset.slides.len()).collect()),
     };
     let mut engine = Engine::new(device, &model, 0)?;
+    engine.set_memory(Memory::new(budget));
     load(&mut engine, path, tensors)?;
     let slides = predict(&mut engine, &dataset, &order, fold)?;
     let mut summary = Summary::new(&[Fold { fold, ..of_card(card) }], &slides, plan)?;
@@ -163,11 +173,14 @@ fn load(engine: &mut Engine<f32>, path: &Path, tensors: StateDict) -> Result<()>
 
 /// A prediction for each slide of `order`, without dropout.
 fn predict(engine: &mut Engine<f32>, dataset: &Dataset, order: &[usize], fold: usize) -> Result<Vec<SlideResult>> {
+    let slides: Vec<_> = order.iter().map(|&slide| (slide, false)).collect();
+    let reading = Reading::plan(engine, dataset, &slides, AHEAD)?;
+    engine.reserve(order.iter().map(|&slide| dataset.sizes[slide]), false)?;
     let style = ProgressStyle::with_template("evaluating fold {msg} {wide_bar:.cyan/blue} {pos}/{len} {elapsed}<{eta}");
     let bar = ProgressBar::new(order.len() as u64).with_message(fold.to_string()); // hidden where output is piped
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut slides = Vec::new();
-    dataset.for_each(order, AHEAD, |i, bag: data::dataset::Bag<f32>| {
+    dataset.for_each(order, &reading, |i, bag: data::dataset::Bag<f32>| {
         let slide = &dataset.slides[i];
         let Prediction { hazards, survival, risk } = Prediction::from_logits(&engine.evaluate(bag.views()?)?);
         slides.push(SlideResult {

@@ -4,12 +4,14 @@
 
 use std::path::{Path, PathBuf};
 
+use bytesize::ByteSize;
 use clap::{ArgMatches, parser::ValueSource};
 use serde::{Deserialize, Serialize};
 
 use super::{
     cox::{BatchSize, CoxUnit},
     protocol::Protocol,
+    step::Memory,
 };
 use crate::{
     Error, Result,
@@ -121,6 +123,11 @@ pub struct RunConfig {
     #[arg(long, alias = "random-seed", default_value_t = 7, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: u64,
 
+    /// Most memory for a step, on a GPU of the GPU's: 8GiB, say. Slides that need more are computed in other ways, with the same
+    /// result; on a CPU no bags are then read ahead
+    #[arg(long, value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "in_bytes")]
+    pub memory_budget: Option<ByteSize>,
     /// Bags read ahead
     #[arg(long, default_value_t = 3)]
     pub prefetch_factor: usize,
@@ -151,6 +158,11 @@ impl Default for RunConfig {
 }
 
 /// A path that may still be empty: the file of settings may give it.
+/// A size as a number, since its name in units is rounded.
+fn in_bytes<S: serde::Serializer>(size: &Option<ByteSize>, to: S) -> std::result::Result<S::Ok, S::Error> {
+    size.map(|size| size.as_u64()).serialize(to)
+}
+
 fn path(text: &str) -> std::result::Result<PathBuf, std::convert::Infallible> {
     Ok(text.into())
 }
@@ -277,6 +289,11 @@ impl RunConfig {
         self.model(1).check()
     }
 
+    /// How its engines use memory.
+    pub fn memory(&self) -> Memory {
+        Memory::new(self.memory_budget)
+    }
+
     /// The model for features of this width.
     pub fn model(&self, features: usize) -> model::Config {
         model::Config {
@@ -294,8 +311,8 @@ impl RunConfig {
 
     /// The settings but for those of the machine, which do not touch the result: a resumed run may change these.
     pub fn without_machine(&self) -> Self {
-        let Self { device, threads, prefetch_factor, checkpoint_every, .. } = Self::default();
-        Self { device, threads, prefetch_factor, checkpoint_every, ..self.clone() }
+        let Self { device, threads, memory_budget, prefetch_factor, checkpoint_every, .. } = Self::default();
+        Self { device, threads, memory_budget, prefetch_factor, checkpoint_every, ..self.clone() }
     }
 
     pub fn source(&self) -> Source<'_> {

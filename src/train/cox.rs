@@ -218,9 +218,10 @@ impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
                 Some(Draw { seed: config.seed ^ (fold as u64) << 32, step: (epoch * total + first + i) as u32 })
             };
             let mut shown = 0;
+            let reading = self.reading.clone();
             let show = |work: &mut Work<'_, T>| {
                 let (mut i, mut stopped) = (0, ControlFlow::Continue(()));
-                dataset.for_each(&slides, config.prefetch_factor, |slide, bag: Bag<T>| {
+                dataset.for_each(&slides, &reading, |slide, bag: Bag<T>| {
                     let risk = work(i, bag.views()?)?;
                     Self::check_finite(dataset, (fold, epoch), slide, risk)?;
                     i += 1;

@@ -12,12 +12,12 @@ use super::{
     checkpoint::{self, ModelCard, Origin},
     config::RunConfig,
     cox::{self, Unit},
-    step::{BagSizes, Engine},
+    step::Engine,
 };
 use crate::{
     Error, Result,
     data::{
-        dataset::{Bag, Dataset, Fold},
+        dataset::{Bag, Dataset, Fold, Reading},
         labels::Bins,
         sampler::Sampler,
     },
@@ -122,6 +122,7 @@ pub struct FoldTrainer<'a, T: Element = f32> {
     /// The fold's part of the run folder.
     folder: PathBuf,
     pub(super) engine: Engine<T>,
+    pub(super) reading: Reading,
     origin: Origin,
     pub(super) progress: Progress,
 }
@@ -185,7 +186,10 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
             }
         }
         engine.updates = progress.updates;
-        engine.reserve(largest(dataset, slides), true)?;
+        engine.set_memory(config.memory());
+        let reading = reading(&mut engine, config, dataset, slides)?;
+        engine.reserve(slides.train.iter().map(|&slide| dataset.sizes[slide]), true)?;
+        engine.reserve(slides.val.iter().map(|&slide| dataset.sizes[slide]), false)?;
         let mut slides = slides.clone();
         let mut cox = None;
         if config.loss_fn == Loss::CoxSurv {
@@ -207,6 +211,7 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
             cox,
             folder: folder.to_path_buf(),
             engine,
+            reading,
             origin,
             progress,
         })
@@ -293,7 +298,8 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
     fn train(&mut self, order: &[usize], patches: &mut usize, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
         let dataset = self.dataset;
         let mut stopped = ControlFlow::Continue(());
-        dataset.for_each(&order[self.progress.position..], self.config.prefetch_factor, |slide, bag: Bag<T>| {
+        let reading = self.reading.clone();
+        dataset.for_each(&order[self.progress.position..], &reading, |slide, bag: Bag<T>| {
             let step = (self.progress.epoch * order.len() + self.progress.position) as u32;
             let draw = Some(Draw { seed: self.config.seed ^ (self.fold as u64) << 32, step });
             let (config, target) = (self.config, dataset.target(&self.bins, slide));
@@ -336,7 +342,8 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         let (dataset, order) = (self.dataset, self.slides.val.clone());
         let (mut loss_sum, mut risks) = (0.0, Vec::new());
         let mut stopped = ControlFlow::Continue(());
-        dataset.for_each(&order, self.config.prefetch_factor, |slide, bag: Bag<T>| {
+        let reading = self.reading.clone();
+        dataset.for_each(&order, &reading, |slide, bag: Bag<T>| {
             let logits = self.engine.evaluate(bag.views()?)?;
             loss_sum += self.config.loss_fn.evaluate(&logits, dataset.target(&self.bins, slide), 0.0).0;
             let risk = Prediction::from_logits(&logits).risk;
@@ -441,9 +448,13 @@ fn fingerprint(dataset: &Dataset, bins: &Bins, fold: &Fold) -> u64 {
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3))
 }
 
-/// The most patches at each magnification of any slide in the fold.
-fn largest(dataset: &Dataset, fold: &Fold) -> BagSizes {
-    let sizes = || fold.train.iter().chain(&fold.val).map(|&i| dataset.sizes[i]);
-    let max = |of: fn(BagSizes) -> usize| sizes().map(of).max().unwrap_or(0);
-    BagSizes { x5: max(|s| s.x5), x10: max(|s| s.x10), x20: max(|s| s.x20) }
+/// How the slides of a fold are read; an error if one of them does not fit the memory budget.
+pub(super) fn reading<T: Element<Sum = f32>>(
+    engine: &mut Engine<T>,
+    config: &RunConfig,
+    dataset: &Dataset,
+    fold: &Fold,
+) -> Result<Reading> {
+    let slides = fold.train.iter().map(|&slide| (slide, true)).chain(fold.val.iter().map(|&slide| (slide, false)));
+    Reading::plan(engine, dataset, &slides.collect::<Vec<_>>(), config.prefetch_factor)
 }

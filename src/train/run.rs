@@ -19,9 +19,10 @@ use half::bf16;
 
 use super::{
     config::RunConfig,
-    fold::{Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
+    fold::{self, Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
     progress::Display,
     protocol::{self, Part},
+    step::Engine,
 };
 use crate::{
     Error, Result,
@@ -148,7 +149,32 @@ impl Run {
         }
         let part = |i: usize| protocol::prepare(&config, &dataset, (i, &dataset.fold(&config.splits, i)?));
         let parts = (0..config.folds).map(part).collect::<Result<_>>()?;
-        Ok(Self { config, dataset, parts })
+        let run = Self { config, dataset, parts };
+        if run.config.memory_budget.is_some() {
+            match run.storage()? {
+                Storage::F32 => run.check_budget::<f32>()?,
+                Storage::Bf16 => run.check_budget::<bf16>()?,
+            }
+        }
+        Ok(run)
+    }
+
+    fn device(&self) -> Result<Device> {
+        Device::from_name(&self.config.device, self.config.threads)
+    }
+
+    fn storage(&self) -> Result<Storage> {
+        self.config.precision.storage(&self.device()?)
+    }
+
+    /// An error naming the slide that does not fit.
+    fn check_budget<T: Element<Sum = f32>>(&self) -> Result<()> {
+        let mut engine = Engine::<T>::new(self.device()?, &self.config.model(self.dataset.features), 0)?;
+        engine.set_memory(self.config.memory());
+        for part in &self.parts {
+            fold::reading(&mut engine, &self.config, &self.dataset, &part.slides)?;
+        }
+        Ok(())
     }
 
     /// Writes the settings into the run's folder; from then on it can be resumed.
@@ -166,7 +192,7 @@ impl Run {
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
         }
         trim_metrics(folder, self.parts.len())?;
-        let storage = self.config.precision.storage(&Device::from_name(&self.config.device, self.config.threads)?)?;
+        let storage = self.storage()?;
         let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, interrupted);
         for (i, part) in self.parts.iter().enumerate() {
             let files = fold_folder(folder, i);

@@ -59,6 +59,13 @@ pub enum Memory {
     Budget(usize),
 }
 
+impl Memory {
+    /// Within a budget, or keeping everything.
+    pub fn new(budget: Option<ByteSize>) -> Self {
+        budget.map_or(Self::Policy(Policy::KEEP), |bytes| Self::Budget(bytes.as_u64() as usize))
+    }
+}
+
 /// What a step on one slide takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -193,11 +200,18 @@ impl<T: Element> Engine<T> {
         inputs: bool,
     ) -> Result<(&CrossFusion, Context<'_>)> {
         let sizes = BagSizes { x5: bags.x5.patches(), x10: bags.x10.rows(), x20: bags.x20.patches() };
-        let plan = self.reserve(sizes, training)?;
+        let plan = self.plan(sizes, training || draw.is_some())?;
+        let mut bytes = plan.arena_bytes;
         if inputs && self.device.runs_kernels() {
-            let matrix = |patches| Arena::matrix_bytes::<T>(patches, self.model.config.features);
-            self.grow(plan.arena_bytes + matrix(sizes.x5)? + matrix(sizes.x10)? + matrix(sizes.x20)?)?;
+            for patches in [sizes.x5, sizes.x10, sizes.x20] {
+                bytes += Arena::matrix_bytes::<T>(patches, self.model.config.features)?;
+            }
         }
+        if plan.policy.stream.is_none() && (bags.x5.view().is_none() || bags.x20.view().is_none()) {
+            let message = "bags that are read part by part need a policy that streams them, or a memory budget";
+            return Err(Error::Usage(message.into()));
+        }
+        self.grow(bytes)?;
         self.arena.reset();
         let Self { device, model, arena, params, weights, grads, .. } = self;
         let (params, policy) = (weights.as_ref().unwrap_or(params), plan.policy);
@@ -218,24 +232,30 @@ impl<T: Element> Engine<T> {
         adam::step::<T>(&self.device, adam, arenas, self.updates)
     }
 
-    /// What a slide of these sizes takes, by running the same code on the device that only counts. An error if it takes more than the
-    /// budget by any policy.
-    pub fn plan(&self, sizes: BagSizes, training: bool) -> Result<Plan> {
-        match self.memory {
-            Memory::Policy(policy) => plan::<T>(&self.device, &self.model, sizes, training, policy),
-            Memory::Budget(bytes) => fit::<T>(&self.device, &self.model, sizes, training, bytes),
-        }
+    pub fn has_budget(&self) -> bool {
+        matches!(self.memory, Memory::Budget(_))
     }
 
-    /// Makes the arena large enough for slides up to these sizes, so that training need not grow it slide by slide.
-    pub fn reserve(&mut self, sizes: BagSizes, training: bool) -> Result<Plan> {
-        let plan = match self.plans.get(&(sizes, training)) {
-            Some(plan) => *plan,
-            None => self.plan(sizes, training)?,
+    /// What a slide of these sizes takes, by running the same code on the device that only counts. An error if it takes more than the
+    /// budget by any policy.
+    pub fn plan(&mut self, sizes: BagSizes, training: bool) -> Result<Plan> {
+        if let Some(plan) = self.plans.get(&(sizes, training)) {
+            return Ok(*plan);
+        }
+        let (device, model) = (&self.device, &self.model);
+        let plan = match self.memory {
+            Memory::Policy(policy) => plan::<T>(device, model, sizes, training, policy)?,
+            Memory::Budget(bytes) => fit::<T>(device, model, sizes, training, bytes)?,
         };
         self.plans.insert((sizes, training), plan);
-        self.grow(plan.arena_bytes)?;
         Ok(plan)
+    }
+
+    /// Makes the arena large enough for slides of these sizes, so that a step need not grow it.
+    pub fn reserve(&mut self, sizes: impl IntoIterator<Item = BagSizes>, training: bool) -> Result<()> {
+        let plans = sizes.into_iter().map(|sizes| Ok(self.plan(sizes, training)?.arena_bytes));
+        let bytes = plans.collect::<Result<Vec<_>>>()?;
+        self.grow(bytes.into_iter().max().unwrap_or(0))
     }
 
     fn grow(&mut self, bytes: usize) -> Result<()> {
@@ -389,13 +409,13 @@ pub fn fit<T: Element>(
     }
     best.ok_or_else(|| {
         Error::Usage(format!(
-            "a slide of {}, {} and {} patches of {} features does not fit a memory budget of {}: the least is {}",
+            "{}, {} and {} patches of {} features do not fit into a memory budget of {}: the least is {}MiB",
             sizes.x5,
             sizes.x10,
             sizes.x20,
             model.config.features,
             ByteSize(budget as u64),
-            ByteSize(least as u64)
+            least.div_ceil(1 << 20)
         ))
     })
 }

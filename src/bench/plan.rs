@@ -1,0 +1,121 @@
+//! What a step on a slide would take, without taking it.
+
+use bytesize::ByteSize;
+use clap::Args;
+use half::bf16;
+use serde::Serialize;
+
+use super::{Precision, ceilings, mib, parse_bags};
+use crate::{
+    Result,
+    device::{Device, Element},
+    model::{Config, CrossFusion, Policy},
+    train::step::{self, BagSizes, Parts},
+};
+
+#[derive(Args)]
+pub struct PlanArguments {
+    /// Where it would run: auto, cpu or cuda
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Threads; 0 is one for each core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Patches at 5x, 10x and 20x
+    #[arg(long, default_value = "800,3000,12000", value_parser = parse_bags)]
+    bags: BagSizes,
+    /// Width of the patch features
+    #[arg(long, default_value_t = 2048)]
+    features: usize,
+    /// Storage precision
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
+    /// Most memory: 8GiB, say. Without one, everything is kept
+    #[arg(long, alias = "memory-budget", value_name = "BYTES")]
+    budget: Option<ByteSize>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// The share of the peak that a whole step reaches on a CPU (docs/measurements.md, "One training step").
+const FRACTION_OF_PEAK: f64 = 0.7;
+
+#[derive(Serialize)]
+struct PlanReport {
+    device: String,
+    bags: [usize; 3],
+    features: usize,
+    precision: Precision,
+    budget_bytes: Option<u64>,
+    policy: String,
+    peak_bytes: usize,
+    parts: Parts,
+    step_flop: f64,
+    /// Beyond keeping everything.
+    extra_flop: f64,
+    /// From the peak measured now; none where no step has been measured yet.
+    predicted_s: Option<f64>,
+}
+
+/// `cf-bench plan`.
+pub fn plan(arguments: &PlanArguments) -> Result<()> {
+    let device = Device::from_name(&arguments.device, arguments.threads)?;
+    arguments.precision.check(&device)?;
+    let report = match arguments.precision {
+        Precision::F32 => make::<f32>(&device, arguments)?,
+        Precision::Bf16 => make::<bf16>(&device, arguments)?,
+    };
+    if arguments.json {
+        return super::print_json(&report);
+    }
+    let [x5, x10, x20] = report.bags;
+    crate::say(format!("{}; bags {x5}, {x10}, {x20} of {} features", report.device, report.features));
+    crate::say(format!("policy: {}", report.policy));
+    let Parts { parameters, gradients, moments, bags, stream, saved, scratch } = report.parts;
+    for (name, bytes) in [
+        ("parameters", parameters),
+        ("gradients", gradients),
+        ("moments", moments),
+        ("bags", bags),
+        ("stream", stream),
+        ("saved", saved),
+        ("scratch", scratch),
+        ("peak", report.peak_bytes),
+    ] {
+        crate::say(format!("{name:<12}{:>12.1} MiB", mib(bytes as f64)));
+    }
+    let extra = 100.0 * report.extra_flop / (report.step_flop - report.extra_flop);
+    crate::say(format!("{:.1} TFLOP, {extra:.1} % of them computed again", report.step_flop / 1e12));
+    if let Some(seconds) = report.predicted_s {
+        crate::say(format!("about {seconds:.1} s a step"));
+    }
+    Ok(())
+}
+
+fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Result<PlanReport> {
+    let (sizes, features) = (arguments.bags, arguments.features);
+    let model = CrossFusion::new(&Config::new(features))?;
+    let keep = step::plan::<T>(device, &model, sizes, true, Policy::KEEP)?;
+    let plan = match arguments.budget {
+        Some(budget) => step::fit::<T>(device, &model, sizes, true, budget.as_u64() as usize)?,
+        None => keep,
+    };
+    let predicted_s = match device {
+        Device::Cpu(_) => Some(plan.step_flop / ceilings::peak::<T>(device)? / FRACTION_OF_PEAK),
+        _ => None,
+    };
+    Ok(PlanReport {
+        device: device.description(),
+        bags: [sizes.x5, sizes.x10, sizes.x20],
+        features,
+        precision: arguments.precision,
+        budget_bytes: arguments.budget.map(|budget| budget.as_u64()),
+        policy: plan.policy.to_string(),
+        peak_bytes: plan.peak_bytes(),
+        parts: plan.parts,
+        step_flop: plan.step_flop,
+        extra_flop: plan.step_flop - keep.step_flop,
+        predicted_s,
+    })
+}

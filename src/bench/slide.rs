@@ -1,0 +1,95 @@
+//! Slides of any size, for measuring: features are uniform on [-1, 1) in bf16, written as fast as the disk takes them.
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use clap::{Args, ValueEnum};
+use half::bf16;
+
+use super::parse_bags;
+use crate::{
+    Error, Result,
+    data::{atomic::write_atomically, features::DType, patches::PatchReader, torch::write_pt_numbers},
+    train::step::BagSizes,
+};
+
+#[derive(Args)]
+pub struct SlideArguments {
+    /// Patches at 5x, 10x and 20x
+    #[arg(long, default_value = "800,3000,12000", value_parser = parse_bags)]
+    bags: BagSizes,
+    /// Width of the patch features
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    features: u32,
+    #[arg(long, value_enum, default_value_t = Format::Pt)]
+    format: Format,
+    /// Folder for x5, x10 and x20
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Format {
+    Pt,
+    Safetensors,
+}
+
+/// `cf-bench slide`.
+pub fn slide(arguments: &SlideArguments) -> Result<()> {
+    let out = &arguments.out;
+    std::fs::create_dir_all(out).map_err(|e| Error::file(out, format!("cannot be made: {e}")))?;
+    for reader in write(out, arguments.bags, arguments.features as usize, arguments.format)? {
+        crate::say(format!("{}: {} patches of {} features", reader.path.display(), reader.patches, reader.features));
+    }
+    Ok(())
+}
+
+/// Writes x5, x10 and x20 into a folder.
+pub fn write(folder: &Path, sizes: BagSizes, features: usize, format: Format) -> Result<[PatchReader; 3]> {
+    let bag = |name: &str, patches: usize| {
+        let shape = [patches, features];
+        let extension = if matches!(format, Format::Pt) { "pt" } else { "safetensors" };
+        let path = folder.join(format!("{name}.{extension}"));
+        match format {
+            Format::Pt => write_pt_numbers(&path, DType::BF16, shape, |file| numbers(patches * features, file))?,
+            Format::Safetensors => write_safetensors(&path, shape)?,
+        }
+        Ok::<_, Error>(PatchReader { path, patches, features })
+    };
+    Ok([bag("x5", sizes.x5)?, bag("x10", sizes.x10)?, bag("x20", sizes.x20)?])
+}
+
+/// One tensor `features`; the crate's own writer would take it whole.
+fn write_safetensors(path: &Path, [patches, features]: [usize; 2]) -> Result<()> {
+    let end = 2 * patches * features;
+    let header = serde_json::json!({
+        "features": { "dtype": "BF16", "shape": [patches, features], "data_offsets": [0, end] }
+    });
+    let header = format!("{:<1$}", header, header.to_string().len().next_multiple_of(8));
+    write_atomically(path, |file| {
+        let written = file.write_all(&(header.len() as u64).to_le_bytes());
+        let written = written.and_then(|()| file.write_all(header.as_bytes()));
+        written
+            .and_then(|()| numbers(patches * features, file))
+            .map_err(|e| Error::file(path, format!("cannot be written: {e}")))
+    })
+}
+
+/// Uniform on [-1, 1), always the same: the high bits of a linear congruential generator.
+fn numbers(count: usize, out: &mut dyn Write) -> io::Result<()> {
+    let mut state = 1u64;
+    let mut block = vec![bf16::ZERO; 1 << 16];
+    let mut left = count;
+    while left > 0 {
+        let block = &mut block[..left.min(1 << 16)];
+        for x in block.iter_mut() {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            *x = bf16::from_f32(i32::from((state >> 56) as u8 as i8) as f32 / 128.0); // exact in bf16
+        }
+        out.write_all(bytemuck::cast_slice(block))?;
+        left -= block.len();
+    }
+    Ok(())
+}
