@@ -62,7 +62,7 @@ fn resumed(settings: &RunConfig, matches: &ArgMatches, folder: &Path) -> Result<
     let before = RunConfig::read(&path)?;
     let config = settings.resolve(matches, &path.display().to_string(), RunConfig::read_table(&path)?)?;
     if config.without_machine() != before.without_machine() {
-        let free = "--device, --threads, --prefetch-factor and --checkpoint-every";
+        let free = "--device, --threads, --memory-budget, --prefetch-factor and --checkpoint-every";
         return Err(Error::Usage(format!("--resume keeps the run's settings; only {free} may change")));
     }
     Ok(config)
@@ -89,11 +89,15 @@ fn train() -> Result<()> {
         let resolve = |run: &Path| settings.resolve(&matches, "--demo", demo::settings(&run.join(run::DEMO_DATA))?);
         let config = resolve(Path::new("."))?;
         let device = Device::from_name(&config.device, config.threads)?;
+        config.precision.storage(&device)?;
         let folder = run::make_folder(arguments.out, "demo")?;
         let cohort = folder.join(run::DEMO_DATA);
         crossfusion::say(format!("writing a synthetic cohort to {}", cohort.display()));
         demo::write_demo(&cohort, config.seed)?;
-        let run = Run::open(resolve(&folder)?)?;
+        let run = resolve(&folder).and_then(Run::open).inspect_err(|_| {
+            // a budget that the cohort does not fit: take back what was written for it
+            let _ = std::fs::remove_dir_all(&cohort).and_then(|()| std::fs::remove_dir(&folder));
+        })?;
         run.save_config(&folder)?;
         (folder, run, device)
     } else {
@@ -113,6 +117,9 @@ fn train() -> Result<()> {
         }
         eprintln!("finishing the slide in hand; once more stops at once");
     };
+    if let Some(sentence) = run.memory() {
+        crossfusion::say(sentence);
+    }
     ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
     run.train(&folder, &INTERRUPTED)?;
     let summary = eval::evaluate_run(&folder, device, None, report::RESAMPLING)?;

@@ -219,7 +219,8 @@ impl Reading {
         let mut reading = Self { ahead, streamed: HashSet::new() };
         for &(slide, training) in slides {
             let plan = engine.plan(dataset.sizes[slide], training);
-            let plan = plan.map_err(|e| Error::Usage(format!("slide {}: {e}", dataset.slides[slide].slide_id)))?;
+            let plan = plan
+                .map_err(|e| Error::Usage(format!("--memory-budget: slide {}: {e}", dataset.slides[slide].slide_id)))?;
             if plan.policy.stream.is_some() {
                 reading.streamed.insert(slide);
             }

@@ -8,6 +8,7 @@
 //! ```
 
 use std::{
+    collections::BTreeMap,
     fs::{File, TryLockError},
     io::Write,
     ops::ControlFlow,
@@ -136,6 +137,9 @@ pub struct Run {
     config: RunConfig,
     dataset: Dataset,
     parts: Vec<Part>,
+    /// Of activations and weights.
+    storage: Storage,
+    memory: Option<String>,
 }
 
 impl Run {
@@ -149,32 +153,39 @@ impl Run {
         }
         let part = |i: usize| protocol::prepare(&config, &dataset, (i, &dataset.fold(&config.splits, i)?));
         let parts = (0..config.folds).map(part).collect::<Result<_>>()?;
-        let run = Self { config, dataset, parts };
-        if run.config.memory_budget.is_some() {
-            match run.storage()? {
-                Storage::F32 => run.check_budget::<f32>()?,
-                Storage::Bf16 => run.check_budget::<bf16>()?,
-            }
+        let device = Device::from_name(&config.device, config.threads)?;
+        let storage = config.precision.storage(&device)?;
+        let mut run = Self { config, dataset, parts, storage, memory: None };
+        if let Some(budget) = run.config.memory_budget {
+            let policies = match storage {
+                Storage::F32 => run.policies::<f32>(device)?,
+                Storage::Bf16 => run.policies::<bf16>(device)?,
+            };
+            let counts: Vec<_> = policies.iter().map(|(policy, slides)| format!("{slides} slides {policy}")).collect();
+            run.memory = Some(format!("memory budget {budget}: {}", counts.join(", ")));
         }
         Ok(run)
     }
 
-    fn device(&self) -> Result<Device> {
-        Device::from_name(&self.config.device, self.config.threads)
+    /// A sentence about the memory budget, if there is one.
+    pub fn memory(&self) -> Option<&str> {
+        self.memory.as_deref()
     }
 
-    fn storage(&self) -> Result<Storage> {
-        self.config.precision.storage(&self.device()?)
-    }
-
-    /// An error naming the slide that does not fit.
-    fn check_budget<T: Element<Sum = f32>>(&self) -> Result<()> {
-        let mut engine = Engine::<T>::new(self.device()?, &self.config.model(self.dataset.features), 0)?;
+    /// How many training slides are computed by each policy; an error naming a slide that does not fit.
+    fn policies<T: Element<Sum = f32>>(&self, device: Device) -> Result<BTreeMap<String, usize>> {
+        let mut engine = Engine::<T>::new(device, &self.config.model(self.dataset.features), 0)?;
         engine.set_memory(self.config.memory());
+        let mut slides = BTreeMap::new();
         for part in &self.parts {
             fold::reading(&mut engine, &self.config, &self.dataset, &part.slides)?;
+            for &slide in &part.slides.train {
+                slides.insert(slide, engine.plan(self.dataset.sizes[slide], true)?.policy.to_string());
+            }
         }
-        Ok(())
+        let mut counts = BTreeMap::new();
+        slides.into_values().for_each(|policy| *counts.entry(policy).or_default() += 1);
+        Ok(counts)
     }
 
     /// Writes the settings into the run's folder; from then on it can be resumed.
@@ -192,7 +203,6 @@ impl Run {
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
         }
         trim_metrics(folder, self.parts.len())?;
-        let storage = self.storage()?;
         let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, interrupted);
         for (i, part) in self.parts.iter().enumerate() {
             let files = fold_folder(folder, i);
@@ -200,7 +210,7 @@ impl Run {
                 continue;
             }
             let mut log = Log { path: metrics_path(folder), display: &mut display };
-            let outcome = match storage {
+            let outcome = match self.storage {
                 Storage::F32 => self.train_fold::<f32>((i, part), &files, &mut log),
                 Storage::Bf16 => self.train_fold::<bf16>((i, part), &files, &mut log),
             };
