@@ -13,7 +13,7 @@ pack() {
   mkdir -p "$folder"
   cargo build --release --features emulator --bins
   cp target/release/cf-train target/release/cf-eval target/release/cf-bench "$folder/"
-  cargo test --release --features emulator --test emulator --test goldens --test survival --no-run --message-format=json |
+  cargo test --release --features emulator --test emulator --test goldens --test policies --test survival --no-run --message-format=json |
     python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
@@ -53,6 +53,7 @@ run() {
   { cat commit; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader; } | tee "$results/machine.txt"
   step kernels ./test-emulator --test-threads=1
   step goldens ./test-goldens --test-threads=1
+  step policies ./test-policies --test-threads=1
   step cox ./test-survival cox --test-threads=1
   step train ./cf-train --demo --device cuda --out "$results/demo"
   step eval ./cf-eval "$results/demo" --device cuda
@@ -73,6 +74,12 @@ run() {
         [ -z "$python" ] || step "peer-$precision-$dropout$compile" \
           sh -c "$python benches/peer/peer.py step --precision $precision --dropout $dropout $compile --repeat 20 >'$results/peer-$precision-$dropout$compile.json'"
       done
+    done
+  done
+  # slides of 250,000 and a million patches, held as they fit and streamed
+  for slide in 15625,62500,250000 62500,250000,1000000; do
+    for budget in 70GiB 30GiB 20GiB; do
+      step "giant-${slide##*,}-$budget" sh -c "./cf-bench step --device cuda --precision bf16 --bags $slide --features 1024 --memory-budget $budget --repeat 3 --json >'$results/giant-${slide##*,}-$budget.json'"
     done
   done
   step cox-million sh -c "./cf-bench op cox --n 1000000 --ties efron --device cuda --json >'$results/cox.json'"

@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 
 use crossfusion::data::atomic::write_atomically;
 use crossfusion::data::features::{DType, FeatureFile};
+use crossfusion::data::patches::PatchReader;
 use crossfusion::data::pickle;
 use crossfusion::data::torch::{Parameter, read_state_dict, write_pt};
+use crossfusion::model::ReadPatches;
 use half::{bf16, f16};
 use ndarray::{Array2, s};
 
@@ -73,6 +75,26 @@ fn every_good_fixture_holds_the_same_bag() {
             file.read_rows(rows.clone(), &mut out).unwrap();
             assert_eq!(out, expected.slice(s![rows, ..]).iter().copied().collect::<Vec<_>>(), "{name}");
         }
+    }
+}
+
+/// As a giant bag is streamed: from any kind of file, into f32 or rounded to bf16.
+#[test]
+fn every_good_fixture_streams() {
+    let folder = fixtures().join("good");
+    for name in names(&folder) {
+        let mut reader = PatchReader { path: folder.join(&name), patches: 13, features: 6 };
+        for rows in [0..5, 5..10, 10..13, 0..13] {
+            let expected: Vec<f32> = rows.clone().flat_map(|i| (0..6).map(move |j| value(i, j))).collect();
+            let (mut whole, mut rounded) = (vec![f32::NAN; expected.len()], vec![bf16::NAN; expected.len()]);
+            reader.read(rows.clone(), &mut whole).unwrap();
+            reader.read(rows, &mut rounded).unwrap();
+            assert_eq!(whole, expected, "{name}");
+            assert_eq!(rounded, expected.into_iter().map(bf16::from_f32).collect::<Vec<_>>(), "{name}");
+        }
+        reader.patches = 12;
+        let error = reader.read(0..1, &mut [0f32; 6]).unwrap_err().to_string();
+        assert!(error.ends_with("has changed: it holds 13 patches of 6 features, and held 12 of 6"), "{error}");
     }
 }
 

@@ -8,7 +8,7 @@ use super::{
     transformer::{PadTransformer, SavedTransformer, transformer_sites},
 };
 use crate::{
-    Error, Result,
+    Result,
     device::{Buffer, Element, Mark, View},
     ops::{
         conv_fusion::{self, ConvFusion, ConvFusionGrad, Grid, Weights},
@@ -61,6 +61,8 @@ pub struct Saved<'a, T: Element> {
     head: Head<T>,
     /// `[1, n_classes]`
     pub logits: View<T::Sum>,
+    /// The loss's gradient in the logits, to be written before backward.
+    pub dlogits: View<T::Sum>,
 }
 
 /// x5 and x20.
@@ -205,7 +207,7 @@ impl CrossFusion {
         let (last, out) = PadTransformer::forward(ctx, &[&self.last], &[fused], (n + 1, side), 1)?;
         let linear = ctx.linear::<T>(self.head);
         let (stats, normed) = (ctx.arena.save(1, 2)?, ctx.arena.save(1, dim)?);
-        let logits = ctx.arena.save(1, self.config.n_classes)?;
+        let (logits, dlogits) = (ctx.arena.save(1, self.config.n_classes)?, ctx.arena.save(1, self.config.n_classes)?);
         let head = Head {
             norm: norm(ctx, self.last_norm, out[0], stats, normed),
             weight: linear.weight,
@@ -226,6 +228,7 @@ impl CrossFusion {
             last,
             head,
             logits,
+            dlogits,
         })
     }
 
@@ -296,19 +299,14 @@ impl CrossFusion {
         Ok((SavedFusion { streams, convolved, projected, stats }, fused))
     }
 
-    /// Adds the parameters' gradients of one slide to `ctx.grads`, from the loss's gradient in the logits. `inputs` receives the bags'
-    /// gradients, which training does not need.
+    /// Adds the parameters' gradients of one slide to `ctx.grads`, from the loss's gradient in the logits, `saved.dlogits`. `inputs` receives
+    /// the bags' gradients, which training does not need.
     pub fn backward<T: Element>(
         &self,
         ctx: &mut Context,
         saved: Saved<'_, T>,
-        dlogits: &[T::Sum],
         inputs: Option<Bags<'_, T>>,
     ) -> Result<()> {
-        if dlogits.len() != self.config.n_classes {
-            let (got, expected) = (vec![1, dlogits.len()], vec![1, self.config.n_classes]);
-            return Err(Error::Shape { op: "CrossFusion backward", tensor: "dlogits".into(), got, expected });
-        }
         let (side, dim) = (saved.side, self.config.dim);
         let n = side * side;
         let start = ctx.arena.mark();
@@ -319,12 +317,10 @@ impl CrossFusion {
 
         let after_streams = ctx.arena.mark();
         let gradient = ctx.arena.scratch(n + 1, dim)?;
-        let dlogits_view = ctx.arena.scratch(1, dlogits.len())?;
-        ctx.device.upload(dlogits, dlogits_view)?;
         let linear = ctx.linear::<T>(self.head);
         let head_grad = HeadGrad {
             forward: saved.head,
-            dlogits: dlogits_view,
+            dlogits: saved.dlogits,
             dx: gradient.rows_range(0..1),
             dnorm_weight: self.last_norm.weight.of(ctx.grads),
             dnorm_bias: self.last_norm.bias.of(ctx.grads),

@@ -424,17 +424,12 @@ pub fn train_slide<T: Element<Sum = f32>>(
     epoch: usize,
     position: usize,
 ) -> Result<(f64, f64)> {
-    let mut loss = 0.0;
     let share = 1.0 / config.grad_accum_steps as f64;
-    let logits = engine.accumulate(bags, draw, None, |logits| {
-        let (value, gradient) = config.loss_fn.evaluate(logits, target, config.alpha_surv);
-        loss = value;
-        gradient.into_iter().map(|g| g * share).collect()
-    })?;
+    let loss = engine.accumulate_survival(bags, draw, (config.loss_fn, target, config.alpha_surv, share))?;
     if (position + 1).is_multiple_of(config.grad_accum_steps) {
         engine.update(&config.adam(epoch))?;
     }
-    Ok((loss, Prediction::from_logits(&logits).risk))
+    Ok(loss)
 }
 
 /// FNV-1a (64 bit) of what a fold shows: its slides in order, their outcomes and patches, and the bins.

@@ -13,10 +13,12 @@ use crate::{
     Error, Result,
     data::torch::{Parameter, StateDict},
     device::{Arena, Buffer, Counts, Device, Element, Real},
+    loss::{Loss, Prediction, Target},
     model::{Bag, Bags, Config, Context, CrossFusion, Policy, ReadPatches, Saved},
     ops::{
         Draw,
         adam::{self, Adam},
+        head,
     },
 };
 
@@ -30,6 +32,8 @@ pub struct Engine<T: Element> {
     grads: Buffer,
     moments: [Buffer; 2],
     arena: Arena,
+    /// Loss and risk of a slide, f64, where a kernel finds them.
+    result: Buffer,
     memory: Memory,
     plans: HashMap<(BagSizes, bool), Plan>,
     /// Updates so far, for Adam's bias correction.
@@ -131,6 +135,7 @@ impl<T: Element> Engine<T> {
             grads: device.alloc(bytes)?,
             moments: [device.alloc(bytes)?, device.alloc(bytes)?],
             arena: Arena::new(&device, 0)?,
+            result: device.alloc(2 * size_of::<f64>())?,
             memory: Memory::Policy(Policy::KEEP),
             plans: HashMap::new(),
             device,
@@ -168,7 +173,7 @@ impl<T: Element> Engine<T> {
 
     /// Logits of a slide under a dropout: the very ones that [`Engine::accumulate`] finds with the same draw.
     pub fn forward(&mut self, bags: Bags<'_, T>, draw: Option<Draw>) -> Result<Vec<f64>> {
-        let (model, mut ctx) = self.pass(&bags, draw, false, false)?;
+        let (model, mut ctx, _) = self.pass(&bags, draw, false, false)?;
         ctx.device.install(|| logits(ctx.device, &model.forward(&mut ctx, bags)?))
     }
 
@@ -181,12 +186,13 @@ impl<T: Element> Engine<T> {
         inputs: Option<Bags<'_, T>>,
         loss: impl FnOnce(&[f64]) -> Vec<f64> + Send,
     ) -> Result<Vec<f64>> {
-        let (model, mut ctx) = self.pass(&bags, draw, true, inputs.is_some())?;
+        let (model, mut ctx, _) = self.pass(&bags, draw, true, inputs.is_some())?;
         ctx.device.install(|| {
             let saved = model.forward(&mut ctx, bags)?;
             let logits = logits(ctx.device, &saved)?;
             let dlogits: Vec<T::Sum> = loss(&logits).into_iter().map(T::Sum::of).collect();
-            model.backward(&mut ctx, saved, &dlogits, inputs)?;
+            ctx.device.upload(&dlogits, saved.dlogits)?;
+            model.backward(&mut ctx, saved, inputs)?;
             Ok(logits)
         })
     }
@@ -198,7 +204,7 @@ impl<T: Element> Engine<T> {
         draw: Option<Draw>,
         training: bool,
         inputs: bool,
-    ) -> Result<(&CrossFusion, Context<'_>)> {
+    ) -> Result<(&CrossFusion, Context<'_>, &Buffer)> {
         let sizes = BagSizes { x5: bags.x5.patches(), x10: bags.x10.rows(), x20: bags.x20.patches() };
         let plan = self.plan(sizes, training || draw.is_some())?;
         let mut bytes = plan.arena_bytes;
@@ -213,9 +219,9 @@ impl<T: Element> Engine<T> {
         }
         self.grow(bytes)?;
         self.arena.reset();
-        let Self { device, model, arena, params, weights, grads, .. } = self;
+        let Self { device, model, arena, params, weights, grads, result, .. } = self;
         let (params, policy) = (weights.as_ref().unwrap_or(params), plan.policy);
-        Ok((model, Context { device, arena, params, grads, draw, training, policy, config: &model.config }))
+        Ok((model, Context { device, arena, params, grads, draw, training, policy, config: &model.config }, result))
     }
 
     /// One Adam update from the summed gradients, which are zero afterwards.
@@ -324,6 +330,33 @@ impl<T: Element> Engine<T> {
     }
 }
 
+impl<T: Element<Sum = f32>> Engine<T> {
+    /// [`Engine::accumulate`] with a loss of one slide's time bins, `share` of whose gradient is summed. Returns loss and risk. Where ops are
+    /// kernels the loss is one too, and the host waits for nothing before the end.
+    pub fn accumulate_survival(
+        &mut self,
+        bags: Bags<'_, T>,
+        draw: Option<Draw>,
+        (loss, target, alpha, share): (Loss, Target, f64, f64),
+    ) -> Result<(f64, f64)> {
+        if !self.device.runs_kernels() {
+            let mut value = 0.0;
+            let logits = self.accumulate(bags, draw, None, |logits| {
+                let (loss, gradient) = loss.evaluate(logits, target, alpha);
+                value = loss;
+                gradient.into_iter().map(|g| g * share).collect()
+            })?;
+            return Ok((value, Prediction::from_logits(&logits).risk));
+        }
+        let (model, mut ctx, result) = self.pass(&bags, draw, true, false)?;
+        let saved = model.forward(&mut ctx, bags)?;
+        head::loss(ctx.device, saved.logits, saved.dlogits, result, (loss, target, alpha, share))?;
+        model.backward(&mut ctx, saved, None)?;
+        let values: Vec<f64> = bytemuck::pod_collect_to_vec(&self.device.read(&self.result)?);
+        Ok((values[0], values[1]))
+    }
+}
+
 /// The plan of a policy; bags that it streams are read from files.
 pub fn plan<T: Element>(
     device: &Device,
@@ -371,7 +404,7 @@ pub fn plan<T: Element>(
     let counts = || if let Device::Dry(dry) = &device { dry.counts() } else { Counts::default() };
     let forward = counts();
     if training {
-        model.backward(&mut ctx, saved, &vec![Default::default(); model.config.n_classes], None)?;
+        model.backward(&mut ctx, saved, None)?;
     }
     let step = counts();
     // the buffers, and on a GPU the bags, lie on the saved stack
