@@ -51,7 +51,7 @@ pub(super) fn sites(heads: usize) -> u32 {
 }
 
 /// What backward needs of each layer of a group, and each out.
-type Forwarded<S, T> = (Vec<S>, Vec<View<T>>);
+pub(super) type Forwarded<S, T> = (Vec<S>, Vec<View<T>>);
 
 /// What backward needs of one layer.
 pub(super) struct SavedLayer<T: Element> {

@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::{
     Bag, Context, CrossFusion,
     crossfusion::{Input, Inputs},
-    layer::{self, Layer, SavedLayer, scratch},
+    layer::{self, Forwarded, Layer, SavedLayer, scratch},
     policy::pieces,
 };
 use crate::{
@@ -59,7 +59,7 @@ impl CrossFusion {
         ctx: &mut Context,
         x: View<T>,
         stream: &Stream<'_, T>,
-    ) -> Result<(Vec<SavedLayer<T>>, Vec<View<T>>)> {
+    ) -> Result<Forwarded<SavedLayer<T>, T>> {
         let start = ctx.arena.mark();
         let (n, d, heads) = (x.rows(), ctx.config.dim, ctx.config.heads);
         let (layers, x) = ([&self.cross[0], &self.cross[1]], [x; 2]);

@@ -103,7 +103,7 @@ pub struct Parts {
 }
 
 impl Plan {
-    /// What the step holds at most: of a GPU's memory, or of the process's. A process holds some 0.1 GB besides (docs/giant-bags.md).
+    /// What the step holds at most: of a GPU's memory, or of the process's. A process holds some 50 MB besides (docs/giant-bags.md).
     pub fn peak_bytes(&self) -> usize {
         let Parts { parameters, gradients, moments, bags, stream, saved, scratch } = self.parts;
         parameters + gradients + moments + bags + stream + saved + scratch
