@@ -185,6 +185,8 @@ KERNEL(attention_merge_parts, kThreads, const Merges table) {
   const int n = p.part.rows, head_dim = p.part.cols / p.heads, lane = int(threadIdx.x) % 32;
   const int row = int(blockIdx.x) * (kThreads / 32) + int(threadIdx.x) / 32;
   if (row >= n) return;
+  const real* part_row = p.part.row(row);
+  float* out_row = p.out.row(row);
   for (int head = 0; head < p.heads; head++) {
     const int64_t at = int64_t(head) * n + row;
     const float before = p.first ? -INFINITY : p.lse[at], part_lse = p.part_lse[at];
@@ -194,12 +196,12 @@ KERNEL(attention_merge_parts, kThreads, const Merges table) {
     const float inverse = total > 0.f ? 1.f / total : 0.f;
     for (int c = 2 * lane; c < head_dim; c += 64) {
       const int column = head * head_dim + c;
-      const auto part = load<2>(p.part.row(row) + column);
+      const auto part = load<2>(part_row + column);
       Pack<float, 2> out = {};
-      if (a > 0.f) out = load<2>(p.out.row(row) + column);  // else it may hold anything
+      if (a > 0.f) out = load<2>(out_row + column);  // else it may hold anything
 #pragma unroll
       for (int e = 0; e < 2; e++) out.v[e] = (a * out.v[e] + b * float(part.v[e])) * inverse;
-      store<2>(p.out.row(row) + column, out);
+      store<2>(out_row + column, out);
     }
     __syncwarp();  // all lanes have read lse
     if (lane == 0) p.lse[at] = shift + logf(total);

@@ -164,7 +164,7 @@ KERNEL(layer_norm_forward, kThreads, const Norms norms) { normalise<false, kReal
 KERNEL(layer_norm_forward_scalar, kThreads, const Norms norms) { normalise<false, 1>(norms.problem[blockIdx.y]); }
 KERNEL(layer_norm_apply, kThreads, const Norms norms) { normalise<true, kRealsPerPack>(norms.problem[blockIdx.y]); }
 KERNEL(layer_norm_apply_scalar, kThreads, const Norms norms) { normalise<true, 1>(norms.problem[blockIdx.y]); }
-KERNEL(layer_norm_backward, kThreads, const NormGrads grads) { backward<kRealsPerPack>(grads.problem[blockIdx.y]); }
+KERNEL_BLOCKS(layer_norm_backward, kThreads, 3, const NormGrads grads) { backward<kRealsPerPack>(grads.problem[blockIdx.y]); }
 KERNEL(layer_norm_backward_scalar, kThreads, const NormGrads grads) { backward<1>(grads.problem[blockIdx.y]); }
 
 // A block takes 32 of the 2 d columns, each warp every kWarps-th row of partial.
