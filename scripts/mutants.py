@@ -12,12 +12,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of each kernel: the tests in plain and in race mode.
+ATTENTION = ["attention::matches_the_cpu", "attention::groups", "attention::parts"], ["attention::has_no_races", "attention::merging"]
 TESTS = {
+    "attention_forward": ATTENTION,
+    "attention_backward": ATTENTION,
+    "head": (["head::matches_the_cpu", "head::losses"], ["head::has_no_races"]),
+    "elementwise": (["elementwise::matches_the_cpu"], ["elementwise::has_no_races"]),
+    "adam": (["elementwise::adam_matches"], ["elementwise::adam_has"]),
+    "scale_embedding": (["elementwise::scale_embedding_matches"], ["elementwise::scale_embedding_has"]),
     "cox": (["cox::matches_the_cpu"], ["cox::has_no_races"]),
     "ppeg": (["ppeg::matches_the_cpu", "ppeg::problems_share_launches", "ppeg::a_part_takes_several_tiles"], ["ppeg::has_no_races"]),
     "conv_fusion": (
@@ -30,6 +38,126 @@ TESTS = {
 
 # Kernel (and the header, if the text is there), what is broken, the text (its first occurrence, or the n-th after #n), what takes its place.
 MUTANTS = [
+    ("attention_forward", "forward: the first tiles are not waited for", "cp_async_wait<0>();", "cp_async_wait<1>();"),
+    ("attention_forward", "forward: no __syncthreads", "__syncthreads();  // tile j", ";  // tile j"),
+    ("attention_forward", "forward: __syncwarp instead of __syncthreads", "__syncthreads();  // tile j", "__syncwarp();  // tile j"),
+    ("attention_forward", "forward: the first tiles are not committed", "cp_async_commit();", ""),
+    ("attention_forward", "forward: later tiles are not committed", "cp_async_commit();#1", ""),
+    ("attention_forward", "forward: keys land in the stage that is read", "keys + (stage ^ 1) * kN * D", "keys + stage * kN * D"),
+    ("attention_forward", "forward: values land in the stage that is read", "values + (stage ^ 1) * kN * D", "values + stage * kN * D"),
+    ("attention_forward", "forward: loads a tile past the split", "if (j + 1 < end) {", "if (j < end) {"),
+    ("attention_forward", "forward: the tile's last keys are not masked", "if ((j + 1) * kN > m) {", "if (false) {"),
+    ("attention_forward", "forward: one key too many", "+ e % 2 >= m) s[c][e]", "+ e % 2 > m) s[c][e]"),
+    ("attention_forward", "forward: the largest score of a pair of threads alone", "high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));", ";"),
+    ("attention_forward", "forward: the sum does not shrink", "sum[h] = sum[h] * shrink + part;", "sum[h] = sum[h] + part;"),
+    ("attention_forward", "forward: the output does not shrink", "out[c][2 * h + 1] *= shrink;", ";"),
+    ("attention_forward", "forward: the sum of a pair of threads alone", "total += __shfl_xor_sync(0xffffffffu, total, 2);", ";"),
+    ("attention_forward", "forward: every head draws the same", "dropout.site += uint32_t(place.head);", ";"),
+    ("attention_forward", "forward: rows g + 8 draw as rows g", "dropout_fragment(dropout, uint32_t(row + 8 * h)", "dropout_fragment(dropout, uint32_t(row)"),
+    ("attention_forward", "forward: every tile draws the first's", "uint32_t(j * (kN / 32) + block)", "uint32_t(block)"),
+    ("attention_forward", "forward: no row guard", "if (i >= n) continue;", ""),
+    ("attention_forward", "forward: no column guard", "if (column >= head_dim) break;", ""),
+    ("attention_forward", "forward: no keys divide by nothing", "total > 0.f ? 1.f / total : 0.f", "1.f / total"),
+    ("attention_forward", "forward: queries on their way when the block ends", "cp_async_wait<0>();  // where there are no keys", ";  // where there are no keys"),
+    ("attention_forward", "forward: a split begins at the first tile", "min(split * each, all)", "0"),
+    ("attention_forward", "forward: a split goes on to the last tile", "end = min(begin + each, all)", "end = all"),
+    ("attention_forward", "forward: splits share their place", "(int64_t(split) * n + i) * p.q.cols", "int64_t(i) * p.q.cols"),
+    ("attention_forward", "forward: splits share their log-sum-exp", "p.part_lse + int64_t(split) * p.heads * n", "p.part_lse"),
+    ("attention_forward", "join: no row guard", "if (p.splits == 1 || row >= n) return;", "if (p.splits == 1) return;"),
+    ("attention_forward", "join: last split forgotten", "for (int s = 0; s < p.splits; s++) {", "for (int s = 0; s < p.splits - 1; s++) {"),
+    ("attention_forward", "join: weights from the first head", "const int head = column / head_dim;", "const int head = 0;"),
+    ("attention_forward", "join: every column writes lse of its head", "if (column % head_dim == 0) p.lse[at]", "if (column % 2 == 1) p.lse[at]"),
+    ("attention_forward", "merge: no row guard", "if (row >= n) return;", ""),
+    ("attention_forward", "merge: reads what nothing has written", "if (a > 0.f) out = load<2>", "out = load<2>"),
+    ("attention_forward", "merge: the first part counts what was there", "p.first ? -INFINITY : p.lse[at]", "p.lse[at]"),
+    ("attention_forward", "merge: no keys at all", "highest == -INFINITY ? 0.f : highest", "highest"),
+    ("attention_forward", "merge: writes lse while others read it", "__syncwarp();  // all lanes have read lse\n    if (lane == 0) p.lse[at]", "if (lane == 31) p.lse[at]"),
+    ("attention_forward", "merge: the weights are not normalised", "* float(part.v[e])) * inverse", "* float(part.v[e]))"),
+    ("attention_forward/attention.cuh", "place: the last problem is never found", "while (i + 1 < table.count &&", "while (i + 2 < table.count &&"),
+    ("attention_forward/attention.cuh", "place: off by a block", "block >= table.problem[i + 1].first_block", "block > table.problem[i + 1].first_block"),
+    ("attention_forward/attention.cuh", "head: the first one's columns", "m.data + int64_t(head) * head_dim", "m.data"),
+    ("attention_forward/attention.cuh", "weigh: halves of a fragment swapped", "multiply_add(out[2 * j], as, bs[0], bs[1]);", "multiply_add(out[2 * j], as, bs[1], bs[0]);"),
+    ("attention_backward", "dkv: tiles are not waited for", "cp_async_wait<0>();", "cp_async_wait<1>();"),
+    ("attention_backward", "dkv: no __syncthreads", "__syncthreads();  // tile i", ";  // tile i"),
+    ("attention_backward", "dkv: the only stage is overwritten in use", "__syncthreads();  // everyone has finished with the only stage", ";  //"),
+    ("attention_backward", "dkv: loads past the queries", "if (kStages<D> == 2 && i + 1 < tiles) load", "if (kStages<D> == 2) load"),
+    ("attention_backward", "dkv: lse of queries past the end", "cp_async4((thread < kM ? lses : deltas) + stage * kM + thread % kM, from + rows_of_head + (inside ? row : 0), inside);", "cp_async4((thread < kM ? lses : deltas) + stage * kM + thread % kM, from + rows_of_head + row, true);"),
+    ("attention_backward", "dkv: queries past the end count", "const bool outside = i * kM + query >= n;", "const bool outside = false;"),
+    ("attention_backward", "dkv: lse of the first head", "const int64_t rows_of_head = int64_t(place.head) * n;", "const int64_t rows_of_head = 0;"),
+    ("attention_backward", "dkv: every head draws the same", "dropout.site += uint32_t(place.head);", ";"),
+    ("attention_backward", "dkv: draws of the tile in use are overwritten", "uint32_t* to = kept + (tile & 1) * kKept;", "uint32_t* to = kept;"),
+    ("attention_backward", "dkv: every block draws the first keys'", "uint32_t(k0 / 32 * 4 + call)", "uint32_t(call)"),
+    ("attention_backward", "dkv: a warp's draws for another", "(warp * 16 / 32 * 4 + g / 2) * kLine", "(g / 2) * kLine"),
+    ("attention_backward", "dkv: halves of the draws swapped", "+ h) + g % 2) & 1u;", "+ h) + 1 - g % 2) & 1u;"),
+    ("attention_backward", "dkv: delta forgotten", "(dp[c][2 * h + e] * factor - delta);", "(dp[c][2 * h + e] * factor);"),
+    ("attention_backward", "dkv: dk is not scaled", "first, dk, scale);", "first, dk, 1.f);"),
+    ("attention_backward", "dkv: dropout forgotten in dv", "s[c][2 * h + e] = probability * factor;", "s[c][2 * h + e] = probability;"),
+    ("attention_backward", "dq: tiles are not waited for", "cp_async_wait<0>();#2", "cp_async_wait<1>();"),
+    ("attention_backward", "dq: no __syncthreads", "__syncthreads();  // tile j", ";  // tile j"),
+    ("attention_backward", "dq: the only stage is overwritten in use", "__syncthreads();  // everyone has finished with the only stage#1", ";  //"),
+    ("attention_backward", "dq: keys past the end count", "const bool outside = j * kN + 8 * c + 2 * t + e >= m;", "const bool outside = false;"),
+    ("attention_backward", "dq: lse past the end is read", "if (row + 8 * h < n) {", "{"),
+    ("attention_backward", "dq: every head draws the same", "dropout.site += uint32_t(place.head);#1", ";"),
+    ("attention_backward", "dq: every tile draws the first's", "uint32_t(row + 8 * h), uint32_t(j), t, factors", "uint32_t(row + 8 * h), 0u, t, factors"),
+    ("attention_backward", "dq: is not scaled", "0, dq, scale);", "0, dq, 1.f);"),
+    ("attention_backward", "stores: no row guard", "if (row >= to.rows) continue;", ""),
+    ("attention_backward", "stores: no column guard", "if (column < to.cols) store_pair", "store_pair"),
+    ("attention_backward", "delta: no row guard", "if (row >= n) return;", ""),
+    ("attention_backward", "delta: of the first head", "p.dout.row(row) + head * head_dim + column", "p.dout.row(row) + column"),
+    ("attention_backward", "delta: every lane writes", "if (lane == 0) p.delta", "p.delta"),
+    ("head", "sum: shared memory still in use", "__syncthreads();  // `shared` may still be in use", ";"),
+    ("head", "sum: other warps' parts are not there yet", "__syncthreads();\n  float sum = 0.f;\n  for (int w", "float sum = 0.f;\n  for (int w"),
+    ("head", "sum: last warp forgotten", "for (int w = 0; w < kWarps; w++) sum", "for (int w = 0; w < kWarps - 1; w++) sum"),
+    ("head", "forward: statistics forgotten", "p.stats[1] = rstd;", ";"),
+    ("head", "forward: bias forgotten", "logit + float(p.bias[i])", "logit"),
+    ("head", "forward: only the first classes", "i += kWarps) {\n    float logit", "i += 8 * kWarps) {\n    float logit"),
+    ("head", "loss: several threads", "if (threadIdx.x > 0) return;", ";"),
+    ("head", "loss: survival before the first bin", "y == 0 ? 1.0 : survival[y - 1]", "y == 0 ? 0.5 : survival[y - 1]"),
+    ("head", "loss: small probabilities are not clamped", "log(p < kLeast ? kLeast : p)", "log(p)"),
+    ("head", "loss: gradients below the clamp", "p < kLeast ? 0.0 : 1.0 / p", "1.0 / p"),
+    ("head", "loss: censored as uncensored", "if (p.censored) {", "if (!p.censored) {"),
+    ("head", "loss: the other loss", "} else if (!p.cross_entropy) {", "} else if (p.cross_entropy) {"),
+    ("head", "loss: gradient beyond the label", "if (t <= y) {", "{"),
+    ("head", "loss: share forgotten", "float(p.share * gradient)", "float(gradient)"),
+    ("head", "loss: risk of the other sign", "p.result[1] = -sum;", "p.result[1] = sum;"),
+    ("head", "backward: no barrier behind dlogits", "__syncthreads();\n  const float mean = head.stats[0]", "const float mean = head.stats[0]"),
+    ("head", "backward: bias gradient overwritten", "p.dbias[thread] += p.dlogits[thread];", "p.dbias[thread] = p.dlogits[thread];"),
+    ("head", "backward: weight gradient overwritten", "p.dweight.row(i)[c] += dlogits[i]", "p.dweight.row(i)[c] = dlogits[i]"),
+    ("head", "backward: the norm's second term forgotten", "- mean_g - x_hat * mean_gx", "- mean_g"),
+    ("elementwise", "piece: quads cross rows", "(cols + 31) / 32 * 4;", "(cols + 7) / 8;"),
+    ("elementwise", "map: no guard", "if (piece.row >= p.out.rows || piece.column >= p.out.cols) return;", ""),
+    ("elementwise", "map: no column guard", "if (piece.row >= p.out.rows || piece.column >= p.out.cols) return;", "if (piece.row >= p.out.rows) return;"),
+    ("elementwise", "map: dropout not scaled", "kept >> e & 1u ? p.dropout.scale : 0.f", "kept >> e & 1u ? 1.f : 0.f"),
+    ("elementwise", "map: GELU forgotten", "if (GELU) v[e] *= normal_cdf(v[e]);", ""),
+    ("elementwise", "map: the next row's draws", "dropout_kept_eight(p.dropout, uint32_t(piece.row)", "dropout_kept_eight(p.dropout, uint32_t(piece.row + 1)"),
+    ("elementwise", "sum: terms past the last", "if (i >= p.terms) break;", ""),
+    ("elementwise", "sum: last term forgotten", "if (i >= p.terms) break;", "if (i + 1 >= p.terms) break;"),
+    ("elementwise", "sum: no guard", "if (piece.row >= p.out.rows || piece.column >= p.out.cols) return;#1", ""),
+    ("elementwise", "accumulate: no guard", "if (piece.row >= x.rows || piece.column >= x.cols) return;", ""),
+    ("elementwise", "accumulate: overwrites", "sum.v[e] += v[4 * half + e];", "sum.v[e] = v[4 * half + e];"),
+    ("elementwise", "round: no guard", "if (piece.row >= out.rows || piece.column >= out.cols) return;", ""),
+    ("elementwise", "round: the first half twice", "load<4>(from + 4 * half)", "load<4>(from)"),
+    ("elementwise", "zero: no guard", "if (piece.row >= sums.rows || piece.column >= sums.cols) return;", ""),
+    ("elementwise", "zero: half of a piece", "store<4>(to + 4, Pack<float, 4>{});", ";"),
+    ("elementwise/dropout.cuh", "Philox: a round too few", "round < 7", "round < 6"),
+    ("elementwise/dropout.cuh", "kept: pairs of the wrong thread", "(lane & ~3) + s) >> (2 * t)", "(lane & ~3) + s) >> (2 * s)"),
+    ("adam", "no guard", "if (at >= a.n) return;", ""),
+    ("adam", "decay forgotten", "grads.v[e] + a.decay * p.v[e]", "grads.v[e]"),
+    ("adam", "second moment of the gradient itself", "(1.f - a.beta2) * g * g", "(1.f - a.beta2) * g"),
+    ("adam", "bias correction forgotten", "sqrtf(v.v[e]) * a.unbias", "sqrtf(v.v[e])"),
+    ("adam", "gradient kept", "store<4>(a.grads + at, Pack<float, 4>{});", ";"),
+    ("adam", "weights forgotten", "if (sizeof(real) < 4) store<4>(a.weights + at, weights);", ";"),
+    ("adam", "first moment forgotten", "store<4>(a.m + at, m);", ";"),
+    ("scale_embedding", "forward: no row guard", "if (row >= p.weight.rows) return;", ""),
+    ("scale_embedding", "forward: bias forgotten", "real(float(p.bias[row]) + sum)", "real(sum)"),
+    ("scale_embedding", "forward: every lane writes its own sum", "sum = warp_sum(sum);", ";"),
+    ("scale_embedding", "backward: no column guard", "const bool inside = column < p.weight.cols;", "const bool inside = true;"),
+    ("scale_embedding", "backward: no barrier before the sum", "__syncthreads();\n    if (warp == 0", "if (warp == 0"),
+    ("scale_embedding", "backward: no barrier behind it", "__syncthreads();  // the sums are free again", ";"),
+    ("scale_embedding", "backward: last warp forgotten", "w < kWarps; w++", "w < kWarps - 1; w++"),
+    ("scale_embedding", "backward: every block adds to the bias", "if (blockIdx.x == 0 && lane == 0) p.dbias", "if (lane == 0) p.dbias"),
+    ("scale_embedding", "backward: weight's gradient overwritten", "p.dweight.row(row)[column] += g * e;", "p.dweight.row(row)[column] = g * e;"),
+    ("scale_embedding", "backward: embedding's gradient overwritten", "p.dembedding[column] += total;", "p.dembedding[column] = total;"),
     ("matmul", "problem: the last one is never found", "i + 1 < table.count", "i + 2 < table.count"),
     ("matmul", "problem: off by a tile", "tile >= table.problem[i + 1].first_tile", "tile > table.problem[i + 1].first_tile"),
     ("matmul", "sum: last stage forgotten", "(end - begin + kDepth - 1) / kDepth;\n    for", "(end - begin) / kDepth;\n    for"),
@@ -136,21 +264,23 @@ MUTANTS = [
     ("layer_norm", "forward: statistics by every lane", "if (lane == 0) {", "{"),
     ("layer_norm", "forward: two warps write one row's statistics", "p.stats[2 * row] = mean;", "p.stats[2 * (row / 2)] = mean;"),
     ("layer_norm", "forward: warps share a row", "blockIdx.x) * kWarps + int(threadIdx.x) / 32;", "blockIdx.x) * kWarps + int(threadIdx.x) / 64;"),
-    ("layer_norm", "backward: no guard on the block", "if (first >= n0) return;", ""),
-    ("layer_norm", "backward: no guard on the last row", "min(first + kRowsPerBlock, n0)", "first + kRowsPerBlock"),
+    ("layer_norm", "backward: no guard on the block", "if (int(blockIdx.x) * kRowsPerBlock >= n0) return;", ""),
+    ("layer_norm", "backward: no guard on a row's sums", "if (row >= n0) continue;", ""),
+    ("layer_norm", "backward: no guard on a row's gradient", "if (row >= n0) break;", ""),
+    ("layer_norm", "backward: the sum of one lane", "mean_gx[r] = warp_sum(mean_gx[r]) / float(d);", "mean_gx[r] = mean_gx[r] / float(d);"),
+    ("layer_norm", "backward: no column guard", "if (c < d) {", "{"),
+    ("layer_norm", "backward: lanes write over each other's columns", "sums[warp][1][e * kStride + lane] = dbias[e];", "sums[warp][1][e + lane] = dbias[e];"),
+    ("layer_norm", "backward: warps write over each other's sums", "sums[warp][0][e * kStride + lane]", "sums[0][0][e * kStride + lane]"),
+    ("layer_norm", "backward: no barrier before the sums", "__syncthreads();\n    for (int i", "for (int i"),
+    ("layer_norm", "backward: no barrier behind them", "__syncthreads();  // the sums are free again", ";"),
+    ("layer_norm", "backward: past the end of partial", "if (tile + column >= d) continue;", ""),
+    ("layer_norm", "backward: dbias overwrites dweight's partial sums", "(2 * d) + half * d + tile + column", "(2 * d) + tile + column"),
     ("layer_norm", "backward: no guard on the repeated row", "row + n0 < p.dy.rows ? p.dy.row(row + n0) : nullptr", "p.dy.row(row + n0)"),
     ("layer_norm", "backward: repeated row forgotten", "row + n0 < p.dy.rows ? p.dy.row(row + n0) : nullptr", "nullptr"),
-    ("layer_norm", "backward: sums not cleared", "dweight[c + e * step] = dbias[c + e * step] = 0.f;", ";"),
-    ("layer_norm", "backward: all warps add to the first one's sums", "sums + warp * 2 * d,", "sums,"),
-    ("layer_norm", "backward: lanes add to each other's columns", "dbias[c / V + e * step] += g.v[e];", "dbias[c / V] += g.v[e];"),
     ("layer_norm", "backward: no __syncthreads before the warps' sums are read", "__syncthreads();", ""),
     ("layer_norm", "backward: __syncwarp instead of __syncthreads", "__syncthreads();", "__syncwarp();"),
     ("layer_norm", "backward: barrier in half of the warps", "__syncthreads();", "if (warp < 4) __syncthreads();"),
-    ("layer_norm", "backward: launch gives shared memory for one warp less", "shared.take<float>(kWarps * 2 * d)", "shared.take<float>((kWarps + 1) * 2 * d)"),
-    ("layer_norm", "backward: past the end of partial", "c < 2 * d; c += kThreads", "c < 2 * d + 1; c += kThreads"),
     ("layer_norm", "backward: one warp's sums forgotten", "for (int w = 0; w < kWarps; w++)", "for (int w = 1; w < kWarps; w++)"),
-    ("layer_norm", "backward: dx before the sums are known", "mean_gx = warp_sum(mean_gx) / float(d);", "mean_gx = mean_gx / float(d);"),
-    ("layer_norm", "backward: dbias overwrites dweight's partial sums", "p.partial[int64_t(blockIdx.x) * (2 * d) + c] = total;", "p.partial[int64_t(blockIdx.x) * (2 * d) + in_half] = total;"),
     ("layer_norm", "reduce: no column guard", "if (c < 2 * d)\n", "if (true)\n"),
     ("layer_norm", "reduce: no __syncthreads", "__syncthreads();#1", ""),
     ("layer_norm", "reduce: every warp adds the total", "if (warp > 0 || c >= 2 * d) return;", "if (c >= 2 * d) return;"),
@@ -219,8 +349,6 @@ def mutate(source, old, new):
 
 def build(kernel, file, source, objects, folder):
     """The two libraries, with `source` in place of the kernel's file, or of a header that it includes."""
-    for stale in (*folder.glob("*.cu"), *folder.glob("*.cuh")):
-        stale.unlink()
     shutil.copy(ROOT / f"kernels/{kernel}.cu", folder)
     (folder / file).write_text(source)
     compiler = os.environ.get("CXX", "c++")
@@ -252,19 +380,24 @@ def noticed(test, filters, folder):
     return f"crash ({done.returncode})" if done.returncode < 0 else "wrong result"
 
 
+def caught(mutant, test, objects):
+    """What the plain and the race tests say."""
+    kernel, _, old, new = mutant
+    kernel, _, header = kernel.partition("/")
+    file = header or f"{kernel}.cu"
+    with tempfile.TemporaryDirectory() as folder:
+        build(kernel, file, mutate((ROOT / "kernels" / file).read_text(), old, new), objects, Path(folder))
+        return [noticed(test, filters, Path(folder)) for filters in TESTS[kernel]]
+
+
 def main():
     mutants = [m for m in MUTANTS if m[0].partition("/")[0] in (sys.argv[1:] or TESTS)]
     test, objects = built()
     survivors = 0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for kernel, name, old, new in mutants:
-            kernel, _, header = kernel.partition("/")
-            file = header or f"{kernel}.cu"
-            build(kernel, file, mutate((ROOT / "kernels" / file).read_text(), old, new), objects, folder)
-            plain, race = (noticed(test, filters, folder) for filters in TESTS[kernel])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, (plain, race) in zip(mutants, pool.map(lambda m: caught(m, test, objects), mutants)):
             survivors += not (plain or race)
-            print(f"{kernel}: {name}\n    plain: {plain or '-'}\n    race:  {race or '-'}", flush=True)
+            print(f"{mutant[0]}: {mutant[1]}\n    plain: {plain or '-'}\n    race:  {race or '-'}", flush=True)
     print(f"{len(mutants) - survivors} of {len(mutants)} caught")
     sys.exit(survivors > 0)
 
