@@ -5,6 +5,7 @@
 use std::{
     collections::HashMap,
     ffi::{CStr, c_void},
+    ops::Range,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -15,14 +16,23 @@ use cudarc::{
     },
     nvrtc::Ptx,
 };
+use rayon::prelude::*;
 
-use super::{Launch, Storage, fatbins::fatbins};
+use super::{
+    Launch, Storage,
+    fatbins::fatbins,
+    pinned::{HALF, Pinned},
+};
 use crate::{Error, Result};
 
 /// The oldest that the kernels run on (Ampere: cp.async, bf16 and TF32 tensor cores).
 const OLDEST: (i32, i32) = (8, 0);
 
+/// What one thread copies at a time.
+const COPIED: usize = 1 << 20;
+
 pub struct Cuda {
+    pinned: Mutex<Pinned>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     modules: Vec<Arc<CudaModule>>,
@@ -71,7 +81,8 @@ impl Cuda {
             module.map_err(|e| failed(&format!("the kernels of {file} do not load on {name}"), e))
         };
         let modules = fatbins().iter().map(load).collect::<Result<_>>()?;
-        Ok(Self { context, stream, modules, functions: Mutex::default(), last: Mutex::default(), name })
+        let pinned = Pinned::new(&context).map_err(|e| failed("no page-locked memory", e))?.into();
+        Ok(Self { pinned, context, stream, modules, functions: Mutex::default(), last: Mutex::default(), name })
     }
 
     /// The GPU's name, as the driver tells it.
@@ -139,13 +150,38 @@ impl Cuda {
         Ok(function)
     }
 
-    /// Copies to the device; returns when `from` may change again.
+    /// Copies to the device, behind all work so far; does not wait for it.
     pub fn upload(&self, from: &[u8], to: u64) -> Result<()> {
+        self.fill(to, from.len(), 1, |range, out| {
+            let pieces = out.par_chunks_mut(COPIED).zip(from[range].par_chunks(COPIED));
+            pieces.for_each(|(out, from)| out.copy_from_slice(from));
+            Ok(())
+        })
+    }
+
+    /// As [`Cuda::upload`], from wherever `write` takes it: called for ranges of whole `unit`s that follow one another, with host memory to
+    /// write them to.
+    pub fn fill(
+        &self,
+        to: u64,
+        bytes: usize,
+        unit: usize,
+        mut write: impl FnMut(Range<usize>, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        if unit == 0 || unit > HALF {
+            return Err(Error::Device(format!("rows of {unit} bytes: a copy to the GPU takes 1 to {HALF}")));
+        }
+        let failed = |e| self.failed("copying to the GPU", e);
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
         self.bind()?;
-        // SAFETY: `to` lies in a live buffer of this device that is large enough (the caller's view).
-        unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }
-            .and_then(|()| self.stream.synchronize())
-            .map_err(|e| self.failed("copying to the GPU", e))
+        let piece = HALF / unit * unit;
+        for start in (0..bytes).step_by(piece) {
+            let range = start..bytes.min(start + piece);
+            write(range.clone(), pinned.room(range.len()).map_err(failed)?)?;
+            // SAFETY: `to` lies in a live buffer of this device that is large enough (the caller's view).
+            unsafe { pinned.copy(range.len(), to + start as u64, &self.stream) }.map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// Copies from the device, after all work so far.

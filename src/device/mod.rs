@@ -12,6 +12,7 @@ mod element;
 pub mod emulator;
 mod fatbins;
 mod launch;
+mod pinned;
 mod view;
 
 pub use arena::{Arena, Mark};
@@ -24,6 +25,8 @@ pub use fatbins::{NVCC, fatbins};
 pub use launch::{Arg, Launch, Matrix, Storage, Stored};
 pub use view::{Buffer, View};
 
+use std::ops::Range;
+
 use crate::{Error, Result};
 
 /// A place where ops run.
@@ -31,7 +34,7 @@ pub enum Device {
     /// All cores of this machine, with the widest instruction set that it has.
     Cpu(Cpu),
     /// An NVIDIA GPU.
-    Cuda(Cuda),
+    Cuda(Box<Cuda>),
     /// The CUDA kernels, run on the CPU thread by thread: for tests.
     #[cfg(feature = "emulator")]
     Emulator(emulator::Options),
@@ -43,13 +46,17 @@ impl Device {
     /// `auto` and `cpu` are the names that `--device` takes; `threads` = 0 means one for each core.
     pub fn from_name(name: &str, threads: usize) -> Result<Self> {
         match name {
-            "auto" => Cuda::new().map(Self::Cuda).or_else(|_| Ok(Self::Cpu(Cpu::new(threads)?))),
+            "auto" => Self::cuda().or_else(|_| Ok(Self::Cpu(Cpu::new(threads)?))),
             "cpu" => Ok(Self::Cpu(Cpu::new(threads)?)),
-            "cuda" => Ok(Self::Cuda(Cuda::new()?)),
+            "cuda" => Self::cuda(),
             #[cfg(feature = "emulator")]
             "emulator" => Ok(Self::Emulator(emulator::Options::default())),
             other => Err(Error::Usage(format!("--device {other}: expected auto, cpu or cuda"))),
         }
+    }
+
+    fn cuda() -> Result<Self> {
+        Ok(Self::Cuda(Box::new(Cuda::new()?)))
     }
 
     /// What reports call it: "cpu, AVX-512", or a GPU's name.
@@ -176,6 +183,23 @@ impl Device {
             }
         }
         Ok(())
+    }
+
+    /// Fills a matrix without gaps between its rows by `write`, which gets some rows' range and memory for them at a time.
+    pub(crate) fn fill<T: Element>(
+        &self,
+        to: View<T>,
+        mut write: impl FnMut(Range<usize>, &mut [T]) -> Result<()>,
+    ) -> Result<()> {
+        let row = to.cols() * size_of::<T>();
+        match self {
+            Self::Cuda(cuda) => cuda.fill(to.address(), to.rows() * row, row, |bytes, out| {
+                write(bytes.start / row..bytes.end / row, bytemuck::cast_slice_mut(out))
+            }),
+            Self::Dry(_) => Ok(()),
+            // SAFETY: `to` lies in a live buffer of this device, and nothing else runs on it.
+            _ => write(0..to.rows(), unsafe { to.slice_mut() }),
+        }
     }
 
     /// Copies a view back, row by row; zeros on `Dry`.

@@ -82,11 +82,14 @@ impl<T: Element> Bed<'_, T> {
         view
     }
 
-    /// What holds `sums` rounded to `T`: the same memory where nothing is rounded, else an output.
+    /// What holds `sums` rounded to `T`: the same memory where nothing is rounded. An output.
     pub fn rounded(&mut self, sums: View<T::Sum>) -> View<T> {
         let same: Box<dyn std::any::Any> = Box::new(sums);
         match same.downcast::<View<T>>() {
-            Ok(same) => *same,
+            Ok(same) => {
+                self.outputs.push(("rounded".into(), Output::Stored(*same)));
+                *same
+            }
             Err(_) => self.output("rounded", sums.rows(), sums.cols()),
         }
     }
@@ -135,6 +138,7 @@ fn compare(case: &impl Case, storage: Storage, got: &Tensors) {
     let cpu = Device::Cpu(Cpu::new(1).unwrap());
     let truth = run::<f64>(case, &cpu, storage, false);
     let plain = run::<f32>(case, &cpu, storage, storage == Storage::Bf16);
+    assert!(got.len() == truth.len() && got.len() == plain.len(), "{}: outputs are missing", case.name());
     for (((name, got), (_, truth)), (_, plain)) in got.iter().zip(&truth).zip(&plain) {
         let size = norm(truth.iter().copied().filter(|x| x.is_finite())) + (truth.len() as f64).sqrt();
         let (ours, theirs) = (distance(got, truth), distance(plain, truth));

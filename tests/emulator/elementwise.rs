@@ -68,7 +68,7 @@ impl Case for Optimizer {
         format!("adam {}", self.n)
     }
 
-    /// Two steps; the weights are compared where they are not the parameters themselves.
+    /// Two steps.
     fn run<T: Element>(&self, bed: &mut Bed<T>) -> Result<()> {
         let n = self.n;
         let (params, grads, m) = (bed.accumulated("p", 1, n), bed.accumulated("g", 1, n), bed.accumulated("m", 1, n));
