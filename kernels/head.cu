@@ -110,13 +110,10 @@ KERNEL(head_loss, 32, const Loss p) {
   // back through S_t = S_{t-1} (1 - h_t) and the sigmoid
   double carried = 0.0;
   for (int t = p.classes - 1; t >= 0; t--) {
-    double gradient = 0.0;
-    if (t <= y) {
-      carried += (t == y ? dsurvival : 0.0) + (t + 1 == y ? dbefore : 0.0);
-      gradient = ((t == y ? dhazard : 0.0) - carried * (t == 0 ? 1.0 : survival[t - 1])) * hazards[t] * (1.0 - hazards[t]);
-      carried *= 1.0 - hazards[t];
-    }
-    p.dlogits[t] = float(p.share * gradient);
+    carried += (t == y ? dsurvival : 0.0) + (t + 1 == y ? dbefore : 0.0);
+    const double dh = (t == y ? dhazard : 0.0) - carried * (t == 0 ? 1.0 : survival[t - 1]);
+    carried *= 1.0 - hazards[t];
+    p.dlogits[t] = float(p.share * dh * hazards[t] * (1.0 - hazards[t]));
   }
 }
 

@@ -63,6 +63,13 @@ fn large() -> Vec<Patients> {
             strata: Some((0..5003).map(|i| usize::from(i > 1700)).collect()),
             ..patients("a stratum over blocks", 5003, 900, some)
         },
+        // weight e^(risk) overflows unless the highest risk is found: in a lane, a warp and a block that are not the first
+        Patients {
+            time: (0..2500).map(f64::from).collect(),
+            weights: Some(vec![1e5; 2500]),
+            risk: (0..2500).map(|i| if i == 1064 { 0.0 } else { -700.0 }).collect(),
+            ..patients("one risk far above", 2500, 1, some)
+        },
     ]
 }
 
@@ -102,6 +109,13 @@ fn matches_the_cpu() {
             }
         }
     }
+}
+
+/// So many that a block takes two tiles.
+#[test]
+fn blocks_take_several_tiles() {
+    let p = patients("more than 512 tiles", 530_000, 1000, |i| !i.is_multiple_of(3));
+    check(&p, Ties::Efron, &by_kernels(&p, Ties::Efron, PLAIN[0]));
 }
 
 #[test]
