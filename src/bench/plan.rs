@@ -8,14 +8,14 @@ use serde::Serialize;
 use super::{Precision, ceilings, mib, parse_bags};
 use crate::{
     Result,
-    device::{Device, Element},
+    device::{Device, Dry, Element},
     model::{Config, CrossFusion, Policy},
     train::step::{self, BagSizes, Parts},
 };
 
 #[derive(Args)]
 pub struct PlanArguments {
-    /// Where it would run: auto, cpu or cuda
+    /// Where it would run: auto, cpu or cuda; a GPU need not be there
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads; 0 is one for each core
@@ -54,13 +54,18 @@ struct PlanReport {
     step_flop: f64,
     /// Beyond keeping everything.
     extra_flop: f64,
+    /// Kernels launched by forward and backward; 0 on a CPU.
+    launches: usize,
     /// From the peak measured now; none where no step has been measured yet.
     predicted_s: Option<f64>,
 }
 
 /// `cf-bench plan`.
 pub fn plan(arguments: &PlanArguments) -> Result<()> {
-    let device = Device::from_name(&arguments.device, arguments.threads)?;
+    let device = match arguments.device.as_str() {
+        "cuda" => Device::Dry(Dry::new(true)),
+        name => Device::from_name(name, arguments.threads)?,
+    };
     arguments.precision.check(&device)?;
     let report = match arguments.precision {
         Precision::F32 => make::<f32>(&device, arguments)?,
@@ -87,6 +92,9 @@ pub fn plan(arguments: &PlanArguments) -> Result<()> {
     }
     let extra = 100.0 * report.extra_flop / (report.step_flop - report.extra_flop);
     crate::say(format!("{:.1} TFLOP, {extra:.1} % of them computed again", report.step_flop / 1e12));
+    if report.launches > 0 {
+        crate::say(format!("{} kernel launches", report.launches));
+    }
     if let Some(seconds) = report.predicted_s {
         crate::say(format!("about {seconds:.1} s a step"));
     }
@@ -106,7 +114,7 @@ fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Re
         _ => None,
     };
     Ok(PlanReport {
-        device: device.description(),
+        device: if let Device::Dry(_) = device { "cuda, not opened".into() } else { device.description() },
         bags: [sizes.x5, sizes.x10, sizes.x20],
         features,
         precision: arguments.precision,
@@ -116,6 +124,7 @@ fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Re
         parts: plan.parts,
         step_flop: plan.step_flop,
         extra_flop: plan.step_flop - keep.step_flop,
+        launches: plan.launches,
         predicted_s,
     })
 }
