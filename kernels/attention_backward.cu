@@ -1,10 +1,8 @@
-// attention_backward.cu -- FlashAttention-2's backward (Dao 2023, algorithm 2) in three kernels without atomics, the same bits
-// on every run. With P = exp(scale q k^T - lse), F dropout's factors, delta = rowsum(dout out):
+// attention_backward.cu -- FlashAttention-2's backward (Dao 2023, algorithm 2) in two kernels without atomics, the same bits
+// on every run. With P = exp(scale q k^T - lse), F dropout's factors, delta [heads][n] = rowsum(dout out), dS = P (F (dout v^T) - delta):
 //
-//   attention_delta    delta [heads][n]
+//   attention_dq       a block owns 64 queries, 16 a warp, and streams keys:  delta, dq = scale dS k
 //   attention_dkv      a block owns 64 keys, 16 a warp, and streams queries:  dv = (P F)^T dout,  dk = scale dS^T q
-//   attention_dq       a block owns 64 queries, 16 a warp, and streams keys:  dq = scale dS k
-//   with dS = P (F (dout v^T) - delta)
 //
 // attention_dkv computes the transposes: k q^T has a warp's keys as rows, so that P^T and dS^T are, in registers, the left
 // operands of the next products. The deterministic dq costs scores twice, 7 products instead of 5.
@@ -183,12 +181,21 @@ template <int D> GPU_FN void queries(const AttentionGrads& table) {
   if (tiles > 0) load(0, 0);
   float lse2[2] = {0.f, 0.f}, delta[2] = {0.f, 0.f};
 #pragma unroll
-  for (int h = 0; h < 2; h++)
-    if (row + 8 * h < n) {
-      const int64_t at = int64_t(place.head) * n + row + 8 * h;
+  for (int h = 0; h < 2; h++) {
+    const int own = row + 8 * h, offset = place.head * head_dim;
+    const int64_t at = int64_t(place.head) * n + own;
+    if (own < n) {
       lse2[h] = p.lse[at] * kLog2e;
-      delta[h] = p.delta[at];
+      for (int column = 4 * t; column < head_dim; column += 16) {
+        const auto a = ::load<4>(p.out.row(own) + offset + column), b = ::load<4>(p.dout.row(own) + offset + column);
+#pragma unroll
+        for (int e = 0; e < 4; e++) delta[h] += float(a.v[e]) * float(b.v[e]);
+      }
     }
+    delta[h] += __shfl_xor_sync(0xffffffffu, delta[h], 1);
+    delta[h] += __shfl_xor_sync(0xffffffffu, delta[h], 2);
+    if (own < n && t == 0) p.delta[at] = delta[h];
+  }
   float dq[D / 8][4];
   clear(dq);
 
@@ -227,24 +234,6 @@ template <int D> GPU_FN void queries(const AttentionGrads& table) {
   store_rows<D>(head_of(p.dq, place.head, head_dim), q0 + warp * 16, 0, dq, scale);
 }
 }  // namespace
-
-// A warp takes a row of problem blockIdx.y, head by head: each head's columns go to neighbouring lanes.
-KERNEL(attention_delta, kThreads, const AttentionGrads table) {
-  const AttentionGrad& p = table.problem[blockIdx.y];
-  const int n = p.q.rows, head_dim = p.q.cols / p.heads, lane = int(threadIdx.x) % 32;
-  const int row = int(blockIdx.x) * (kThreads / 32) + int(threadIdx.x) / 32;
-  if (row >= n) return;
-  for (int head = 0; head < p.heads; head++) {
-    float sum = 0.f;
-    for (int column = 4 * lane; column < head_dim; column += 128) {
-      const auto a = load<4>(p.out.row(row) + head * head_dim + column), b = load<4>(p.dout.row(row) + head * head_dim + column);
-#pragma unroll
-      for (int e = 0; e < 4; e++) sum += float(a.v[e]) * float(b.v[e]);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) p.delta[int64_t(head) * n + row] = sum;
-  }
-}
 
 KERNEL_BLOCKS(attention_dkv_32, kThreads, 2, const AttentionGrads table) { keys_and_values<32>(table); }
 KERNEL_BLOCKS(attention_dkv_64, kThreads, 2, const AttentionGrads table) { keys_and_values<64>(table); }

@@ -4,7 +4,7 @@
 #include "eight.cuh"
 
 namespace {
-constexpr int kThreads = 256, kTerms = 4, kProblems = 4;  // as in src/ops/elementwise.rs
+constexpr int kThreads = 256, kTerms = 4, kProblems = 8;  // as in src/ops/elementwise.rs
 
 // A thread's row and first column among `cols`, in quads that do not cross rows.
 struct Piece { int64_t row; int column; };
@@ -24,11 +24,14 @@ struct Map {
   Matrix<const real> x;
   Matrix<real> out;
   Dropout dropout;
+  int32_t gelu, padding;
 };
 struct Maps { Map problem[kProblems]; };
+}  // namespace
 
-// out = dropout(x), or of GELU(x)
-template <bool GELU> GPU_FN void map(const Map& p) {
+// out = dropout(x), or dropout(GELU(x))
+KERNEL(elementwise_map, kThreads, const Maps maps) {
+  const Map& p = maps.problem[blockIdx.y];
   const Piece piece = piece_of(p.out.cols);
   const uint32_t kept =
       p.dropout.threshold ? dropout_kept_eight(p.dropout, uint32_t(piece.row), uint32_t(piece.column / 32)) : 0xffu;
@@ -37,12 +40,11 @@ template <bool GELU> GPU_FN void map(const Map& p) {
   load_eight(p.x.row(int(piece.row)) + piece.column, v);
 #pragma unroll
   for (int e = 0; e < 8; e++) {
-    if (GELU) v[e] *= normal_cdf(v[e]);
+    if (p.gelu) v[e] *= normal_cdf(v[e]);
     if (p.dropout.threshold) v[e] *= kept >> e & 1u ? p.dropout.scale : 0.f;
   }
   store_eight(p.out.row(int(piece.row)) + piece.column, v);
 }
-}  // namespace
 
 KERNEL(elementwise_sum, kThreads, const Sum p) {
   const Piece piece = piece_of(p.out.cols);
@@ -57,9 +59,6 @@ KERNEL(elementwise_sum, kThreads, const Sum p) {
   }
   store_eight(p.out.row(int(piece.row)) + piece.column, sum);
 }
-
-KERNEL(elementwise_dropout, kThreads, const Maps maps) { map<false>(maps.problem[blockIdx.y]); }
-KERNEL(elementwise_gelu, kThreads, const Maps maps) { map<true>(maps.problem[blockIdx.y]); }
 
 // sums += x
 KERNEL(elementwise_accumulate, kThreads, const Matrix<const real> x, const Matrix<float> sums) {

@@ -6,7 +6,7 @@
 //
 // Epilogue (src/ops/matmul.rs), in this order: + what out held, + bias, pre = it and GELU, * GELU'(pre), dropout, + residual.
 //
-// A block computes a BM x BN tile of one of up to eight problems, with tensor cores over slices of 128 bytes of the depth that
+// A block computes a BM x BN tile of one of several problems, with tensor cores over slices of 128 bytes of the depth that
 // cp.async brings in kStages deep. A warp holds 64 or 32 rows x 32 columns, the columns of one call of the dropout generator. For the
 // epilogue a quad's threads exchange their accumulators, so that each has eight neighbouring columns: 16 bytes of bf16 at a time.
 // backward_weight sums over m, which is long: `splits` blocks share a tile, each writes its sum to scratch, and a second
@@ -16,7 +16,7 @@
 #include "tile.cuh"
 
 namespace {
-constexpr int kProblems = 8, kStages = 3;  // as in src/ops/matmul/kernel.rs
+constexpr int kProblems = 8, kWeightProblems = 12, kStages = 3;  // as in src/ops/matmul/kernel.rs
 constexpr int kDepth = 8 * kChunk;         // elements of the depth in a stage: 128 bytes
 constexpr int kUnroll = kIsBf16 ? 2 : 1;   // leaves registers for two blocks on a multiprocessor
 
@@ -36,12 +36,12 @@ struct Problems {
 struct WeightProblem {
   Matrix<const real> dy, x;
   Matrix<float> dw;
-  float* db;       // null: absent
+  float* db;
   float* partial;  // [splits][out * in + out], unless there is one split
   int32_t splits, first_tile;
 };
 struct WeightProblems {
-  WeightProblem problem[kProblems];
+  WeightProblem problem[kWeightProblems];
   int32_t count, padding;
 };
 
@@ -227,7 +227,7 @@ template <int BM, int BN, int WARPS_M, int WARPS_N> GPU_FN void multiply_weight(
   SharedMemory shared;
   real* memory = shared.take<real>(P::kSharedElements);
   const int thread = int(threadIdx.x);
-  const bool sums_columns = p.db && product.n0 == 0 && thread < BM && product.m0 + thread < p.dw.rows;
+  const bool sums_columns = product.n0 == 0 && thread < BM && product.m0 + thread < p.dw.rows;
   float column_sum = 0.f;
   product.sum(memory, begin, end, [&](const real* stage) {
     if (!sums_columns) return;
@@ -279,7 +279,7 @@ KERNEL(matmul_backward_weight_reduce, 256, const WeightProblems table) {
   const WeightProblem& p = table.problem[blockIdx.y];
   if (p.splits == 1) return;
   const int weights = p.dw.rows * p.dw.cols, each = weights + p.dw.rows, at = int(blockIdx.x * 256 + threadIdx.x) * 4;
-  if (at >= each || (at >= weights && !p.db)) return;
+  if (at >= each) return;
   Pack<float, 4> sum = {{0.f, 0.f, 0.f, 0.f}};
   for (int s = 0; s < p.splits; s++) {
     const auto x = load<4>(p.partial + int64_t(s) * each + at);

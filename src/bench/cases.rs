@@ -8,8 +8,7 @@ use crate::{
         adam::{self, Adam, Arenas},
         attention::{self, Attention, AttentionGrad},
         conv_fusion::{self, ConvFusion, ConvFusionGrad, Grid, Weights},
-        elementwise,
-        gelu::{self, Recompute},
+        elementwise::{self, Map},
         layer_norm::{self, Norm, NormGrad},
         matmul::{self, Epilogue, Matmul, WeightGrad},
         ppeg::{self, Ppeg, PpegGrad},
@@ -159,7 +158,7 @@ fn products<T: Element>(
             backward.push(Matmul::<T> { a: y, b: w, out: x, epilogue: Epilogue::default() });
             let plain_dw = Operand::plain(dw.into());
             plain.2.push(Product { a: plain_y.transposed(), b: plain_x, out: plain_dw, depth: m });
-            weights.push(WeightGrad::<T> { dy: y, x, dw, db: Some(db) });
+            weights.push(WeightGrad::<T> { dy: y, x, dw, db });
         }
         let total: usize = rows.iter().sum();
         let (flop, element) = (2.0 * (total * out * inner) as f64, size_of::<T>());
@@ -202,13 +201,13 @@ fn feed_forward<T: Element>(make: &mut Maker, n: usize, cases: &mut Vec<Case>) -
         (size_of::<T>() * (5 * n * D + 2 * D * D)) as f64,
         move |device, _| matmul::forward(device, &[problem]),
     ));
-    let recompute = Recompute { pre, dropout, out };
+    let map = Map { x: pre, gelu: true, dropout, out };
     cases.push(Case::new::<T>(
-        "gelu recompute",
-        format!("{n} x {}, dropout 0.3", 2 * D),
+        "map",
+        format!("GELU + dropout 0.3: {n} x {}", 2 * D),
         0.0,
         (size_of::<T>() * 4 * n * D) as f64,
-        move |device, _| gelu::recompute(device, &[recompute]),
+        move |device, _| elementwise::map(device, &[map]),
     ));
     Ok(())
 }

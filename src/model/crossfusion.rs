@@ -389,7 +389,7 @@ impl CrossFusion {
             &[norm_grad(ctx, self.fusion_norm, saved.projected, saved.stats, dprojected, dprojected)],
         )?;
         let linear = ctx.linear::<T>(self.fusion_linear);
-        let weight_grad = WeightGrad { dy: dprojected, x: saved.convolved, dw: linear.dweight, db: Some(linear.dbias) };
+        let weight_grad = WeightGrad { dy: dprojected, x: saved.convolved, dw: linear.dweight, db: linear.dbias };
         matmul::backward_weight(ctx.device, ctx.arena, &[weight_grad])?;
         let dconvolved = ctx.arena.scratch(n, self.config.dim / 2)?;
         let product = Matmul { a: dprojected, b: linear.weight, out: dconvolved, epilogue: Epilogue::default() };
@@ -429,7 +429,7 @@ impl CrossFusion {
             };
             let linear = ctx.linear::<T>(linear);
             norms.push(norm_grad(ctx, layer_norm, saved.projected, saved.stats, dy, dy));
-            weights.push(WeightGrad { dy, x: input.bag, dw: linear.dweight, db: Some(linear.dbias) });
+            weights.push(WeightGrad { dy, x: input.bag, dw: linear.dweight, db: linear.dbias });
             if let Some(dx) = dx {
                 products.push(Matmul { a: dy, b: linear.weight, out: dx, epilogue: Epilogue::default() });
             }

@@ -18,7 +18,7 @@ use crate::{
     ops::{
         Dropout,
         attention::{self, Attention, AttentionGrad},
-        elementwise, gelu,
+        elementwise::{self, Map},
         layer_norm::{self, NormGrad},
         matmul::{self, Epilogue, Matmul, WeightGrad},
         scale_embedding::{self, Fold, FoldGrad},
@@ -182,7 +182,7 @@ pub(super) fn allocate<T: Element>(ctx: &mut Context, x: &[View<T>]) -> Result<F
     Ok((saved, outs))
 }
 
-/// Both projections of each layer, as one launch.
+/// Both projections of each layer.
 fn project<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
@@ -190,22 +190,22 @@ fn project<T: Element>(
     context: &[View<T>],
 ) -> Result<Vec<Projected<T>>> {
     let d = ctx.config.dim;
-    let (mut projected, mut products) = (Vec::new(), Vec::new());
+    let (mut projected, mut projections) = (Vec::new(), Vec::new());
     for (g, layer) in layers.iter().enumerate() {
         let (q, kv) = (ctx.keep_inner(x[g].rows(), d)?, ctx.keep_inner(context[g].rows(), 2 * d)?);
-        products.push(projection(ctx, layer, layer.q, x[g], q)?);
-        products.push(projection(ctx, layer, layer.kv, context[g], kv)?);
+        projections.push(Projection { layer, linear: layer.q, a: x[g], out: q });
+        projections.push(Projection { layer, linear: layer.kv, a: context[g], out: kv });
         projected.push(Projected { q, kv });
     }
-    matmul::forward(ctx.device, &products)?;
+    launch_projections(ctx, &projections)?;
     Ok(projected)
 }
 
 /// Queries alone; see [`keys_values`].
 pub(super) fn queries<T: Element>(ctx: &mut Context, layers: &[&Layer], x: &[View<T>], q: &[View<T>]) -> Result<()> {
-    let products = (0..layers.len()).map(|g| projection(ctx, layers[g], layers[g].q, x[g], q[g]));
-    let products = products.collect::<Result<Vec<_>>>()?;
-    matmul::forward(ctx.device, &products)
+    let projections = layers.iter().zip(x).zip(q);
+    let projections = projections.map(|((layer, &a), &out)| Projection { layer, linear: layer.q, a, out });
+    launch_projections(ctx, &projections.collect::<Vec<_>>())
 }
 
 /// Keys and values alone, of a part of a context.
@@ -215,27 +215,34 @@ pub(super) fn keys_values<T: Element>(
     context: &[View<T>],
     kv: &[View<T>],
 ) -> Result<()> {
-    let products = (0..layers.len()).map(|g| projection(ctx, layers[g], layers[g].kv, context[g], kv[g]));
-    let products = products.collect::<Result<Vec<_>>>()?;
-    matmul::forward(ctx.device, &products)
+    let projections = layers.iter().zip(context).zip(kv);
+    let projections = projections.map(|((layer, &a), &out)| Projection { layer, linear: layer.kv, a, out });
+    launch_projections(ctx, &projections.collect::<Vec<_>>())
 }
 
-/// One of a layer's projections; the scale embedding is folded into its bias, which stays on the scratch stack.
-fn projection<T: Element>(
-    ctx: &mut Context,
-    layer: &Layer,
+/// out = a W^T + b of one of a layer's linear maps.
+struct Projection<'a, T> {
+    layer: &'a Layer,
     linear: Linear,
     a: View<T>,
     out: View<T>,
-) -> Result<Matmul<T>> {
-    let (weight, mut bias) = (linear.weight.of(ctx.params), linear.bias.of(ctx.params));
-    if let Some(embedding) = layer.embedding {
-        let folded = ctx.arena.scratch(1, bias.cols())?;
-        let embedding = embedding.of(ctx.params);
-        scale_embedding::forward(ctx.device, &[Fold { weight, bias, embedding, folded }])?;
-        bias = folded;
+}
+
+/// As one launch. Scale embeddings are folded into biases, which stay on the scratch stack.
+fn launch_projections<T: Element>(ctx: &mut Context, projections: &[Projection<T>]) -> Result<()> {
+    let (mut folds, mut products) = (Vec::new(), Vec::new());
+    for p in projections {
+        let (weight, mut bias) = (p.linear.weight.of(ctx.params), p.linear.bias.of(ctx.params));
+        if let Some(embedding) = p.layer.embedding {
+            let folded = ctx.arena.scratch(1, bias.cols())?;
+            folds.push(Fold { weight, bias, embedding: embedding.of(ctx.params), folded });
+            bias = folded;
+        }
+        let epilogue = Epilogue { bias: Some(bias), ..Default::default() };
+        products.push(Matmul { a: p.a, b: weight, out: p.out, epilogue });
     }
-    Ok(Matmul { a, b: weight, out, epilogue: Epilogue { bias: Some(bias), ..Default::default() } })
+    scale_embedding::forward(ctx.device, &folds)?;
+    matmul::forward(ctx.device, &products)
 }
 
 /// From attention's output to out. Where all is kept there is one piece, and this is what backward needs of it.
@@ -372,9 +379,14 @@ pub(super) fn backward<T: Element>(
     matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
     fold_backward::<T>(ctx, layers, &biases)?;
     let dcontext: Vec<_> = grads.iter().map(|grad| grad.dcontext).collect();
-    keys_values_backward(ctx, layers, &dkv, &dcontext)?;
+    let mut inputs = keys_values_backward(ctx, layers, &dkv, &dcontext);
+    if self_attention {
+        matmul::backward_input(ctx.device, &inputs)?; // queries add to it
+        inputs.clear();
+    }
     let dx: Vec<_> = grads.iter().map(|grad| grad.dx).collect();
-    queries_backward(ctx, layers, &dq, &du, &dx, self_attention)?;
+    inputs.extend(queries_backward(ctx, layers, &dq, &du, &dx, self_attention));
+    matmul::backward_input(ctx.device, &inputs)?;
     ctx.arena.release_scratch(mark);
     Ok(())
 }
@@ -391,13 +403,16 @@ pub(super) fn attention_grad<T: Element>(
 /// Where the gradients of the projections' biases, queries' and keys' and values', are summed: apart from the parameters' own where a
 /// scale embedding is folded in, see [`fold_backward`].
 pub(super) fn bias_grads<T: Real>(ctx: &mut Context, layers: &[&Layer]) -> Result<Vec<[View<T>; 2]>> {
+    let folded = layers.iter().filter(|layer| layer.embedding.is_some()).count();
+    let mut columns = ctx.arena.scratch(1, folded * 3 * ctx.config.dim)?;
+    elementwise::zero(ctx.device, columns)?;
     let mut biases = Vec::new();
     for layer in layers {
         let mut pair = [layer.q, layer.kv].map(|linear| linear.bias.of(ctx.grads));
         if layer.embedding.is_some() {
             for bias in &mut pair {
-                *bias = ctx.arena.scratch(1, bias.cols())?;
-                elementwise::zero(ctx.device, *bias)?;
+                let rest = columns.cols_range(bias.cols()..columns.cols());
+                (*bias, columns) = (columns.cols_range(0..bias.cols()), rest);
             }
         }
         biases.push(pair);
@@ -426,7 +441,7 @@ pub(super) fn weight_grad<T: Element>(
     x: View<T>,
     dy: View<T>,
 ) -> WeightGrad<T> {
-    WeightGrad { dy, x, dw: linear.weight.of(ctx.grads), db: Some(db) }
+    WeightGrad { dy, x, dw: linear.weight.of(ctx.grads), db }
 }
 
 /// dcontext = dkv W_kv.
@@ -435,12 +450,12 @@ pub(super) fn keys_values_backward<T: Element>(
     layers: &[&Layer],
     dkv: &[View<T>],
     dcontext: &[View<T>],
-) -> Result<()> {
-    let products = layers.iter().enumerate().map(|(g, layer)| {
-        let weight = layer.kv.weight.of(ctx.params);
-        Matmul { a: dkv[g], b: weight, out: dcontext[g], epilogue: Epilogue::default() }
+) -> Vec<Matmul<T>> {
+    let products = layers.iter().zip(dkv).zip(dcontext).map(|((layer, &a), &out)| {
+        let b = layer.kv.weight.of(ctx.params);
+        Matmul { a, b, out, epilogue: Epilogue::default() }
     });
-    matmul::backward_input(ctx.device, &products.collect::<Vec<_>>())
+    products.collect()
 }
 
 /// dx = dq W_q + du, added to what dx held if `accumulate`.
@@ -451,12 +466,12 @@ pub(super) fn queries_backward<T: Element>(
     du: &[View<T>],
     dx: &[View<T>],
     accumulate: bool,
-) -> Result<()> {
+) -> Vec<Matmul<T>> {
     let products = layers.iter().enumerate().map(|(g, layer)| {
         let epilogue = Epilogue { accumulate, residual: Some(du[g]), ..Default::default() };
         Matmul { a: dq[g], b: layer.q.weight.of(ctx.params), out: dx[g], epilogue }
     });
-    matmul::backward_input(ctx.device, &products.collect::<Vec<_>>())
+    products.collect()
 }
 
 /// From dout to du and dattended, through out = y + ffn(y), y = LayerNorm(u) and u = x + out_proj(attended).
@@ -472,14 +487,13 @@ pub(super) fn tail_backward<T: Element>(
         let mark = ctx.arena.mark();
         let of = |views: &[View<T>]| views.iter().map(|view| view.rows_range(rows.clone())).collect::<Vec<_>>();
         let (x, dout, du, dattended) = (of(x), of(dout), of(du), of(dattended));
-        feed_forward_backward(ctx, layers, (saved, &x), &dout, &du, &rows)?;
+        let mut weights = feed_forward_backward(ctx, layers, (saved, &x), &dout, &du, &rows)?;
 
         let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.out)).collect();
-        let weights = linear.iter().enumerate().map(|(g, linear)| {
+        weights.extend(linear.iter().enumerate().map(|(g, linear)| {
             let attended = saved[g].attended.rows_range(rows.clone());
-            WeightGrad { dy: du[g], x: attended, dw: linear.dweight, db: Some(linear.dbias) }
-        });
-        let weights: Vec<_> = weights.collect();
+            WeightGrad { dy: du[g], x: attended, dw: linear.dweight, db: linear.dbias }
+        }));
         matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
         let inputs = linear.iter().enumerate();
         let inputs = inputs.map(|(g, linear)| Matmul {
@@ -494,7 +508,8 @@ pub(super) fn tail_backward<T: Element>(
     Ok(())
 }
 
-/// From dout to du of some rows.
+/// From dout to du of some rows. Returns the weight gradients that are still to be summed: the tail's go as one launch, while their
+/// operands stay on the scratch stack.
 fn feed_forward_backward<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
@@ -502,10 +517,8 @@ fn feed_forward_backward<T: Element>(
     dout: &[View<T>],
     du: &[View<T>],
     rows: &Range<usize>,
-) -> Result<()> {
+) -> Result<Vec<WeightGrad<T>>> {
     let d = ctx.config.dim;
-    let all = 0..layers.len();
-    let mark = ctx.arena.mark();
     let y = scratch(ctx, du, d)?;
     let tails = match saved.iter().map(|saved| saved.kept.map(|kept| kept.1)).collect::<Option<Vec<_>>>() {
         Some(kept) => {
@@ -524,52 +537,45 @@ fn feed_forward_backward<T: Element>(
             tails
         }
     };
-    let dhidden = scratch(ctx, du, 2 * d)?;
 
-    let second = ctx.arena.mark();
+    // z = dropout(GELU(hidden)) again, and dz, the gradient behind the second dropout
     let z = scratch(ctx, du, 2 * d)?;
-    let hidden = all.clone().map(|g| gelu::Recompute {
-        pre: tails[g].hidden,
-        dropout: layers[g].ffn_dropout(ctx, 0, rows.start),
-        out: z[g],
-    });
-    gelu::recompute(ctx.device, &hidden.collect::<Vec<_>>())?;
-    // the gradient behind the second dropout
-    let mut dz = dout.to_vec();
-    for g in all.clone() {
-        if let Some(dropout) = layers[g].ffn_dropout(ctx, 1, rows.start) {
+    let (mut maps, mut dz) = (Vec::new(), dout.to_vec());
+    for (g, layer) in layers.iter().enumerate() {
+        let dropout = layer.ffn_dropout(ctx, 0, rows.start);
+        maps.push(Map { x: tails[g].hidden, gelu: true, dropout, out: z[g] });
+        let dropout = layer.ffn_dropout(ctx, 1, rows.start);
+        if dropout.is_some() {
             dz[g] = ctx.arena.scratch(rows.len(), d)?;
-            elementwise::dropout(ctx.device, dout[g], dropout, dz[g])?;
+            maps.push(Map { x: dout[g], gelu: false, dropout, out: dz[g] });
         }
     }
-    let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.ffn[1])).collect();
-    let weights =
-        all.clone().map(|g| WeightGrad { dy: dz[g], x: z[g], dw: linear[g].dweight, db: Some(linear[g].dbias) });
-    let weights: Vec<_> = weights.collect();
-    matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
-    let inputs = all.clone().map(|g| {
-        let (gelu_grad, dropout) = (Some(tails[g].hidden), layers[g].ffn_dropout(ctx, 0, rows.start));
-        let epilogue = Epilogue { gelu_grad, dropout, ..Default::default() };
-        Matmul { a: dz[g], b: linear[g].weight, out: dhidden[g], epilogue }
-    });
-    matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
-    ctx.arena.release_scratch(second);
+    elementwise::map(ctx.device, &maps)?;
 
-    let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.ffn[0])).collect();
-    let weights =
-        all.clone().map(|g| WeightGrad { dy: dhidden[g], x: y[g], dw: linear[g].dweight, db: Some(linear[g].dbias) });
-    let weights: Vec<_> = weights.collect();
-    matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
-    let inputs = all.clone().map(|g| {
-        let epilogue = Epilogue { residual: Some(dout[g]), ..Default::default() };
-        Matmul { a: dhidden[g], b: linear[g].weight, out: du[g], epilogue }
+    let dhidden = scratch(ctx, du, 2 * d)?;
+    let inputs = layers.iter().enumerate().map(|(g, layer)| {
+        let (gelu_grad, dropout) = (Some(tails[g].hidden), layer.ffn_dropout(ctx, 0, rows.start));
+        let epilogue = Epilogue { gelu_grad, dropout, ..Default::default() };
+        Matmul { a: dz[g], b: layer.ffn[1].weight.of(ctx.params), out: dhidden[g], epilogue }
     });
     matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
-    let norms = all.map(|g| norm_grad(ctx, layers[g].norm, tails[g].u, tails[g].stats, du[g], du[g]));
-    let norms: Vec<_> = norms.collect();
-    layer_norm::backward(ctx.device, ctx.arena, &norms)?;
-    ctx.arena.release_scratch(mark);
-    Ok(())
+    let inputs = layers.iter().enumerate().map(|(g, layer)| {
+        let epilogue = Epilogue { residual: Some(dout[g]), ..Default::default() };
+        Matmul { a: dhidden[g], b: layer.ffn[0].weight.of(ctx.params), out: du[g], epilogue }
+    });
+    matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
+    let norms = 0..layers.len();
+    let norms = norms.map(|g| norm_grad(ctx, layers[g].norm, tails[g].u, tails[g].stats, du[g], du[g]));
+    layer_norm::backward(ctx.device, ctx.arena, &norms.collect::<Vec<_>>())?;
+
+    let weights = layers.iter().enumerate().flat_map(|(g, layer)| {
+        let [first, second] = layer.ffn.map(|linear| ctx.linear::<T>(linear));
+        [
+            WeightGrad { dy: dz[g], x: z[g], dw: second.dweight, db: second.dbias },
+            WeightGrad { dy: dhidden[g], x: y[g], dw: first.dweight, db: first.dbias },
+        ]
+    });
+    Ok(weights.collect())
 }
 
 /// A self-attention layer: a norm in front.

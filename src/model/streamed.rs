@@ -139,7 +139,8 @@ impl CrossFusion {
             let weights: Vec<_> = weights.collect();
             matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
             let dtokens = scratch(ctx, &part.tokens, d)?;
-            layer::keys_values_backward(ctx, &part.layers, &dkv, &dtokens)?;
+            let inputs = layer::keys_values_backward(ctx, &part.layers, &dkv, &dtokens);
+            matmul::backward_input(ctx.device, &inputs)?;
             let dbags = dbags.map(|dbags| {
                 let of = |input: &Input<T>| {
                     let bag = dbags[input.scale];
@@ -158,7 +159,7 @@ impl CrossFusion {
         let weights: Vec<_> = weights.collect();
         matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
         layer::fold_backward::<T>(ctx, &layers, &biases)?;
-        layer::queries_backward(ctx, &layers, &dq, &du, dx, false)?;
+        matmul::backward_input(ctx.device, &layer::queries_backward(ctx, &layers, &dq, &du, dx, false))?;
         ctx.arena.release_scratch(start);
         Ok(())
     }

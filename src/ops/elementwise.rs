@@ -1,8 +1,8 @@
-//! Sums of tensors and dropout's backward.
+//! Sums of tensors, dropout and GELU on their own.
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Dropout, dropout::KernelDropout, for_rows, gelu::Recompute};
+use super::{Dropout, dropout::KernelDropout, for_rows, gelu};
 use crate::{
     Error, Result,
     device::{Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View, on_cpu, storage},
@@ -78,29 +78,46 @@ fn cpu_sum<T: Real>(cpu: &Cpu, terms: &[View<T>], out: View<T>) {
     );
 }
 
-/// out = x times dropout's factors, both `[m, n]`.
-pub fn dropout<T: Element>(device: &Device, x: View<T>, dropout: Dropout, out: View<T>) -> Result<()> {
-    x.check("dropout", "x", &[out.rows(), out.cols()])?;
+/// out = dropout(x), or dropout(GELU(x)), both `[m, n]`: backward's dropout, and what backward needs again of a product's epilogue.
+#[derive(Clone, Copy)]
+pub struct Map<T> {
+    pub x: View<T>,
+    pub gelu: bool,
+    pub dropout: Option<Dropout>,
+    pub out: View<T>,
+}
+
+pub fn map<T: Element>(device: &Device, problems: &[Map<T>]) -> Result<()> {
+    for p in problems {
+        p.x.check("map", "x", &[p.out.rows(), p.out.cols()])?;
+    }
     if let Some(cpu) = device.cpu() {
-        cpu_dropout::<T::Sum>(cpu, on_cpu(&[x])?[0], dropout, on_cpu(&[out])?[0]);
+        on_cpu::<_, Map<T::Sum>>(problems)?.iter().for_each(|p| cpu_map(cpu, p));
     }
     if device.runs_kernels() {
-        let map = KernelMap { x: x.into(), out: out.into(), dropout: Some(dropout).into() };
-        device.launch(map_launches("elementwise_dropout", storage::<T>()?, &[map]))?;
+        let kernels: Vec<_> = problems.iter().map(KernelMap::from).collect();
+        device.launch(map_launches(storage::<T>()?, &kernels))?;
     }
     Ok(())
 }
 
-fn cpu_dropout<T: Real>(cpu: &Cpu, x: View<T>, dropout: Dropout, out: View<T>) {
+fn cpu_map<T: Real>(cpu: &Cpu, p: &Map<T>) {
+    let &Map { x, gelu, dropout, out } = p;
     for_rows(
         cpu,
         out.rows(),
         #[inline(always)]
         |i| {
             // SAFETY: the views are live, and each row is one task's.
-            let out = unsafe { out.row_mut(i) };
-            out.copy_from_slice(unsafe { x.row(i) });
-            dropout.apply(i, out);
+            let (x, out) = unsafe { (x.row(i), out.row_mut(i)) };
+            if gelu {
+                out.iter_mut().zip(x).for_each(|(out, &x)| *out = gelu::value(x));
+            } else {
+                out.copy_from_slice(x);
+            }
+            if let Some(dropout) = dropout {
+                dropout.apply(i, out);
+            }
         },
     );
 }
@@ -123,18 +140,12 @@ pub fn zero<T: Real>(device: &Device, out: View<T>) -> Result<()> {
     Ok(())
 }
 
-/// [`super::gelu::recompute`] by kernels.
-pub(super) fn recompute_launches<T: Element>(storage: Storage, problems: &[Recompute<T>]) -> Vec<Launch> {
-    let map = |p: &Recompute<T>| KernelMap { x: p.pre.into(), out: p.out.into(), dropout: p.dropout.into() };
-    map_launches("elementwise_gelu", storage, &problems.iter().map(map).collect::<Vec<_>>())
-}
-
 // ---- kernels/elementwise.cu: a thread for eight columns ----------------------------------------------------------
 
 // As in the kernel.
 const THREADS: usize = 256;
 const TERMS: usize = 4;
-const PROBLEMS: usize = 4;
+const PROBLEMS: usize = 8;
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -151,14 +162,22 @@ struct KernelMap {
     x: Matrix,
     out: Matrix,
     dropout: KernelDropout,
+    gelu: i32,
+    padding: i32,
 }
 
-fn map_launches(kernel: &'static str, storage: Storage, problems: &[KernelMap]) -> Vec<Launch> {
+impl<T: Element> From<&Map<T>> for KernelMap {
+    fn from(p: &Map<T>) -> Self {
+        Self { x: p.x.into(), out: p.out.into(), dropout: p.dropout.into(), gelu: i32::from(p.gelu), padding: 0 }
+    }
+}
+
+fn map_launches(storage: Storage, problems: &[KernelMap]) -> Vec<Launch> {
     let launches = problems.chunks(PROBLEMS).map(|problems| {
         let mut table = [KernelMap::zeroed(); PROBLEMS];
         table[..problems.len()].copy_from_slice(problems);
         let outs: Vec<_> = problems.iter().map(|p| p.out).collect();
-        launch(kernel, storage, &outs, vec![Arg::new(table)])
+        launch("elementwise_map", storage, &outs, vec![Arg::new(table)])
     });
     launches.flatten().collect()
 }

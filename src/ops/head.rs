@@ -54,7 +54,7 @@ pub fn backward<T: Element>(device: &Device, arena: &mut Arena, grad: &HeadGrad<
     if device.cpu().is_some() {
         let grad = on_cpu::<_, HeadGrad<T::Sum>>(&[*grad])?[0];
         let Head { norm, weight, .. } = grad.forward;
-        let weight_grad = matmul::WeightGrad { dy: grad.dlogits, x: norm.y, dw: grad.dweight, db: Some(grad.dbias) };
+        let weight_grad = matmul::WeightGrad { dy: grad.dlogits, x: norm.y, dw: grad.dweight, db: grad.dbias };
         matmul::backward_weight(device, arena, &[weight_grad])?;
         let product = matmul::Matmul { a: grad.dlogits, b: weight, out: grad.dx, epilogue: Default::default() };
         matmul::backward_input(device, &[product])?;

@@ -59,7 +59,7 @@ pub struct WeightGrad<T: Element> {
     pub dy: View<T>,
     pub x: View<T>,
     pub dw: View<T::Sum>,
-    pub db: Option<View<T::Sum>>,
+    pub db: View<T::Sum>,
 }
 
 pub fn forward<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
@@ -76,13 +76,11 @@ pub fn backward_weight<T: Element>(device: &Device, arena: &mut Arena, problems:
         let (m, n, k) = (p.dy.rows(), p.dy.cols(), p.x.cols());
         p.x.check(OP, "x", &[m, k])?;
         p.dw.check(OP, "dw", &[n, k])?;
-        if let Some(db) = p.db {
-            db.check(OP, "db", &[1, n])?;
-        }
+        p.db.check(OP, "db", &[1, n])?;
     }
     problems.iter().for_each(|p| device.count(2.0 * p.dy.rows() as f64 * (p.dw.rows() * p.dw.cols()) as f64));
     if let Some(cpu) = device.cpu() {
-        cpu_backward_weight::<T::Sum>(cpu, &on_cpu(problems)?);
+        on_cpu(problems)?.chunks(GROUP).for_each(|problems| cpu_backward_weight::<T::Sum>(cpu, problems));
     }
     if device.runs_kernels() {
         let mark = arena.mark();
@@ -266,8 +264,9 @@ fn add<T: Real>(to: &mut [T], x: &[T]) {
     }
 }
 
-/// Rows of x and dy that are packed and summed at a time: x's panels stay in the last-level cache.
+/// Rows of x and dy that are packed and summed at a time, and problems: x's panels stay in the last-level cache.
 const CHUNK: usize = 1024;
+const GROUP: usize = 3;
 const WEIGHT_ROWS: usize = 48;
 const WEIGHT_COLS: usize = 512;
 
@@ -289,7 +288,7 @@ fn cpu_backward_weight<T: Real>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
             );
         }
     });
-    let biases: Vec<_> = problems.iter().filter_map(|p| p.db.map(|db| (p.dy, db))).collect();
+    let biases: Vec<_> = problems.iter().map(|p| (p.dy, p.db)).collect();
     column_sums(cpu, &biases);
 }
 

@@ -6,8 +6,7 @@ use crossfusion::{
     ops::{
         Draw, Dropout,
         adam::{self, Adam, Arenas},
-        elementwise,
-        gelu::{self, Recompute},
+        elementwise::{self, Map},
         scale_embedding::{self, Fold, FoldGrad},
     },
 };
@@ -21,7 +20,7 @@ const UNIT: Law = Law { offset: 0.0, scale: 1.0 };
 /// Less than a piece of eight, ragged quads, several blocks.
 const SHAPES: [[usize; 2]; 4] = [[1, 8], [3, 40], [67, 96], [300, 136]];
 
-/// sum, sum into a term, dropout, GELU of several matrices, accumulate and zero.
+/// sum, sum into a term, dropout and GELU of several matrices, accumulate and zero.
 struct Elementwise {
     rows: usize,
     cols: usize,
@@ -40,16 +39,14 @@ impl Case for Elementwise {
         elementwise::sum(bed.device, &[x, wide, in_place], sum)?;
         elementwise::sum(bed.device, &[in_place, x], in_place)?;
         let draw = Some(Draw { seed: 3 << 40, step: 1 });
-        let dropout = Dropout::new(draw, 4, 0.3).unwrap();
-        let dropped = bed.output("dropped", rows, cols);
-        elementwise::dropout(bed.device, wide, dropout, dropped)?;
-        let mut problems = Vec::new();
-        for i in 0..5 {
+        let dropout = Dropout::new(draw, 4, 0.3);
+        let mut maps = vec![Map { x: wide, gelu: false, dropout, out: bed.output("dropped", rows, cols) }];
+        for i in 0..8 {
             let out = bed.output(&format!("gelu {i}"), rows + i, cols);
-            let pre = bed.input(&format!("pre {i}"), rows + i, cols, Law { offset: 0.0, scale: 4.0 });
-            problems.push(Recompute { pre, dropout: Dropout::new(draw, i as u32, [0.0, 0.4][i % 2]), out });
+            let x = bed.input(&format!("pre {i}"), rows + i, cols, Law { offset: 0.0, scale: 4.0 });
+            maps.push(Map { x, gelu: true, dropout: Dropout::new(draw, i as u32, [0.0, 0.4][i % 2]), out });
         }
-        gelu::recompute(bed.device, &problems)?;
+        elementwise::map(bed.device, &maps)?;
         let sums = bed.accumulated("accumulated", rows, cols);
         elementwise::accumulate(bed.device, wide, sums)?;
         let rounded = bed.output("rounded", rows, cols);

@@ -56,7 +56,7 @@ impl Case for Products {
                 let dy = bed.input(&of("dy"), m, n + 8, UNIT).cols_range(0..n);
                 let x = bed.input(&of("x"), m, k + 8, UNIT).cols_range(8..k + 8);
                 let (dw, db) = (bed.accumulated(&of("dw"), n, k), bed.accumulated(&of("db"), 1, n));
-                weights.push(WeightGrad { dy, x, dw, db: (i != 1).then_some(db) });
+                weights.push(WeightGrad { dy, x, dw, db });
                 continue;
             }
             let o = self.epilogue;
@@ -122,7 +122,7 @@ fn large() -> Vec<Products> {
         products(Part::Weight, NONE, &[[1300, 136, 144], [40, 128, 128], [600, 200, 136]]),
         products(Part::Weight, NONE, &[[1100, 8, 24]]),
         products(Part::Forward, NONE, &[[9, 16, 24]; 10]),
-        products(Part::Weight, NONE, &[[9, 16, 24]; 10]),
+        products(Part::Weight, NONE, &[[9, 16, 24]; 14]),
     ]
 }
 
@@ -169,9 +169,10 @@ fn fragments_have_no_bank_conflicts() {
         let (dy, x) =
             (Memory::new(&vec![bf16::ONE; 64 * side]).unwrap(), Memory::new(&vec![bf16::ONE; 64 * side]).unwrap());
         let dw = Memory::new(&vec![0f32; side * side]).unwrap();
+        let db = Memory::new(&vec![0f32; side]).unwrap();
         let mut problem = kernel::KernelWeightGrad::zeroed();
         (problem.dy, problem.x) = (dy.matrix(64, side), x.matrix(64, side));
-        (problem.dw, problem.splits) = (dw.matrix(side, side), 1);
+        (problem.dw, problem.db, problem.splits) = (dw.matrix(side, side), db.address(), 1);
         for launch in kernel::backward_weight_launches(Storage::Bf16, &[problem]) {
             let stats = crate::launch(&launch, PLAIN[0]).unwrap();
             assert_eq!((stats.ldmatrix, stats.ldmatrix_conflicts), (warps * fragments * 4, 0), "{}", launch.kernel);

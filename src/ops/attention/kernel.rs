@@ -237,20 +237,19 @@ pub fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> 
         let width = problems.iter().map(|p| width(p.q, p.heads)).max().unwrap_or(0);
         let stages = if storage == Storage::Bf16 || width < 2 { 2 } else { 1 };
         let tiles = (2 * OWN + 2 * stages * STREAMED) * WIDTHS[width] * storage.bytes();
-        let rows = problems.iter().map(|p| p.q.rows as usize).max().unwrap_or(0);
         let by_queries = |p: &KernelAttentionGrad| p.heads as usize * (p.q.rows as usize).div_ceil(OWN);
         let by_keys = |p: &KernelAttentionGrad| p.heads as usize * (p.k.rows as usize).div_ceil(OWN);
         let first = |p: &mut KernelAttentionGrad, block| p.first_block = block;
 
+        // the queries' kernel first: it finds delta for both
+        let kernel = ["attention_dq_32", "attention_dq_64", "attention_dq_128"][width];
         let (queries, query_blocks) = table(problems, by_queries, first);
-        launches.extend(launch("attention_delta", storage, [rows.div_ceil(THREADS / 32), problems.len()], 0, queries));
+        launches.extend(launch(kernel, storage, [query_blocks, 1], tiles, queries));
         let kernel = ["attention_dkv_32", "attention_dkv_64", "attention_dkv_128"][width];
         let (keys, key_blocks) = table(problems, by_keys, first);
         // lse and delta of the streamed rows, and two stages of dropout's bits
         let others = (2 * stages * STREAMED * 4).next_multiple_of(128) + 2 * 2 * 4 * (STREAMED + 8) * 4;
         launches.extend(launch(kernel, storage, [key_blocks, 1], tiles + others, keys));
-        let kernel = ["attention_dq_32", "attention_dq_64", "attention_dq_128"][width];
-        launches.extend(launch(kernel, storage, [query_blocks, 1], tiles, queries));
     }
     launches
 }

@@ -10,6 +10,7 @@ use crate::{
 
 // As in the kernel.
 const PROBLEMS: usize = 8;
+const WEIGHT_PROBLEMS: usize = 12;
 const STAGES: usize = 3;
 /// Bytes of the depth in a stage.
 const DEPTH_BYTES: usize = 128;
@@ -61,7 +62,7 @@ pub struct KernelWeightGrad {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct WeightTable {
-    problem: [KernelWeightGrad; PROBLEMS],
+    problem: [KernelWeightGrad; WEIGHT_PROBLEMS],
     count: i32,
     padding: i32,
 }
@@ -89,8 +90,8 @@ impl<T: Element> From<&Matmul<T>> for KernelMatmul {
 impl<T: Element> From<&WeightGrad<T>> for KernelWeightGrad {
     /// Without splits and scratch.
     fn from(p: &WeightGrad<T>) -> Self {
-        let db = p.db.map_or(0, |db| db.address());
-        Self { dy: p.dy.into(), x: p.x.into(), dw: p.dw.into(), db, partial: 0, splits: 1, first_tile: 0 }
+        let (dw, db) = (p.dw.into(), p.db.address());
+        Self { dy: p.dy.into(), x: p.x.into(), dw, db, partial: 0, splits: 1, first_tile: 0 }
     }
 }
 
@@ -182,9 +183,9 @@ fn weight_shape(problems: &[KernelWeightGrad]) -> Shape {
 pub fn backward_weight_launches(storage: Storage, problems: &[KernelWeightGrad]) -> Vec<Launch> {
     let shape = weight_shape(problems);
     let mut launches = Vec::new();
-    for problems in problems.chunks(PROBLEMS) {
+    for problems in problems.chunks(WEIGHT_PROBLEMS) {
         let mut table =
-            WeightTable { problem: [Zeroable::zeroed(); PROBLEMS], count: problems.len() as i32, padding: 0 };
+            WeightTable { problem: [Zeroable::zeroed(); WEIGHT_PROBLEMS], count: problems.len() as i32, padding: 0 };
         let (mut blocks, mut longest) = (0, 0);
         for (place, p) in table.problem.iter_mut().zip(problems) {
             *place = KernelWeightGrad { first_tile: blocks as i32, ..*p };
