@@ -117,7 +117,8 @@ template <int D> GPU_FN void keys_and_values(const AttentionGrads& table) {
       if (i + 1 < tiles) draw(i + 1);
       const real *queries_here = queries + stage * kM * D, *douts_here = douts + stage * kM * D;
 
-      float s[kM8][4], dp[kM8][4];  // [key][query]
+      // [key][query]; queries past the end are zeros, with a log-sum-exp of zero, and add nothing
+      float s[kM8][4], dp[kM8][4];
       clear(s);
       clear(dp);
       scores<D, kM8>(s, keys, warp * 16, queries_here, 0);
@@ -128,12 +129,11 @@ template <int D> GPU_FN void keys_and_values(const AttentionGrads& table) {
         for (int e = 0; e < 2; e++) {
           const int query = 8 * c + 2 * t + e;
           const float lse2 = lses[stage * kM + query] * kLog2e, delta = deltas[stage * kM + query];
-          const bool outside = i * kM + query >= n;
           uint32_t bits = 0xff;
           if (dropout.threshold) bits = kept[(i & 1) * kKept + (warp * 16 / 32 * 4 + g / 2) * kLine + query];
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const float probability = outside ? 0.f : fast_exp2(s[c][2 * h + e] * scale2 - lse2);
+            const float probability = fast_exp2(s[c][2 * h + e] * scale2 - lse2);
             // key = k0 + 16 warp + 8 h + g: word 2 (warp % 2) + h, half g % 2
             const bool keep = bits >> (2 * (2 * (warp % 2) + h) + g % 2) & 1u;
             const float factor = !dropout.threshold ? 1.f : keep ? dropout.scale : 0.f;

@@ -80,7 +80,7 @@ KERNEL(probe_sum_bug4, 256, const float* in, float* out, int n) { probe_block_su
 KERNEL(probe_sum_bug5, 256, const float* in, float* out, int n) { probe_block_sum<5>(in, out, n); }
 
 // out = each block's 64 elements reversed, through cp.async. BUG: 1 no wait, 2 no barrier after it, 3 reads what nobody
-// wrote, 4 past the array, 5 writes past out, 6 a misaligned copy.
+// wrote, 4 past the array, 5 writes past out, 6 a misaligned copy, 7 a copy that nobody waits for.
 template <int BUG> GPU_FN void probe_reverse_any(const float* in, float* out, int n) {
   SharedMemory shared;
   float* s = shared.take<float>(64);
@@ -91,6 +91,7 @@ template <int BUG> GPU_FN void probe_reverse_any(const float* in, float* out, in
   if (BUG != 1) cp_async_wait<0>();
   if (BUG != 2) __syncthreads();
   if (i < n || BUG == 5) out[i] = s[BUG == 4 ? 64 - t : 63 - t];
+  if (BUG == 7) cp_async4(s + t, in);
 }
 KERNEL(probe_reverse, 64, const float* in, float* out, int n) { probe_reverse_any<0>(in, out, n); }
 KERNEL(probe_reverse_bug1, 64, const float* in, float* out, int n) { probe_reverse_any<1>(in, out, n); }
@@ -99,6 +100,7 @@ KERNEL(probe_reverse_bug3, 64, const float* in, float* out, int n) { probe_rever
 KERNEL(probe_reverse_bug4, 64, const float* in, float* out, int n) { probe_reverse_any<4>(in, out, n); }
 KERNEL(probe_reverse_bug5, 64, const float* in, float* out, int n) { probe_reverse_any<5>(in, out, n); }
 KERNEL(probe_reverse_bug6, 64, const float* in, float* out, int n) { probe_reverse_any<6>(in, out, n); }
+KERNEL(probe_reverse_bug7, 64, const float* in, float* out, int n) { probe_reverse_any<7>(in, out, n); }
 
 // Warp 0 produces, warp 1 consumes and reverses 32 elements at a time: one slot, named barriers 1 (full) and 2 (empty).
 // BUG: 1 the consumer says that the slot is empty before it has read it, 2 the producer never says that it is full.

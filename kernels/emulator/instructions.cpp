@@ -42,7 +42,7 @@ void cp_async(void* dst, const void* src, int bytes, int src_bytes, const Locati
   check::access(dst, size_t(bytes), check::CopyIssued);
   if (src_bytes) check::access(src, size_t(src_bytes), check::Read);
   std::memset(dst, 0xff, size_t(bytes));
-  worker->running().copies.back().push_back({dst, src, bytes, src_bytes});
+  worker->running().copies.back().push_back({dst, src, bytes, src_bytes, loc});
   worker->stats.copies++;
 }
 void cp_async_commit() { worker->running().copies.emplace_back(); }

@@ -49,7 +49,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kGuardBytes = 4096;          // below each stack
 
 struct Fiber { void* sp = nullptr; char* stack = nullptr; };
-struct Copy { void* dst; const void* src; int bytes, src_bytes; };
+struct Copy { void* dst; const void* src; int bytes, src_bytes; Location loc; };
 struct Thread : ThreadInfo {
   Fiber fiber;
   bool done = false;

@@ -143,6 +143,9 @@ static void release(Barrier& b, int id) {
 static void fiber_main() {
   worker->launch->kernel.run(worker->launch->call.args);
   Thread& t = worker->running();
+  for (const auto& group : t.copies)
+    if (!group.empty())
+      fail("%s:%u: the thread ends and has not waited for its cp.async", group[0].loc.file_name(), group[0].loc.line());
   t.done = true;
   worker->alive--;
   Warp& warp = worker->warps[t.linear / 32];

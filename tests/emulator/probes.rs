@@ -201,6 +201,7 @@ fn asynchronous_copies_and_bounds() {
             ("probe_reverse_bug4", "outside every shared array", true),
             ("probe_reverse_bug5", "outside every buffer", true),
             ("probe_reverse_bug6", "aligned", true),
+            ("probe_reverse_bug7", "has not waited", true),
         ],
     );
 }

@@ -16,8 +16,8 @@ const OWN: usize = 64;
 /// Rows of a streamed tile in backward.
 const STREAMED: usize = 32;
 
-/// Blocks that keep a large GPU busy to its end: two on each of an H100's 132 multiprocessors, twice.
-const FULL: usize = 4 * 132;
+/// Blocks that a large GPU runs at a time: two on each of an H100's 132 multiprocessors.
+const AT_A_TIME: usize = 2 * 132;
 /// Keys that a split takes at least: below, joining the splits costs more than they save.
 const SPLIT_KEYS: usize = 1024;
 
@@ -150,10 +150,15 @@ fn width(q: Matrix, heads: i32) -> usize {
 
 const WIDTHS: [usize; 3] = [32, 64, 128];
 
-/// In how many parts each problem's keys are attended to: as many blocks as a large GPU needs, if the keys are long enough.
+/// In how many parts each problem's keys are attended to: the number, of few enough blocks, with which a large GPU is done first, if
+/// the keys are long enough.
 pub fn splits(problems: &[KernelAttention]) -> Vec<usize> {
     let blocks: usize = problems.iter().map(|p| p.heads as usize * (p.q.rows as usize).div_ceil(OWN)).sum();
-    let of = |p: &KernelAttention| (FULL / blocks.max(1)).clamp(1, (p.k.rows as usize).div_ceil(SPLIT_KEYS).max(1));
+    // waves of blocks, of 1 / splits of the work each; of equals the first
+    let time = |splits: usize| (blocks * splits).div_ceil(AT_A_TIME) as f64 / splits as f64;
+    let all = 1..=(2 * AT_A_TIME / blocks.max(1)).max(1);
+    let best = all.min_by(|&a, &b| time(a).total_cmp(&time(b))).unwrap_or(1);
+    let of = |p: &KernelAttention| best.min((p.k.rows as usize).div_ceil(SPLIT_KEYS).max(1));
     problems.iter().map(of).collect()
 }
 
@@ -271,8 +276,10 @@ mod tests {
     #[test]
     fn few_queries_split_long_contexts() {
         assert_eq!(splits(&[problem(3025, 3025); 3]), [1, 1, 1]);
-        assert_eq!(splits(&[problem(200, 800), problem(200, 250_000)]), [1, 16]);
+        assert_eq!(splits(&[problem(200, 800), problem(200, 250_000)]), [1, 8]);
         assert_eq!(splits(&[problem(1, 3026)]), [3]);
+        // 192 blocks: two halves each are no sooner done than the wholes
+        assert_eq!(splits(&[problem(3025, 3025)]), [1]);
         assert_eq!(parts_len(3, 5, 512), 3 * 5 * 512);
     }
 
