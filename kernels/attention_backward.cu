@@ -124,23 +124,23 @@ template <int D> GPU_FN void keys_and_values(const AttentionGrads& table) {
       scores<D, kM8>(s, keys, warp * 16, queries_here, 0);
       scores<D, kM8>(dp, values, warp * 16, douts_here, 0);
 #pragma unroll
-      for (int c = 0; c < kM8; c++)
+      for (int c = 0; c < kM8; c++) {
+        const auto lse = ::load<2>(lses + stage * kM + 8 * c + 2 * t), delta = ::load<2>(deltas + stage * kM + 8 * c + 2 * t);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const int query = 8 * c + 2 * t + e;
-          const float lse2 = lses[stage * kM + query] * kLog2e, delta = deltas[stage * kM + query];
           uint32_t bits = 0xff;
-          if (dropout.threshold) bits = kept[(i & 1) * kKept + (warp * 16 / 32 * 4 + g / 2) * kLine + query];
+          if (dropout.threshold) bits = kept[(i & 1) * kKept + (warp * 16 / 32 * 4 + g / 2) * kLine + 8 * c + 2 * t + e];
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const float probability = fast_exp2(s[c][2 * h + e] * scale2 - lse2);
+            const float probability = fast_exp2(s[c][2 * h + e] * scale2 - lse.v[e] * kLog2e);
             // key = k0 + 16 warp + 8 h + g: word 2 (warp % 2) + h, half g % 2
             const bool keep = bits >> (2 * (2 * (warp % 2) + h) + g % 2) & 1u;
             const float factor = !dropout.threshold ? 1.f : keep ? dropout.scale : 0.f;
             s[c][2 * h + e] = probability * factor;
-            dp[c][2 * h + e] = probability * (dp[c][2 * h + e] * factor - delta);
+            dp[c][2 * h + e] = probability * (dp[c][2 * h + e] * factor - delta.v[e]);
           }
         }
+      }
       weigh<D, kColumns<D>>(dv, s, douts_here, first);
       weigh<D, kColumns<D>>(dk, dp, queries_here, first);
       if (kStages<D> == 1) {

@@ -86,7 +86,7 @@ MUTANTS = [
     ("attention_backward", "dkv: every block draws the first keys'", "uint32_t(k0 / 32 * 4 + call)", "uint32_t(call)"),
     ("attention_backward", "dkv: a warp's draws for another", "(warp * 16 / 32 * 4 + g / 2) * kLine", "(g / 2) * kLine"),
     ("attention_backward", "dkv: halves of the draws swapped", "+ h) + g % 2) & 1u;", "+ h) + 1 - g % 2) & 1u;"),
-    ("attention_backward", "dkv: delta forgotten", "(dp[c][2 * h + e] * factor - delta);", "(dp[c][2 * h + e] * factor);"),
+    ("attention_backward", "dkv: delta forgotten", "(dp[c][2 * h + e] * factor - delta.v[e]);", "(dp[c][2 * h + e] * factor);"),
     ("attention_backward", "dkv: dk is not scaled", "first, dk, scale);", "first, dk, 1.f);"),
     ("attention_backward", "dkv: dropout forgotten in dv", "s[c][2 * h + e] = probability * factor;", "s[c][2 * h + e] = probability;"),
     ("attention_backward", "dkv: copies on their way at the end", "cp_async_wait<0>();#1", ""),
