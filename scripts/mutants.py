@@ -184,7 +184,7 @@ MUTANTS = [
     ("matmul", "finish: out's rows taken as contiguous", "store_eight(p.out.row(row) + column, v);", "store_eight(p.out.data + int64_t(row) * p.out.cols + column, v);"),
     ("matmul", "weight: a split takes part of a stage", "+ p.splits - 1) / p.splits * kDepth;", "+ p.splits - 1) * kDepth / p.splits;"),
     ("matmul", "weight: rows of the next split too", "end = min(begin + each, p.dy.rows)", "end = min(begin + each + kDepth, p.dy.rows)"),
-    ("matmul", "weight: every column of tiles sums dy", "p.db && product.n0 == 0 &&", "p.db &&"),
+    ("matmul", "weight: every column of tiles sums dy", "product.n0 == 0 && ", ""),
     ("matmul", "weight: no guard on db's rows", " && product.m0 + thread < p.dw.rows;", ";"),
     ("matmul", "weight: db overwritten", "p.db[row] += column_sum", "p.db[row] = column_sum"),
     ("matmul", "weight: db's partial sums over dw's", "partial[int64_t(p.dw.rows) * p.dw.cols + row] = column_sum", "partial[row] = column_sum"),
