@@ -384,6 +384,7 @@ fn wrong_input_is_refused_in_a_sentence() {
     let good = good.to_str().unwrap();
     std::fs::write(folder.path().join("typo.toml"), "learning_rat = 1\n").unwrap();
     std::fs::write(folder.path().join("broken.toml"), "learning_rate = \n").unwrap();
+    std::fs::write(folder.path().join("type.toml"), "# of µ\nseed = \"a\"\n").unwrap();
     std::fs::create_dir_all(folder.path().join("splits")).unwrap();
     std::fs::write(folder.path().join("splits/splits_0.csv"), ",train,val\n0,DEMO-000,NOBODY\n").unwrap();
     for (arguments, code, expected) in [
@@ -395,8 +396,9 @@ fn wrong_input_is_refused_in_a_sentence() {
         (vec!["--config", good, "--device", "tpu"], 2, "expected auto, cpu or cuda"),
         (vec!["--config", good, "--device", "cuda"], 1, "--device cuda: "),
         (vec!["--config", good, "--precision", "bf16"], 2, "--precision bf16 needs --device cuda"),
-        (vec!["--config", "typo.toml"], 2, "unknown field `learning_rat`"),
-        (vec!["--config", "broken.toml"], 2, "broken.toml"),
+        (vec!["--config", "typo.toml"], 2, "typo.toml: line 1, `learning_rat = 1`: unknown field `learning_rat`"),
+        (vec!["--config", "broken.toml"], 2, "broken.toml: line 1, `learning_rate =`: "),
+        (vec!["--config", "type.toml"], 2, "type.toml: line 2, `seed = \"a\"`: invalid type"),
         (vec!["--config", "missing.toml"], 2, "missing.toml: cannot be read"),
         (vec!["--config", good, "--clinical", "no.csv"], 1, "no.csv: cannot be read"),
         (vec!["--config", good, "--backbone", "resnet"], 1, "is not a folder"),

@@ -190,6 +190,14 @@ impl Precision {
     }
 }
 
+/// What is wrong with a TOML text, and where.
+fn in_line(text: &str, e: &toml::de::Error) -> String {
+    let start = e.span().map_or(0, |span| span.start).min(text.len());
+    let before = text.get(..start).unwrap_or_default();
+    let line = before.bytes().filter(|&b| b == b'\n').count();
+    format!("line {}, `{}`: {}", line + 1, text.lines().nth(line).unwrap_or_default().trim(), e.message())
+}
+
 impl RunConfig {
     /// Settings from a table (a file's, say, called `name` in messages), overridden by the flags that were given; `self` is what clap made of the
     /// command line, with defaults where nothing was given.
@@ -222,12 +230,14 @@ impl RunConfig {
     pub fn read_table(path: &Path) -> Result<toml::Table> {
         let text = std::fs::read_to_string(path)
             .map_err(|e| Error::Usage(format!("{}: cannot be read: {e}", path.display())))?;
-        toml::from_str(&text).map_err(|e| Error::Usage(format!("{}: {}", path.display(), e.message())))
+        // read as settings too, for the line of one that is unknown or of another type
+        let table = toml::from_str::<Self>(&text).and_then(|_| toml::from_str(&text));
+        table.map_err(|e| Error::Usage(format!("{}: {}", path.display(), in_line(&text, &e))))
     }
 
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-        toml::from_str(&text).map_err(|e| Error::file(path, e.message()))
+        toml::from_str(&text).map_err(|e| Error::file(path, in_line(&text, &e)))
     }
 
     pub fn to_toml(&self) -> Result<String> {
