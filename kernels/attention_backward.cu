@@ -101,6 +101,7 @@ template <int D> GPU_FN void keys_and_values(const AttentionGrads& table) {
   const int tiles = (n + kM - 1) / kM;
   load_tile<kOwn, D, kThreads, kUnroll>(keys, head_of(p.k, place.head, head_dim), k0, 0);
   load_tile<kOwn, D, kThreads, kUnroll>(values, head_of(p.v, place.head, head_dim), k0, 0);
+  cp_async_commit();
   for (int first = 0; first < D; first += kColumns<D>) {
     if (tiles > 0) {
       load(0, 0);
@@ -178,6 +179,7 @@ template <int D> GPU_FN void queries(const AttentionGrads& table) {
   const int tiles = (m + kN - 1) / kN, row = q0 + warp * 16 + g;
   load_tile<kOwn, D, kThreads, kUnroll>(own_queries, head_of(p.q, place.head, head_dim), q0, 0);
   load_tile<kOwn, D, kThreads, kUnroll>(own_douts, head_of(p.dout, place.head, head_dim), q0, 0);
+  cp_async_commit();
   if (tiles > 0) load(0, 0);
   float lse2[2] = {0.f, 0.f}, delta[2] = {0.f, 0.f};
 #pragma unroll

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The checks and measurements that need a GPU, for a machine that has one but no Rust:
-#   scripts/gpu-suite.sh pack [FOLDER]   here: builds with nvcc and collects all that the other machine needs (default: target/gpu-suite)
-#   FOLDER/gpu-suite.sh run [RESULTS]    there: runs it; results and logs into RESULTS (default: results)
+#   scripts/gpu-suite.sh pack [FOLDER]   here: builds with nvcc, and packs all that the other machine needs into FOLDER.tar.xz
+#                                        (default: target/gpu-suite)
+#   tar xf gpu-suite.tar.xz              there
+#   gpu-suite/gpu-suite.sh run [RESULTS] there: runs it; results and logs into RESULTS (default: results)
 # Correctness first: wrappers and ops against CPU and f64, goldens, Cox against R, a short training, sanitizer; then figures.
 set -euo pipefail
 
@@ -26,9 +28,11 @@ for line in sys.stdin:
   cp -r benches/peer "$folder/benches/peer"
   cp "$0" "$folder/"
   git rev-parse HEAD >"$folder/commit"
+  # every binary holds the same compiled kernels: a window that spans them keeps one
+  tar -cf - -C "$(dirname "$folder")" "$(basename "$folder")" | xz -T1 --lzma2=preset=6,dict=96MiB >"$folder.tar.xz"
   local mib
-  mib=$(du -sm "$folder" | cut -f1)
-  echo "$folder: $mib MiB"
+  mib=$(du -sm "$folder.tar.xz" | cut -f1)
+  echo "$folder.tar.xz: $mib MiB"
   [ "$mib" -le 60 ] || { echo "gpu-suite.sh: $mib MiB are more than the 60 that travel" >&2; exit 1; }
 }
 
@@ -90,5 +94,5 @@ run() {
 case ${1:-} in
   pack) pack "${@:2}" ;;
   run) run "${@:2}" ;;
-  *) sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

@@ -181,11 +181,12 @@ fn case(heads: usize, head_dim: usize, rate: f64, sizes: &[[usize; 2]]) -> Atten
     Attentions { heads, head_dim, rate, sizes: sizes.to_vec(), apart: 0.0 }
 }
 
-/// One query, one key, an empty context, ragged tiles, each width, dropout, groups.
+/// One query, one key, no queries, no keys, ragged tiles, each width, dropout, groups.
 fn small() -> Vec<Attentions> {
     vec![
         case(1, 8, 0.0, &[[1, 1]]),
         case(2, 8, 0.3, &[[3, 40]]),
+        case(1, 8, 0.0, &[[0, 5], [3, 0], [2, 2]]),
         case(1, 32, 0.0, &[[65, 33], [2, 130]]),
         case(2, 64, 0.3, &[[66, 70]]),
         case(1, 128, 0.2, &[[34, 67], [1, 5]]),
