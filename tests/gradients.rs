@@ -42,13 +42,13 @@ impl<T: Real> Slide<T> {
     }
 }
 
-/// An engine whose parameters are large enough for every path to matter.
+/// An engine whose parameters are large enough for every path to matter: smaller weights, and the bags' gradients vanish.
 fn engine<T: Real>(device: Device, config: &Config) -> Engine<T> {
     let mut engine = Engine::new(device, config, 3).unwrap();
     let mut params: Vec<T> = engine.read_state(State::Params).unwrap();
     for entry in engine.model.layout.entries() {
         let law =
-            if entry.shape.len() == 1 { Law { offset: 0.5, scale: 0.4 } } else { Law { offset: 0.0, scale: 0.3 } };
+            if entry.shape.len() == 1 { Law { offset: 0.5, scale: 0.4 } } else { Law { offset: 0.0, scale: 1.0 } };
         for (p, x) in params[entry.offset..].iter_mut().zip(fill(&entry.name, entry.len(), law)) {
             *p = T::of(f64::from(x));
         }
@@ -79,10 +79,10 @@ fn check_finite_differences(config: &Config, patches: [usize; 3], draw: Option<D
     let grads = engine.read_state(State::Grads).unwrap();
 
     let check = |name: &str, analytic: f64, numeric: f64| {
-        // the differences' own error: rounding 1e-16 / STEP and truncation STEP^2
+        // the differences' own error: rounding of a loss of size 3, 3e-15 / STEP, and truncation STEP^2
         let error = (analytic - numeric).abs();
         assert!(
-            error <= 1e-6 * analytic.abs() + 1e-8,
+            error <= 1e-6 * analytic.abs() + 3e-10,
             "{patches:?} {name}: backward {analytic:e}, differences {numeric:e}"
         );
     };

@@ -1,4 +1,5 @@
-//! An NVIDIA GPU through cudarc: one stream for all work, kernels looked up once, no allocation but [`Cuda::alloc`].
+//! An NVIDIA GPU through cudarc: one stream for kernels, one for copies to the device, kernels looked up once, no allocation but
+//! [`Cuda::alloc`].
 //!
 //! NOT YET RUN ON A GPU. The kernels are proven on the emulator; this file by review only.
 
@@ -11,7 +12,7 @@ use std::{
 
 use cudarc::{
     driver::{
-        CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result,
+        CudaContext, CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result,
         sys::{self, CUfunction_attribute_enum, CUresult},
     },
     nvrtc::Ptx,
@@ -28,13 +29,16 @@ use crate::{Error, Result};
 /// The oldest that the kernels run on (Ampere: cp.async, bf16 and TF32 tensor cores).
 const OLDEST: (i32, i32) = (8, 0);
 
-/// What one thread copies at a time.
-const COPIED: usize = 1 << 20;
+/// Elements that one thread copies at a time.
+const COPIED: usize = 1 << 19;
 
 pub struct Cuda {
     pinned: Mutex<Pinned>,
     context: Arc<CudaContext>,
+    /// Kernels, and copies to the host.
     stream: Arc<CudaStream>,
+    /// Copies to the device.
+    copies: Arc<CudaStream>,
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<(&'static str, Storage), CudaFunction>>,
     /// What was launched last, for the message when the device reports an error later.
@@ -73,16 +77,17 @@ impl Cuda {
             );
             return Err(Error::Device(message));
         }
-        // SAFETY: nothing has been allocated yet; all work goes through one stream, so events order nothing.
+        // SAFETY: nothing has been allocated yet; `fill` orders the two streams.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(|e| failed("no stream", e))?;
+        let copies = context.new_stream().map_err(|e| failed("no stream", e))?;
         let load = |(file, fatbin): &(&str, &[u8])| {
             let module = context.load_module(Ptx::from_binary(fatbin.to_vec()));
             module.map_err(|e| failed(&format!("the kernels of {file} do not load on {name}"), e))
         };
         let modules = fatbins().iter().map(load).collect::<Result<_>>()?;
         let pinned = Pinned::new(&context).map_err(|e| failed("no page-locked memory", e))?.into();
-        Ok(Self { pinned, context, stream, modules, functions: Mutex::default(), last: Mutex::default(), name })
+        Ok(Self { pinned, context, stream, copies, modules, functions: Mutex::default(), last: Mutex::default(), name })
     }
 
     /// The GPU's name, as the driver tells it.
@@ -150,22 +155,27 @@ impl Cuda {
         Ok(function)
     }
 
-    /// Copies to the device, behind all work so far; does not wait for it.
+    /// Copies to the device, after all work so far; does not wait for it.
     pub fn upload(&self, from: &[u8], to: u64) -> Result<()> {
-        self.fill(to, from.len(), 1, |range, out| {
-            let pieces = out.par_chunks_mut(COPIED).zip(from[range].par_chunks(COPIED));
-            pieces.for_each(|(out, from)| out.copy_from_slice(from));
+        self.fill(to, from.len(), 1, &self.fence()?, |range, out| {
+            copy_by_all_threads(&from[range], out);
             Ok(())
         })
     }
 
-    /// As [`Cuda::upload`], from wherever `write` takes it: called for ranges of whole `unit`s that follow one another, with host memory to
-    /// write them to.
+    /// The work started so far.
+    pub fn fence(&self) -> Result<CudaEvent> {
+        self.stream.record_event(None).map_err(|e| self.failed("recording an event", e))
+    }
+
+    /// Copies to the device from wherever `write` takes it: called for ranges of whole `unit`s that follow one another, with host memory to
+    /// write them to. The copies wait for the work before `after` alone; work started later waits for them.
     pub fn fill(
         &self,
         to: u64,
         bytes: usize,
         unit: usize,
+        after: &CudaEvent,
         mut write: impl FnMut(Range<usize>, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
         if unit == 0 || unit > HALF {
@@ -173,15 +183,17 @@ impl Cuda {
         }
         let failed = |e| self.failed("copying to the GPU", e);
         let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
-        self.bind()?;
+        self.copies.wait(after).map_err(failed)?;
         let piece = HALF / unit * unit;
-        for start in (0..bytes).step_by(piece) {
+        let filled = (0..bytes).step_by(piece).try_for_each(|start| {
             let range = start..bytes.min(start + piece);
             write(range.clone(), pinned.room(range.len()).map_err(failed)?)?;
             // SAFETY: `to` lies in a live buffer of this device that is large enough (the caller's view).
-            unsafe { pinned.copy(range.len(), to + start as u64, &self.stream) }.map_err(failed)?;
-        }
-        Ok(())
+            unsafe { pinned.copy(range.len(), to + start as u64, &self.copies) }.map_err(failed)
+        });
+        // what was copied before an error is still on its way
+        self.stream.join(&self.copies).map_err(failed)?;
+        filled
     }
 
     /// Copies from the device, after all work so far.
@@ -193,7 +205,7 @@ impl Cuda {
             .map_err(|e| self.failed("copying from the GPU", e))
     }
 
-    /// Waits for all work so far.
+    /// Waits for all work so far, copies included.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(|e| self.failed("waiting for the GPU", e))
     }
@@ -210,7 +222,7 @@ impl Cuda {
         Ok(f64::from(milliseconds) * 1e-3)
     }
 
-    /// The stream of all work, for other libraries' calls.
+    /// The kernels' stream, for other libraries' calls.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }
@@ -230,6 +242,12 @@ impl Cuda {
         });
         Error::Device(format!("{}: {what} failed: {}{after}", self.name, reason(e)))
     }
+}
+
+/// A copy within the host, at the speed of its memory.
+pub(crate) fn copy_by_all_threads<T: Copy + Send + Sync>(from: &[T], to: &mut [T]) {
+    let pieces = to.par_chunks_mut(COPIED).zip(from.par_chunks(COPIED));
+    pieces.for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 fn describe(launch: &Launch) -> String {

@@ -6,10 +6,11 @@
 
 use std::{
     cell::UnsafeCell,
+    collections::VecDeque,
     ffi::{CStr, CString, c_char, c_int, c_void},
     marker::PhantomData,
     path::PathBuf,
-    sync::OnceLock,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use bytemuck::{Pod, Zeroable};
@@ -39,6 +40,54 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self { schedule: Schedule::Skewed, seed: 1, race: false }
+    }
+}
+
+/// A device that starts kernels as late as a GPU may: when somebody waits for them.
+pub struct Emulator {
+    options: Options,
+    queue: Mutex<Queue>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Launch>,
+    /// Launches that have ended.
+    ended: usize,
+}
+
+impl Emulator {
+    pub fn new(options: Options) -> Self {
+        Self { options, queue: Mutex::default() }
+    }
+
+    pub(super) fn race(&self) -> bool {
+        self.options.race
+    }
+
+    pub(super) fn launch(&self, launch: Launch) {
+        self.queue().waiting.push_back(launch);
+    }
+
+    /// Launches so far.
+    pub(super) fn launched(&self) -> usize {
+        let queue = self.queue();
+        queue.ended + queue.waiting.len()
+    }
+
+    /// Runs the first `launches` of all to their end, or all.
+    pub(super) fn finish(&self, launches: Option<usize>) -> Result<()> {
+        let mut queue = self.queue();
+        while launches.is_none_or(|launches| queue.ended < launches) {
+            let Some(next) = queue.waiting.pop_front() else { break };
+            queue.ended += 1;
+            launch(&next, self.options)?;
+        }
+        Ok(())
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -18,6 +18,7 @@ mod view;
 pub use arena::{Arena, Mark};
 pub use cpu::{Cpu, Real};
 pub use cuda::Cuda;
+pub(crate) use cuda::copy_by_all_threads;
 pub use dry::{Counts, Dry};
 pub use element::Element;
 pub(crate) use element::{on_cpu, storage};
@@ -26,6 +27,8 @@ pub use launch::{Arg, Launch, Matrix, Storage, Stored};
 pub use view::{Buffer, View};
 
 use std::ops::Range;
+
+use cudarc::driver::CudaEvent;
 
 use crate::{Error, Result};
 
@@ -37,9 +40,19 @@ pub enum Device {
     Cuda(Box<Cuda>),
     /// The CUDA kernels, run on the CPU thread by thread: for tests.
     #[cfg(feature = "emulator")]
-    Emulator(emulator::Options),
+    Emulator(emulator::Emulator),
     /// Nowhere: allocates addresses, counts floating-point operations, computes nothing. Plans are made with it.
     Dry(Dry),
+}
+
+/// A moment in a device's work.
+pub(crate) enum Fence {
+    /// Everything before has ended.
+    Done,
+    Cuda(CudaEvent),
+    /// Launches before.
+    #[cfg(feature = "emulator")]
+    Emulator(usize),
 }
 
 impl Device {
@@ -50,7 +63,7 @@ impl Device {
             "cpu" => Ok(Self::Cpu(Cpu::new(threads)?)),
             "cuda" => Self::cuda(),
             #[cfg(feature = "emulator")]
-            "emulator" => Ok(Self::Emulator(emulator::Options::default())),
+            "emulator" => Ok(Self::Emulator(emulator::Emulator::new(Default::default()))),
             other => Err(Error::Usage(format!("--device {other}: expected auto, cpu or cuda"))),
         }
     }
@@ -115,7 +128,7 @@ impl Device {
                 }
                 Self::Cuda(cuda) => cuda.launch(launch)?,
                 #[cfg(feature = "emulator")]
-                Self::Emulator(options) => drop(emulator::launch(&launch, *options)?),
+                Self::Emulator(emulator) => emulator.launch(launch),
                 Self::Dry(dry) => dry.count_launch(),
             }
         }
@@ -124,23 +137,45 @@ impl Device {
 
     /// Zeroed memory.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        self.finish_emulated()?;
         match self {
             Self::Cpu(_) => Buffer::host(bytes),
             Self::Cuda(cuda) => Buffer::cuda(cuda, bytes),
             #[cfg(feature = "emulator")]
-            Self::Emulator(options) => Buffer::emulator(bytes, options.race),
+            Self::Emulator(emulator) => Buffer::emulator(bytes, emulator.race()),
             Self::Dry(_) => Ok(Buffer::imaginary(bytes)),
         }
     }
 
     /// Waits until all launches so far have ended.
     pub fn synchronize(&self) -> Result<()> {
+        self.finish_emulated()?;
         if let Self::Cuda(cuda) = self { cuda.synchronize() } else { Ok(()) }
+    }
+
+    /// The emulator's launches come first wherever the host looks at its memory, or frees some.
+    fn finish_emulated(&self) -> Result<()> {
+        #[cfg(feature = "emulator")]
+        if let Self::Emulator(emulator) = self {
+            return emulator.finish(None);
+        }
+        Ok(())
+    }
+
+    /// All work started so far.
+    pub(crate) fn fence(&self) -> Result<Fence> {
+        Ok(match self {
+            Self::Cuda(cuda) => Fence::Cuda(cuda.fence()?),
+            #[cfg(feature = "emulator")]
+            Self::Emulator(emulator) => Fence::Emulator(emulator.launched()),
+            Self::Cpu(_) | Self::Dry(_) => Fence::Done,
+        })
     }
 
     /// Fills a whole buffer.
     pub fn write(&self, bytes: &[u8], to: &Buffer) -> Result<()> {
         assert_eq!(bytes.len(), to.bytes());
+        self.finish_emulated()?;
         match self {
             Self::Cuda(cuda) => cuda.upload(bytes, to.address())?,
             Self::Dry(_) => {}
@@ -152,6 +187,7 @@ impl Device {
 
     /// A whole buffer's bytes; zeros on `Dry`.
     pub fn read(&self, from: &Buffer) -> Result<Vec<u8>> {
+        self.finish_emulated()?;
         let mut bytes = vec![0; from.bytes()];
         match self {
             Self::Cuda(cuda) => cuda.download(from.address(), &mut bytes)?,
@@ -168,6 +204,7 @@ impl Device {
             let (got, expected) = (vec![data.len()], vec![to.rows(), to.cols()]);
             return Err(Error::Shape { op: "upload", tensor: "data".into(), got, expected });
         }
+        self.finish_emulated()?;
         let rows = data.chunks_exact(to.cols().max(1)).enumerate();
         if let Self::Cuda(cuda) = self {
             if to.stride() == to.cols() {
@@ -185,18 +222,26 @@ impl Device {
         Ok(())
     }
 
-    /// Fills a matrix without gaps between its rows by `write`, which gets some rows' range and memory for them at a time.
+    /// Fills a matrix without gaps between its rows by `write`, which gets some rows' range and memory for them at a time. Work started later
+    /// finds it filled; it is written to as soon as the work before `after` has ended, while later work may still run.
     pub(crate) fn fill<T: Element>(
         &self,
         to: View<T>,
+        after: &Fence,
         mut write: impl FnMut(Range<usize>, &mut [T]) -> Result<()>,
     ) -> Result<()> {
         let row = to.cols() * size_of::<T>();
-        match self {
-            Self::Cuda(cuda) => cuda.fill(to.address(), to.rows() * row, row, |bytes, out| {
-                write(bytes.start / row..bytes.end / row, bytemuck::cast_slice_mut(out))
-            }),
-            Self::Dry(_) => Ok(()),
+        #[cfg(feature = "emulator")]
+        if let (Self::Emulator(emulator), Fence::Emulator(launches)) = (self, after) {
+            emulator.finish(Some(*launches))?;
+        }
+        match (self, after) {
+            (Self::Cuda(cuda), Fence::Cuda(after)) => {
+                cuda.fill(to.address(), to.rows() * row, row, after, |bytes, out| {
+                    write(bytes.start / row..bytes.end / row, bytemuck::cast_slice_mut(out))
+                })
+            }
+            (Self::Dry(_), _) => Ok(()),
             // SAFETY: `to` lies in a live buffer of this device, and nothing else runs on it.
             _ => write(0..to.rows(), unsafe { to.slice_mut() }),
         }
@@ -204,6 +249,7 @@ impl Device {
 
     /// Copies a view back, row by row; zeros on `Dry`.
     pub fn download<T: Element>(&self, from: View<T>) -> Result<Vec<T>> {
+        self.finish_emulated()?;
         Ok(match self {
             Self::Dry(_) => vec![T::default(); from.rows() * from.cols()],
             Self::Cuda(cuda) => {

@@ -8,18 +8,17 @@ mod policy;
 mod streamed;
 mod transformer;
 
-use std::ops::Range;
-
 pub(crate) use bags::Bag;
 pub use bags::{Bags, ReadPatches};
 pub use crossfusion::{CrossFusion, Saved};
 pub use params::{Entry, Layout, Param};
 pub use policy::Policy;
 use serde::{Deserialize, Serialize};
+pub(crate) use streamed::STREAM_BUFFERS;
 
 use crate::{
     Error, Result,
-    device::{Arena, Buffer, Device, Element, View},
+    device::{Arena, Buffer, Device, Element, Fence, View, copy_by_all_threads},
     ops::{Draw, Dropout},
 };
 
@@ -166,45 +165,8 @@ impl Context<'_> {
             Bag::Memory(bag) if !self.device.runs_kernels() => Ok(*bag),
             bag => {
                 let staged = self.arena.save(bag.patches(), self.config.features)?;
-                self.copy(bag, 0..bag.patches(), staged)?;
+                copy(self.device, bag, 0, staged, &self.device.fence()?)?;
                 Ok(staged)
-            }
-        }
-    }
-
-    /// Where parts of a bag will be staged; None where its memory serves as it is.
-    fn stream_buffer<T: Element>(&mut self, bag: &Bag<'_, T>, patches: usize) -> Result<Option<View<T>>> {
-        match bag {
-            Bag::Memory(_) if !self.device.runs_kernels() => Ok(None),
-            bag => self.arena.save(bag.patches().min(patches), self.config.features).map(Some),
-        }
-    }
-
-    /// Some patches of a bag, in its buffer.
-    fn stage_part<T: Element>(
-        &self,
-        bag: &Bag<'_, T>,
-        patches: Range<usize>,
-        buffer: Option<View<T>>,
-    ) -> Result<View<T>> {
-        match (bag, buffer) {
-            (Bag::Memory(bag), None) => Ok(bag.rows_range(patches)),
-            (bag, buffer) => {
-                let buffer = buffer.ok_or_else(|| Error::Device("a streamed bag has no buffer".into()))?;
-                let staged = buffer.rows_range(0..patches.len());
-                self.copy(bag, patches, staged)?;
-                Ok(staged)
-            }
-        }
-    }
-
-    fn copy<T: Element>(&self, bag: &Bag<'_, T>, patches: Range<usize>, to: View<T>) -> Result<()> {
-        match bag {
-            Bag::Memory(_) if self.device.is_dry() => Ok(()),
-            // SAFETY: bags borrow host memory that nobody writes.
-            Bag::Memory(bag) => self.device.upload(unsafe { bag.rows_range(patches).slice() }, to),
-            Bag::Reader(reader) => {
-                self.device.fill(to, |rows, out| reader.read(patches.start + rows.start..patches.start + rows.end, out))
             }
         }
     }
@@ -217,6 +179,19 @@ impl Context<'_> {
             dbias: linear.bias.of(self.grads),
         }
     }
+}
+
+/// Copies a bag's patches from `first` on to the device.
+fn copy<T: Element>(device: &Device, bag: &Bag<'_, T>, first: usize, to: View<T>, after: &Fence) -> Result<()> {
+    device.fill(to, after, |rows, out| {
+        let patches = first + rows.start..first + rows.end;
+        match bag {
+            // SAFETY: bags borrow host memory that nobody writes.
+            Bag::Memory(bag) => copy_by_all_threads(unsafe { bag.rows_range(patches).slice() }, out),
+            Bag::Reader(reader) => reader.read(patches, out)?,
+        }
+        Ok(())
+    })
 }
 
 /// A linear layer's parameters and gradients.

@@ -7,44 +7,85 @@
 use std::ops::Range;
 
 use super::{
-    Bag, Context, CrossFusion,
+    Bag, Context, CrossFusion, copy,
     crossfusion::{Input, Inputs},
     layer::{self, Forwarded, Layer, SavedLayer, scratch},
     policy::pieces,
 };
 use crate::{
     Result,
-    device::{Element, View},
+    device::{Device, Element, View},
     ops::{
         attention::{self, Merge},
         elementwise, matmul,
     },
 };
 
+/// Parts of a bag that are on a GPU at a time: one is copied while the one before is worked on.
+pub(crate) const STREAM_BUFFERS: usize = 2;
+
 /// Contexts on their way.
-#[derive(Clone, Copy)]
 pub(super) struct Stream<'a, T: Element> {
-    pub bags: [Bag<'a, T>; 2],
+    bags: [Bag<'a, T>; 2],
     /// At most so many at a time.
-    pub patches: usize,
-    /// What they are copied to, where they are.
-    pub buffers: [Option<View<T>>; 2],
+    patches: usize,
+    /// What each bag's parts are copied to in turn; none where its memory serves as it is.
+    buffers: [Vec<View<T>>; 2],
 }
 
 impl<'a, T: Element> Stream<'a, T> {
     pub fn new(ctx: &mut Context, bags: [Bag<'a, T>; 2], patches: usize) -> Result<Self> {
-        let [x5, x20] = &bags;
-        let buffers = [ctx.stream_buffer(x5, patches)?, ctx.stream_buffer(x20, patches)?];
+        let mut buffers = [Vec::new(), Vec::new()];
+        for (bag, buffers) in bags.iter().zip(&mut buffers) {
+            let count = match bag {
+                _ if ctx.device.runs_kernels() => STREAM_BUFFERS,
+                Bag::Memory(_) => 0,
+                Bag::Reader(_) => 1,
+            };
+            for _ in 0..count {
+                buffers.push(ctx.arena.save(bag.patches().min(patches), ctx.config.features)?);
+            }
+        }
         Ok(Self { bags, patches, buffers })
     }
 
-    fn parts(&self) -> impl Iterator<Item = Range<usize>> + use<T> {
+    /// The bags' parts, each copied while the device works on the one before.
+    fn parts<'s>(&'s self, device: &'s Device) -> impl Iterator<Item = Result<Staged<T>>> + 's {
         let [x5, x20] = self.bags.map(|bag| bag.patches());
-        pieces(x5.max(x20), Some(self.patches))
+        let mut before = device.fence();
+        pieces(x5.max(x20), Some(self.patches)).enumerate().map(move |(turn, range)| {
+            // where this part goes was last read by the last but one, whose work was all started before the last one's
+            let free = std::mem::replace(&mut before, device.fence())?;
+            let mut bags = Vec::new();
+            for (scale, (bag, buffers)) in self.bags.iter().zip(&self.buffers).enumerate() {
+                let rows = range.start..bag.patches().min(range.end);
+                if rows.start >= rows.end {
+                    continue;
+                }
+                let view = match bag {
+                    Bag::Memory(bag) if buffers.is_empty() => bag.rows_range(rows),
+                    bag => {
+                        let staged = buffers[turn % buffers.len()].rows_range(0..rows.len());
+                        copy(device, bag, rows.start, staged, &free)?;
+                        staged
+                    }
+                };
+                bags.push((scale, view));
+            }
+            Ok(Staged { range, bags })
+        })
     }
 }
 
-/// One part of the contexts that reach so far.
+/// A part of each context that reaches so far, where the device finds it.
+struct Staged<T: Element> {
+    /// Of patches.
+    range: Range<usize>,
+    /// By scale.
+    bags: Vec<(usize, View<T>)>,
+}
+
+/// A part's projections.
 struct Part<'a, T: Element> {
     inputs: Inputs<T>,
     layers: Vec<&'a Layer>,
@@ -68,9 +109,10 @@ impl CrossFusion {
         let q = scratch(ctx, &x, d)?;
         layer::queries(ctx, &layers, &x, &q)?;
         let sums = [ctx.arena.scratch(n, d)?, ctx.arena.scratch(n, d)?];
-        for range in stream.parts() {
+        for staged in stream.parts(ctx.device) {
+            let Staged { range, bags } = staged?;
             let mark = ctx.arena.mark();
-            let part = self.part(ctx, stream, &range)?;
+            let part = self.part(ctx, &bags)?;
             let (mut attentions, mut merges) = (Vec::new(), Vec::new());
             for ((input, layer), &kv) in part.inputs.iter().zip(&part.layers).zip(&part.kv) {
                 let g = input.scale;
@@ -115,9 +157,10 @@ impl CrossFusion {
         for sum in sums {
             elementwise::zero::<T::Sum>(ctx.device, sum)?;
         }
-        for range in stream.parts() {
+        for staged in stream.parts(ctx.device) {
+            let Staged { range, bags } = staged?;
             let mark = ctx.arena.mark();
-            let part = self.part(ctx, stream, &range)?;
+            let part = self.part(ctx, &bags)?;
             let dkv = scratch(ctx, &part.tokens, 2 * d)?;
             let after = ctx.arena.mark();
             let mut problems = Vec::new();
@@ -164,16 +207,8 @@ impl CrossFusion {
         Ok(())
     }
 
-    /// Reads and projects patches `range` of the bags that have such.
-    fn part<T: Element>(&self, ctx: &mut Context, stream: &Stream<'_, T>, range: &Range<usize>) -> Result<Part<'_, T>> {
-        let mut staged = Vec::new();
-        for (scale, (bag, &buffer)) in stream.bags.iter().zip(&stream.buffers).enumerate() {
-            let rows = range.start..bag.patches().min(range.end);
-            if rows.start < rows.end {
-                staged.push((scale, ctx.stage_part(bag, rows, buffer)?));
-            }
-        }
-        let inputs = self.project(ctx, &staged, false)?;
+    fn part<T: Element>(&self, ctx: &mut Context, bags: &[(usize, View<T>)]) -> Result<Part<'_, T>> {
+        let inputs = self.project(ctx, bags, false)?;
         let layers: Vec<_> = inputs.iter().map(|input| &self.cross[input.scale]).collect();
         let tokens: Vec<_> = inputs.iter().map(|input| input.tokens).collect();
         let kv = scratch(ctx, &tokens, 2 * ctx.config.dim)?;

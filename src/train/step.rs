@@ -14,7 +14,7 @@ use crate::{
     data::torch::{Parameter, StateDict},
     device::{Arena, Buffer, Counts, Device, Element, Real},
     loss::{Loss, Prediction, Target},
-    model::{Bag, Bags, Config, Context, CrossFusion, Policy, ReadPatches, Saved},
+    model::{Bag, Bags, Config, Context, CrossFusion, Policy, ReadPatches, STREAM_BUFFERS, Saved},
     ops::{
         Draw,
         adam::{self, Adam},
@@ -387,7 +387,8 @@ pub fn plan<T: Element>(
         None => parts.bags = bag_bytes(sizes.total()),
         Some(patches) => {
             (bags.x5, bags.x20) = (Bag::Reader(&x5), Bag::Reader(&x20));
-            parts.stream = bag_bytes(sizes.x5.min(patches)) + bag_bytes(sizes.x20.min(patches));
+            let buffers = if device.runs_kernels() { STREAM_BUFFERS } else { 1 };
+            parts.stream = buffers * (bag_bytes(sizes.x5.min(patches)) + bag_bytes(sizes.x20.min(patches)));
         }
     }
     let mut ctx = Context {

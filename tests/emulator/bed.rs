@@ -2,7 +2,10 @@
 
 use crossfusion::{
     Result,
-    device::{Arena, Buffer, Cpu, Device, Element, Real, Storage, View, emulator::Options},
+    device::{
+        Arena, Buffer, Cpu, Device, Element, Real, Storage, View,
+        emulator::{Emulator, Options},
+    },
 };
 use half::bf16;
 
@@ -124,7 +127,7 @@ fn run<T: Element>(case: &impl Case, device: &Device, storage: Storage, rounded:
 }
 
 fn by_kernels(case: &impl Case, storage: Storage, options: Options) -> Tensors {
-    let emulator = Device::Emulator(options);
+    let emulator = Device::Emulator(Emulator::new(options));
     let device = gpu().unwrap_or(&emulator);
     match storage {
         Storage::F32 => run::<f32>(case, device, storage, false),

@@ -11,7 +11,7 @@ use crate::{
     common::{Law, fill},
     gpu,
 };
-use crossfusion::device::emulator::Options;
+use crossfusion::device::emulator::{Emulator, Options};
 
 struct Patients {
     name: &'static str,
@@ -74,7 +74,7 @@ fn large() -> Vec<Patients> {
 }
 
 fn by_kernels(p: &Patients, ties: Ties, options: Options) -> (f64, Vec<f32>) {
-    let emulator = Device::Emulator(options);
+    let emulator = Device::Emulator(Emulator::new(options));
     let device = gpu().unwrap_or(&emulator);
     let cohort = CoxCohort::new(&p.time, &p.event, p.strata.as_deref(), p.weights.as_deref()).unwrap();
     let cohort = DeviceCohort::new(device, &cohort).unwrap();

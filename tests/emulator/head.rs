@@ -2,7 +2,7 @@
 
 use crossfusion::{
     Result,
-    device::{Device, Element},
+    device::{Device, Element, emulator::Emulator},
     loss::{Loss, Prediction, Target},
     ops::{
         head::{self, Head, HeadGrad},
@@ -88,7 +88,7 @@ fn losses_equal_the_goldens() {
     let file = std::fs::read(common::goldens().join("losses.json")).unwrap();
     let cases: Vec<Golden> = serde_json::from_slice(&file).unwrap();
     for (i, case) in cases.iter().enumerate() {
-        let emulator = Device::Emulator(if i % 50 == 0 { RACE } else { PLAIN[0] });
+        let emulator = Device::Emulator(Emulator::new(if i % 50 == 0 { RACE } else { PLAIN[0] }));
         let device = gpu().unwrap_or(&emulator);
         let classes = case.logits.len();
         let (tensors, result) = (device.alloc(2 * classes * 4).unwrap(), device.alloc(16).unwrap());
