@@ -1,11 +1,17 @@
-// attention_backward.cu -- FlashAttention-2's backward (Dao 2023, algorithm 2) in two kernels without atomics, the same bits
-// on every run. With P = exp(scale q k^T - lse), F dropout's factors, delta [heads][n] = rowsum(dout out), dS = P (F (dout v^T) - delta):
+// attention_backward.cu -- FlashAttention-2's backward (Dao 2023, algorithm 2).
+// With P = exp(scale q k^T - lse), F dropout's factors, delta [heads][n] = rowsum(dout out), dS = P (F (dout v^T) - delta):
 //
 //   attention_dq       a block owns 64 queries, 16 a warp, and streams keys:  delta, dq = scale dS k
 //   attention_dkv      a block owns 64 keys, 16 a warp, and streams queries:  dv = (P F)^T dout,  dk = scale dS^T q
 //
+// or, with 5 products instead of 7, and dq's sum over the blocks in another order on every run:
+//
+//   attention_delta    a warp owns a query:  delta, sums = 0
+//   attention_dqkv     as attention_dkv, and  sums += dS k  by atomics
+//   attention_round    a warp owns a query:  dq = scale sums
+//
 // attention_dkv computes the transposes: k q^T has a warp's keys as rows, so that P^T and dS^T are, in registers, the left
-// operands of the next products. The deterministic dq costs scores twice, 7 products instead of 5.
+// operands of the next products.
 #include "attention.cuh"
 
 namespace {
@@ -16,6 +22,7 @@ struct AttentionGrad {
   Matrix<real> dq, dk, dv;
   const float* lse;
   float* delta;
+  float* sums;  // [n][d], of attention_dqkv
   Dropout dropout;
   int32_t heads, first_block;
 };
@@ -46,7 +53,39 @@ GPU_FN void store_rows(const Matrix<real>& to, int row0, int first, const float 
   }
 }
 
-template <int D> GPU_FN void keys_and_values(const AttentionGrads& table) {
+// sums [n][d] of a head's columns and 32 queries += dS k over a block's 64 keys. A warp has 16 queries and half of the columns.
+template <int D>
+GPU_FN void add_dq(float* sums, int n, int d, int head_dim, int query0, const real* ds, const real* keys) {
+  constexpr int kM = kQueries<D>, kHalf = D / 2;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int row0 = warp % 2 * 16, column0 = warp / 2 * kHalf;
+  float dq[kHalf / 8][4];
+  clear(dq);
+#pragma unroll kIsBf16 ? 4 : 1
+  for (int k = 0; k < kOwn; k += kStep) {
+    Fragment as;
+    load_a_t<kM>(as, ds, row0, k);
+#pragma unroll
+    for (int j = 0; j < kHalf / 16; j++) {
+      Fragment bs;
+      load_b_t<D>(bs, keys, column0 + 16 * j, k);
+      multiply_add(dq[2 * j], as, bs[0], bs[1]);
+      multiply_add(dq[2 * j + 1], as, bs[2], bs[3]);
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int query = query0 + row0 + g + 8 * h;
+    if (query >= n) continue;
+#pragma unroll
+    for (int j = 0; j < kHalf / 8; j++) {
+      const int column = column0 + 8 * j + 2 * t;
+      if (column < head_dim) atomic_add_pair(sums + int64_t(query) * d + column, dq[j][2 * h], dq[j][2 * h + 1]);
+    }
+  }
+}
+
+template <int D, bool ADD_DQ> GPU_FN void keys_and_values(const AttentionGrads& table) {
   constexpr int kM = kQueries<D>, kM8 = kM / 8;
   const Place place = place_of(table, int(blockIdx.x));
   const AttentionGrad& p = table.problem[place.problem];
@@ -69,6 +108,9 @@ template <int D> GPU_FN void keys_and_values(const AttentionGrads& table) {
   // lines 8 words longer than a tile, so that the quads of a warp read from different banks
   constexpr int kLine = kM + 8, kKept = 2 * 4 * kLine;
   uint32_t* kept = shared.take<uint32_t>(2 * kKept);
+  // dS^T [key][query]; with one stage, over the tile of dout that has been used
+  real* ds = douts;
+  if (ADD_DQ && kStages<D> == 2) ds = shared.take<real>(kOwn * kM);
 
   const auto load = [&](int tile, int stage) {
     load_tile<kM, D, kThreads, kUnroll>(queries + stage * kM * D, q, tile * kM, 0);
@@ -144,6 +186,19 @@ template <int D> GPU_FN void keys_and_values(const AttentionGrads& table) {
       }
       weigh<D, kColumns<D>>(dv, s, douts_here, first);
       weigh<D, kColumns<D>>(dk, dp, queries_here, first);
+      if (ADD_DQ && first == 0) {
+        if (kStages<D> == 1) __syncthreads();  // everyone has finished with the tile of dout
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int key = warp * 16 + g + 8 * h;
+          const bool inside = k0 + key < p.k.rows;  // or exp(0 - lse) may be infinite, times a key of zeros
+#pragma unroll
+          for (int c = 0; c < kM8; c++)
+            store_pair(ds + swizzle<kM>(key, 8 * c + 2 * t), inside ? dp[c][2 * h] : 0.f, inside ? dp[c][2 * h + 1] : 0.f);
+        }
+        __syncthreads();  // dS is complete
+        add_dq<D>(p.sums + place.head * head_dim, n, p.q.cols, head_dim, i * kM, ds, keys);
+      }
       if (kStages<D> == 1) {
         __syncthreads();  // everyone has finished with the only stage
         if (i + 1 < tiles) load(i + 1, 0);
@@ -237,9 +292,46 @@ template <int D> GPU_FN void queries(const AttentionGrads& table) {
 }
 }  // namespace
 
-KERNEL_BLOCKS(attention_dkv_32, kThreads, 2, const AttentionGrads table) { keys_and_values<32>(table); }
-KERNEL_BLOCKS(attention_dkv_64, kThreads, 2, const AttentionGrads table) { keys_and_values<64>(table); }
-KERNEL_BLOCKS(attention_dkv_128, kThreads, 2, const AttentionGrads table) { keys_and_values<128>(table); }
+KERNEL_BLOCKS(attention_dkv_32, kThreads, 2, const AttentionGrads table) { keys_and_values<32, false>(table); }
+KERNEL_BLOCKS(attention_dkv_64, kThreads, 2, const AttentionGrads table) { keys_and_values<64, false>(table); }
+KERNEL_BLOCKS(attention_dkv_128, kThreads, 2, const AttentionGrads table) { keys_and_values<128, false>(table); }
+KERNEL_BLOCKS(attention_dqkv_32, kThreads, 2, const AttentionGrads table) { keys_and_values<32, true>(table); }
+KERNEL_BLOCKS(attention_dqkv_64, kThreads, 2, const AttentionGrads table) { keys_and_values<64, true>(table); }
+KERNEL_BLOCKS(attention_dqkv_128, kThreads, 2, const AttentionGrads table) { keys_and_values<128, true>(table); }
 KERNEL_BLOCKS(attention_dq_32, kThreads, 2, const AttentionGrads table) { queries<32>(table); }
 KERNEL_BLOCKS(attention_dq_64, kThreads, 2, const AttentionGrads table) { queries<64>(table); }
 KERNEL_BLOCKS(attention_dq_128, kThreads, 2, const AttentionGrads table) { queries<128>(table); }
+
+// Grids of [queries / 4, problems].
+KERNEL(attention_delta, kThreads, const AttentionGrads table) {
+  const AttentionGrad& p = table.problem[blockIdx.y];
+  const int row = int(blockIdx.x) * (kThreads / 32) + int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int n = p.q.rows, d = p.q.cols, head_dim = d / p.heads;
+  if (row >= n) return;
+  for (int head = 0; head < p.heads; head++) {
+    float delta = 0.f;
+    if (const int column = 4 * lane; column < head_dim) {
+      const int64_t at = head * head_dim + column;
+      const auto a = load<4>(p.out.row(row) + at), b = load<4>(p.dout.row(row) + at);
+#pragma unroll
+      for (int e = 0; e < 4; e++) delta += float(a.v[e]) * float(b.v[e]);
+      store<4>(p.sums + int64_t(row) * d + at, Pack<float, 4>{});
+    }
+    delta = warp_sum(delta);
+    if (lane == 0) p.delta[int64_t(head) * n + row] = delta;
+  }
+}
+
+KERNEL(attention_round, kThreads, const AttentionGrads table) {
+  const AttentionGrad& p = table.problem[blockIdx.y];
+  const int row = int(blockIdx.x) * (kThreads / 32) + int(threadIdx.x) / 32, d = p.q.cols;
+  if (row >= p.q.rows) return;
+  const float scale = 1.f / sqrtf(float(d / p.heads));
+  for (int column = 4 * (int(threadIdx.x) % 32); column < d; column += 4 * 32) {
+    const auto sums = load<4>(p.sums + int64_t(row) * d + column);
+    Pack<real, 4> dq;
+#pragma unroll
+    for (int e = 0; e < 4; e++) dq.v[e] = real(scale * sums.v[e]);
+    store<4>(p.dq.row(row) + column, dq);
+  }
+}

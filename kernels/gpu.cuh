@@ -121,6 +121,16 @@ template <int V, class T> GPU_FN void store(T* p, const Pack<T, V>& x) { *reinte
 // Elements of storage type in 16 bytes.
 constexpr int kRealsPerPack = 16 / int(sizeof(real));
 
+// Adds to two neighbouring floats in device memory, each atomically.
+GPU_FN void atomic_add_pair(float* to, float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float2*>(to), make_float2(a, b));
+#else
+  atomicAdd(to, a);
+  atomicAdd(to + 1, b);
+#endif
+}
+
 // The sum over the warp, the same bits in every lane.
 GPU_FN float warp_sum(float x) {
 #pragma unroll

@@ -243,9 +243,15 @@ fn attentions<T: Element>(
         attention::forward(device, arena, &forward)
     }));
     attention::forward(make.device, &mut Arena::new(make.device, ARENA)?, &first)?;
+    let again = backward.clone();
     cases.push(Case::new::<T>("attention backward", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
         attention::backward(device, arena, &backward)
     }));
+    if make.device.runs_kernels() {
+        cases.push(Case::new::<T>("attention backward atomic", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
+            attention::backward_atomic(device, arena, &again)
+        }));
+    }
     Ok(())
 }
 

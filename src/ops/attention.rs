@@ -22,7 +22,7 @@ use super::{Dropout, dropout, elementwise, for_rows};
 use crate::{
     Error, Result,
     device::{
-        Arena, Device, Element, Real, View,
+        Arena, Device, Element, Launch, Real, Storage, View,
         cpu::{
             Cpu, Kernel,
             real::sum,
@@ -178,8 +178,24 @@ fn cpu_merge<T: Real>(cpu: &Cpu, p: &Merge<T>) {
     );
 }
 
-/// Takes scratch from the arena where a head's keys are split over several tasks.
+/// The same bits on every run. Takes scratch from the arena.
 pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
+    backward_with(device, arena, problems, kernel::backward_launches, |_| 0)
+}
+
+/// [`backward`] with five products instead of the kernels' seven: dq is summed by atomics, over the keys' blocks in another order on
+/// every run. Takes n x d f32 of scratch more for each problem. On a CPU the same as [`backward`].
+pub fn backward_atomic<T: Element>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
+    backward_with(device, arena, problems, kernel::backward_atomic_launches, |p| p.dq.rows() * p.dq.cols())
+}
+
+fn backward_with<T: Element>(
+    device: &Device,
+    arena: &mut Arena,
+    problems: &[AttentionGrad<T>],
+    launches: fn(Storage, &[KernelAttentionGrad]) -> Vec<Launch>,
+    sums_len: fn(&AttentionGrad<T>) -> usize,
+) -> Result<()> {
     const OP: &str = "attention backward";
     for p in problems {
         p.forward.check(OP)?;
@@ -194,8 +210,9 @@ pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Atte
         let mut kernels: Vec<_> = problems.iter().map(KernelAttentionGrad::from).collect();
         for (p, kernel) in problems.iter().zip(&mut kernels) {
             kernel.delta = arena.scratch::<f32>(p.forward.heads, p.forward.q.rows())?.address();
+            kernel.sums = arena.scratch::<f32>(1, sums_len(p))?.address();
         }
-        device.launch(kernel::backward_launches(storage::<T>()?, &kernels))?;
+        device.launch(launches(storage::<T>()?, &kernels))?;
     } else {
         cpu_backward::<T>(device, arena, problems)?;
     }

@@ -24,12 +24,19 @@ struct Attentions {
     sizes: Vec<[usize; 2]>,
     /// Moves q up and k down, and with them the scores.
     apart: f64,
+    /// dq by atomics.
+    atomic: bool,
 }
 
 impl Case for Attentions {
     fn name(&self) -> String {
-        let Self { heads, head_dim, rate, sizes, apart } = self;
-        format!("{heads} heads of {head_dim}, dropout {rate}, {sizes:?}, {apart} apart")
+        let Self { heads, head_dim, rate, sizes, apart, atomic } = self;
+        let how = if *atomic { ", atomic" } else { "" };
+        format!("{heads} heads of {head_dim}, dropout {rate}, {sizes:?}, {apart} apart{how}")
+    }
+
+    fn same_bits(&self) -> bool {
+        !self.atomic
     }
 
     fn run<T: Element>(&self, bed: &mut Bed<T>) -> Result<()> {
@@ -57,7 +64,8 @@ impl Case for Attentions {
             return Ok(());
         }
         attention::forward(bed.device, &mut bed.arena, &forward)?;
-        attention::backward(bed.device, &mut bed.arena, &backward)
+        let run = if self.atomic { attention::backward_atomic } else { attention::backward };
+        run(bed.device, &mut bed.arena, &backward)
     }
 }
 
@@ -178,7 +186,7 @@ fn round(mut values: Vec<f64>) -> Vec<f64> {
 }
 
 fn case(heads: usize, head_dim: usize, rate: f64, sizes: &[[usize; 2]]) -> Attentions {
-    Attentions { heads, head_dim, rate, sizes: sizes.to_vec(), apart: 0.0 }
+    Attentions { heads, head_dim, rate, sizes: sizes.to_vec(), apart: 0.0, atomic: false }
 }
 
 /// One query, one key, no queries, no keys, ragged tiles, each width, dropout, groups.
@@ -218,4 +226,15 @@ fn groups_and_splits_match_the_cpu() {
 #[test]
 fn has_no_races() {
     small().iter().for_each(check_races);
+}
+
+#[test]
+fn atomic_backward_matches_the_cpu() {
+    let atomic = |case| Attentions { atomic: true, ..case };
+    small().into_iter().chain(large()).map(atomic).for_each(|case| check(&case));
+}
+
+#[test]
+fn atomic_backward_has_no_races() {
+    small().into_iter().for_each(|case| check_races(&Attentions { atomic: true, ..case }));
 }

@@ -55,6 +55,8 @@ pub struct KernelAttentionGrad {
     pub lse: u64,
     /// Scratch of `heads * n` f32.
     pub delta: u64,
+    /// Scratch of `n * d` f32 where dq is summed by atomics.
+    pub sums: u64,
     pub dropout: KernelDropout,
     pub heads: i32,
     first_block: i32,
@@ -132,6 +134,7 @@ impl<T: Element> From<&AttentionGrad<T>> for KernelAttentionGrad {
             dv: p.dv.into(),
             lse: forward.lse.address(),
             delta: 0,
+            sums: 0,
             dropout: forward.dropout.into(),
             heads: forward.heads as i32,
             first_block: 0,
@@ -239,24 +242,61 @@ pub fn merge_launches(storage: Storage, problems: &[KernelMerge]) -> Vec<Launch>
 pub fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
     let mut launches = Vec::new();
     for problems in problems.chunks(PROBLEMS) {
-        let width = problems.iter().map(|p| width(p.q, p.heads)).max().unwrap_or(0);
-        let stages = if storage == Storage::Bf16 || width < 2 { 2 } else { 1 };
-        let tiles = (2 * OWN + 2 * stages * STREAMED) * WIDTHS[width] * storage.bytes();
+        let width = widest(problems);
         let by_queries = |p: &KernelAttentionGrad| p.heads as usize * (p.q.rows as usize).div_ceil(OWN);
-        let by_keys = |p: &KernelAttentionGrad| p.heads as usize * (p.k.rows as usize).div_ceil(OWN);
-        let first = |p: &mut KernelAttentionGrad, block| p.first_block = block;
-
         // the queries' kernel first: it finds delta for both
         let kernel = ["attention_dq_32", "attention_dq_64", "attention_dq_128"][width];
-        let (queries, query_blocks) = table(problems, by_queries, first);
-        launches.extend(launch(kernel, storage, [query_blocks, 1], tiles, queries));
+        let (queries, blocks) = table(problems, by_queries, |p, first| p.first_block = first);
+        launches.extend(launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width), queries));
         let kernel = ["attention_dkv_32", "attention_dkv_64", "attention_dkv_128"][width];
-        let (keys, key_blocks) = table(problems, by_keys, first);
-        // lse and delta of the streamed rows, and two stages of dropout's bits
-        let others = (2 * stages * STREAMED * 4).next_multiple_of(128) + 2 * 2 * 4 * (STREAMED + 8) * 4;
-        launches.extend(launch(kernel, storage, [key_blocks, 1], tiles + others, keys));
+        launches.extend(launch_by_keys(kernel, storage, problems, width, 0));
     }
     launches
+}
+
+pub fn backward_atomic_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
+    let mut launches = Vec::new();
+    for problems in problems.chunks(PROBLEMS) {
+        let width = widest(problems);
+        let (by_rows, _) = table(problems, |_| 0, |_, _| {});
+        let rows = problems.iter().map(|p| p.q.rows as usize).max().unwrap_or(0);
+        let grid = [rows.div_ceil(THREADS / 32), problems.len()];
+        launches.extend(launch("attention_delta", storage, grid, 0, by_rows));
+        let kernel = ["attention_dqkv_32", "attention_dqkv_64", "attention_dqkv_128"][width];
+        let ds = if stages(storage, width) == 2 { OWN * STREAMED * storage.bytes() } else { 0 };
+        launches.extend(launch_by_keys(kernel, storage, problems, width, ds));
+        launches.extend(launch("attention_round", storage, grid, 0, by_rows));
+    }
+    launches
+}
+
+fn widest(problems: &[KernelAttentionGrad]) -> usize {
+    problems.iter().map(|p| width(p.q, p.heads)).max().unwrap_or(0)
+}
+
+/// Stages of backward's streams.
+fn stages(storage: Storage, width: usize) -> usize {
+    if storage == Storage::Bf16 || width < 2 { 2 } else { 1 }
+}
+
+/// Of backward's tiles: a block's own rows of two matrices, and streamed rows of two.
+fn tiles_bytes(storage: Storage, width: usize) -> usize {
+    (2 * OWN + 2 * stages(storage, width) * STREAMED) * WIDTHS[width] * storage.bytes()
+}
+
+/// A kernel whose blocks own keys, with `more` bytes of shared memory than attention_dkv takes.
+fn launch_by_keys(
+    kernel: &'static str,
+    storage: Storage,
+    problems: &[KernelAttentionGrad],
+    width: usize,
+    more: usize,
+) -> Option<Launch> {
+    let by_keys = |p: &KernelAttentionGrad| p.heads as usize * (p.k.rows as usize).div_ceil(OWN);
+    let (keys, blocks) = table(problems, by_keys, |p, first| p.first_block = first);
+    // lse and delta of the streamed rows, and two stages of dropout's bits
+    let others = (2 * stages(storage, width) * STREAMED * 4).next_multiple_of(128) + 2 * 2 * 4 * (STREAMED + 8) * 4;
+    launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width) + others + more, keys)
 }
 
 #[cfg(test)]
@@ -308,7 +348,8 @@ mod tests {
         for storage in [Storage::F32, Storage::Bf16] {
             for d in [32, 64, 128] {
                 let forward = KernelAttention { q: Matrix::new(0, 100, d), heads: 1, ..problem(1, 1) };
-                let launches = [forward_launches(storage, &[forward]), backward_launches(storage, &[grad(d)])].concat();
+                let backward = [backward_launches(storage, &[grad(d)]), backward_atomic_launches(storage, &[grad(d)])];
+                let launches = [forward_launches(storage, &[forward]), backward.concat()].concat();
                 assert!(launches.iter().all(|l| l.shared_bytes <= 99 << 10), "{launches:?}");
             }
         }
