@@ -53,34 +53,38 @@ GPU_FN void store_rows(const Matrix<real>& to, int row0, int first, const float 
   }
 }
 
-// sums [n][d] of a head's columns and 32 queries += dS k over a block's 64 keys. A warp has 16 queries and half of the columns.
+// sums [n][d] of a head's columns and 32 queries += dS k over a block's 64 keys. A warp has 16 queries and half of the columns,
+// few at a time: dk and dv are in the registers.
 template <int D>
 GPU_FN void add_dq(float* sums, int n, int d, int head_dim, int query0, const real* ds, const real* keys) {
-  constexpr int kM = kQueries<D>, kHalf = D / 2;
+  constexpr int kM = kQueries<D>, kHalf = D / 2, kAtATime = kHalf < 32 ? kHalf : 32;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const int row0 = warp % 2 * 16, column0 = warp / 2 * kHalf;
-  float dq[kHalf / 8][4];
-  clear(dq);
-#pragma unroll kIsBf16 ? 4 : 1
-  for (int k = 0; k < kOwn; k += kStep) {
-    Fragment as;
-    load_a_t<kM>(as, ds, row0, k);
+  const int row0 = warp % 2 * 16;
+#pragma unroll 1
+  for (int column0 = warp / 2 * kHalf; column0 < (warp / 2 + 1) * kHalf; column0 += kAtATime) {
+    float dq[kAtATime / 8][4];
+    clear(dq);
+#pragma unroll kIsBf16 ? 2 : 1
+    for (int k = 0; k < kOwn; k += kStep) {
+      Fragment as;
+      load_a_t<kM>(as, ds, row0, k);
 #pragma unroll
-    for (int j = 0; j < kHalf / 16; j++) {
-      Fragment bs;
-      load_b_t<D>(bs, keys, column0 + 16 * j, k);
-      multiply_add(dq[2 * j], as, bs[0], bs[1]);
-      multiply_add(dq[2 * j + 1], as, bs[2], bs[3]);
+      for (int j = 0; j < kAtATime / 16; j++) {
+        Fragment bs;
+        load_b_t<D>(bs, keys, column0 + 16 * j, k);
+        multiply_add(dq[2 * j], as, bs[0], bs[1]);
+        multiply_add(dq[2 * j + 1], as, bs[2], bs[3]);
+      }
     }
-  }
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int query = query0 + row0 + g + 8 * h;
-    if (query >= n) continue;
+    for (int h = 0; h < 2; h++) {
+      const int query = query0 + row0 + g + 8 * h;
+      if (query >= n) continue;
 #pragma unroll
-    for (int j = 0; j < kHalf / 8; j++) {
-      const int column = column0 + 8 * j + 2 * t;
-      if (column < head_dim) atomic_add_pair(sums + int64_t(query) * d + column, dq[j][2 * h], dq[j][2 * h + 1]);
+      for (int j = 0; j < kAtATime / 8; j++) {
+        const int column = column0 + 8 * j + 2 * t;
+        if (column < head_dim) atomic_add_pair(sums + int64_t(query) * d + column, dq[j][2 * h], dq[j][2 * h + 1]);
+      }
     }
   }
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of each kernel: the tests in plain and in race mode.
-ATTENTION = ["attention::matches_the_cpu", "attention::groups", "attention::parts"], ["attention::has_no_races", "attention::merging"]
+ATTENTION = ["attention::matches_the_cpu", "attention::groups", "attention::parts", "attention::atomic_backward_matches"], ["attention::has_no_races", "attention::merging", "attention::atomic_backward_has"]
 TESTS = {
     "attention_forward": ATTENTION,
     "attention_backward": ATTENTION,
@@ -101,6 +101,24 @@ MUTANTS = [
     ("attention_backward", "dq: every head draws the same", "dropout.site += uint32_t(place.head);#1", ";"),
     ("attention_backward", "dq: every tile draws the first's", "uint32_t(row + 8 * h), uint32_t(j), t, factors", "uint32_t(row + 8 * h), 0u, t, factors"),
     ("attention_backward", "dq: is not scaled", "0, dq, scale);", "0, dq, 1.f);"),
+    ("attention_backward", "dqkv: dS is read before it is complete", "__syncthreads();  // dS is complete", ";"),
+    ("attention_backward", "dqkv: dS over a tile of dout that is in use", "if (kStages<D> == 1) __syncthreads();  // everyone has finished with the tile of dout", ";"),
+    ("attention_backward", "dqkv: keys past the end count", "const bool inside = k0 + key < p.k.rows;", "const bool inside = true;"),
+    ("attention_backward", "dqkv: adds without atomics", "atomic_add_pair(sums + int64_t(query) * d + column, dq[j][2 * h], dq[j][2 * h + 1]);", "store<2>(sums + int64_t(query) * d + column, Pack<float, 2>{sums[int64_t(query) * d + column] + dq[j][2 * h], sums[int64_t(query) * d + column + 1] + dq[j][2 * h + 1]});"),
+    ("attention_backward", "dqkv: no row guard", "if (query >= n) continue;", ""),
+    ("attention_backward", "dqkv: no column guard", "if (column < head_dim) atomic_add_pair", "atomic_add_pair"),
+    ("attention_backward", "dqkv: of the first head", "p.sums + place.head * head_dim", "p.sums"),
+    ("attention_backward", "dqkv: every pass over the queries adds", "if (ADD_DQ && first == 0) {", "if (ADD_DQ) {"),
+    ("attention_backward", "dqkv: every tile adds to the first queries", "head_dim, i * kM, ds, keys);", "head_dim, 0, ds, keys);"),
+    ("attention_backward", "dqkv: half of the queries", "const int row0 = warp % 2 * 16", "const int row0 = 0"),
+    ("attention_backward", "delta alone: sums are not cleared", "store<4>(p.sums + int64_t(row) * d + at, Pack<float, 4>{});", ""),
+    ("attention_backward", "delta alone: no row guard", "if (row >= n) return;", ""),
+    ("attention_backward", "delta alone: no column guard", "if (const int column = 4 * lane; column < head_dim) {", "{ const int column = 4 * lane;"),
+    ("attention_backward", "delta alone: of the first head", "const int64_t at = head * head_dim + column;", "const int64_t at = column;"),
+    ("attention_backward", "delta alone: of four columns", "delta = warp_sum(delta);", ""),
+    ("attention_backward", "round: no row guard", "if (row >= p.q.rows) return;", ""),
+    ("attention_backward", "round: is not scaled", "real(scale * sums.v[e])", "real(sums.v[e])"),
+    ("attention_backward", "round: the first columns alone", "column < d; column += 4 * 32", "column < 4 * 32; column += 4 * 32"),
     ("attention_backward", "stores: no row guard", "if (row >= to.rows) continue;", ""),
     ("attention_backward", "stores: no column guard", "if (column < to.cols) store_pair", "store_pair"),
     ("attention_backward", "delta: no row guard", "if (own < n && t == 0) p.delta", "if (t == 0) p.delta"),
