@@ -248,9 +248,13 @@ fn attentions<T: Element>(
         attention::backward(device, arena, &backward)
     }));
     if make.device.runs_kernels() {
-        cases.push(Case::new::<T>("attention backward atomic", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
-            attention::backward_atomic(device, arena, &again)
-        }));
+        cases.push(Case::new::<T>(
+            "attention backward atomic",
+            shape,
+            2.5 * flop,
+            2.0 * bytes,
+            move |device, arena| attention::backward_atomic(device, arena, &again),
+        ));
     }
     Ok(())
 }
