@@ -39,7 +39,7 @@ impl Error {
         Self::Cell { path: path.as_ref().to_path_buf(), row, column: column.into(), message: message.to_string() }
     }
 
-    /// 2 for a usage error, 130 after Ctrl-C, 1 for everything else.
+    /// 2 for a usage error, 130 after Ctrl-C or SIGTERM, 1 for everything else.
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Usage(_) => 2,

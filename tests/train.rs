@@ -342,25 +342,28 @@ fn runs_do_not_share_folders() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("another cf-train is at work"), "{out:?}");
 }
 
+/// Ctrl-C, and the SIGTERM of a batch system that takes its machine back.
 #[cfg(unix)]
 #[test]
-fn ctrl_c_saves_and_says_how_to_go_on() {
-    let folder = tempfile::tempdir().unwrap();
-    let settings = write_config(folder.path(), &RunConfig { num_epochs: 10_000, es_patience: 10_000, ..config() });
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cf-train"));
-    command.args(["--config", settings.to_str().unwrap(), "--out", "my run"]).current_dir(folder.path());
-    let child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    let run = folder.path().join("my run");
-    let start = Instant::now();
-    while run::read_metrics(&run).unwrap().is_empty() {
-        assert!(start.elapsed() < Duration::from_secs(120), "no epoch in two minutes");
-        std::thread::sleep(Duration::from_millis(50));
+fn a_signal_saves_and_says_how_to_go_on() {
+    for signal in ["-INT", "-TERM"] {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = write_config(folder.path(), &RunConfig { num_epochs: 10_000, es_patience: 10_000, ..config() });
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cf-train"));
+        command.args(["--config", settings.to_str().unwrap(), "--out", "my run"]).current_dir(folder.path());
+        let child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+        let run = folder.path().join("my run");
+        let start = Instant::now();
+        while run::read_metrics(&run).unwrap().is_empty() {
+            assert!(start.elapsed() < Duration::from_secs(120), "no epoch in two minutes");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        let out = child.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(130), "{signal}: {out:?}");
+        assert!(String::from_utf8_lossy(&out.stderr).contains("cf-train --resume 'my run'"), "{signal}: {out:?}");
+        assert!(FoldTrainer::checkpoint_path(&run::fold_folder(&run, 0)).exists(), "{signal}");
     }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let out = child.wait_with_output().unwrap();
-    assert_eq!(out.status.code(), Some(130));
-    assert!(String::from_utf8_lossy(&out.stderr).contains("cf-train --resume 'my run'"), "{out:?}");
-    assert!(FoldTrainer::checkpoint_path(&run::fold_folder(&run, 0)).exists());
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
@@ -16,9 +19,6 @@ use crossfusion::{
         run::{self, Run},
     },
 };
-
-/// Set by Ctrl-C; a second one ends the program at once.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 #[derive(Parser)]
 #[command(version, about = "Trains CrossFusion on a cohort, fold by fold")]
@@ -111,19 +111,30 @@ fn train() -> Result<()> {
         run.save_config(&folder)?;
         (folder, run, device)
     };
-    let handler = || {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("finishing the slide in hand; once more stops at once");
-    };
     if let Some(sentence) = run.memory() {
         crossfusion::say(sentence);
     }
-    ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for Ctrl-C: {e}")))?;
-    run.train(&folder, &INTERRUPTED)?;
+    let interrupted = Arc::default();
+    listen(&interrupted).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
+    run.train(&folder, &interrupted)?;
+    interrupted.store(true, Ordering::Relaxed); // what is left is quickly done again: a signal ends it at once
     let summary = eval::evaluate_run(&folder, device, None, report::RESAMPLING)?;
     crossfusion::say(summary.table().trim_end());
     crossfusion::say(format!("report {}", folder.join("report.html").display()));
+    Ok(())
+}
+
+/// Ctrl-C, or a batch system's SIGTERM, sets `interrupted`; the next one ends the program at once.
+fn listen(interrupted: &Arc<AtomicBool>) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    use signal_hook::{consts::SIGTERM, flag};
+    flag::register_conditional_shutdown(SIGTERM, 143, interrupted.clone())?;
+    flag::register(SIGTERM, interrupted.clone())?;
+    let interrupted = interrupted.clone();
+    ctrlc::set_handler(move || {
+        if interrupted.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("finishing the slide in hand; once more stops at once");
+    })?;
     Ok(())
 }
