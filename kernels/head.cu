@@ -1,8 +1,9 @@
 // head.cu -- the class token's final norm, logits, survival loss, and the way back (src/ops/head.rs). One block each.
 //
 // forward   normed [d] = LayerNorm(x [d]), stats (mean, rstd),  logits [classes] f32 = W normed + b,  W [classes, d]
-// loss      hazards, survival, risk and loss of the logits, and the loss's gradient in them, in f64 (src/loss/mod.rs)
 // backward  dW += dlogits normed^T,  db += dlogits,  dnormed = dlogits W,  then LayerNorm's gradients (layer_norm.cu)
+// train     both, and between them hazards, survival, risk and loss of the logits and the loss's gradient in them, in f64
+//           (src/loss/mod.rs); of what lies between it writes loss and risk alone
 #include "gpu.cuh"
 
 namespace {
@@ -26,16 +27,16 @@ struct HeadGrad {
   float* dbias;
 };
 struct Loss {
-  const float* logits;
-  float* dlogits;
-  double* result;  // loss, risk
+  double* result;       // loss, risk
   double alpha, share;  // the gradient is that of share * loss
-  int32_t classes, label, censored, cross_entropy;
+  int32_t label, censored, cross_entropy, padding;
 };
 
+struct Stats { float mean, rstd; };
+
 // A column of the norm's output, not rounded.
-GPU_FN float normed(const Head& p, int c, float mean, float rstd) {
-  return (float(p.x[c]) - mean) * rstd * float(p.norm_weight[c]) + float(p.norm_bias[c]);
+GPU_FN float normed(const Head& p, int c, Stats stats) {
+  return (float(p.x[c]) - stats.mean) * stats.rstd * float(p.norm_weight[c]) + float(p.norm_bias[c]);
 }
 
 // The sum over the block, in every thread.
@@ -49,14 +50,8 @@ GPU_FN float block_sum(float x, float (&shared)[kWarps]) {
   return sum;
 }
 
-constexpr double kLeast = 1e-7;  // probabilities below are taken for it, and no gradient flows
-GPU_FN double log_clamped(double p) { return log(p < kLeast ? kLeast : p); }
-GPU_FN double inverse(double p) { return p < kLeast ? 0.0 : 1.0 / p; }
-}  // namespace
-
-KERNEL(head_forward, kThreads, const Head p) {
-  SHARED_ARRAY(float, shared, [kWarps]);
-  const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, d = p.weight.cols;
+GPU_FN Stats statistics(const Head& p, float (&shared)[kWarps]) {
+  const int thread = int(threadIdx.x), d = p.weight.cols;
   float sum = 0.f;
   for (int c = thread; c < d; c += kThreads) sum += float(p.x[c]);
   const float mean = block_sum(sum, shared) / float(d);
@@ -65,27 +60,29 @@ KERNEL(head_forward, kThreads, const Head p) {
     const float centred = float(p.x[c]) - mean;
     squares += centred * centred;
   }
-  const float rstd = 1.f / sqrtf(block_sum(squares, shared) / float(d) + kEpsilon);
-  if (thread == 0) {
-    p.stats[0] = mean;
-    p.stats[1] = rstd;
-  }
-  for (int c = thread; c < d; c += kThreads) p.normed[c] = real(normed(p, c, mean, rstd));
-  for (int i = warp; i < p.weight.rows; i += kWarps) {
+  return {mean, 1.f / sqrtf(block_sum(squares, shared) / float(d) + kEpsilon)};
+}
+
+// A warp's share of the logits.
+GPU_FN void find_logits(const Head& p, Stats stats, float* logits) {
+  const int lane = int(threadIdx.x) % 32, d = p.weight.cols;
+  for (int i = int(threadIdx.x) / 32; i < p.weight.rows; i += kWarps) {
     float logit = 0.f;
-    for (int c = lane; c < d; c += 32) logit += normed(p, c, mean, rstd) * float(p.weight.row(i)[c]);
+    for (int c = lane; c < d; c += 32) logit += normed(p, c, stats) * float(p.weight.row(i)[c]);
     logit = warp_sum(logit);
-    if (lane == 0) p.logits[i] = logit + float(p.bias[i]);
+    if (lane == 0) logits[i] = logit + float(p.bias[i]);
   }
 }
 
-KERNEL(head_loss, 32, const Loss p) {
-  SHARED_ARRAY(double, hazards, [kMostClasses]);
-  SHARED_ARRAY(double, survival, [kMostClasses]);
-  if (threadIdx.x > 0) return;
+constexpr double kLeast = 1e-7;  // probabilities below are taken for it, and no gradient flows
+GPU_FN double log_clamped(double p) { return log(p < kLeast ? kLeast : p); }
+GPU_FN double inverse(double p) { return p < kLeast ? 0.0 : 1.0 / p; }
+
+// dlogits of a slide's loss, and `result`, by one thread.
+GPU_FN void find_loss(const Loss& p, int classes, const float* logits, float* dlogits, double* hazards, double* survival) {
   double s = 1.0, sum = 0.0;
-  for (int t = 0; t < p.classes; t++) {
-    hazards[t] = 1.0 / (1.0 + exp(-double(p.logits[t])));
+  for (int t = 0; t < classes; t++) {
+    hazards[t] = 1.0 / (1.0 + exp(-double(logits[t])));
     survival[t] = s *= 1.0 - hazards[t];
     sum += s;
   }
@@ -106,28 +103,22 @@ KERNEL(head_loss, 32, const Loss p) {
     dbefore = -alpha / (before + kLeast);
   }
   p.result[0] = value;
-  p.result[1] = -sum;
+  p.result[1] = classes == 1 ? double(logits[0]) : -sum;
   // back through S_t = S_{t-1} (1 - h_t) and the sigmoid
   double carried = 0.0;
-  for (int t = p.classes - 1; t >= 0; t--) {
+  for (int t = classes - 1; t >= 0; t--) {
     carried += (t == y ? dsurvival : 0.0) + (t + 1 == y ? dbefore : 0.0);
     const double dh = (t == y ? dhazard : 0.0) - carried * (t == 0 ? 1.0 : survival[t - 1]);
     carried *= 1.0 - hazards[t];
-    p.dlogits[t] = float(p.share * dh * hazards[t] * (1.0 - hazards[t]));
+    dlogits[t] = float(p.share * dh * hazards[t] * (1.0 - hazards[t]));
   }
 }
 
-KERNEL(head_backward, kThreads, const HeadGrad p) {
-  SHARED_ARRAY(float, shared, [kWarps]);
-  SHARED_ARRAY(float, dlogits, [kMostClasses]);
+// From dlogits in shared memory to all gradients.
+GPU_FN void go_back(const HeadGrad& p, Stats stats, const float* dlogits, float (&shared)[kWarps]) {
   const Head& head = p.head;
   const int thread = int(threadIdx.x), d = head.weight.cols, classes = head.weight.rows;
-  if (thread < classes) {
-    dlogits[thread] = p.dlogits[thread];
-    p.dbias[thread] += p.dlogits[thread];
-  }
-  __syncthreads();
-  const float mean = head.stats[0], rstd = head.stats[1];
+  if (thread < classes) p.dbias[thread] += dlogits[thread];
   const auto dnormed = [&](int c) {
     float sum = 0.f;
     for (int i = 0; i < classes; i++) sum += dlogits[i] * float(head.weight.row(i)[c]);
@@ -135,16 +126,50 @@ KERNEL(head_backward, kThreads, const HeadGrad p) {
   };
   float sum_g = 0.f, sum_gx = 0.f;
   for (int c = thread; c < d; c += kThreads) {
-    const float g = dnormed(c), x_hat = (float(head.x[c]) - mean) * rstd, gw = g * float(head.norm_weight[c]);
+    const float g = dnormed(c), x_hat = (float(head.x[c]) - stats.mean) * stats.rstd, gw = g * float(head.norm_weight[c]);
     p.dnorm_weight[c] += g * x_hat;
     p.dnorm_bias[c] += g;
-    for (int i = 0; i < classes; i++) p.dweight.row(i)[c] += dlogits[i] * normed(head, c, mean, rstd);
+    for (int i = 0; i < classes; i++) p.dweight.row(i)[c] += dlogits[i] * normed(head, c, stats);
     sum_g += gw;
     sum_gx += gw * x_hat;
   }
   const float mean_g = block_sum(sum_g, shared) / float(d), mean_gx = block_sum(sum_gx, shared) / float(d);
   for (int c = thread; c < d; c += kThreads) {
-    const float x_hat = (float(head.x[c]) - mean) * rstd;
-    p.dx[c] = real(rstd * (dnormed(c) * float(head.norm_weight[c]) - mean_g - x_hat * mean_gx));
+    const float x_hat = (float(head.x[c]) - stats.mean) * stats.rstd;
+    p.dx[c] = real(stats.rstd * (dnormed(c) * float(head.norm_weight[c]) - mean_g - x_hat * mean_gx));
   }
+}
+}  // namespace
+
+KERNEL(head_forward, kThreads, const Head p) {
+  SHARED_ARRAY(float, shared, [kWarps]);
+  const Stats stats = statistics(p, shared);
+  if (threadIdx.x == 0) {
+    p.stats[0] = stats.mean;
+    p.stats[1] = stats.rstd;
+  }
+  for (int c = int(threadIdx.x); c < p.weight.cols; c += kThreads) p.normed[c] = real(normed(p, c, stats));
+  find_logits(p, stats, p.logits);
+}
+
+KERNEL(head_backward, kThreads, const HeadGrad p) {
+  SHARED_ARRAY(float, shared, [kWarps]);
+  SHARED_ARRAY(float, dlogits, [kMostClasses]);
+  if (int(threadIdx.x) < p.head.weight.rows) dlogits[threadIdx.x] = p.dlogits[threadIdx.x];
+  __syncthreads();
+  go_back(p, {p.head.stats[0], p.head.stats[1]}, dlogits, shared);
+}
+
+KERNEL(head_train, kThreads, const HeadGrad p, const Loss loss) {
+  SHARED_ARRAY(float, shared, [kWarps]);
+  SHARED_ARRAY(float, logits, [kMostClasses]);
+  SHARED_ARRAY(float, dlogits, [kMostClasses]);
+  SHARED_ARRAY(double, hazards, [kMostClasses]);
+  SHARED_ARRAY(double, survival, [kMostClasses]);
+  const Stats stats = statistics(p.head, shared);
+  find_logits(p.head, stats, logits);
+  __syncthreads();
+  if (threadIdx.x == 0) find_loss(loss, p.head.weight.rows, logits, dlogits, hazards, survival);
+  __syncthreads();
+  go_back(p, stats, dlogits, shared);
 }

@@ -13,7 +13,7 @@ use crate::{
     ops::{
         conv_fusion::{self, ConvFusion, ConvFusionGrad, Grid, Weights},
         elementwise,
-        head::{self, Head, HeadGrad},
+        head::{self, Head, HeadGrad, SlideLoss},
         layer_norm,
         matmul::{self, Epilogue, Matmul, WeightGrad},
     },
@@ -59,10 +59,16 @@ pub struct Saved<'a, T: Element> {
     fusion: SavedFusion<T>,
     last: SavedTransformer<T>,
     head: Head<T>,
-    /// `[1, n_classes]`
-    pub logits: View<T::Sum>,
-    /// The loss's gradient in the logits, to be written before backward.
+    /// `[1, n_classes]`, see [`Start::Dlogits`].
     pub dlogits: View<T::Sum>,
+}
+
+/// What backward starts from.
+pub enum Start<'a> {
+    /// The loss's gradient in what [`CrossFusion::logits`] found, written to [`Saved::dlogits`].
+    Dlogits,
+    /// A loss of the slide alone; it and the risk, f64, go to the buffer. The head's way there and back is one kernel.
+    Loss(&'a SlideLoss, &'a Buffer),
 }
 
 /// x5 and x20.
@@ -155,7 +161,7 @@ impl CrossFusion {
         })
     }
 
-    /// Logits `[1, n_classes]`, and all that backward needs.
+    /// From the bags to the class token that the head looks at, and all that backward needs.
     pub fn forward<'a, T: Element>(&self, ctx: &mut Context, bags: Bags<'a, T>) -> Result<Saved<'a, T>> {
         for (view, name) in [(bags.x5.view(), "x5"), (Some(bags.x10), "x10"), (bags.x20.view(), "x20")] {
             if let Some(x) = view {
@@ -214,7 +220,6 @@ impl CrossFusion {
             bias: linear.bias,
             logits,
         };
-        head::forward(ctx.device, &head)?;
         Ok(Saved {
             side,
             contexts,
@@ -227,9 +232,14 @@ impl CrossFusion {
             fusion,
             last,
             head,
-            logits,
             dlogits,
         })
+    }
+
+    /// The head on top of a forward pass: logits `[1, n_classes]`.
+    pub fn logits<T: Element>(&self, ctx: &Context, saved: &Saved<'_, T>) -> Result<View<T::Sum>> {
+        head::forward(ctx.device, &saved.head)?;
+        Ok(saved.head.logits)
     }
 
     /// Step 1: Linear and LayerNorm of each bag, on the saved stack if backward shall find them.
@@ -299,17 +309,17 @@ impl CrossFusion {
         Ok((SavedFusion { streams, convolved, projected, stats }, fused))
     }
 
-    /// Adds the parameters' gradients of one slide to `ctx.grads`, from the loss's gradient in the logits, `saved.dlogits`. `inputs` receives
-    /// the bags' gradients, which training does not need.
+    /// Adds the parameters' gradients of one slide to `ctx.grads`. `inputs` receives the bags' gradients, which training does not need.
     pub fn backward<T: Element>(
         &self,
         ctx: &mut Context,
         saved: Saved<'_, T>,
+        start: Start,
         inputs: Option<Bags<'_, T>>,
     ) -> Result<()> {
         let (side, dim) = (saved.side, self.config.dim);
         let n = side * side;
-        let start = ctx.arena.mark();
+        let before = ctx.arena.mark();
         let mut dstreams = Vec::new();
         for _ in 0..3 {
             dstreams.push(ctx.arena.scratch(n, dim)?);
@@ -327,7 +337,10 @@ impl CrossFusion {
             dweight: linear.dweight,
             dbias: linear.dbias,
         };
-        head::backward(ctx.device, ctx.arena, &head_grad)?;
+        match start {
+            Start::Dlogits => head::backward(ctx.device, ctx.arena, &head_grad)?,
+            Start::Loss(loss, result) => head::train(ctx.device, ctx.arena, &head_grad, loss, result)?,
+        }
         let dfused = PadTransformer::backward(ctx, &[&self.last], saved.last, side, &[gradient])?[0];
         self.fuse_backward(ctx, &saved.fusion, side, dfused, [dstreams[SOURCE], dstreams[FINE], dstreams[COARSE]])?;
         ctx.arena.release_scratch(after_streams);
@@ -368,7 +381,7 @@ impl CrossFusion {
         dtokens.push(dsource);
         let dbags = dbags.map(|dbags| held.iter().map(|input| dbags[input.scale]).collect::<Vec<_>>());
         self.project_backward(ctx, &held, &dtokens, dbags.as_deref())?;
-        ctx.arena.release_scratch(start);
+        ctx.arena.release_scratch(before);
         Ok(())
     }
 

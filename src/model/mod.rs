@@ -10,7 +10,7 @@ mod transformer;
 
 pub(crate) use bags::Bag;
 pub use bags::{Bags, ReadPatches};
-pub use crossfusion::{CrossFusion, Saved};
+pub use crossfusion::{CrossFusion, Saved, Start};
 pub use params::{Entry, Layout, Param};
 pub use policy::Policy;
 use serde::{Deserialize, Serialize};

@@ -1,15 +1,15 @@
 //! The head: logits = W LayerNorm(x) + b of the class token's row.
 //!
 //! Shapes: x `[1, d]`, norm weight and bias `[1, d]`, weight `[classes, d]`, bias and logits `[1, classes]`. Saved: x, the norm's statistics
-//! `[1, 2]` and its output `[1, d]`.
+//! `[1, 2]` and its output `[1, d]`. [`train`] goes from x to all gradients at once, a survival loss of the logits between.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::{layer_norm, matmul};
 use crate::{
-    Result,
-    device::{Arena, Arg, Buffer, Device, Element, Launch, Matrix, Storage, View, on_cpu, storage},
-    loss::{Loss, Target},
+    Error, Result,
+    device::{Arena, Arg, Buffer, Device, Element, Launch, Matrix, Real, Storage, View, on_cpu, storage},
+    loss::{Loss, Prediction, Target},
 };
 
 #[derive(Clone, Copy)]
@@ -34,6 +34,17 @@ pub struct HeadGrad<T: Element> {
     pub dbias: View<T::Sum>,
 }
 
+/// A slide's loss, of its time bins.
+#[derive(Clone, Copy, Debug)]
+pub struct SlideLoss {
+    pub loss: Loss,
+    pub target: Target,
+    /// Weighs the uncensored part up (`Loss::evaluate`).
+    pub alpha: f64,
+    /// How much of the gradient is summed: 1 / the slides of an update.
+    pub share: f64,
+}
+
 pub fn forward<T: Element>(device: &Device, head: &Head<T>) -> Result<()> {
     check("head forward", head)?;
     if device.cpu().is_some() {
@@ -43,7 +54,7 @@ pub fn forward<T: Element>(device: &Device, head: &Head<T>) -> Result<()> {
         matmul::forward(device, &[matmul::Matmul { a: head.norm.y, b: head.weight, out: head.logits, epilogue }])?;
     }
     if device.runs_kernels() {
-        device.launch([launch("head_forward", storage::<T>()?, THREADS, KernelHead::from(head))])?;
+        device.launch([launch("head_forward", storage::<T>()?, vec![Arg::new(KernelHead::from(head))])])?;
     }
     Ok(())
 }
@@ -70,7 +81,36 @@ pub fn backward<T: Element>(device: &Device, arena: &mut Arena, grad: &HeadGrad<
         layer_norm::backward(device, arena, &[norm])?;
     }
     if device.runs_kernels() {
-        device.launch([launch("head_backward", storage::<T>()?, THREADS, KernelHeadGrad::from(grad))])?;
+        device.launch([launch("head_backward", storage::<T>()?, vec![Arg::new(KernelHeadGrad::from(grad))])])?;
+    }
+    Ok(())
+}
+
+/// From x to loss, risk (`[1, 2]` f64 in `result`) and all gradients, which are as in [`backward`]. A kernel writes nothing else.
+pub fn train<T: Element>(
+    device: &Device,
+    arena: &mut Arena,
+    grad: &HeadGrad<T>,
+    loss: &SlideLoss,
+    result: &Buffer,
+) -> Result<()> {
+    check("head train", &grad.forward)?;
+    let classes = grad.forward.logits.cols();
+    if loss.target.label >= classes {
+        return Err(Error::Usage(format!("head train: label {} of {classes} classes", loss.target.label)));
+    }
+    if device.cpu().is_some() {
+        forward(device, &grad.forward)?;
+        let logits: Vec<f64> = device.download(grad.forward.logits)?.into_iter().map(Real::f64).collect();
+        let (value, dlogits) = loss.loss.evaluate(&logits, loss.target, loss.alpha);
+        let dlogits: Vec<T::Sum> = dlogits.into_iter().map(|g| T::Sum::of(g * loss.share)).collect();
+        device.upload(&dlogits, grad.dlogits)?;
+        device.write(bytemuck::bytes_of(&[value, Prediction::from_logits(&logits).risk]), result)?;
+        backward(device, arena, grad)?;
+    }
+    if device.runs_kernels() {
+        let args = vec![Arg::new(KernelHeadGrad::from(grad)), Arg::new(KernelLoss::new(loss, result))];
+        device.launch([launch("head_train", storage::<T>()?, args)])?;
     }
     Ok(())
 }
@@ -81,29 +121,6 @@ fn check<T: Element>(op: &'static str, head: &Head<T>) -> Result<()> {
     head.weight.check(op, "weight", &[classes, d])?;
     head.bias.check(op, "bias", &[1, classes])?;
     head.logits.check(op, "logits", &[1, classes])
-}
-
-/// A slide's loss by a kernel: writes the gradient of `share * loss` in the logits, and (loss, risk) as f64 to `result`.
-pub fn loss(
-    device: &Device,
-    logits: View<f32>,
-    dlogits: View<f32>,
-    result: &Buffer,
-    (loss, target, alpha, share): (Loss, Target, f64, f64),
-) -> Result<()> {
-    dlogits.check("head loss", "dlogits", &[1, logits.cols()])?;
-    let kernel = KernelLoss {
-        logits: logits.address(),
-        dlogits: dlogits.address(),
-        result: result.address(),
-        alpha,
-        share,
-        classes: logits.cols() as i32,
-        label: target.label as i32,
-        censored: target.censored.into(),
-        cross_entropy: (loss == Loss::CeSurv).into(),
-    };
-    device.launch([launch("head_loss", Storage::F32, 32, kernel)])
 }
 
 // ---- kernels/head.cu ---------------------------------------------------------------------------------------------
@@ -138,15 +155,27 @@ struct KernelHeadGrad {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct KernelLoss {
-    logits: u64,
-    dlogits: u64,
     result: u64,
     alpha: f64,
     share: f64,
-    classes: i32,
     label: i32,
     censored: i32,
     cross_entropy: i32,
+    padding: i32,
+}
+
+impl KernelLoss {
+    fn new(p: &SlideLoss, result: &Buffer) -> Self {
+        Self {
+            result: result.address(),
+            alpha: p.alpha,
+            share: p.share,
+            label: p.target.label as i32,
+            censored: p.target.censored.into(),
+            cross_entropy: (p.loss == Loss::CeSurv).into(),
+            padding: 0,
+        }
+    }
 }
 
 impl<T: Element> From<&Head<T>> for KernelHead {
@@ -179,6 +208,6 @@ impl<T: Element> From<&HeadGrad<T>> for KernelHeadGrad {
 }
 
 /// One block.
-fn launch<A: Pod>(kernel: &'static str, storage: Storage, threads: u32, argument: A) -> Launch {
-    Launch { kernel, storage, grid: [1; 3], block: [threads, 1, 1], shared_bytes: 0, args: vec![Arg::new(argument)] }
+fn launch(kernel: &'static str, storage: Storage, args: Vec<Arg>) -> Launch {
+    Launch { kernel, storage, grid: [1; 3], block: [THREADS, 1, 1], shared_bytes: 0, args }
 }

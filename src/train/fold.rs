@@ -24,7 +24,7 @@ use crate::{
     device::{Device, Element},
     loss::{CoxBatch, Loss, Prediction, Target},
     model::Bags,
-    ops::Draw,
+    ops::{Draw, head::SlideLoss},
     survival::concordance_index,
 };
 
@@ -425,7 +425,8 @@ pub fn train_slide<T: Element<Sum = f32>>(
     position: usize,
 ) -> Result<(f64, f64)> {
     let share = 1.0 / config.grad_accum_steps as f64;
-    let loss = engine.accumulate_survival(bags, draw, (config.loss_fn, target, config.alpha_surv, share))?;
+    let loss = SlideLoss { loss: config.loss_fn, target, alpha: config.alpha_surv, share };
+    let loss = engine.accumulate_loss(bags, draw, &loss)?;
     if (position + 1).is_multiple_of(config.grad_accum_steps) {
         engine.update(&config.adam(epoch))?;
     }

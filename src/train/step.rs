@@ -13,12 +13,12 @@ use crate::{
     Error, Result,
     data::torch::{Parameter, StateDict},
     device::{Arena, Buffer, Counts, Device, Element, Real},
-    loss::{Loss, Prediction, Target},
-    model::{Bag, Bags, Config, Context, CrossFusion, Policy, ReadPatches, STREAM_BUFFERS, Saved},
+    loss::{Loss, Target},
+    model::{Bag, Bags, Config, Context, CrossFusion, Policy, ReadPatches, STREAM_BUFFERS, Saved, Start},
     ops::{
         Draw,
         adam::{self, Adam},
-        head,
+        head::SlideLoss,
     },
 };
 
@@ -174,7 +174,10 @@ impl<T: Element> Engine<T> {
     /// Logits of a slide under a dropout: the very ones that [`Engine::accumulate`] finds with the same draw.
     pub fn forward(&mut self, bags: Bags<'_, T>, draw: Option<Draw>) -> Result<Vec<f64>> {
         let (model, mut ctx, _) = self.pass(&bags, draw, false, false)?;
-        ctx.device.install(|| logits(ctx.device, &model.forward(&mut ctx, bags)?))
+        ctx.device.install(|| {
+            let saved = model.forward(&mut ctx, bags)?;
+            logits(model, &ctx, &saved)
+        })
     }
 
     /// Forward, `loss` (from logits to their gradient, scaled as it shall be summed), backward: adds one slide's gradients.
@@ -189,12 +192,23 @@ impl<T: Element> Engine<T> {
         let (model, mut ctx, _) = self.pass(&bags, draw, true, inputs.is_some())?;
         ctx.device.install(|| {
             let saved = model.forward(&mut ctx, bags)?;
-            let logits = logits(ctx.device, &saved)?;
+            let logits = logits(model, &ctx, &saved)?;
             let dlogits: Vec<T::Sum> = loss(&logits).into_iter().map(T::Sum::of).collect();
             ctx.device.upload(&dlogits, saved.dlogits)?;
-            model.backward(&mut ctx, saved, inputs)?;
+            model.backward(&mut ctx, saved, Start::Dlogits, inputs)?;
             Ok(logits)
         })
+    }
+
+    /// [`Engine::accumulate`] with a loss of the slide alone. Returns loss and risk; the host waits for nothing before.
+    pub fn accumulate_loss(&mut self, bags: Bags<'_, T>, draw: Option<Draw>, loss: &SlideLoss) -> Result<(f64, f64)> {
+        let (model, mut ctx, result) = self.pass(&bags, draw, true, false)?;
+        ctx.device.install(|| {
+            let saved = model.forward(&mut ctx, bags)?;
+            model.backward(&mut ctx, saved, Start::Loss(loss, result), None)
+        })?;
+        let values: Vec<f64> = bytemuck::pod_collect_to_vec(&self.device.read(&self.result)?);
+        Ok((values[0], values[1]))
     }
 
     /// What a pass works with; the arena is empty and large enough, also for the bags' gradients if they are wanted.
@@ -330,33 +344,6 @@ impl<T: Element> Engine<T> {
     }
 }
 
-impl<T: Element<Sum = f32>> Engine<T> {
-    /// [`Engine::accumulate`] with a loss of one slide's time bins, `share` of whose gradient is summed. Returns loss and risk. Where ops are
-    /// kernels the loss is one too, and the host waits for nothing before the end.
-    pub fn accumulate_survival(
-        &mut self,
-        bags: Bags<'_, T>,
-        draw: Option<Draw>,
-        (loss, target, alpha, share): (Loss, Target, f64, f64),
-    ) -> Result<(f64, f64)> {
-        if !self.device.runs_kernels() {
-            let mut value = 0.0;
-            let logits = self.accumulate(bags, draw, None, |logits| {
-                let (loss, gradient) = loss.evaluate(logits, target, alpha);
-                value = loss;
-                gradient.into_iter().map(|g| g * share).collect()
-            })?;
-            return Ok((value, Prediction::from_logits(&logits).risk));
-        }
-        let (model, mut ctx, result) = self.pass(&bags, draw, true, false)?;
-        let saved = model.forward(&mut ctx, bags)?;
-        head::loss(ctx.device, saved.logits, saved.dlogits, result, (loss, target, alpha, share))?;
-        model.backward(&mut ctx, saved, None)?;
-        let values: Vec<f64> = bytemuck::pod_collect_to_vec(&self.device.read(&self.result)?);
-        Ok((values[0], values[1]))
-    }
-}
-
 /// The plan of a policy; bags that it streams are read from files.
 pub fn plan<T: Element>(
     device: &Device,
@@ -402,10 +389,14 @@ pub fn plan<T: Element>(
         config: &model.config,
     };
     let saved = model.forward(&mut ctx, bags)?;
+    if !training {
+        model.logits(&ctx, &saved)?;
+    }
     let counts = || if let Device::Dry(dry) = &device { dry.counts() } else { Counts::default() };
     let forward = counts();
     if training {
-        model.backward(&mut ctx, saved, None)?;
+        let loss = SlideLoss { loss: Loss::NllSurv, target: Target { label: 0, censored: false }, alpha: 0.0, share: 1.0 };
+        model.backward(&mut ctx, saved, Start::Loss(&loss, &device.alloc(0)?), None)?;
     }
     let step = counts();
     // the buffers, and on a GPU the bags, lie on the saved stack
@@ -467,6 +458,6 @@ impl<T> ReadPatches<T> for Unread {
     }
 }
 
-fn logits<T: Element>(device: &Device, saved: &Saved<'_, T>) -> Result<Vec<f64>> {
-    Ok(device.download(saved.logits)?.into_iter().map(Real::f64).collect())
+fn logits<T: Element>(model: &CrossFusion, ctx: &Context, saved: &Saved<'_, T>) -> Result<Vec<f64>> {
+    Ok(ctx.device.download(model.logits(ctx, saved)?)?.into_iter().map(Real::f64).collect())
 }

@@ -70,9 +70,14 @@ impl<T: Element> Bed<'_, T> {
 
     /// To be written: NaN before.
     pub fn output(&mut self, name: &str, rows: usize, cols: usize) -> View<T> {
-        let view = self.matrix(&vec![f32::NAN; rows * cols], rows, cols);
+        let view = self.unchecked(rows, cols);
         self.outputs.push((name.into(), Output::Stored(view)));
         view
+    }
+
+    /// Room that the op may or may not write to: NaN before.
+    pub fn unchecked<E: Element>(&mut self, rows: usize, cols: usize) -> View<E> {
+        self.matrix(&vec![f32::NAN; rows * cols], rows, cols)
     }
 
     /// An input that the op writes over.
@@ -84,7 +89,7 @@ impl<T: Element> Bed<'_, T> {
 
     /// Sums to be written.
     pub fn sums(&mut self, name: &str, rows: usize, cols: usize) -> View<T::Sum> {
-        let view = self.matrix(&vec![f32::NAN; rows * cols], rows, cols);
+        let view = self.unchecked(rows, cols);
         self.outputs.push((name.into(), Output::Sums(view)));
         view
     }
