@@ -26,9 +26,8 @@ use crate::{
 };
 
 pub(super) struct Layer {
-    pub q: Linear,
-    /// Keys' and values' projections side by side.
-    pub kv: Linear,
+    /// Queries', keys' and values' projections side by side.
+    qkv: Linear,
     out: Linear,
     embedding: Option<Param>,
     norm: Norm,
@@ -61,11 +60,29 @@ pub(super) struct SavedLayer<T: Element> {
     kept: Option<(Projected<T>, Tail<T>)>,
 }
 
-/// Queries, and keys and values side by side.
+/// Queries, and keys and values side by side; or their gradients.
 #[derive(Clone, Copy)]
 struct Projected<T> {
     q: View<T>,
     kv: View<T>,
+    /// Both side by side, where queries and context are the same rows: one product has them all.
+    qkv: Option<View<T>>,
+}
+
+impl<T: Element> Projected<T> {
+    /// `room` for each matrix of so many rows and columns.
+    fn new(
+        x: View<T>,
+        context: View<T>,
+        d: usize,
+        mut room: impl FnMut(usize, usize) -> Result<View<T>>,
+    ) -> Result<Self> {
+        if (x.address(), x.rows()) == (context.address(), context.rows()) {
+            let qkv = room(x.rows(), 3 * d)?;
+            return Ok(Self { q: qkv.cols_range(0..d), kv: qkv.cols_range(d..3 * d), qkv: Some(qkv) });
+        }
+        Ok(Self { q: room(x.rows(), d)?, kv: room(context.rows(), 2 * d)?, qkv: None })
+    }
 }
 
 /// What the part behind attention computes on its way, of all rows or of a piece.
@@ -89,8 +106,7 @@ impl Layer {
     ) -> Self {
         let of = |part: &str| format!("{}.{part}", names.attention);
         Self {
-            q: layout.linear(&of("q_proj"), dim, dim),
-            kv: layout.linear_pair([&of("k_proj"), &of("v_proj")], dim, dim),
+            qkv: layout.linears([&of("q_proj"), &of("k_proj"), &of("v_proj")], dim, dim),
             out: layout.linear(&of("out_proj"), dim, dim),
             embedding: embedding_std.map(|std| layout.token(&of("scale_embeddings"), dim, std)),
             norm: layout.norm(names.norm, dim),
@@ -101,6 +117,18 @@ impl Layer {
             attention_dropout,
             site,
         }
+    }
+
+    pub(super) fn q(&self) -> Linear {
+        self.qkv.outputs(0..self.dim())
+    }
+
+    pub(super) fn kv(&self) -> Linear {
+        self.qkv.outputs(self.dim()..3 * self.dim())
+    }
+
+    fn dim(&self) -> usize {
+        self.qkv.bias.cols() / 3
     }
 
     pub(super) fn attention<T: Element>(
@@ -182,7 +210,7 @@ pub(super) fn allocate<T: Element>(ctx: &mut Context, x: &[View<T>]) -> Result<F
     Ok((saved, outs))
 }
 
-/// Both projections of each layer.
+/// All projections of each layer.
 fn project<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
@@ -192,10 +220,15 @@ fn project<T: Element>(
     let d = ctx.config.dim;
     let (mut projected, mut projections) = (Vec::new(), Vec::new());
     for (g, layer) in layers.iter().enumerate() {
-        let (q, kv) = (ctx.keep_inner(x[g].rows(), d)?, ctx.keep_inner(context[g].rows(), 2 * d)?);
-        projections.push(Projection { layer, linear: layer.q, a: x[g], out: q });
-        projections.push(Projection { layer, linear: layer.kv, a: context[g], out: kv });
-        projected.push(Projected { q, kv });
+        let p = Projected::new(x[g], context[g], d, |rows, cols| ctx.keep_inner(rows, cols))?;
+        match p.qkv {
+            Some(qkv) => projections.push(Projection { layer, linear: layer.qkv, a: x[g], out: qkv }),
+            None => {
+                projections.push(Projection { layer, linear: layer.q(), a: x[g], out: p.q });
+                projections.push(Projection { layer, linear: layer.kv(), a: context[g], out: p.kv });
+            }
+        }
+        projected.push(p);
     }
     launch_projections(ctx, &projections)?;
     Ok(projected)
@@ -204,7 +237,7 @@ fn project<T: Element>(
 /// Queries alone; see [`keys_values`].
 pub(super) fn queries<T: Element>(ctx: &mut Context, layers: &[&Layer], x: &[View<T>], q: &[View<T>]) -> Result<()> {
     let projections = layers.iter().zip(x).zip(q);
-    let projections = projections.map(|((layer, &a), &out)| Projection { layer, linear: layer.q, a, out });
+    let projections = projections.map(|((layer, &a), &out)| Projection { layer, linear: layer.q(), a, out });
     launch_projections(ctx, &projections.collect::<Vec<_>>())
 }
 
@@ -216,7 +249,7 @@ pub(super) fn keys_values<T: Element>(
     kv: &[View<T>],
 ) -> Result<()> {
     let projections = layers.iter().zip(context).zip(kv);
-    let projections = projections.map(|((layer, &a), &out)| Projection { layer, linear: layer.kv, a, out });
+    let projections = projections.map(|((layer, &a), &out)| Projection { layer, linear: layer.kv(), a, out });
     launch_projections(ctx, &projections.collect::<Vec<_>>())
 }
 
@@ -357,15 +390,17 @@ pub(super) fn backward<T: Element>(
     let (du, dattended) = (scratch(ctx, &x, d)?, scratch(ctx, &x, d)?);
     tail_backward(ctx, layers, (saved, &x), &dout, &du, &dattended)?;
 
-    let dq = scratch(ctx, &x, d)?;
-    let dkv = scratch(ctx, &context, 2 * d)?;
+    let mut dprojected = Vec::new();
+    for (&x, &context) in x.iter().zip(&context) {
+        dprojected.push(Projected::new(x, context, d, |rows, cols| ctx.arena.scratch(rows, cols))?);
+    }
     let projected = match saved.iter().map(|saved| saved.kept.map(|kept| kept.0)).collect::<Option<Vec<_>>>() {
         Some(kept) => kept,
         None => project(ctx, layers, &x, &context)?,
     };
     let problems = layers.iter().enumerate().map(|(g, layer)| {
         let forward = layer.attention(ctx, projected[g].q, projected[g].kv, (saved[g].attended, saved[g].lse));
-        attention_grad(forward, dattended[g], (dq[g], dkv[g]))
+        attention_grad(forward, dattended[g], (dprojected[g].q, dprojected[g].kv))
     });
     let problems: Vec<_> = problems.collect();
     attention::backward(ctx.device, ctx.arena, &problems)?;
@@ -373,20 +408,32 @@ pub(super) fn backward<T: Element>(
     let biases = bias_grads(ctx, layers)?;
     let mut weights = Vec::new();
     for (g, layer) in layers.iter().enumerate() {
-        weights.push(weight_grad(ctx, layer.q, biases[g][0], x[g], dq[g]));
-        weights.push(weight_grad(ctx, layer.kv, biases[g][1], context[g], dkv[g]));
+        let dy = &dprojected[g];
+        match dy.qkv {
+            Some(dqkv) => weights.push(weight_grad(ctx, layer.qkv, layer.qkv.bias.of(ctx.grads), x[g], dqkv)),
+            None => {
+                weights.push(weight_grad(ctx, layer.q(), biases[g][0], x[g], dy.q));
+                weights.push(weight_grad(ctx, layer.kv(), biases[g][1], context[g], dy.kv));
+            }
+        }
     }
     matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
     fold_backward::<T>(ctx, layers, &biases)?;
-    let dcontext: Vec<_> = grads.iter().map(|grad| grad.dcontext).collect();
-    let mut inputs = keys_values_backward(ctx, layers, &dkv, &dcontext);
-    if self_attention {
-        matmul::backward_input(ctx.device, &inputs)?; // queries add to it
-        inputs.clear();
-    }
+
     let dx: Vec<_> = grads.iter().map(|grad| grad.dx).collect();
-    inputs.extend(queries_backward(ctx, layers, &dq, &du, &dx, self_attention));
-    matmul::backward_input(ctx.device, &inputs)?;
+    let dcontext: Vec<_> = grads.iter().map(|grad| grad.dcontext).collect();
+    if let Some(dqkv) = dprojected.iter().map(|dy| dy.qkv).collect::<Option<Vec<_>>>() {
+        matmul::backward_input(ctx.device, &input_grads(ctx, layers, |l| l.qkv, &dqkv, &dx, (Some(&du), false)))?;
+    } else {
+        let (dq, dkv): (Vec<_>, Vec<_>) = dprojected.iter().map(|dy| (dy.q, dy.kv)).unzip();
+        let mut products = input_grads(ctx, layers, Layer::kv, &dkv, &dcontext, (None, false));
+        if self_attention {
+            matmul::backward_input(ctx.device, &products)?; // queries add to it
+            products.clear();
+        }
+        products.extend(input_grads(ctx, layers, Layer::q, &dq, &dx, (Some(&du), self_attention)));
+        matmul::backward_input(ctx.device, &products)?;
+    }
     ctx.arena.release_scratch(mark);
     Ok(())
 }
@@ -408,7 +455,7 @@ pub(super) fn bias_grads<T: Real>(ctx: &mut Context, layers: &[&Layer]) -> Resul
     elementwise::zero(ctx.device, columns)?;
     let mut biases = Vec::new();
     for layer in layers {
-        let mut pair = [layer.q, layer.kv].map(|linear| linear.bias.of(ctx.grads));
+        let mut pair = [layer.q(), layer.kv()].map(|linear| linear.bias.of(ctx.grads));
         if layer.embedding.is_some() {
             for bias in &mut pair {
                 let rest = columns.cols_range(bias.cols()..columns.cols());
@@ -425,7 +472,7 @@ pub(super) fn fold_backward<T: Element>(ctx: &Context, layers: &[&Layer], biases
     let mut folds = Vec::new();
     for (layer, biases) in layers.iter().zip(biases) {
         let Some(embedding) = layer.embedding else { continue };
-        for (linear, &dfolded) in [layer.q, layer.kv].into_iter().zip(biases) {
+        for (linear, &dfolded) in [layer.q(), layer.kv()].into_iter().zip(biases) {
             let LinearViews { weight, dweight, dbias, .. } = ctx.linear::<T>(linear);
             let (embedding, dembedding) = (embedding.of(ctx.params), embedding.of(ctx.grads));
             folds.push(FoldGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
@@ -444,32 +491,18 @@ pub(super) fn weight_grad<T: Element>(
     WeightGrad { dy, x, dw: linear.weight.of(ctx.grads), db }
 }
 
-/// dcontext = dkv W_kv.
-pub(super) fn keys_values_backward<T: Element>(
+/// dx = dy W + residual of one of each layer's linear maps, added to what dx held if `accumulate`.
+pub(super) fn input_grads<T: Element>(
     ctx: &Context,
     layers: &[&Layer],
-    dkv: &[View<T>],
-    dcontext: &[View<T>],
-) -> Vec<Matmul<T>> {
-    let products = layers.iter().zip(dkv).zip(dcontext).map(|((layer, &a), &out)| {
-        let b = layer.kv.weight.of(ctx.params);
-        Matmul { a, b, out, epilogue: Epilogue::default() }
-    });
-    products.collect()
-}
-
-/// dx = dq W_q + du, added to what dx held if `accumulate`.
-pub(super) fn queries_backward<T: Element>(
-    ctx: &Context,
-    layers: &[&Layer],
-    dq: &[View<T>],
-    du: &[View<T>],
+    linear: impl Fn(&Layer) -> Linear,
+    dy: &[View<T>],
     dx: &[View<T>],
-    accumulate: bool,
+    (residual, accumulate): (Option<&[View<T>]>, bool),
 ) -> Vec<Matmul<T>> {
     let products = layers.iter().enumerate().map(|(g, layer)| {
-        let epilogue = Epilogue { accumulate, residual: Some(du[g]), ..Default::default() };
-        Matmul { a: dq[g], b: layer.q.weight.of(ctx.params), out: dx[g], epilogue }
+        let epilogue = Epilogue { accumulate, residual: residual.map(|residual| residual[g]), ..Default::default() };
+        Matmul { a: dy[g], b: linear(layer).weight.of(ctx.params), out: dx[g], epilogue }
     });
     products.collect()
 }

@@ -1,7 +1,9 @@
 //! A model's parameters: one flat arena and a table of names.
 //!
-//! Names and shapes are those of the public checkpoints; offsets are ours, so that weights that are used together (a key and a
-//! value projection) lie together. Gradients and Adam's moments are arenas with the same offsets.
+//! Names and shapes are those of the public checkpoints; offsets are ours, so that weights that are used together (a query's, key's
+//! and value's projection) lie together. Gradients and Adam's moments are arenas with the same offsets.
+
+use std::ops::Range;
 
 use crate::{
     Result,
@@ -45,6 +47,10 @@ pub struct Param {
 }
 
 impl Param {
+    pub fn cols(self) -> usize {
+        self.cols
+    }
+
     pub fn of<T: Element>(self, arena: &Buffer) -> View<T> {
         arena.view(self.offset, self.rows, self.cols)
     }
@@ -55,6 +61,18 @@ impl Param {
 pub struct Linear {
     pub weight: Param,
     pub bias: Param,
+}
+
+impl Linear {
+    /// Some of its outputs.
+    pub fn outputs(self, range: Range<usize>) -> Self {
+        let Self { weight, bias } = self;
+        let offset = weight.offset + range.start * weight.cols;
+        Self {
+            weight: Param { offset, rows: range.len(), ..weight },
+            bias: Param { offset: bias.offset + range.start, cols: range.len(), ..bias },
+        }
+    }
 }
 
 /// Weight and bias `[1, d]`.
@@ -130,13 +148,13 @@ impl Layout {
         Linear { weight, bias }
     }
 
-    /// Two linear layers of the same input, side by side: their outputs are one product's columns.
-    pub(super) fn linear_pair(&mut self, names: [&str; 2], out: usize, input: usize) -> Linear {
+    /// Linear layers of the same input, side by side: their outputs are one product's columns.
+    pub(super) fn linears<const N: usize>(&mut self, names: [&str; N], out: usize, input: usize) -> Linear {
         self.align();
         let weight = names.map(|name| self.tensor(format!("{name}.weight"), &[out, input], LINEAR))[0];
         self.align();
         let bias = names.map(|name| self.tensor(format!("{name}.bias"), &[out], Init::Constant(0.0)))[0];
-        Linear { weight: Param { rows: 2 * out, ..weight }, bias: Param { cols: 2 * out, ..bias } }
+        Linear { weight: Param { rows: N * out, ..weight }, bias: Param { cols: N * out, ..bias } }
     }
 
     pub(super) fn norm(&mut self, name: &str, d: usize) -> Norm {

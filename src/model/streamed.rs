@@ -177,12 +177,12 @@ impl CrossFusion {
             ctx.arena.release_scratch(after);
 
             let weights = part.inputs.iter().enumerate().map(|(i, input)| {
-                layer::weight_grad(ctx, part.layers[i].kv, biases[input.scale][1], part.tokens[i], dkv[i])
+                layer::weight_grad(ctx, part.layers[i].kv(), biases[input.scale][1], part.tokens[i], dkv[i])
             });
             let weights: Vec<_> = weights.collect();
             matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
             let dtokens = scratch(ctx, &part.tokens, d)?;
-            let inputs = layer::keys_values_backward(ctx, &part.layers, &dkv, &dtokens);
+            let inputs = layer::input_grads(ctx, &part.layers, Layer::kv, &dkv, &dtokens, (None, false));
             matmul::backward_input(ctx.device, &inputs)?;
             let dbags = dbags.map(|dbags| {
                 let of = |input: &Input<T>| {
@@ -198,11 +198,11 @@ impl CrossFusion {
         for (sum, &dq) in sums.into_iter().zip(&dq) {
             elementwise::round(ctx.device, sum, dq)?;
         }
-        let weights = (0..2).map(|g| layer::weight_grad(ctx, layers[g].q, biases[g][0], x[g], dq[g]));
+        let weights = (0..2).map(|g| layer::weight_grad(ctx, layers[g].q(), biases[g][0], x[g], dq[g]));
         let weights: Vec<_> = weights.collect();
         matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
         layer::fold_backward::<T>(ctx, &layers, &biases)?;
-        matmul::backward_input(ctx.device, &layer::queries_backward(ctx, &layers, &dq, &du, dx, false))?;
+        matmul::backward_input(ctx.device, &layer::input_grads(ctx, &layers, Layer::q, &dq, dx, (Some(&du), false)))?;
         ctx.arena.release_scratch(start);
         Ok(())
     }

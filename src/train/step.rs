@@ -395,7 +395,8 @@ pub fn plan<T: Element>(
     let counts = || if let Device::Dry(dry) = &device { dry.counts() } else { Counts::default() };
     let forward = counts();
     if training {
-        let loss = SlideLoss { loss: Loss::NllSurv, target: Target { label: 0, censored: false }, alpha: 0.0, share: 1.0 };
+        let loss =
+            SlideLoss { loss: Loss::NllSurv, target: Target { label: 0, censored: false }, alpha: 0.0, share: 1.0 };
         model.backward(&mut ctx, saved, Start::Loss(&loss, &device.alloc(0)?), None)?;
     }
     let step = counts();
