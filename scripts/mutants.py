@@ -127,7 +127,7 @@ MUTANTS = [
     ("head", "sum: shared memory still in use", "__syncthreads();  // `shared` may still be in use", ";"),
     ("head", "sum: other warps' parts are not there yet", "__syncthreads();\n  float sum = 0.f;\n  for (int w", "float sum = 0.f;\n  for (int w"),
     ("head", "sum: last warp forgotten", "for (int w = 0; w < kWarps; w++) sum", "for (int w = 0; w < kWarps - 1; w++) sum"),
-    ("head", "forward: statistics forgotten", "p.stats[1] = rstd;", ";"),
+    ("head", "forward: statistics forgotten", "p.stats[1] = stats.rstd;", ";"),
     ("head", "forward: bias forgotten", "logit + float(p.bias[i])", "logit"),
     ("head", "forward: one lane's logit", "logit = warp_sum(logit);", ";"),
     ("head", "forward: only the first classes", "i += kWarps) {\n    float logit", "i += 8 * kWarps) {\n    float logit"),

@@ -341,7 +341,8 @@ fn trajectory() {
             });
             let target = Target { label: t.labels[step.slide], censored: t.censorship[step.slide] == 1.0 };
             let bags = Bags::new(data.each_ref().map(Vec::as_slice), model.features).unwrap();
-            let (loss, risk) = train_slide(&mut engine, &run, bags, target, None, step.epoch, step.slide).unwrap();
+            let loss = train_slide(&mut engine, &run, bags, target, None, step.epoch, step.slide).unwrap();
+            let (loss, risk) = engine.finish(loss).unwrap();
             let what = format!("epoch {} slide {}", step.epoch, step.slide);
             assert_close(&format!("{what} rate"), &[run.adam(step.epoch).learning_rate], &[step.lr], 1e-12);
             assert_close(&format!("{what} loss, risk"), &[loss, risk], &[step.loss, step.risk], 1e-4);

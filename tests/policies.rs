@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::ops::Range;
+use std::{collections::VecDeque, ops::Range};
 
 use common::{Law, fill};
 use crossfusion::{
@@ -11,7 +11,7 @@ use crossfusion::{
     device::{Device, Element, Real},
     loss::{Loss, Target},
     model::{Bags, Config, Policy, ReadPatches},
-    ops::Draw,
+    ops::{Draw, adam::Adam, head::SlideLoss},
     train::step::{BagSizes, Engine, Memory, State},
 };
 
@@ -180,6 +180,38 @@ fn all_policies_agree_in_f32() {
 fn all_policies_agree_in_f64() {
     for (projected, sizes) in [(true, [70, 33, 257]), (false, [5, 10, 65])] {
         check_all::<f64>(|| Device::from_name("cpu", 2).unwrap(), &config(projected), sizes, 1e-13);
+    }
+}
+
+/// The next slide is started before the loss of the one in hand is asked for: memory that both use must be free in time.
+#[test]
+fn slides_in_flight_do_not_meet() {
+    let slides = [[9, 21, 130], [64, 16, 1], [1, 30, 300], [12, 5, 77]].map(slide::<f32>);
+    let adam = Adam { learning_rate: 1e-3, weight_decay: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
+    for policy in [Policy::KEEP, Policy { recompute: Some(7), stream: Some(32) }] {
+        let run = |ahead: usize| {
+            let mut engine = engine::<f32>(device(), &config(true));
+            engine.set_memory(Memory::Policy(policy));
+            let (mut pending, mut losses) = (VecDeque::new(), Vec::new());
+            for (i, slide) in slides.iter().enumerate() {
+                // what was read is gone when the slide has been started
+                let [x5, x10, x20] = slide.each_ref().map(|rows| rows.values.clone());
+                let bags = Bags::new([&x5, &x10, &x20], FEATURES).unwrap();
+                let target = Target { label: i, censored: i == 2 };
+                let loss = SlideLoss { loss: Loss::NllSurv, target, alpha: 0.2, share: 0.5 };
+                let draw = Some(Draw { seed: 7, step: i as u32 });
+                pending.push_back(engine.accumulate_loss(bags, draw, &loss).unwrap());
+                if i % 2 == 1 {
+                    engine.update(&adam).unwrap();
+                }
+                while pending.len() > ahead {
+                    losses.push(engine.finish(pending.pop_front().unwrap()).unwrap());
+                }
+            }
+            losses.extend(pending.into_iter().map(|pending| engine.finish(pending).unwrap()));
+            (losses, engine.read_state(State::Params).unwrap())
+        };
+        assert!(run(0) == run(1), "{policy}: other bits");
     }
 }
 

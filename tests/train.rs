@@ -102,11 +102,18 @@ struct Trained {
 /// Trains fold 0 in a new folder up to a slide in the middle of the last epoch, where a checkpoint still holds everything; before that,
 /// drops and re-opens everything at each of `stops`.
 fn train(config: &RunConfig, stops: &[(usize, bool, usize)]) -> Trained {
+    train_some(config, usize::MAX, stops, 30)
+}
+
+/// [`train`] on the first `slides` of either side.
+fn train_some(config: &RunConfig, slides: usize, stops: &[(usize, bool, usize)], end: usize) -> Trained {
     let folder = tempfile::tempdir().unwrap();
     let dataset = Dataset::open(&config.source()).unwrap();
     let bins = Bins::cut(&dataset.slides, config.n_classes).unwrap();
-    let fold = dataset.fold(&config.splits, 0).unwrap();
-    let end = (config.num_epochs - 1, false, 30);
+    let mut fold = dataset.fold(&config.splits, 0).unwrap();
+    fold.train.truncate(slides);
+    fold.val.truncate(slides);
+    let end = (config.num_epochs - 1, false, end);
     let mut observer = StopAt { stops: [stops, &[end]].concat(), metrics: Vec::new() };
     while !observer.stops.is_empty() {
         let mut trainer = FoldTrainer::<f32>::new(config, &dataset, &bins, (0, &fold), folder.path()).unwrap();
@@ -131,6 +138,23 @@ fn a_stopped_run_goes_on_bit_by_bit() {
     assert_eq!(whole.metrics, stopped.metrics);
     assert!(whole.best == stopped.best, "the best models differ");
     assert!(whole.checkpoint == stopped.checkpoint, "the checkpoints differ");
+}
+
+/// Kernels run a slide behind the host. Stops and checkpoints still fall between slides, and the losses are the CPU's.
+#[cfg(feature = "emulator")]
+#[test]
+fn a_device_that_the_host_runs_ahead_of_goes_on_bit_by_bit() {
+    let cpu = RunConfig { num_epochs: 2, grad_accum_steps: 3, ..config() };
+    let config = RunConfig { device: "emulator".into(), checkpoint_every: 2, ..cpu.clone() };
+    let whole = train_some(&config, 7, &[], 5);
+    let stops = [(0, false, 1), (0, false, 4), (0, true, 2), (1, false, 3)];
+    let stopped = train_some(&config, 7, &stops, 5);
+    assert!(whole == stopped, "a stopped run differs");
+    let expected = train_some(&cpu, 7, &[], 5);
+    let (got, expected) = (&whole.metrics[0], &expected.metrics[0]);
+    for (got, expected) in [(got.train_loss, expected.train_loss), (got.val_loss, expected.val_loss)] {
+        assert!((got - expected).abs() <= 1e-4 * expected.abs(), "{got}, not {expected}");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::{Buffer, Device, Element, View};
 use crate::{Error, Result};
 
 /// Every view starts on a boundary of this many bytes (a GPU's widest access, and a multiple of a cache line).
-const ALIGNMENT: usize = 256;
+pub(crate) const ALIGNMENT: usize = 256;
 
 pub struct Arena {
     buffer: Buffer,

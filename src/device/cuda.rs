@@ -22,7 +22,7 @@ use rayon::prelude::*;
 use super::{
     Launch, Storage,
     fatbins::fatbins,
-    pinned::{HALF, Pinned},
+    pinned::{HALF, PageLocked, Pinned},
 };
 use crate::{Error, Result};
 
@@ -113,6 +113,11 @@ impl Cuda {
         })
     }
 
+    /// Page-locked memory of the host, zeroed, which kernels reach at the same address.
+    pub(super) fn alloc_page_locked(&self, bytes: usize) -> Result<PageLocked> {
+        PageLocked::new(&self.context, bytes.max(1)).map_err(|e| self.failed("allocating page-locked memory", e))
+    }
+
     /// Starts a kernel.
     pub fn launch(&self, launch: Launch) -> Result<()> {
         let function = self.function(&launch)?;
@@ -166,6 +171,11 @@ impl Cuda {
     /// The work started so far.
     pub fn fence(&self) -> Result<CudaEvent> {
         self.stream.record_event(None).map_err(|e| self.failed("recording an event", e))
+    }
+
+    /// Waits for the work before.
+    pub fn wait(&self, fence: &CudaEvent) -> Result<()> {
+        fence.synchronize().map_err(|e| self.failed("waiting for the GPU", e))
     }
 
     /// Copies to the device from wherever `write` takes it: called for ranges of whole `unit`s that follow one another, with host memory to

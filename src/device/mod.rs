@@ -15,6 +15,7 @@ mod launch;
 mod pinned;
 mod view;
 
+pub(crate) use arena::ALIGNMENT;
 pub use arena::{Arena, Mark};
 pub use cpu::{Cpu, Real};
 pub use cuda::Cuda;
@@ -147,6 +148,16 @@ impl Device {
         }
     }
 
+    /// Zeroed memory, small, that kernels write and the host reads without a copy, by [`Device::peek`].
+    pub fn alloc_shared(&self, bytes: usize) -> Result<Buffer> {
+        if let Self::Cuda(cuda) = self { Buffer::cuda_shared(cuda, bytes) } else { self.alloc(bytes) }
+    }
+
+    /// What a buffer of [`Device::alloc_shared`] holds. Whoever writes it must have been waited for.
+    pub(crate) fn peek(&self, from: &Buffer) -> Result<Vec<u8>> {
+        from.peek().ok_or_else(|| Error::Device("peek: this is memory of the GPU".into()))
+    }
+
     /// Waits until all launches so far have ended.
     pub fn synchronize(&self) -> Result<()> {
         self.finish_emulated()?;
@@ -170,6 +181,16 @@ impl Device {
             Self::Emulator(emulator) => Fence::Emulator(emulator.launched()),
             Self::Cpu(_) | Self::Dry(_) => Fence::Done,
         })
+    }
+
+    /// Waits until the work before a fence has ended.
+    pub(crate) fn wait(&self, fence: &Fence) -> Result<()> {
+        match (self, fence) {
+            (Self::Cuda(cuda), Fence::Cuda(event)) => cuda.wait(event),
+            #[cfg(feature = "emulator")]
+            (Self::Emulator(emulator), Fence::Emulator(launches)) => emulator.finish(Some(*launches)),
+            _ => Ok(()),
+        }
     }
 
     /// Fills a whole buffer.
@@ -231,10 +252,6 @@ impl Device {
         mut write: impl FnMut(Range<usize>, &mut [T]) -> Result<()>,
     ) -> Result<()> {
         let row = to.cols() * size_of::<T>();
-        #[cfg(feature = "emulator")]
-        if let (Self::Emulator(emulator), Fence::Emulator(launches)) = (self, after) {
-            emulator.finish(Some(*launches))?;
-        }
         match (self, after) {
             (Self::Cuda(cuda), Fence::Cuda(after)) => {
                 cuda.fill(to.address(), to.rows() * row, row, after, |bytes, out| {
@@ -242,8 +259,11 @@ impl Device {
                 })
             }
             (Self::Dry(_), _) => Ok(()),
-            // SAFETY: `to` lies in a live buffer of this device, and nothing else runs on it.
-            _ => write(0..to.rows(), unsafe { to.slice_mut() }),
+            _ => {
+                self.wait(after)?;
+                // SAFETY: `to` lies in a live buffer of this device, and nothing else runs on it.
+                write(0..to.rows(), unsafe { to.slice_mut() })
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use memmap2::MmapMut;
 
 #[cfg(feature = "emulator")]
 use super::emulator::Registered;
-use super::{Cuda, Element};
+use super::{Cuda, Element, pinned::PageLocked};
 use crate::{Error, Result};
 
 /// Memory of one device, zeroed when new and freed when dropped.
@@ -24,6 +24,9 @@ enum Owner {
     },
     Gpu {
         _slice: CudaSlice<u8>,
+    },
+    PageLocked {
+        _memory: PageLocked,
     },
     #[cfg(feature = "emulator")]
     Emulator {
@@ -59,8 +62,24 @@ impl Buffer {
         Ok(Self { address, bytes, _owner: Owner::Gpu { _slice: slice } })
     }
 
+    /// Memory of the host that kernels write to.
+    pub(super) fn cuda_shared(cuda: &Cuda, bytes: usize) -> Result<Self> {
+        let memory = cuda.alloc_page_locked(bytes)?;
+        Ok(Self { address: memory.address(), bytes, _owner: Owner::PageLocked { _memory: memory } })
+    }
+
+    /// What a buffer of [`Device::alloc_shared`](super::Device::alloc_shared) holds; None of another. Its writers must have been waited for.
+    pub(super) fn peek(&self) -> Option<Vec<u8>> {
+        match self._owner {
+            Owner::Gpu { .. } => None,
+            Owner::Nobody => Some(vec![0; self.bytes]),
+            // SAFETY: live memory of the host, which nobody writes now.
+            _ => Some(unsafe { std::slice::from_raw_parts(self.address as *const u8, self.bytes) }.to_vec()),
+        }
+    }
+
     /// Addresses that nothing backs.
-    pub(super) fn imaginary(bytes: usize) -> Self {
+    pub(crate) fn imaginary(bytes: usize) -> Self {
         Self { address: 1 << 62, bytes, _owner: Owner::Nobody }
     }
 

@@ -4,8 +4,82 @@ use std::{marker::PhantomData, ops::Range};
 
 use crate::{
     Error, Result,
-    device::{Element, View},
+    device::{ALIGNMENT, Buffer, Device, Element, Fence, View, copy_by_all_threads},
 };
+
+/// Where a GPU keeps the bags of a slide that are held whole. A device has two and takes them in turn: one slide's bags arrive while the slide
+/// before is worked on.
+pub struct Room {
+    buffer: Buffer,
+    used: usize,
+    /// The end of the work that last read it.
+    free: Fence,
+}
+
+impl Room {
+    pub(crate) fn new(device: &Device, bytes: usize) -> Result<Self> {
+        Ok(Self { buffer: device.alloc(bytes)?, used: 0, free: device.fence()? })
+    }
+
+    /// As large as anything could ask for; only for [`Device::Dry`].
+    pub(crate) fn unlimited() -> Self {
+        Self { buffer: Buffer::imaginary(1 << 50), used: 0, free: Fence::Done }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.buffer.bytes()
+    }
+
+    /// Bytes that the slide takes so far.
+    pub(crate) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// For the next slide.
+    pub(crate) fn clear(&mut self) {
+        self.used = 0;
+    }
+
+    /// After the last work that reads it has been started.
+    pub(crate) fn release(&mut self, device: &Device) -> Result<()> {
+        self.free = device.fence()?;
+        Ok(())
+    }
+
+    /// A copy of a whole bag, on its way: work started from now on finds it.
+    pub(super) fn receive<T: Element>(
+        &mut self,
+        device: &Device,
+        bag: &Bag<'_, T>,
+        features: usize,
+    ) -> Result<View<T>> {
+        let at = self.used.next_multiple_of(ALIGNMENT);
+        let bytes = bag.patches() * features * size_of::<T>();
+        self.used = at + bytes;
+        let view = self.buffer.view(at / size_of::<T>(), bag.patches(), features);
+        copy(device, bag, 0, view, &self.free)?;
+        Ok(view)
+    }
+}
+
+/// Copies a bag's patches from `first` on to the device, as soon as the work before `after` has ended.
+pub(super) fn copy<T: Element>(
+    device: &Device,
+    bag: &Bag<'_, T>,
+    first: usize,
+    to: View<T>,
+    after: &Fence,
+) -> Result<()> {
+    device.fill(to, after, |rows, out| {
+        let patches = first + rows.start..first + rows.end;
+        match bag {
+            // SAFETY: bags borrow host memory that nobody writes.
+            Bag::Memory(bag) => copy_by_all_threads(unsafe { bag.rows_range(patches).slice() }, out),
+            Bag::Reader(reader) => reader.read(patches, out)?,
+        }
+        Ok(())
+    })
+}
 
 /// Reads patches of a bag: a file, say. Called from any thread.
 pub trait ReadPatches<T>: Sync {

@@ -9,7 +9,7 @@ mod streamed;
 mod transformer;
 
 pub(crate) use bags::Bag;
-pub use bags::{Bags, ReadPatches};
+pub use bags::{Bags, ReadPatches, Room};
 pub use crossfusion::{CrossFusion, Saved, Start};
 pub use params::{Entry, Layout, Param};
 pub use policy::Policy;
@@ -18,7 +18,7 @@ pub(crate) use streamed::STREAM_BUFFERS;
 
 use crate::{
     Error, Result,
-    device::{Arena, Buffer, Device, Element, Fence, View, copy_by_all_threads},
+    device::{Arena, Buffer, Device, Element, View},
     ops::{Draw, Dropout},
 };
 
@@ -122,6 +122,8 @@ impl Config {
 pub struct Context<'a> {
     pub device: &'a Device,
     pub arena: &'a mut Arena,
+    /// Of the bags that are held whole, where the device does not read them in the host's memory.
+    pub room: &'a mut Room,
     /// Of the type that the ops read.
     pub params: &'a Buffer,
     /// Of the type that sums are kept in; written by backward only.
@@ -163,11 +165,7 @@ impl Context<'_> {
     fn stage<T: Element>(&mut self, bag: &Bag<'_, T>) -> Result<View<T>> {
         match bag {
             Bag::Memory(bag) if !self.device.runs_kernels() => Ok(*bag),
-            bag => {
-                let staged = self.arena.save(bag.patches(), self.config.features)?;
-                copy(self.device, bag, 0, staged, &self.device.fence()?)?;
-                Ok(staged)
-            }
+            bag => self.room.receive(self.device, bag, self.config.features),
         }
     }
 
@@ -179,19 +177,6 @@ impl Context<'_> {
             dbias: linear.bias.of(self.grads),
         }
     }
-}
-
-/// Copies a bag's patches from `first` on to the device.
-fn copy<T: Element>(device: &Device, bag: &Bag<'_, T>, first: usize, to: View<T>, after: &Fence) -> Result<()> {
-    device.fill(to, after, |rows, out| {
-        let patches = first + rows.start..first + rows.end;
-        match bag {
-            // SAFETY: bags borrow host memory that nobody writes.
-            Bag::Memory(bag) => copy_by_all_threads(unsafe { bag.rows_range(patches).slice() }, out),
-            Bag::Reader(reader) => reader.read(patches, out)?,
-        }
-        Ok(())
-    })
 }
 
 /// A linear layer's parameters and gradients.

@@ -7,7 +7,8 @@
 use std::ops::Range;
 
 use super::{
-    Bag, Context, CrossFusion, copy,
+    Bag, Context, CrossFusion,
+    bags::copy,
     crossfusion::{Input, Inputs},
     layer::{self, Forwarded, Layer, SavedLayer, scratch},
     policy::pieces,

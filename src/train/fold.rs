@@ -1,6 +1,7 @@
 //! Training one fold, slide by slide, so that it can stop and go on anywhere.
 
 use std::{
+    collections::VecDeque,
     ops::ControlFlow,
     path::{Path, PathBuf},
     time::Instant,
@@ -12,7 +13,7 @@ use super::{
     checkpoint::{self, ModelCard, Origin},
     config::RunConfig,
     cox::{self, Unit},
-    step::Engine,
+    step::{Engine, Pending},
 };
 use crate::{
     Error, Result,
@@ -294,47 +295,68 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         (terms > 0).then(|| self.progress.loss_sum / terms as f64)
     }
 
-    /// The slides of an epoch that are not done yet.
+    /// The slides of an epoch that are not done yet. A GPU is given the next slide before the host waits for the one in hand.
     fn train(&mut self, order: &[usize], patches: &mut usize, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
-        let dataset = self.dataset;
+        let (dataset, config, epoch) = (self.dataset, self.config, self.progress.epoch);
+        let ahead = usize::from(self.engine.device.runs_kernels());
         let mut stopped = ControlFlow::Continue(());
+        let (mut started, mut pending) = (self.progress.position, VecDeque::new());
         let reading = self.reading.clone();
-        dataset.for_each(&order[self.progress.position..], &reading, |slide, bag: Bag<T>| {
-            let step = (self.progress.epoch * order.len() + self.progress.position) as u32;
-            let draw = Some(Draw { seed: self.config.seed ^ (self.fold as u64) << 32, step });
-            let (config, target) = (self.config, dataset.target(&self.bins, slide));
-            let (loss, risk) = train_slide(
-                &mut self.engine,
-                config,
-                bag.views()?,
-                target,
-                draw,
-                self.progress.epoch,
-                self.progress.position,
-            )?;
-            Self::check_finite(dataset, (self.fold, self.progress.epoch), slide, risk)?;
-            self.progress.updates = self.engine.updates;
-            self.progress.position += 1;
-            self.progress.loss_sum += loss;
-            self.progress.risks.push(risk);
-            let position = self.progress.position;
-            let done = SlideDone {
-                fold: self.fold,
-                epoch: self.progress.epoch,
-                position,
-                slides: order.len(),
-                validating: false,
-                loss: self.train_loss(),
-                patches: dataset.sizes[slide].total(),
-            };
-            *patches += done.patches;
-            stopped = observer.slide(&done);
-            if position.is_multiple_of(self.config.checkpoint_every) && stopped.is_continue() {
+        dataset.for_each(&order[started..], &reading, |slide, bag: Bag<T>| {
+            let step = (epoch * order.len() + started) as u32;
+            let draw = Some(Draw { seed: config.seed ^ (self.fold as u64) << 32, step });
+            let target = dataset.target(&self.bins, slide);
+            pending
+                .push_back((slide, train_slide(&mut self.engine, config, bag.views()?, target, draw, epoch, started)?));
+            started += 1;
+            // a checkpoint is of slides that are done
+            let saves = started.is_multiple_of(config.checkpoint_every);
+            while pending.len() > if saves || stopped.is_break() { 0 } else { ahead } {
+                let Some((slide, loss)) = pending.pop_front() else { break };
+                if self.done(slide, loss, order.len(), patches, observer)?.is_break() {
+                    stopped = ControlFlow::Break(());
+                }
+            }
+            if saves && stopped.is_continue() {
                 self.checkpoint()?;
             }
             Ok(stopped.is_continue())
         })?;
+        for (slide, loss) in pending {
+            if self.done(slide, loss, order.len(), patches, observer)?.is_break() {
+                stopped = ControlFlow::Break(());
+            }
+        }
         Ok(stopped)
+    }
+
+    /// Waits for a slide's loss and takes it down.
+    fn done(
+        &mut self,
+        slide: usize,
+        loss: Pending,
+        slides: usize,
+        patches: &mut usize,
+        observer: &mut dyn Observer,
+    ) -> Result<ControlFlow<()>> {
+        let (dataset, fold, epoch) = (self.dataset, self.fold, self.progress.epoch);
+        let (loss, risk) = self.engine.finish(loss)?;
+        Self::check_finite(dataset, (fold, epoch), slide, risk)?;
+        self.progress.updates = self.engine.updates;
+        self.progress.position += 1;
+        self.progress.loss_sum += loss;
+        self.progress.risks.push(risk);
+        let done = SlideDone {
+            fold,
+            epoch,
+            position: self.progress.position,
+            slides,
+            validating: false,
+            loss: self.train_loss(),
+            patches: dataset.sizes[slide].total(),
+        };
+        *patches += done.patches;
+        Ok(observer.slide(&done))
     }
 
     /// Mean loss (alpha = 0; with the Cox loss, that of one cohort) and C-index of the fold's validation slides, without dropout. None if stopped; a resumed run validates anew.
@@ -414,7 +436,7 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
 }
 
 /// One slide of training: forward, loss, backward, and an update after every `grad_accum_steps`-th slide of the epoch. Gradients left at an
-/// epoch's end carry into the next epoch's first update, as published. Returns loss and risk.
+/// epoch's end carry into the next epoch's first update, as published.
 pub fn train_slide<T: Element<Sum = f32>>(
     engine: &mut Engine<T>,
     config: &RunConfig,
@@ -423,7 +445,7 @@ pub fn train_slide<T: Element<Sum = f32>>(
     draw: Option<Draw>,
     epoch: usize,
     position: usize,
-) -> Result<(f64, f64)> {
+) -> Result<Pending> {
     let share = 1.0 / config.grad_accum_steps as f64;
     let loss = SlideLoss { loss: config.loss_fn, target, alpha: config.alpha_surv, share };
     let loss = engine.accumulate_loss(bags, draw, &loss)?;

@@ -12,9 +12,9 @@ use serde::Serialize;
 use crate::{
     Error, Result,
     data::torch::{Parameter, StateDict},
-    device::{Arena, Buffer, Counts, Device, Element, Real},
+    device::{Arena, Buffer, Counts, Device, Element, Fence, Real},
     loss::{Loss, Target},
-    model::{Bag, Bags, Config, Context, CrossFusion, Policy, ReadPatches, STREAM_BUFFERS, Saved, Start},
+    model::{Bag, Bags, Config, Context, CrossFusion, Policy, ReadPatches, Room, STREAM_BUFFERS, Saved, Start},
     ops::{
         Draw,
         adam::{self, Adam},
@@ -32,8 +32,12 @@ pub struct Engine<T: Element> {
     grads: Buffer,
     moments: [Buffer; 2],
     arena: Arena,
-    /// Loss and risk of a slide, f64, where a kernel finds them.
-    result: Buffer,
+    /// Of the slide in hand and of the one before, as are `results`.
+    rooms: [Room; 2],
+    /// Loss and risk of a slide, f64, in memory that the host sees.
+    results: [Buffer; 2],
+    /// Passes so far.
+    passes: usize,
     memory: Memory,
     plans: HashMap<(BagSizes, bool), Plan>,
     /// Updates so far, for Adam's bias correction.
@@ -77,6 +81,8 @@ pub struct Plan {
     pub parts: Parts,
     /// Exact size of the step's arena.
     pub arena_bytes: usize,
+    /// Of each of the two rooms that a GPU keeps whole bags in.
+    pub room_bytes: usize,
     pub forward_flop: f64,
     /// Forward and backward.
     pub step_flop: f64,
@@ -92,7 +98,7 @@ pub struct Parts {
     pub gradients: usize,
     /// Adam's.
     pub moments: usize,
-    /// Bags that are held whole.
+    /// Bags that are held whole; on a GPU those of the next slide too.
     pub bags: usize,
     /// Parts of the bags that are streamed.
     pub stream: usize,
@@ -108,6 +114,13 @@ impl Plan {
         let Parts { parameters, gradients, moments, bags, stream, saved, scratch } = self.parts;
         parameters + gradients + moments + bags + stream + saved + scratch
     }
+}
+
+/// A slide's loss and risk that the device may still work on: for [`Engine::finish`].
+#[must_use]
+pub struct Pending {
+    turn: usize,
+    done: Fence,
 }
 
 /// The arenas that [`Engine::read_state`] names, and that a checkpoint holds.
@@ -135,7 +148,9 @@ impl<T: Element> Engine<T> {
             grads: device.alloc(bytes)?,
             moments: [device.alloc(bytes)?, device.alloc(bytes)?],
             arena: Arena::new(&device, 0)?,
-            result: device.alloc(2 * size_of::<f64>())?,
+            rooms: [Room::new(&device, 0)?, Room::new(&device, 0)?],
+            results: [device.alloc_shared(2 * size_of::<f64>())?, device.alloc_shared(2 * size_of::<f64>())?],
+            passes: 0,
             memory: Memory::Policy(Policy::KEEP),
             plans: HashMap::new(),
             device,
@@ -173,10 +188,9 @@ impl<T: Element> Engine<T> {
 
     /// Logits of a slide under a dropout: the very ones that [`Engine::accumulate`] finds with the same draw.
     pub fn forward(&mut self, bags: Bags<'_, T>, draw: Option<Draw>) -> Result<Vec<f64>> {
-        let (model, mut ctx, _) = self.pass(&bags, draw, false, false)?;
-        ctx.device.install(|| {
-            let saved = model.forward(&mut ctx, bags)?;
-            logits(model, &ctx, &saved)
+        self.pass(bags, draw, (false, false), |model, ctx, _, bags| {
+            let saved = model.forward(ctx, bags)?;
+            logits(model, ctx, &saved)
         })
     }
 
@@ -189,36 +203,42 @@ impl<T: Element> Engine<T> {
         inputs: Option<Bags<'_, T>>,
         loss: impl FnOnce(&[f64]) -> Vec<f64> + Send,
     ) -> Result<Vec<f64>> {
-        let (model, mut ctx, _) = self.pass(&bags, draw, true, inputs.is_some())?;
-        ctx.device.install(|| {
-            let saved = model.forward(&mut ctx, bags)?;
-            let logits = logits(model, &ctx, &saved)?;
+        self.pass(bags, draw, (true, inputs.is_some()), |model, ctx, _, bags| {
+            let saved = model.forward(ctx, bags)?;
+            let logits = logits(model, ctx, &saved)?;
             let dlogits: Vec<T::Sum> = loss(&logits).into_iter().map(T::Sum::of).collect();
             ctx.device.upload(&dlogits, saved.dlogits)?;
-            model.backward(&mut ctx, saved, Start::Dlogits, inputs)?;
+            model.backward(ctx, saved, Start::Dlogits, inputs)?;
             Ok(logits)
         })
     }
 
-    /// [`Engine::accumulate`] with a loss of the slide alone. Returns loss and risk; the host waits for nothing before.
-    pub fn accumulate_loss(&mut self, bags: Bags<'_, T>, draw: Option<Draw>, loss: &SlideLoss) -> Result<(f64, f64)> {
-        let (model, mut ctx, result) = self.pass(&bags, draw, true, false)?;
-        ctx.device.install(|| {
-            let saved = model.forward(&mut ctx, bags)?;
-            model.backward(&mut ctx, saved, Start::Loss(loss, result), None)
+    /// [`Engine::accumulate`] with a loss of the slide alone. On a GPU the host goes on while the device works: the next slide may be started
+    /// before this one's loss is asked for, but not the next but one.
+    pub fn accumulate_loss(&mut self, bags: Bags<'_, T>, draw: Option<Draw>, loss: &SlideLoss) -> Result<Pending> {
+        let turn = self.passes % 2;
+        self.pass(bags, draw, (true, false), |model, ctx, result, bags| {
+            let saved = model.forward(ctx, bags)?;
+            model.backward(ctx, saved, Start::Loss(loss, result), None)
         })?;
-        let values: Vec<f64> = bytemuck::pod_collect_to_vec(&self.device.read(&self.result)?);
+        Ok(Pending { turn, done: self.device.fence()? })
+    }
+
+    /// Loss and risk of a slide, when the device is done with it.
+    pub fn finish(&self, pending: Pending) -> Result<(f64, f64)> {
+        self.device.wait(&pending.done)?;
+        let values: Vec<f64> = bytemuck::pod_collect_to_vec(&self.device.peek(&self.results[pending.turn])?);
         Ok((values[0], values[1]))
     }
 
-    /// What a pass works with; the arena is empty and large enough, also for the bags' gradients if they are wanted.
-    fn pass(
+    /// Runs `work` on an empty arena that is large enough for it, also for the bags' gradients if they are wanted.
+    fn pass<'a, R: Send>(
         &mut self,
-        bags: &Bags<'_, T>,
+        bags: Bags<'a, T>,
         draw: Option<Draw>,
-        training: bool,
-        inputs: bool,
-    ) -> Result<(&CrossFusion, Context<'_>, &Buffer)> {
+        (training, inputs): (bool, bool),
+        work: impl FnOnce(&CrossFusion, &mut Context<'_>, &Buffer, Bags<'a, T>) -> Result<R> + Send,
+    ) -> Result<R> {
         let sizes = BagSizes { x5: bags.x5.patches(), x10: bags.x10.rows(), x20: bags.x20.patches() };
         let plan = self.plan(sizes, training || draw.is_some())?;
         let mut bytes = plan.arena_bytes;
@@ -231,11 +251,18 @@ impl<T: Element> Engine<T> {
             let message = "bags that are read part by part need a policy that streams them, or a memory budget";
             return Err(Error::Usage(message.into()));
         }
-        self.grow(bytes)?;
+        self.grow(bytes, plan.room_bytes)?;
         self.arena.reset();
-        let Self { device, model, arena, params, weights, grads, result, .. } = self;
-        let (params, policy) = (weights.as_ref().unwrap_or(params), plan.policy);
-        Ok((model, Context { device, arena, params, grads, draw, training, policy, config: &model.config }, result))
+        let turn = self.passes % 2;
+        self.passes += 1;
+        let Self { device, model, arena, rooms, results, params, weights, grads, .. } = self;
+        let (device, room) = (&*device, &mut rooms[turn]);
+        room.clear();
+        let (params, policy, config) = (weights.as_ref().unwrap_or(params), plan.policy, &model.config);
+        let mut ctx = Context { device, arena, room, params, grads, draw, training, policy, config };
+        let result = device.install(|| work(model, &mut ctx, &results[turn], bags));
+        room.release(device)?;
+        result
     }
 
     /// One Adam update from the summed gradients, which are zero afterwards.
@@ -273,15 +300,24 @@ impl<T: Element> Engine<T> {
 
     /// Makes the arena large enough for slides of these sizes, so that a step need not grow it.
     pub fn reserve(&mut self, sizes: impl IntoIterator<Item = BagSizes>, training: bool) -> Result<()> {
-        let plans = sizes.into_iter().map(|sizes| Ok(self.plan(sizes, training)?.arena_bytes));
-        let bytes = plans.collect::<Result<Vec<_>>>()?;
-        self.grow(bytes.into_iter().max().unwrap_or(0))
+        let (mut arena, mut room) = (0, 0);
+        for sizes in sizes {
+            let plan = self.plan(sizes, training)?;
+            (arena, room) = (arena.max(plan.arena_bytes), room.max(plan.room_bytes));
+        }
+        self.grow(arena, room)
     }
 
-    fn grow(&mut self, bytes: usize) -> Result<()> {
-        if bytes > self.arena.bytes() {
+    fn grow(&mut self, arena: usize, room: usize) -> Result<()> {
+        if arena > self.arena.bytes() {
             self.arena = Arena::new(&self.device, 0)?; // give the old one back first
-            self.arena = Arena::new(&self.device, bytes)?;
+            self.arena = Arena::new(&self.device, arena)?;
+        }
+        for old in &mut self.rooms {
+            if room > old.bytes() {
+                *old = Room::new(&self.device, 0)?;
+                *old = Room::new(&self.device, room)?;
+            }
         }
         Ok(())
     }
@@ -378,9 +414,11 @@ pub fn plan<T: Element>(
             parts.stream = buffers * (bag_bytes(sizes.x5.min(patches)) + bag_bytes(sizes.x20.min(patches)));
         }
     }
+    let mut room = Room::unlimited();
     let mut ctx = Context {
         device: &device,
         arena: &mut arena,
+        room: &mut room,
         params: &params,
         grads: &grads,
         draw: training.then_some(Draw { seed: 0, step: 0 }),
@@ -400,14 +438,16 @@ pub fn plan<T: Element>(
         model.backward(&mut ctx, saved, Start::Loss(&loss, &device.alloc(0)?), None)?;
     }
     let step = counts();
-    // the buffers, and on a GPU the bags, lie on the saved stack
-    let staged = parts.stream + if device.runs_kernels() { parts.bags } else { 0 };
-    parts.saved = arena.saved_at_peak().saturating_sub(staged);
+    if device.runs_kernels() {
+        parts.bags = 2 * room.used();
+    }
+    parts.saved = arena.saved_at_peak().saturating_sub(parts.stream); // the buffers lie on the saved stack
     parts.scratch = arena.peak() - arena.saved_at_peak();
     Ok(Plan {
         policy,
         parts,
         arena_bytes: arena.peak(),
+        room_bytes: room.used(),
         forward_flop: forward.flop,
         step_flop: step.flop,
         launches: step.launches,
