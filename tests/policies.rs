@@ -192,6 +192,9 @@ fn slides_in_flight_do_not_meet() {
         let run = |ahead: usize| {
             let mut engine = engine::<f32>(device(), &config(true));
             engine.set_memory(Memory::Policy(policy));
+            // growing memory waits for everything
+            let sizes = slides.each_ref().map(|slide| slide.each_ref().map(|rows| rows.values.len() / FEATURES));
+            engine.reserve(sizes.map(|[x5, x10, x20]| BagSizes { x5, x10, x20 }), true).unwrap();
             let (mut pending, mut losses) = (VecDeque::new(), Vec::new());
             for (i, slide) in slides.iter().enumerate() {
                 // what was read is gone when the slide has been started
