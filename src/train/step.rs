@@ -214,7 +214,7 @@ impl<T: Element> Engine<T> {
     }
 
     /// [`Engine::accumulate`] with a loss of the slide alone. On a GPU the host goes on while the device works: the next slide may be started
-    /// before this one's loss is asked for, but not the next but one.
+    /// before this one's loss is asked for; the one after that overwrites it.
     pub fn accumulate_loss(&mut self, bags: Bags<'_, T>, draw: Option<Draw>, loss: &SlideLoss) -> Result<Pending> {
         let turn = self.passes % 2;
         self.pass(bags, draw, (true, false), |model, ctx, result, bags| {
