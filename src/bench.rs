@@ -3,6 +3,7 @@
 pub mod cases;
 mod ceilings;
 mod cox;
+mod cublaslt;
 mod op;
 mod peer;
 mod plan;

@@ -1,12 +1,9 @@
-//! What a device can do at all, measured; and cuBLAS, as the peer of our products. The CUDA half has not yet run on a GPU.
+//! What a device can do at all, measured; and cublasLt, as the peer of our products. The CUDA half has not yet run on a GPU.
 
-use cudarc::cublas::{
-    CudaBlas,
-    result::gemm_ex,
-    sys::{self as blas, cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType_t},
+use super::{
+    cases::{Case, Operand, Product},
+    cublaslt::CublasLt,
 };
-
-use super::cases::{Case, Operand, Product};
 use crate::{
     Error, Result,
     device::{Cuda, Device, Element, Matrix, Storage},
@@ -17,7 +14,7 @@ const FLUSH: usize = 256 << 20;
 /// A product large enough for a GPU's peak.
 const LARGE: usize = 8192;
 
-/// Operations a second that this device reaches: on a CPU multiply-adds in registers, on a GPU a large product by cuBLAS.
+/// Operations a second that this device reaches: on a CPU multiply-adds in registers, on a GPU a large product by cublasLt.
 pub fn peak<T: Element>(device: &Device) -> Result<f64> {
     match device {
         Device::Cpu(cpu) => Ok(cpu.fma_peak::<f32>(3)),
@@ -71,87 +68,34 @@ fn product_rate<T: Element>(cuda: &Cuda) -> Result<f64> {
     let operand = |slice| Operand { matrix: Matrix::new(address(slice), LARGE, LARGE), transposed: false };
     let product = Product { a: operand(&a), b: operand(&b), out: operand(&out), depth: LARGE };
     let storage = crate::device::storage::<T>()?;
-    let Some(blas) = open(cuda)? else {
+    let Some(library) = CublasLt::open(cuda)? else {
         return Err(Error::Device(
-            "cf-bench op on a GPU measures its peak by cuBLAS, which was not found (libcublas)".into(),
+            "cf-bench on a GPU measures its peak by cublasLt, which was not found (libcublasLt)".into(),
         ));
     };
+    let product = library.prepare(&product, storage, storage)?;
     let mut best = f64::INFINITY;
     for _ in 0..10 {
-        best = best.min(cuda.time(|| multiply(&blas, storage, storage, &product))?);
+        best = best.min(cuda.time(|| product.run())?);
     }
     Ok(2.0 * (LARGE as f64).powi(3) / best)
 }
 
-/// Median seconds of cuBLAS on the case's products, one call each; None without products, without a GPU, or without cuBLAS.
-pub fn cublas(device: &Device, case: &Case, repeat: u32) -> Result<Option<f64>> {
+/// Median seconds of cublasLt on the case's products, one call each; None without products, without a GPU, or without cublasLt.
+pub fn cublaslt(device: &Device, case: &Case, repeat: u32) -> Result<Option<f64>> {
     let Device::Cuda(cuda) = device else { return Ok(None) };
-    let (false, Some(blas)) = (case.products.is_empty(), open(cuda)?) else { return Ok(None) };
+    let (false, Some(library)) = (case.products.is_empty(), CublasLt::open(cuda)?) else { return Ok(None) };
+    let out = if case.op.ends_with("weight") { Storage::F32 } else { case.storage };
+    let products = case.products.iter().map(|product| library.prepare(product, case.storage, out));
+    let products = products.collect::<Result<Vec<_>>>()?;
     let mut times = Vec::new();
     for run in 0..=repeat {
         flush_l2(cuda)?;
-        let all = || {
-            case.products.iter().try_for_each(|product| {
-                multiply(
-                    &blas,
-                    case.storage,
-                    if case.op.ends_with("weight") { Storage::F32 } else { case.storage },
-                    product,
-                )
-            })
-        };
-        let seconds = cuda.time(all)?;
+        let seconds = cuda.time(|| products.iter().try_for_each(|product| product.run()))?;
         if run > 0 {
             times.push(seconds);
         }
     }
     times.sort_by(f64::total_cmp);
     Ok(Some(times[times.len() / 2]))
-}
-
-fn open(cuda: &Cuda) -> Result<Option<CudaBlas>> {
-    // SAFETY: looks for the library; every other call panics without it.
-    if !unsafe { blas::is_culib_present() } {
-        return Ok(None);
-    }
-    CudaBlas::new(cuda.stream().clone()).map(Some).map_err(|e| Error::Device(format!("cuBLAS does not start: {e:?}")))
-}
-
-/// cuBLAS is column-major: it computes outᵀ = bᵀ aᵀ of the same memory.
-fn multiply(handle: &CudaBlas, storage: Storage, out: Storage, p: &Product) -> Result<()> {
-    let kind = |storage| match storage {
-        Storage::F32 => cudaDataType_t::CUDA_R_32F,
-        Storage::Bf16 => cudaDataType_t::CUDA_R_16BF,
-    };
-    let operation = |operand: Operand| match operand.transposed {
-        true => cublasOperation_t::CUBLAS_OP_T,
-        false => cublasOperation_t::CUBLAS_OP_N,
-    };
-    let (one, zero) = (1f32, 0f32);
-    let stride = |operand: Operand| operand.matrix.stride as i32;
-    // SAFETY: the matrices are live device memory of these shapes; the scalars outlive the call.
-    let status = unsafe {
-        gemm_ex(
-            *handle.handle(),
-            operation(p.b),
-            operation(p.a),
-            p.out.matrix.cols as i32,
-            p.out.matrix.rows as i32,
-            p.depth as i32,
-            (&raw const one).cast(),
-            p.b.matrix.address as *const _,
-            kind(storage),
-            stride(p.b),
-            p.a.matrix.address as *const _,
-            kind(storage),
-            stride(p.a),
-            (&raw const zero).cast(),
-            p.out.matrix.address as *mut _,
-            kind(out),
-            stride(p.out),
-            cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-        )
-    };
-    status.map_err(|e| Error::Device(format!("a cuBLAS product failed: {e:?}")))
 }

@@ -97,8 +97,8 @@ struct Row {
     tflops: f64,
     /// PyTorch, if asked for and if it has this op as one call.
     peer_us: Option<f64>,
-    /// cuBLAS on the same product without epilogue, where both are at hand.
-    cublas_us: Option<f64>,
+    /// cublasLt on the same product without epilogue, where both are at hand.
+    cublaslt_us: Option<f64>,
     /// The time of its operations at the measured peak, or of its bytes at the measured copy rate, whichever is longer, over the median.
     of_roofline: f64,
 }
@@ -122,7 +122,7 @@ pub fn op(arguments: &OpArguments) -> Result<()> {
         "{}: {:.2} TFLOP/s, {:.0} GB/s measured here",
         report.device, report.peak_tflops, report.copy_gbs
     ));
-    let head = ("op", "shape", "us", "min", "max", "GB/s", "TFLOP/s", "PyTorch", "cuBLAS", "of roofline");
+    let head = ("op", "shape", "us", "min", "max", "GB/s", "TFLOP/s", "PyTorch", "cublasLt", "of roofline");
     crate::say(format!(
         "{:<24}{:<50}{:>11}{:>11}{:>11}{:>9}{:>9}{:>11}{:>11}{:>13}",
         head.0, head.1, head.2, head.3, head.4, head.5, head.6, head.7, head.8, head.9
@@ -138,7 +138,7 @@ pub fn op(arguments: &OpArguments) -> Result<()> {
             row.gbs,
             row.tflops,
             microseconds(row.peer_us),
-            microseconds(row.cublas_us),
+            microseconds(row.cublaslt_us),
             100.0 * row.of_roofline
         ));
     }
@@ -180,7 +180,7 @@ fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Repor
             gbs: case.bytes / median / 1e9,
             tflops: case.flop / median / 1e12,
             peer_us: peer.iter().find(|row| row.op == case.op && row.shape == case.shape).map(|row| row.median_us),
-            cublas_us: ceilings::cublas(device, case, arguments.repeat)?.map(|seconds| 1e6 * seconds),
+            cublaslt_us: ceilings::cublaslt(device, case, arguments.repeat)?.map(|seconds| 1e6 * seconds),
             of_roofline: (case.flop / peak).max(case.bytes / copy) / median,
         })
     };
