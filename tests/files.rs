@@ -246,9 +246,37 @@ fn the_wrong_room_is_an_error() {
     let path = fixtures().join("good/f32.pt");
     let file = FeatureFile::open(&path).unwrap();
     for (rows, room) in [(0..14, 84), (0..2, 11), (13..14, 6)] {
-        let error = file.read_rows(rows, &mut vec![0.0; room]).unwrap_err();
+        let error = file.read_rows(rows, &mut vec![0f32; room]).unwrap_err();
         assert!(message_about(&path, error).starts_with("was asked for patches"));
     }
+}
+
+/// Blocks are read side by side; what is said of a damaged bag must not depend on which comes first.
+#[test]
+fn of_several_bad_numbers_the_first_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bad.pt");
+    let (patches, features) = (40_000, 3);
+    let mut bag = ndarray::Array2::from_elem((patches, features), 1.0f32);
+    for patch in [39_999, 11_000, 30_000] {
+        bag[[patch, 1]] = f32::INFINITY;
+    }
+    write_pt(&path, bag.view()).unwrap();
+    let file = FeatureFile::open(&path).unwrap();
+    for _ in 0..20 {
+        let error = file.read_rows(0..patches, &mut vec![half::bf16::ZERO; patches * features]).unwrap_err();
+        assert_eq!(message_about(&path, error), "patch 11000, feature 1 is inf, expected a finite number");
+    }
+}
+
+#[test]
+fn bags_are_rounded_to_the_type_that_is_asked_for() {
+    let file = FeatureFile::open(&fixtures().join("good/f32.pt")).unwrap();
+    let len = file.patches() * file.features();
+    let (mut exact, mut rounded) = (vec![0f32; len], vec![half::bf16::ZERO; len]);
+    file.read_rows(0..file.patches(), &mut exact).unwrap();
+    file.read_rows(0..file.patches(), &mut rounded).unwrap();
+    assert_eq!(rounded, exact.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>());
 }
 
 #[test]
@@ -258,7 +286,7 @@ fn a_bag_can_be_read_by_several_threads() {
         for patch in 0..13 {
             let file = &file;
             scope.spawn(move || {
-                let mut out = [0.0; 6];
+                let mut out = [0f32; 6];
                 file.read_rows(patch..patch + 1, &mut out).unwrap();
                 assert_eq!(out, std::array::from_fn(|feature| value(patch, feature)));
             });

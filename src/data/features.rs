@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use memmap2::Mmap;
 use ndarray::Array2;
+use rayon::prelude::*;
 
 use super::h5::H5Bag;
 pub use super::tensor::DType;
 use super::tensor::{Entry, StoredTensor, first_non_finite};
 use super::torch::{Archive, is_safetensors, is_torch, safetensors_entries};
-use crate::{Error, Result};
+use crate::{Error, Result, device::Element};
 
 /// The names under which tools store features: CLAM and TRIDENT, STAMP, older STAMP.
 pub(super) const FEATURE_NAMES: [&str; 3] = ["features", "feats", "patch_embeddings"];
@@ -88,9 +89,9 @@ impl FeatureFile {
         self.dtype
     }
 
-    /// Reads patches `rows` into `out` (row-major, `rows.len() * features()` numbers), converted to f32.
-    /// A NaN or an infinity is an error that names its patch and its feature, both counted from 0.
-    pub fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+    /// Reads patches `rows` into `out` (row-major, `rows.len() * features()` numbers), converted to f32 and rounded to `T`, on all threads
+    /// (`.h5` on one). A NaN or an infinity is an error that names its patch and its feature, both counted from 0.
+    pub fn read_rows<T: Element<Sum = f32>>(&self, rows: Range<usize>, out: &mut [T]) -> Result<()> {
         if rows.start > rows.end || rows.end > self.patches || out.len() != rows.len() * self.features {
             let message = format!(
                 "was asked for patches {rows:?} of {} into room for {} numbers of {} a patch",
@@ -100,23 +101,45 @@ impl FeatureFile {
             );
             return Err(Error::file(&self.path, message));
         }
-        // Small enough that the check for NaN finds the converted block in the cache.
-        let block = match &self.numbers {
-            Numbers::Tensor(_) => (16 * 1024 / self.features).max(1),
-            Numbers::H5(bag) => bag.rows_per_read(),
-        };
-        for (i, out) in out.chunks_mut(block * self.features).enumerate() {
+        let read = |block: usize, i: usize, out: &mut [T]| {
             let start = rows.start + i * block;
-            let rows = start..start + out.len() / self.features;
-            match &self.numbers {
-                Numbers::Tensor(tensor) => tensor.read(rows, out),
-                Numbers::H5(bag) => bag.read(rows, out).map_err(|e| Error::file(&self.path, e))?,
+            self.read_block(start..start + out.len() / self.features, out)
+        };
+        match &self.numbers {
+            Numbers::Tensor(_) => {
+                // small enough that the check for NaN finds the converted block in the cache
+                let block = (16 * 1024 / self.features).max(1);
+                let blocks = out.par_chunks_mut(block * self.features).enumerate();
+                // of several errors the first in the file
+                blocks.map(|(i, out)| read(block, i, out)).find_first(Result::is_err).unwrap_or(Ok(()))
             }
-            if let Some(bad) = first_non_finite(out) {
-                let (patch, feature) = (start + bad / self.features, bad % self.features);
-                let message = format!("patch {patch}, feature {feature} is {}, expected a finite number", out[bad]);
-                return Err(Error::file(&self.path, message));
+            Numbers::H5(bag) => {
+                let block = bag.rows_per_read();
+                out.chunks_mut(block * self.features).enumerate().try_for_each(|(i, out)| read(block, i, out))
             }
+        }
+    }
+
+    fn read_block<T: Element<Sum = f32>>(&self, rows: Range<usize>, out: &mut [T]) -> Result<()> {
+        if size_of::<T>() == size_of::<f32>() {
+            return self.read_f32(rows, bytemuck::cast_slice_mut(out));
+        }
+        let mut block = vec![0.0; out.len()];
+        self.read_f32(rows, &mut block)?;
+        out.iter_mut().zip(&block).for_each(|(out, &x)| *out = T::from_sum(x));
+        Ok(())
+    }
+
+    fn read_f32(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let start = rows.start;
+        match &self.numbers {
+            Numbers::Tensor(tensor) => tensor.read(rows, out),
+            Numbers::H5(bag) => bag.read(rows, out).map_err(|e| Error::file(&self.path, e))?,
+        }
+        if let Some(bad) = first_non_finite(out) {
+            let (patch, feature) = (start + bad / self.features, bad % self.features);
+            let message = format!("patch {patch}, feature {feature} is {}, expected a finite number", out[bad]);
+            return Err(Error::file(&self.path, message));
         }
         Ok(())
     }

@@ -40,17 +40,9 @@ impl<T: Element<Sum = f32>> ReadPatches<T> for PatchReader {
 
     fn read(&self, patches: Range<usize>, out: &mut [T]) -> Result<()> {
         let each = (MAPPED / size_of::<f32>() / self.features).max(1);
-        let mut rounded = Vec::new();
         for (i, out) in out.chunks_mut(each * self.features).enumerate() {
             let start = patches.start + i * each;
-            let rows = start..start + out.len() / self.features;
-            if size_of::<T>() == size_of::<f32>() {
-                self.open()?.read_rows(rows, bytemuck::cast_slice_mut(out))?;
-            } else {
-                rounded.resize(out.len(), 0.0);
-                self.open()?.read_rows(rows, &mut rounded)?;
-                out.iter_mut().zip(&rounded).for_each(|(out, &x)| *out = T::from_sum(x));
-            }
+            self.open()?.read_rows(start..start + out.len() / self.features, out)?;
         }
         Ok(())
     }
