@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Breaks one line of a kernel at a time and shows who notices: `scripts/mutants.py > kernels/mutants.txt`, or one kernel's with its name.
+"""Breaks one line of a kernel at a time and shows who notices, in kernels/mutants.txt.
+
+scripts/mutants.py [KERNEL...]   runs all mutants, or those of some kernels, and writes their rows
+scripts/mutants.py --check       runs nothing; fails if a mutant's text is no longer in its kernel, or the table lacks its row
 
 Each mutant replaces a piece of text, is built into a copy of the emulator's libraries, and runs the kernel's own tests:
 the plain ones (results and schedules) and the race ones. A mutant that nobody catches makes the script fail.
@@ -16,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "kernels/mutants.txt"
 
 # Of each kernel: the tests in plain and in race mode.
 ATTENTION = ["attention::matches_the_cpu", "attention::groups", "attention::parts", "attention::atomic_backward_matches"], ["attention::has_no_races", "attention::merging", "attention::atomic_backward_has"]
@@ -408,16 +412,51 @@ def caught(mutant, test, objects):
         return [noticed(test, filters, Path(folder)) for filters in TESTS[kernel]]
 
 
+def name_of(mutant):
+    return f"{mutant[0]}: {mutant[1]}"
+
+
+def rows():
+    """The table: what the plain and the race tests say of each mutant."""
+    found = re.findall(r"^(\S.*)\n    plain: (.*)\n    race:  (.*)\n", TABLE.read_text(), re.M)
+    return {name: (plain, race) for name, plain, race in found}
+
+
+def write(table):
+    names = [name_of(m) for m in MUTANTS if name_of(m) in table]
+    text = "".join(f"{name}\n    plain: {table[name][0]}\n    race:  {table[name][1]}\n" for name in names)
+    alive = sum(table[name] == ("-", "-") for name in names)
+    TABLE.write_text(text + f"{len(names) - alive} of {len(names)} caught\n")
+
+
+def check():
+    names = [name_of(m) for m in MUTANTS]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        sys.exit(f"two mutants of one name: {repeated}")
+    for kernel, _, old, new in MUTANTS:
+        kernel, _, header = kernel.partition("/")
+        mutate((ROOT / "kernels" / (header or f"{kernel}.cu")).read_text(), old, new)
+    table = rows()
+    if missing := [name for name in names if name not in table]:
+        sys.exit(f"not in {TABLE.name}: {missing}")
+    if alive := [name for name in names if table[name] == ("-", "-")]:
+        sys.exit(f"nobody notices: {alive}")
+
+
 def main():
+    if sys.argv[1:] == ["--check"]:
+        return check()
+    if unknown := set(sys.argv[1:]) - set(TESTS):
+        sys.exit(f"no mutants of {unknown}")
     mutants = [m for m in MUTANTS if m[0].partition("/")[0] in (sys.argv[1:] or TESTS)]
     test, objects = built()
-    survivors = 0
+    table = rows()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, (plain, race) in zip(mutants, pool.map(lambda m: caught(m, test, objects), mutants)):
-            survivors += not (plain or race)
-            print(f"{mutant[0]}: {mutant[1]}\n    plain: {plain or '-'}\n    race:  {race or '-'}", flush=True)
-    print(f"{len(mutants) - survivors} of {len(mutants)} caught")
-    sys.exit(survivors > 0)
+        for mutant, found in zip(mutants, pool.map(lambda m: caught(m, test, objects), mutants)):
+            table[name_of(mutant)] = tuple(text or "-" for text in found)
+            print(name_of(mutant), *table[name_of(mutant)], sep="\n    ", flush=True)
+    write(table)
+    check()
 
 
 if __name__ == "__main__":

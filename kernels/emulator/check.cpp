@@ -3,6 +3,7 @@
 // of registered memory remembers its last write and its last two readers.
 #include "check.hpp"
 
+#include "banks.hpp"
 #include "runtime.hpp"
 
 #if !defined(SIMT_RACE)
@@ -191,6 +192,7 @@ static void hook(const void* p, size_t bytes, Access kind, bool aligned, void* p
   books->place = uintptr_t(pc);
   if (aligned && uintptr_t(p) % bytes) fail("misaligned %s of %zu bytes at %p (%s)", kAccessNames[kind], bytes, p, where(uintptr_t(pc)).c_str());
   access(p, bytes, kind);
+  if (worker->in_shared(p)) banks::access(p, bytes, uintptr_t(pc));
 }
 static void undefined(const char* what, const void* data) {
   struct Place { const char* file; uint32_t line, column; };

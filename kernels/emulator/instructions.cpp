@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "banks.hpp"
 #include "runtime.hpp"
 
 namespace simt {
@@ -40,6 +41,7 @@ void cp_async(void* dst, const void* src, int bytes, int src_bytes, const Locati
          bytes, src, dst);
   check::at(loc);
   check::access(dst, size_t(bytes), check::CopyIssued);
+  banks::access(dst, size_t(bytes), std::bit_cast<uintptr_t>(loc));
   if (src_bytes) check::access(src, size_t(src_bytes), check::Read);
   std::memset(dst, 0xff, size_t(bytes));
   worker->running().copies.back().push_back({dst, src, bytes, src_bytes, loc});

@@ -26,6 +26,7 @@ struct SimtLaunch {
 struct SimtStats {
   uint64_t barriers, collectives, switches, atomics, copies, mma, ldmatrix;
   uint64_t ldmatrix_conflicts;  // extra cycles: ways of the worst bank, less one, over all 8x8 matrices
+  uint64_t shared_accesses, shared_conflicts;  // others, in race mode: cycles without conflicts, and the extra ones
 };
 // Runs a grid; 0, or 1 and the text of the first error.
 int simt_launch(const SimtLaunch* launch, SimtStats* stats, char* error, size_t error_bytes);

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <thread>
 
+#include "banks.hpp"
 #include "runtime.hpp"
 
 #if !defined(__x86_64__)
@@ -220,6 +221,7 @@ void Worker::run_block(unsigned index) {
   self = first;
   simt_switch(&main.sp, first->fiber.sp);
   self = nullptr;
+  banks::block_end();
 }
 bool Worker::in_private(const void* p) const {
   auto in = [&](const void* low, size_t bytes) { return uintptr_t(p) - uintptr_t(low) < bytes; };

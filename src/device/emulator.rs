@@ -8,8 +8,9 @@ use std::{
     cell::UnsafeCell,
     collections::VecDeque,
     ffi::{CStr, CString, c_char, c_int, c_void},
+    io::Write,
     marker::PhantomData,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
@@ -102,8 +103,11 @@ pub struct Stats {
     pub copies: u64,
     pub mma: u64,
     pub ldmatrix: u64,
-    /// Extra cycles that ldmatrix lost to bank conflicts.
+    /// Extra cycles that ldmatrix lost to bank conflicts; it takes 4 without.
     pub ldmatrix_conflicts: u64,
+    /// Cycles that other accesses to shared memory would take without conflicts (race mode counts them), and the extra ones.
+    pub shared_accesses: u64,
+    pub shared_conflicts: u64,
 }
 
 /// Runs a kernel to its end. The error is the first thing that went wrong: kernel, block, thread, what and where.
@@ -129,10 +133,21 @@ pub fn launch(launch: &Launch, options: Options) -> Result<Stats> {
     // SAFETY: the structs mirror runtime.hpp's, and the pointers outlive the call, which copies what it keeps.
     let status = unsafe { (library.launch)(&call, &mut stats, error.as_mut_ptr().cast(), error.len()) };
     if status == 0 {
+        record(launch, &stats)?;
         return Ok(stats);
     }
     let text = CStr::from_bytes_until_nul(&error).unwrap_or_default().to_string_lossy();
     Err(Error::Device(format!("emulator: {text}")))
+}
+
+/// Adds a line to the file that CROSSFUSION_EMULATOR_STATS names, if any: kernel, cycles of shared memory, extra ones by conflicts.
+fn record(launch: &Launch, stats: &Stats) -> Result<()> {
+    let Some(path) = std::env::var_os("CROSSFUSION_EMULATOR_STATS") else { return Ok(()) };
+    let (cycles, conflicts) =
+        (4 * stats.ldmatrix + stats.shared_accesses, stats.ldmatrix_conflicts + stats.shared_conflicts);
+    let line = format!("{} {cycles} {conflicts}\n", launch.symbol());
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+    file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|e| Error::file(Path::new(&path), e))
 }
 
 /// The names of all kernels, storage type included, in alphabetical order.
