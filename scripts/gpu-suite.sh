@@ -3,8 +3,12 @@
 #   scripts/gpu-suite.sh pack [FOLDER]   here: builds with nvcc, and packs all that the other machine needs into FOLDER.tar.xz
 #                                        (default: target/gpu-suite)
 #   tar xf gpu-suite.tar.xz              there
-#   gpu-suite/gpu-suite.sh run [RESULTS] there: runs it; results and logs into RESULTS (default: results)
-# Correctness first: wrappers and ops against CPU and f64, goldens, Cox against R, a short training, sanitizer; then figures.
+#   gpu-suite/gpu-suite.sh run [RESULTS [PART...]]
+#                                        there: runs it; results and logs into RESULTS (default: results). PART: only these, of
+#     checks      wrappers and ops against CPU and f64, goldens, policies, Cox against R, a training stopped and gone on with
+#     sanitizer   compute-sanitizer's four tools over the small cases of every op
+#     figures     every op, typical steps, PyTorch beside them, Cox of a million
+#     giant       slides of 250,000 and a million patches, held as they fit and streamed
 set -euo pipefail
 
 pack() {
@@ -40,34 +44,39 @@ for line in sys.stdin:
 step() {
   local name=$1
   shift
+  SECONDS=0
   if "$@" >"$results/$name.log" 2>&1; then
-    echo "ok      $name"
+    echo "ok      $name ($SECONDS s)"
   else
-    echo "FAILED  $name (see $name.log)"
+    echo "FAILED  $name ($SECONDS s, see $name.log)"
     tail -5 "$results/$name.log" | sed 's/^/        /'
     failures=$((failures + 1))
   fi
 }
 
-run() {
-  results=$(mkdir -p "${1:-results}" && cd "${1:-results}" && pwd)
-  cd "$(dirname "$0")"
-  failures=0
-  export CROSSFUSION_DEVICE=cuda CROSSFUSION_GOLDENS=$PWD/goldens RUST_BACKTRACE=0
-  { cat commit; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader; } | tee "$results/machine.txt"
+checks() {
   step kernels ./test-emulator --test-threads=1
   step goldens ./test-goldens --test-threads=1
   step policies ./test-policies --test-threads=1
   step cox ./test-survival cox --test-threads=1
+  # killed in mid-training and resumed: the same model as one that was left alone
   step train ./cf-train --demo --device cuda --out "$results/demo"
+  step train-killed sh -c "timeout -s KILL 10 ./cf-train --demo --device cuda --out '$results/killed'; ./cf-train --resume '$results/killed'"
+  step resume cmp "$results/demo/fold_0/best.safetensors" "$results/killed/fold_0/best.safetensors"
   step eval ./cf-eval "$results/demo" --device cuda
-  if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck synccheck initcheck; do
-      step "$tool" timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 ./test-emulator --test-threads=1
-    done
-  else
+}
+
+sanitizer() {
+  if ! command -v compute-sanitizer >/dev/null; then
     echo "SKIPPED compute-sanitizer is not installed"
+    return
   fi
+  for tool in memcheck racecheck synccheck initcheck; do
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 ./test-emulator no_races --test-threads=1
+  done
+}
+
+figures() {
   local python
   python=$(command -v python3 || true)
   for precision in bf16 f32; do
@@ -80,13 +89,31 @@ run() {
       done
     done
   done
-  # slides of 250,000 and a million patches, held as they fit and streamed
+  step cox-million sh -c "./cf-bench op cox --n 1000000 --ties efron --device cuda --json >'$results/cox.json'"
+}
+
+giant() {
   for slide in 15625,62500,250000 62500,250000,1000000; do
     for budget in 70GiB 30GiB 20GiB; do
       step "giant-${slide##*,}-$budget" sh -c "./cf-bench step --device cuda --precision bf16 --bags $slide --features 1024 --memory-budget $budget --repeat 3 --json >'$results/giant-${slide##*,}-$budget.json'"
     done
   done
-  step cox-million sh -c "./cf-bench op cox --n 1000000 --ties efron --device cuda --json >'$results/cox.json'"
+}
+
+run() {
+  results=$(mkdir -p "${1:-results}" && cd "${1:-results}" && pwd)
+  local parts=(checks sanitizer figures giant)
+  [ $# -le 1 ] || parts=("${@:2}")
+  cd "$(dirname "$0")"
+  failures=0
+  export CROSSFUSION_DEVICE=cuda CROSSFUSION_GOLDENS=$PWD/goldens RUST_BACKTRACE=0
+  { cat commit; nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader; } | tee "$results/machine.txt"
+  for part in "${parts[@]}"; do
+    case $part in
+      checks | sanitizer | figures | giant) "$part" ;;
+      *) echo "gpu-suite.sh: there is no part $part: checks, sanitizer, figures, giant" >&2; exit 2 ;;
+    esac
+  done
   echo "$failures failed; results in $results"
   [ "$failures" -eq 0 ]
 }
@@ -94,5 +121,5 @@ run() {
 case ${1:-} in
   pack) pack "${@:2}" ;;
   run) run "${@:2}" ;;
-  *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

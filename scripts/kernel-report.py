@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes the table of docs/kernels.md: what the compiled kernels use of a GPU. Run `cargo build` with an nvcc before.
 
-scripts/kernel-report.py           writes the table
+scripts/kernel-report.py           writes the table; bank conflicts stay as they stand in it
+scripts/kernel-report.py --banks   counts bank conflicts anew: runs the race tests on the emulator (some minutes)
 scripts/kernel-report.py --check   changes nothing; fails if the table is not current, or if
   - a kernel spills registers or has a stack frame, on any GPU that we compile for,
   - nvcc warned,
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -161,9 +163,29 @@ def complaints(stem, storage, found, report):
         yield f"{stem}, {storage}: no kernel uses tensor cores"
 
 
-def table(found):
-    yield "| kernel | storage | registers sm_80 / sm_90 | threads | shared memory, static + dynamic | blocks per SM | stack, spills | HMMA, LDSM, LDGSTS sm_80 | sm_90 |\n"
-    yield "|---|---|---|---|---|---|---|---|---|\n"
+def count_conflicts():
+    """Of each kernel the extra cycles of shared memory that bank conflicts cost, over all the emulator's race tests."""
+    totals = {}
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts"
+        command = "cargo test --release --features emulator --test emulator no_races".split()
+        subprocess.run(command, cwd=ROOT, check=True, env=dict(os.environ, CROSSFUSION_EMULATOR_STATS=str(counts)))
+        for line in counts.read_text().splitlines():
+            symbol, cycles, extra = line.split()
+            before = totals.get(symbol, (0, 0))
+            totals[symbol] = before[0] + int(cycles), before[1] + int(extra)
+    return {symbol: f"{round(100 * extra / cycles)} %" for symbol, (cycles, extra) in totals.items() if cycles}
+
+
+def conflicts_of(text):
+    """As they stand in the table."""
+    rows = re.findall(r"^\| (\w+) \| (f32|bf16) \|.*\| ([^|]*) \|$", text, re.M)
+    return {f"{name}_{storage}": last for name, storage, last in rows}
+
+
+def table(found, conflicts):
+    yield "| kernel | storage | registers sm_80 / sm_90 | threads | shared memory, static + dynamic | blocks per SM | stack, spills | HMMA, LDSM, LDGSTS sm_80 | sm_90 | bank conflicts |\n"
+    yield "|---|---|---|---|---|---|---|---|---|---|\n"
     for k in found:
         dynamic, blocks = k.dynamic_shared(), k.blocks()
         counts = [" ".join(str(k.count(a, i)) for i in ("HMMA", "LDSM", "LDGSTS")) for a in SASS_OF]
@@ -177,13 +199,14 @@ def table(found):
             "?" if blocks is None else blocks,
             f"{stack}, {spills}",
             *("-" if c == "0 0 0" else c for c in counts),
+            conflicts.get(f"{k.name}_{k.storage}", "?") if k.static_shared + (dynamic or 0) else "-",
         ]
         yield "| " + " | ".join(map(str, cells)) + " |\n"
 
 
 def main():
     arguments = sys.argv[1:]
-    if arguments not in ([], ["--check"]):
+    if arguments not in ([], ["--banks"], ["--check"]):
         sys.exit(__doc__)
     if not (BUILT / "nvcc.txt").exists():
         sys.exit(f"no {BUILT}/nvcc.txt: scripts/cuda-toolchain.sh, then cargo build")
@@ -194,9 +217,10 @@ def main():
     rows = [k for (stem, _), (found, _) in zip(todo, done, strict=True) if stem != "probes" for k in found]
 
     text = DOCS.read_text()
+    conflicts = count_conflicts() if arguments == ["--banks"] else conflicts_of(text)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    new = f"{before}{BEGIN}nvcc {version}, flags of build.rs.\n\n{''.join(table(rows))}{END}{after}"
-    if not arguments:
+    new = f"{before}{BEGIN}nvcc {version}, flags of build.rs.\n\n{''.join(table(rows, conflicts))}{END}{after}"
+    if arguments != ["--check"]:
         DOCS.write_text(new)
         return
     errors = [c for t, d in zip(todo, done, strict=True) for c in complaints(*t, *d)]

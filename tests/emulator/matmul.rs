@@ -142,6 +142,13 @@ fn has_no_races() {
     check_races(&products(Part::Weight, NONE, &[[1100, 8, 24]]));
 }
 
+#[test]
+fn large_tiles_have_no_races() {
+    check_races(&products(Part::Forward, FFN, &[[1100, 1160, 8], [300, 640, 8]]));
+    check_races(&products(Part::Input, BACK, &[[1100, 1160, 8], [300, 640, 8]]));
+    check_races(&products(Part::Weight, NONE, &[[70, 136, 144]]));
+}
+
 /// bf16 fragments reach the registers without bank conflicts, in both tiles and all layouts. Counted by hand: a warp reads 2 fragments
 /// of b and 4 (large tile) or 2 of a per 16 of the depth.
 #[test]
