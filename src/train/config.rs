@@ -1,6 +1,6 @@
 //! What a run is: every setting of `cf-train`, from defaults, a TOML file and flags, in this order.
 //!
-//! Names and defaults are those of the published script where it has the setting; its spellings of the paths are aliases.
+//! Names and defaults are those of the published script where it has the setting; its spellings of the paths, and `--loss`, are aliases.
 
 use std::path::{Path, PathBuf};
 
@@ -80,7 +80,7 @@ pub struct RunConfig {
     pub fusion_dropout: f64,
 
     /// Negative log-likelihood or cross-entropy of the survival bins, or the Cox partial likelihood
-    #[arg(long, value_enum, default_value_t = Loss::NllSurv)]
+    #[arg(long, alias = "loss", value_enum, default_value_t = Loss::NllSurv)]
     pub loss_fn: Loss,
     /// Cox: most slides (patients, with --cox-unit patient) that are compared, for one update; a number or `all`
     #[arg(long, default_value_t = BatchSize::AtMost(32), value_name = "N|all")]
@@ -339,5 +339,27 @@ impl RunConfig {
         let phase = std::f64::consts::PI * epoch as f64 / self.cosine_t_max as f64;
         let learning_rate = self.eta_min + (self.learning_rate - self.eta_min) * 0.5 * (1.0 + phase.cos());
         Adam { learning_rate, weight_decay: self.weight_decay, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        run: RunConfig,
+    }
+
+    #[test]
+    fn published_spellings_are_understood() {
+        let line =
+            "x --clinical-path a.csv --csv-path m.tsv --splits-path s --num-folds 3 --random-seed 9 --loss cox_surv";
+        let run = Line::parse_from(line.split(' ')).run;
+        assert_eq!((run.clinical, run.splits), (PathBuf::from("a.csv"), PathBuf::from("s")));
+        assert_eq!((run.folds, run.seed, run.loss_fn), (3, 9, Loss::CoxSurv));
     }
 }
