@@ -43,9 +43,7 @@ fn fatbins() {
     println!("cargo:rerun-if-changed={}", nvcc.display());
     println!("cargo:rustc-env=CROSSFUSION_NVCC={version}");
 
-    // OUT_DIR is target/<profile>/build/..., or target/<triple>/<profile>/build/...
-    let build = out.ancestors().find(|a| a.file_name().is_some_and(|n| n == "build"));
-    let folder = build.and_then(|b| b.ancestors().nth(2)).unwrap_or(&out).join("kernels");
+    let folder = shared_folder(&out);
     fs::create_dir_all(&folder).unwrap();
     let version_file = folder.join("nvcc.txt");
     if fs::read_to_string(&version_file).unwrap_or_default() != version {
@@ -69,6 +67,12 @@ fn fatbins() {
     }
     run_stale(jobs);
     fs::write(table, format!("&[\n{rows}]")).unwrap();
+}
+
+/// target/kernels, the same for all profiles and features. OUT_DIR is target/<profile>/build/..., or target/<triple>/<profile>/build/...
+fn shared_folder(out: &Path) -> PathBuf {
+    let build = out.ancestors().find(|a| a.file_name().is_some_and(|n| n == "build"));
+    build.and_then(|b| b.ancestors().nth(2)).unwrap_or(out).join("kernels")
 }
 
 /// The first nvcc that knows all of [`GPU_CODE`], and its version, from $CROSSFUSION_CUDA, $CUDA_HOME, $CUDA_PATH, $PATH, and
@@ -98,7 +102,8 @@ fn nvcc() -> Option<(PathBuf, String)> {
     None
 }
 
-/// OUT_DIR/emulator-plain.so and emulator-race.so: every kernel and the emulator, built for speed and for checking.
+/// OUT_DIR/emulator-plain.so and emulator-race.so: every kernel and the emulator, built for speed and for checking; and
+/// target/kernels/driver/libcuda.so, a driver whose GPU is the emulator.
 ///
 /// Two libraries loaded at run time, and not two halves of one archive: the same symbols can then live in one process
 /// twice, cargo does not strip the line numbers that race reports need, and a mutated kernel is tried without relinking.
@@ -107,6 +112,9 @@ fn emulator() {
     let root = env::var("CARGO_MANIFEST_DIR").unwrap();
     println!("cargo:rerun-if-env-changed=CXX");
     println!("cargo:rustc-env=CROSSFUSION_EMULATOR_BUILT={}", out.display());
+    let driver_folder = shared_folder(&out).join("driver");
+    fs::create_dir_all(&driver_folder).unwrap();
+    println!("cargo:rustc-env=CROSSFUSION_DRIVER_BUILT={}", driver_folder.display());
 
     let compiler = env::var_os("CXX").unwrap_or("c++".into());
     let compile = |source: &Path, flags: &[&str]| {
@@ -145,21 +153,28 @@ fn emulator() {
             let object = out.join(name);
             let command = compile(&source, flags);
             objects.push(Job { command, output: object.clone(), inputs: with_headers(&source), report: None });
-            parts.push(object);
+            object
         };
-        for source in files("kernels/emulator", "cpp") {
-            add(source, "", runtime_flags);
+        let driver = Path::new("kernels/emulator/driver.cpp");
+        for source in files("kernels/emulator", "cpp").into_iter().filter(|source| source != driver) {
+            parts.push(add(source, "", runtime_flags));
         }
         for source in files("kernels", "cu") {
             for storage in STORAGE {
                 let real = format!("-DREAL={storage}");
-                add(source.clone(), &format!("{storage}-"), &[kernel_flags, &[real.as_str()]].concat());
+                parts.push(add(source.clone(), &format!("{storage}-"), &[kernel_flags, &[real.as_str()]].concat()));
             }
         }
-        let output = out.join(format!("emulator-{mode}.so"));
-        let mut command = Command::new(&compiler);
-        command.args(["-shared", "-pthread", "-Wl,-z,defs"]).args(&parts).arg("-ldl");
-        libraries.push(Job { command, output, inputs: parts, report: None });
+        let mut link = |output: PathBuf, parts: &[PathBuf]| {
+            let mut command = Command::new(&compiler);
+            command.args(["-shared", "-pthread", "-Wl,-z,defs"]).args(parts).arg("-ldl");
+            libraries.push(Job { command, output, inputs: parts.to_vec(), report: None });
+        };
+        link(out.join(format!("emulator-{mode}.so")), &parts);
+        if mode == "plain" {
+            parts.push(add(driver.to_path_buf(), "", runtime_flags));
+            link(driver_folder.join("libcuda.so"), &parts);
+        }
     }
     run_stale(objects);
     run_stale(libraries);

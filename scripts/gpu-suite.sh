@@ -79,6 +79,11 @@ sanitizer() {
 figures() {
   local python
   python=$(command -v python3 || true)
+  # cublasLt, by which the peak is measured: PyTorch brings one that is on no path
+  [ -z "$python" ] || LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$($python -c '
+import glob, site
+found = [f for s in site.getsitepackages() for f in glob.glob(s + "/nvidia/*/lib/libcublasLt.so.*")]
+print(":".join(sorted({f.rpartition("/")[0] for f in found})))') && export LD_LIBRARY_PATH
   for precision in bf16 f32; do
     step "op-$precision" sh -c "./cf-bench op --all --device cuda --precision $precision ${python:+--peer $python} --json >'$results/op-$precision.json'"
     for dropout in on off; do

@@ -126,8 +126,8 @@ struct StepReport {
     planned_bytes: usize,
     arena_bytes: usize,
     peak_rss_bytes: u64,
-    /// Measured on this device just before and just after the steps, the better of the two.
-    fma_peak_gflops: f64,
+    /// Measured on this device just before and just after the steps, the better of the two; none on a GPU without cublasLt.
+    fma_peak_gflops: Option<f64>,
     /// Kernels launched by forward and backward; 0 on a CPU.
     launches: usize,
     /// Operations of the model as published, the convention of model FLOP utilisation.
@@ -135,7 +135,7 @@ struct StepReport {
     /// Operations that were done: the last layer computes the class token's row alone.
     executed_gflop: f64,
     /// step_gflop / step_s.min / fma_peak_gflops
-    fraction_of_peak: f64,
+    fraction_of_peak: Option<f64>,
 }
 
 /// `cf-bench step`.
@@ -221,7 +221,7 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
         let (steps, host) = in_flight(&mut engine, bags, draw, &adam, arguments.repeat)?;
         (times[3], host_s) = (steps, Some(Seconds::of(host)));
     }
-    let peak = peak_before.max(ceilings::peak::<T>(&engine.device)?) / 1e9;
+    let peak = peak_before.zip(ceilings::peak::<T>(&engine.device)?).map(|(before, after)| before.max(after) / 1e9);
     let [forward_s, backward_s, optimizer_s, step_s] = times.map(Seconds::of);
     let step_gflop = published_step_flop(arguments.bags, arguments.features) / 1e9;
     Ok(StepReport {
@@ -238,7 +238,7 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
         launches: plan.launches,
         step_gflop,
         executed_gflop: plan.step_flop / 1e9,
-        fraction_of_peak: step_gflop / step_s.min / peak,
+        fraction_of_peak: peak.map(|peak| step_gflop / step_s.min / peak),
         forward_s,
         backward_s,
         optimizer_s,
@@ -290,14 +290,12 @@ fn print(report: &StepReport) {
         crate::say(format!("{name:<12}{:>8.3} s{:>8.3} s", seconds.min, seconds.median));
     }
     if let Some(host) = &report.host_s {
-        crate::say(format!("{:<12}{:>8.3} s{:>8.3} s", "host", host.min, host.median));
+        crate::say(format!("{:<12}{:>7.3} ms{:>7.3} ms", "host", 1e3 * host.min, 1e3 * host.median));
     }
-    crate::say(format!(
-        "{:.0} GFLOP a step, {:.0} % of the measured peak of {:.0} GFLOP/s",
-        report.step_gflop,
-        100.0 * report.fraction_of_peak,
-        report.fma_peak_gflops
-    ));
+    let of_peak = report.fraction_of_peak.zip(report.fma_peak_gflops).map_or(String::new(), |(fraction, peak)| {
+        format!(", {:.0} % of the measured peak of {peak:.0} GFLOP/s", 100.0 * fraction)
+    });
+    crate::say(format!("{:.0} GFLOP a step{of_peak}", report.step_gflop));
     crate::say(format!(
         "policy: {}; planned {:.0} MiB, arena {:.0} MiB, peak resident {:.0} MiB",
         report.policy,

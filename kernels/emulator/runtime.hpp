@@ -35,6 +35,8 @@ void simt_register(const void* p, size_t bytes);
 void simt_unregister(const void* p);
 // The i-th kernel's name in alphabetical order; null past the end.
 const char* simt_kernel(size_t i);
+// How many parameters a kernel has, and their bytes; -1: there is no such kernel.
+int simt_parameters(const char* kernel, const size_t** bytes);
 }
 #pragma GCC visibility pop
 

@@ -354,3 +354,9 @@ extern "C" int simt_launch(const SimtLaunch* call, SimtStats* stats, char* error
 extern "C" const char* simt_kernel(size_t i) {
   return i < kernels().size() ? std::next(kernels().begin(), ptrdiff_t(i))->second.name : nullptr;
 }
+extern "C" int simt_parameters(const char* kernel, const size_t** bytes) {
+  auto found = kernels().find(kernel);
+  if (found == kernels().end()) return -1;
+  *bytes = found->second.sizes;
+  return int(found->second.count);
+}

@@ -80,7 +80,8 @@ struct Report {
     device: String,
     precision: Precision,
     /// Measured on this device just before: the roofline's two lines.
-    peak_tflops: f64,
+    /// None on a GPU without cublasLt.
+    peak_tflops: Option<f64>,
     copy_gbs: f64,
     ops: Vec<Row>,
 }
@@ -100,7 +101,7 @@ struct Row {
     /// cublasLt on the same product without epilogue, where both are at hand.
     cublaslt_us: Option<f64>,
     /// The time of its operations at the measured peak, or of its bytes at the measured copy rate, whichever is longer, over the median.
-    of_roofline: f64,
+    of_roofline: Option<f64>,
 }
 
 /// `cf-bench op`.
@@ -119,8 +120,10 @@ pub fn op(arguments: &OpArguments) -> Result<()> {
         return Ok(());
     }
     crate::say(format!(
-        "{}: {:.2} TFLOP/s, {:.0} GB/s measured here",
-        report.device, report.peak_tflops, report.copy_gbs
+        "{}: {}, {:.0} GB/s measured here",
+        report.device,
+        report.peak_tflops.map_or("no cublasLt to measure the peak by".into(), |peak| format!("{peak:.2} TFLOP/s")),
+        report.copy_gbs
     ));
     let head = ("op", "shape", "us", "min", "max", "GB/s", "TFLOP/s", "PyTorch", "cublasLt", "of roofline");
     crate::say(format!(
@@ -129,7 +132,7 @@ pub fn op(arguments: &OpArguments) -> Result<()> {
     ));
     for row in &report.ops {
         crate::say(format!(
-            "{:<24}{:<50}{:>11.1}{:>11.1}{:>11.1}{:>9.1}{:>9.2}{:>11}{:>11}{:>11.0} %",
+            "{:<24}{:<50}{:>11.1}{:>11.1}{:>11.1}{:>9.1}{:>9.2}{:>11}{:>11}{:>13}",
             row.op,
             row.shape,
             row.median_us,
@@ -139,7 +142,7 @@ pub fn op(arguments: &OpArguments) -> Result<()> {
             row.tflops,
             microseconds(row.peer_us),
             microseconds(row.cublaslt_us),
-            100.0 * row.of_roofline
+            row.of_roofline.map_or("-".into(), |share| format!("{:.0} %", 100.0 * share))
         ));
     }
     Ok(())
@@ -181,14 +184,14 @@ fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Repor
             tflops: case.flop / median / 1e12,
             peer_us: peer.iter().find(|row| row.op == case.op && row.shape == case.shape).map(|row| row.median_us),
             cublaslt_us: ceilings::cublaslt(device, case, arguments.repeat)?.map(|seconds| 1e6 * seconds),
-            of_roofline: (case.flop / peak).max(case.bytes / copy) / median,
+            of_roofline: peak.map(|peak| (case.flop / peak).max(case.bytes / copy) / median),
         })
     };
     let ops = cases.iter().map(row).collect::<Result<_>>()?;
     Ok(Report {
         device: device.description(),
         precision: arguments.precision,
-        peak_tflops: peak / 1e12,
+        peak_tflops: peak.map(|peak| peak / 1e12),
         copy_gbs: copy / 1e9,
         ops,
     })

@@ -110,7 +110,7 @@ fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Re
         None => keep,
     };
     let predicted_s = match device {
-        Device::Cpu(_) => Some(plan.step_flop / ceilings::peak::<T>(device)? / FRACTION_OF_PEAK),
+        Device::Cpu(_) => ceilings::peak::<T>(device)?.map(|peak| plan.step_flop / peak / FRACTION_OF_PEAK),
         _ => None,
     };
     Ok(PlanReport {

@@ -1,0 +1,238 @@
+// driver.cpp -- NVIDIA's driver API as far as this project calls it, with the emulator as its GPU: a libcuda.so under which src/device/cuda.rs
+// runs, with its streams, events and page-locked memory, on a machine without a GPU (tests/cuda.rs).
+//
+// Work is queued on its stream. CROSSFUSION_DRIVER=lazy (default): done as late as the program's waits allow, so that memory written to
+// before a copy out of it has ended shows. =eager: copies to the device are done as early as their stream's waits allow, so that memory filled
+// before kernels are done with it shows. Device memory is not zero when new.
+//
+// To meet bad situations: CROSSFUSION_DRIVER_DEVICES (0: no GPU), _CAPABILITY (75: too old), _MEMORY (bytes), _FAIL (the n-th kernel fails).
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "runtime.hpp"
+
+namespace {
+enum Result { Success = 0, InvalidValue = 1, OutOfMemory = 2, NotFound = 500, LaunchFailed = 719 };
+
+struct Stream {
+  std::deque<std::function<void()>> queue;
+  uint64_t queued = 0, done = 0;
+};
+// A moment of a stream.
+struct Event { std::shared_ptr<Stream> stream; uint64_t position = 0; };
+struct Function { std::string name; std::vector<size_t> sizes; uint32_t most_shared = 48 << 10; };
+
+std::recursive_mutex mutex;  // of all below
+std::map<uintptr_t, size_t> device_memory, page_locked;
+std::map<void*, std::shared_ptr<Stream>> streams;
+size_t allocated = 0, launched = 0;
+int failed = Success;        // a kernel's error stays
+thread_local void* current = nullptr;
+
+size_t setting(const char* name, size_t otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::strtoull(text, nullptr, 10) : otherwise;
+}
+bool eager() {
+  const char* text = std::getenv("CROSSFUSION_DRIVER");
+  return text && !std::strcmp(text, "eager");
+}
+size_t total_memory() { return setting("CROSSFUSION_DRIVER_MEMORY", size_t(16) << 30); }
+
+void run(Stream& stream, uint64_t until) {
+  while (stream.done < until) {
+    auto work = std::move(stream.queue.front());
+    stream.queue.pop_front();
+    work();
+    stream.done++;
+  }
+}
+int enqueue(void* stream, std::function<void()> work) {
+  Stream& s = *streams.at(stream);
+  s.queue.push_back(std::move(work));
+  s.queued++;
+  return failed;
+}
+bool within(const std::map<uintptr_t, size_t>& memory, const void* p, size_t bytes) {
+  auto it = memory.upper_bound(uintptr_t(p));
+  return it != memory.begin() && uintptr_t(p) + bytes <= std::prev(it)->first + std::prev(it)->second;
+}
+}  // namespace
+
+using Guard = std::lock_guard<std::recursive_mutex>;
+#pragma GCC visibility push(default)
+extern "C" {
+// ---- device and context -----------------------------------------------------------------------------------------
+int cuInit(unsigned) { return Success; }
+int cuDeviceGetCount(int* count) { return *count = int(setting("CROSSFUSION_DRIVER_DEVICES", 1)), Success; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, Success; }
+int cuDeviceGetName(char* name, int bytes, int) { return std::snprintf(name, size_t(bytes), "emulated GPU"), Success; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  const int capability = int(setting("CROSSFUSION_DRIVER_CAPABILITY", 90));
+  switch (attribute) {
+    case 75: *value = capability / 10; break;
+    case 76: *value = capability % 10; break;
+    case 97: *value = 227 << 10; break;  // shared memory of a block, asked for
+    case 115: *value = 1; break;         // memory pools
+    default: return InvalidValue;
+  }
+  return Success;
+}
+int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &mutex, Success; }
+int cuDevicePrimaryCtxRelease_v2(int) { return Success; }
+int cuCtxGetCurrent(void** context) { return *context = current, Success; }
+int cuCtxSetCurrent(void* context) { return current = context, Success; }
+int cuGetErrorName(int error, const char** name) {
+  *name = error == OutOfMemory ? "CUDA_ERROR_OUT_OF_MEMORY" : error == LaunchFailed ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR";
+  return Success;
+}
+int cuGetErrorString(int error, const char** text) { return *text = error == LaunchFailed ? "unspecified launch failure" : "error", Success; }
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+int cuMemGetInfo_v2(size_t* free, size_t* total) {
+  Guard guard(mutex);
+  *total = total_memory();
+  *free = *total - allocated;
+  return Success;
+}
+int cuMemAllocAsync(uint64_t* address, size_t bytes, void*) {
+  Guard guard(mutex);
+  if (bytes > total_memory() - allocated) return OutOfMemory;
+  void* p = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
+  std::memset(p, 0xff, bytes);
+  *address = uint64_t(p);
+  device_memory[uintptr_t(p)] = bytes;
+  allocated += bytes;
+  return failed;
+}
+int cuMemFreeAsync(uint64_t address, void* stream) {
+  Guard guard(mutex);
+  return enqueue(stream, [address] {
+    allocated -= device_memory.at(address);
+    device_memory.erase(address);
+    std::free(reinterpret_cast<void*>(address));
+  });
+}
+int cuMemHostAlloc(void** p, size_t bytes, unsigned) {
+  Guard guard(mutex);
+  *p = std::malloc(bytes);
+  std::memset(*p, 0xff, bytes);
+  page_locked[uintptr_t(*p)] = bytes;
+  return failed;
+}
+int cuMemFreeHost(void* p) {
+  Guard guard(mutex);
+  page_locked.erase(uintptr_t(p));
+  std::free(p);
+  return failed;
+}
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream) {
+  Guard guard(mutex);
+  if (!within(device_memory, reinterpret_cast<void*>(to), bytes)) return InvalidValue;
+  return enqueue(stream, [=] { std::memset(reinterpret_cast<void*>(to), value, bytes); });
+}
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
+  Guard guard(mutex);
+  // what is not page-locked would be copied twice, and not beside the kernels
+  if (!within(device_memory, reinterpret_cast<void*>(to), bytes) || !within(page_locked, from, bytes)) return InvalidValue;
+  const int result = enqueue(stream, [=] { std::memcpy(reinterpret_cast<void*>(to), from, bytes); });
+  if (eager()) run(*streams.at(stream), streams.at(stream)->queued);
+  return result;
+}
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
+  Guard guard(mutex);
+  if (!within(device_memory, reinterpret_cast<void*>(from), bytes)) return InvalidValue;
+  return enqueue(stream, [=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); });
+}
+
+// ---- streams and events -------------------------------------------------------------------------------------------
+int cuStreamCreate(void** stream, unsigned) {
+  Guard guard(mutex);
+  auto made = std::make_shared<Stream>();
+  *stream = made.get();
+  streams[made.get()] = made;
+  return failed;
+}
+int cuStreamSynchronize(void* stream) {
+  Guard guard(mutex);
+  run(*streams.at(stream), streams.at(stream)->queued);
+  return failed;
+}
+int cuStreamDestroy_v2(void* stream) {
+  cuStreamSynchronize(stream);
+  Guard guard(mutex);
+  streams.erase(stream);
+  return failed;
+}
+int cuEventCreate(void** event, unsigned) { return *event = new Event, Success; }
+int cuEventDestroy_v2(void* event) { return delete static_cast<Event*>(event), Success; }
+int cuEventRecord(void* event, void* stream) {
+  Guard guard(mutex);
+  *static_cast<Event*>(event) = {streams.at(stream), streams.at(stream)->queued};
+  return failed;
+}
+int cuStreamWaitEvent(void* stream, void* event, unsigned) {
+  Guard guard(mutex);
+  return enqueue(stream, [e = *static_cast<Event*>(event)] { if (e.stream) run(*e.stream, e.position); });
+}
+int cuEventSynchronize(void* event) {
+  Guard guard(mutex);
+  const Event& e = *static_cast<Event*>(event);
+  if (e.stream) run(*e.stream, e.position);
+  return failed;
+}
+int cuEventElapsedTime_v2(float* milliseconds, void*, void*) { return *milliseconds = 1.f, failed; }
+int cuEventElapsedTime(float* milliseconds, void*, void*) { return *milliseconds = 1.f, failed; }
+
+// ---- kernels --------------------------------------------------------------------------------------------------------
+int cuModuleLoadData(void** module, const void* image) {
+  // <fatbinary_section.h>
+  if (*static_cast<const uint32_t*>(image) != 0xba55ed50u) return InvalidValue;
+  return *module = const_cast<void*>(image), Success;
+}
+int cuModuleUnload(void*) { return Success; }
+int cuModuleGetFunction(void** function, void*, const char* name) {
+  const size_t* sizes = nullptr;
+  const int count = simt_parameters(name, &sizes);
+  if (count < 0) return NotFound;
+  *function = new Function{name, std::vector<size_t>(sizes, sizes + count)};
+  return Success;
+}
+int cuFuncGetAttribute(int* value, int, void*) { return *value = 0, Success; }  // static shared memory
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  if (attribute != 8) return InvalidValue;  // dynamic shared memory
+  return static_cast<Function*>(function)->most_shared = uint32_t(value), Success;
+}
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   void* stream, void** parameters, void**) {
+  Guard guard(mutex);
+  const Function& f = *static_cast<Function*>(function);
+  if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || shared > f.most_shared) return InvalidValue;
+  std::vector<std::vector<char>> args;
+  for (size_t i = 0; i < f.sizes.size(); i++) {
+    const char* p = static_cast<const char*>(parameters[i]);
+    args.emplace_back(p, p + f.sizes[i]);
+  }
+  const bool fails = ++launched == setting("CROSSFUSION_DRIVER_FAIL", 0);
+  return enqueue(stream, [=, args = std::move(args)] {
+    if (failed) return;
+    std::vector<const void*> pointers;
+    for (const auto& arg : args) pointers.push_back(arg.data());
+    const SimtLaunch launch{f.name.c_str(), pointers.data(), f.sizes.data(), f.sizes.size(), 1, {gx, gy, gz}, {bx, by, bz}, shared, 2};
+    SimtStats stats;
+    char error[2048];
+    if (fails || simt_launch(&launch, &stats, error, sizeof error)) {
+      if (!fails) std::fprintf(stderr, "emulated driver: %s\n", error);
+      failed = LaunchFailed;
+    }
+  });
+}
+}
+#pragma GCC visibility pop
