@@ -215,6 +215,7 @@ fn slides_in_flight_do_not_meet() {
             (losses, engine.read_state(State::Params).unwrap())
         };
         let (losses, params) = run(0);
+        assert!(losses.iter().all(|&(loss, risk)| loss > 0.0 && risk < 0.0), "{policy}: {losses:?}");
         assert!(run(1) == (losses, params.clone()), "{policy}: other bits");
         // losses that nobody asked for in time are lost, gradients are not
         assert!(run(slides.len()).1 == params, "{policy}: other weights");
