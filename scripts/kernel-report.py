@@ -35,6 +35,7 @@ DYNAMIC = {
     "attention_forward_32": (24576, 20480),
     "attention_forward_64": (49152, 40960),
     "attention_forward_128": (98304, 81920),
+    "attention_forward_wgmma_128": (0, 163840),
     "attention_dkv_32": (35328, 19456),
     "attention_dkv_64": (68096, 35840),
     "attention_dkv_128": (101120, 68608),

@@ -262,11 +262,16 @@ fn attentions<T: Element>(
         rows += 2 * n + 2 * m;
     }
     // backward needs what forward wrote
-    let first = forward.clone();
+    let (first, by_wgmma) = (forward.clone(), forward.clone());
     let bytes = (size_of::<T>() * rows * D) as f64;
     cases.push(Case::new::<T>("attention forward", shape, flop, bytes, move |device, arena| {
         attention::forward(device, arena, &forward)
     }));
+    if hopper::<T>(make.device) {
+        cases.push(Case::new::<T>("attention forward wgmma", shape, flop, bytes, move |device, arena| {
+            attention::forward_wgmma(device, arena, &by_wgmma)
+        }));
+    }
     attention::forward(make.device, &mut Arena::new(make.device, ARENA)?, &first)?;
     let again = backward.clone();
     cases.push(Case::new::<T>("attention backward", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
