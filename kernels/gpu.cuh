@@ -16,6 +16,15 @@
 #define GPU_PASTE(a, b) GPU_PASTE_(a, b)
 #define GPU_STRING_(x) #x
 #define GPU_STRING(x) GPU_STRING_(x)
+// For #if: whether `real` is bf16.
+#define GPU_IS_f32 0
+#define GPU_IS_bf16 1
+#define REAL_IS_BF16 GPU_PASTE(GPU_IS, REAL)
+
+// How an operand of wgmma lies in shared memory, and what its descriptor's bytes are (CUTLASS, mma_traits_sm90_gmma.hpp, B128):
+// kKMajor   a line is 64 neighbours in k; `stride` from 8 lines (rows of m or n) to the next 8, `leading` unused
+// kMnMajor  a line is 64 neighbours in m or n; `stride` from 8 lines (of k) to the next 8, `leading` to the next 64 of m or n
+constexpr bool kKMajor = false, kMnMajor = true;
 
 #if defined(__CUDACC__)  // ---- CUDA -----------------------------------------------------------------------------
 #include <cuda_bf16.h>
@@ -85,6 +94,52 @@ GPU_FN void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 // Barriers 1..15 between `threads` threads of the block; arrive does not wait.
 GPU_FN void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 GPU_FN void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ---- Hopper's own: wgmma, products of a warpgroup (four warps, the first one's number divisible by four) ----
+// Only code for sm_90a has them. A kernel that takes them asks kHasWgmma, and traps where it is false.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
+// Shows what this thread stored to shared memory, or waited for of cp.async, to wgmma ("the async proxy"); then comes a barrier.
+GPU_FN void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// An operand in shared memory that is swizzled in lines of 128 bytes, 8 lines to 1024 bytes (kKMajor and kMnMajor tell the bytes' meaning).
+GPU_FN uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride) {
+  return uint64_t(shared_address(start) >> 4 & 0x3fff) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+}
+// Before the first of a group of products: registers written so far are seen by them.
+GPU_FN void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+GPU_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+#define GPU_FOUR(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define GPU_64(d)                                                                                                       \
+  GPU_FOUR(d, 0), GPU_FOUR(d, 1), GPU_FOUR(d, 2), GPU_FOUR(d, 3), GPU_FOUR(d, 4), GPU_FOUR(d, 5), GPU_FOUR(d, 6), GPU_FOUR(d, 7), \
+      GPU_FOUR(d, 8), GPU_FOUR(d, 9), GPU_FOUR(d, 10), GPU_FOUR(d, 11), GPU_FOUR(d, 12), GPU_FOUR(d, 13), GPU_FOUR(d, 14), GPU_FOUR(d, 15)
+#define GPU_WGMMA                                                                                                       \
+  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "                                                              \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"       \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+
+// Waits until at most N of the warp's groups are in flight. Names the accumulators, lest the compiler read them earlier.
+template <int N> GPU_FN void wgmma_wait(float (&d)[16][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %64;" : GPU_64(d) : "n"(N) : "memory");
+}
+// D[64][128] (+)= A[64][16] B[16][128], started: until waited for, d and the operands are the tensor cores'. Warp w of the warpgroup has rows
+// 16 w .. + 16, as 16 accumulators of mma_bf16 side by side.
+template <bool A, bool B> GPU_FN void wgmma(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" GPU_WGMMA "%64, %65, p, 1, 1, %67, %68;\n}"
+               : GPU_64(d) : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A)), "n"(int(B)) : "memory");
+}
+// A from registers, the warp's 16 rows as mma_bf16 takes them.
+template <bool B> GPU_FN void wgmma(float (&d)[16][4], uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n" GPU_WGMMA "{%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}"
+               : GPU_64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(B)) : "memory");
+}
+#undef GPU_FOUR
+#undef GPU_64
+#undef GPU_WGMMA
 
 // 2^x, two ulp.
 GPU_FN float fast_exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

@@ -32,6 +32,55 @@ template <bool TRANS> GPU_FN void probe_ldmatrix_any(const uint16_t* in, uint32_
 KERNEL(probe_ldmatrix, 32, const uint16_t* in, uint32_t* out) { probe_ldmatrix_any<false>(in, out); }
 KERNEL(probe_ldmatrix_trans, 32, const uint16_t* in, uint32_t* out) { probe_ldmatrix_any<true>(in, out); }
 
+// One wgmma on images of shared memory, 16 KiB each; d [thread][64]. Bytes of the descriptors of a and b.
+struct WgmmaPlaces { uint32_t a_start, a_leading, a_stride, b_start, b_leading, b_stride; };
+constexpr int kImage = 4096;  // words
+
+template <bool A_MN, bool B_MN, bool FROM_REGISTERS = false>
+GPU_FN void probe_wgmma_any(const uint32_t* a, const uint32_t* b, float* d, const WgmmaPlaces& p) {
+  if constexpr (kHasWgmma) {
+    SharedMemory shared;
+    uint32_t* images = shared.take<uint32_t>(2 * kImage, 1024);
+    const char *image_a = reinterpret_cast<const char*>(images), *image_b = image_a + 4 * kImage;
+    const int t = int(threadIdx.x);
+    for (int i = t; i < kImage; i += 128) {
+      images[i] = a[i];
+      images[kImage + i] = b[i];
+    }
+    fence_proxy_async();
+    __syncthreads();
+    float rd[16][4];
+#pragma unroll
+    for (int i = 0; i < 64; i++) rd[i / 4][i % 4] = d[t * 64 + i];
+    uint32_t ra[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) ra[i] = a[t * 4 + i];
+    const uint64_t db = wgmma_descriptor(image_b + p.b_start, p.b_leading, p.b_stride);
+    wgmma_fence();
+    if constexpr (FROM_REGISTERS) wgmma<B_MN>(rd, ra, db, true);
+    else wgmma<A_MN, B_MN>(rd, wgmma_descriptor(image_a + p.a_start, p.a_leading, p.a_stride), db, true);
+    wgmma_commit();
+    wgmma_wait<0>(rd);
+#pragma unroll
+    for (int i = 0; i < 64; i++) d[t * 64 + i] = rd[i / 4][i % 4];
+  } else {
+    __trap();
+  }
+}
+KERNEL(probe_wgmma, 128, const uint32_t* a, const uint32_t* b, float* d, const WgmmaPlaces p) {
+  probe_wgmma_any<kKMajor, kKMajor>(a, b, d, p);
+}
+KERNEL(probe_wgmma_b_mn, 128, const uint32_t* a, const uint32_t* b, float* d, const WgmmaPlaces p) {
+  probe_wgmma_any<kKMajor, kMnMajor>(a, b, d, p);
+}
+KERNEL(probe_wgmma_both_mn, 128, const uint32_t* a, const uint32_t* b, float* d, const WgmmaPlaces p) {
+  probe_wgmma_any<kMnMajor, kMnMajor>(a, b, d, p);
+}
+// a [thread][4]
+KERNEL(probe_wgmma_registers, 128, const uint32_t* a, const uint32_t* b, float* d, const WgmmaPlaces p) {
+  probe_wgmma_any<kKMajor, kMnMajor, true>(a, b, d, p);
+}
+
 // ---- arithmetic -------------------------------------------------------------------------------------------------
 KERNEL(probe_convert, 256, const float* x, uint32_t* bf16_bits, uint32_t* tf32_bits, float* exp2, int n) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
@@ -124,6 +173,43 @@ template <int BUG> GPU_FN void probe_handoff_any(const float* in, float* out, in
 KERNEL(probe_handoff, 64, const float* in, float* out, int n) { probe_handoff_any<0>(in, out, n); }
 KERNEL(probe_handoff_bug1, 64, const float* in, float* out, int n) { probe_handoff_any<1>(in, out, n); }
 KERNEL(probe_handoff_bug2, 64, const float* in, float* out, int n) { probe_handoff_any<2>(in, out, n); }
+
+// out [thread][64] = the sum over n images x [128][64] of x[.. 64, .. 16] x[.., .. 16]^T: one stage of cp.async, one wgmma each.
+// BUG: 1 fence.proxy.async before the copy has landed, 2 no wgmma.fence, 3 a wait for the last product only, 4 no barrier behind the
+// wait, 5 no wait for the last product.
+template <int BUG> GPU_FN void probe_wgmma_stream_any(const float* in, float* out, int n) {
+  if constexpr (kHasWgmma) {
+    SharedMemory shared;
+    float* image = shared.take<float>(kImage, 1024);
+    const int t = int(threadIdx.x);
+    float d[16][4] = {};
+    for (int i = 0; i < n; i++) {
+      for (int e = 4 * t; e < kImage; e += 4 * 128) cp_async16(image + e, in + i * kImage + e);
+      cp_async_commit();
+      if (BUG == 1) fence_proxy_async();
+      cp_async_wait<0>();
+      if (BUG != 1) fence_proxy_async();
+      __syncthreads();
+      const uint64_t x = wgmma_descriptor(image, 16, 1024);
+      if (BUG != 2) wgmma_fence();
+      wgmma<kKMajor, kKMajor>(d, x, x, true);
+      wgmma_commit();
+      const bool last = i + 1 == n;
+      if (BUG == 3 ? last : BUG == 5 ? !last : true) wgmma_wait<0>(d);
+      if (BUG != 4) __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i++) out[t * 64 + i] = d[i / 4][i % 4];
+  } else {
+    __trap();
+  }
+}
+KERNEL(probe_wgmma_stream, 128, const float* in, float* out, int n) { probe_wgmma_stream_any<0>(in, out, n); }
+KERNEL(probe_wgmma_stream_bug1, 128, const float* in, float* out, int n) { probe_wgmma_stream_any<1>(in, out, n); }
+KERNEL(probe_wgmma_stream_bug2, 128, const float* in, float* out, int n) { probe_wgmma_stream_any<2>(in, out, n); }
+KERNEL(probe_wgmma_stream_bug3, 128, const float* in, float* out, int n) { probe_wgmma_stream_any<3>(in, out, n); }
+KERNEL(probe_wgmma_stream_bug4, 128, const float* in, float* out, int n) { probe_wgmma_stream_any<4>(in, out, n); }
+KERNEL(probe_wgmma_stream_bug5, 128, const float* in, float* out, int n) { probe_wgmma_stream_any<5>(in, out, n); }
 
 // counts[0] = how many of the n threads there are, counts[1] = the set bits of their numbers; the threads past n leave
 // before the barrier. BUG: 1 added without atomics.

@@ -9,6 +9,8 @@ scripts/kernel-report.py --check   changes nothing; fails if the table is not cu
   - a kernel that multiplies matrices on tensor cores does not load them by cp.async (LDGSTS) and, in bf16, ldmatrix (LDSM), or
     works in another type than its own (bf16, TF32 for f32),
   - a file matmul*.cu or attention*.cu has no such kernel,
+  - a kernel of a file *_wgmma.cu, which is for Hopper and bf16, is not wgmma (HGMMA) with cp.async there and a trap elsewhere, or ptxas
+    had to order its products (C75..: they run one by one, or it added a wait or a fence),
   - a kernel's dynamic shared memory is not in DYNAMIC below.
 
 Reads target/kernels (or $CARGO_TARGET_DIR/kernels), where build.rs leaves fatbins and what ptxas said, and cuobjdump.
@@ -35,6 +37,7 @@ DYNAMIC = {
     "attention_forward_32": (24576, 20480),
     "attention_forward_64": (49152, 40960),
     "attention_forward_128": (98304, 81920),
+    "attention_forward_wgmma_128": (0, 163840),
     "attention_dkv_32": (35328, 19456),
     "attention_dkv_64": (68096, 35840),
     "attention_dkv_128": (101120, 68608),
@@ -54,6 +57,9 @@ DYNAMIC = {
     "matmul_backward_input_small": (49152, 49152),
     "matmul_backward_weight": (98304, 98304),
     "matmul_backward_weight_small": (49152, 49152),
+    "matmul_forward_wgmma": (0, 98304),
+    "matmul_backward_input_wgmma": (0, 98304),
+    "matmul_backward_weight_wgmma": (0, 98304),
     "ppeg_backward": (68420, 37444),
     "ppeg_forward": (68420, 37444),
 }
@@ -84,9 +90,9 @@ class Kernel:
 
     def dynamic_shared(self):
         """None: unknown."""
-        if not self.uses_dynamic:
-            return 0
-        return DYNAMIC[self.name][STORAGE.index(self.storage)] if self.name in DYNAMIC else None
+        if self.name in DYNAMIC:
+            return DYNAMIC[self.name][STORAGE.index(self.storage)]
+        return None if self.uses_dynamic else 0
 
     def count(self, architecture, prefix):
         return sum(n for i, n in self.sass[architecture].items() if i.startswith(prefix))
@@ -130,7 +136,7 @@ def kernels(stem, storage, dump):
     for architecture in SASS_OF:
         for function in run(dump, "-sass", "-arch", architecture, fatbin).split("Function : ")[1:]:
             counts = found[function.split()[0]].sass[architecture]
-            for instruction in re.findall(r"\b(?:HMMA|LDSM|LDGSTS)[.\w]*", function):
+            for instruction in re.findall(r"\b(?:HMMA|HGMMA|LDSM|LDGSTS)[.\w]*", function):
                 counts[instruction] = counts.get(instruction, 0) + 1
     in_source = (ROOT / f"kernels/{stem}.cu").read_text()
     order = lambda k: re.search(rf"KERNEL(_BLOCKS)?\({k.name},", in_source).start()
@@ -140,6 +146,8 @@ def kernels(stem, storage, dump):
 def complaints(stem, storage, found, report):
     for line in report.splitlines():
         if "warning" in line and not line.startswith("Remark"):
+            yield f"{stem}, {storage}: {line}"
+        if "(C75" in line and stem != "probes":
             yield f"{stem}, {storage}: {line}"
     for k in found:
         who = f"{k.name}_{k.storage}"
@@ -159,7 +167,15 @@ def complaints(stem, storage, found, report):
                     yield f"{who}, {a}: multiplies matrices without cp.async (LDGSTS)"
                 if k.storage == "bf16" and not k.count(a, "LDSM"):
                     yield f"{who}, {a}: multiplies matrices without ldmatrix (LDSM)"
-    if stem.startswith(("matmul", "attention")) and not any(k.uses_mma for k in found):
+        if stem.endswith("_wgmma"):
+            if not (k.count("sm_90a", "HGMMA") and k.count("sm_90a", "LDGSTS")) or k.count("sm_90a", "HMMA"):
+                yield f"{who}, sm_90a: HGMMA and LDGSTS alone expected, found {sorted(k.sass['sm_90a'])}"
+            if k.sass["sm_80"]:
+                yield f"{who}, sm_80: a trap expected, found {sorted(k.sass['sm_80'])}"
+    if stem.endswith("_wgmma"):
+        if bool(found) != (storage == "bf16"):
+            yield f"{stem}, {storage}: {len(found)} kernels"
+    elif stem.startswith(("matmul", "attention")) and not any(k.uses_mma for k in found):
         yield f"{stem}, {storage}: no kernel uses tensor cores"
 
 
@@ -184,11 +200,11 @@ def conflicts_of(text):
 
 
 def table(found, conflicts):
-    yield "| kernel | storage | registers sm_80 / sm_90 | threads | shared memory, static + dynamic | blocks per SM | stack, spills | HMMA, LDSM, LDGSTS sm_80 | sm_90 | bank conflicts |\n"
+    yield "| kernel | storage | registers sm_80 / sm_90 | threads | shared memory, static + dynamic | blocks per SM | stack, spills | HMMA or HGMMA, LDSM, LDGSTS sm_80 | sm_90 | bank conflicts |\n"
     yield "|---|---|---|---|---|---|---|---|---|---|\n"
     for k in found:
         dynamic, blocks = k.dynamic_shared(), k.blocks()
-        counts = [" ".join(str(k.count(a, i)) for i in ("HMMA", "LDSM", "LDGSTS")) for a in SASS_OF]
+        counts = [" ".join(str(k.count(a, i)) for i in (("HMMA", "HGMMA"), "LDSM", "LDGSTS")) for a in SASS_OF]
         stack, spills = max(s[0] for s in k.spills.values()), max(s[1] + s[2] for s in k.spills.values())
         cells = [
             k.name,

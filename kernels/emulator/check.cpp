@@ -31,6 +31,7 @@ enum : uint8_t { Untouched, Written, InFlight };
 struct Cell {
   uint32_t write_block = 0, write_clock = 0, read_block = 0, read_clock[2] = {0, 0};
   uint16_t writer = 0, reader[2] = {0, 0};
+  uint16_t wgmma = 0;  // in flight that read it
   bool atomic = false, valid = false;
   uint8_t state = Untouched;
   uintptr_t write_place = 0, read_place = 0;
@@ -52,6 +53,7 @@ struct Books {
   uintptr_t shared = 0;
   std::vector<Cell> cells;                // of shared memory
   std::vector<uint32_t> clocks;           // one vector for each thread, each barrier, and __syncwarp
+  std::vector<std::vector<uint32_t>> fences;  // of each thread: its clock at each fence.proxy.async
   uintptr_t place = 0;                    // of the access under check
   uint32_t* clock(size_t i) { return clocks.data() + i * threads; }
   uint32_t* barrier_clock(int id) { return clock(threads + size_t(id)); }
@@ -62,7 +64,7 @@ Books& own_books() {
   return own;
 }
 constexpr int kSyncwarp = 16;
-const char* const kAccessNames[] = {"read", "write", "atomic", "cp.async"};
+const char* const kAccessNames[] = {"read", "write", "atomic", "cp.async", "read by wgmma", "read by wgmma"};
 
 // file:line; of an instruction, that of the innermost inlined frame that is not the emulator's.
 std::string where(uintptr_t place) {
@@ -89,6 +91,8 @@ std::string where(uintptr_t place) {
   return found;
 }
 
+bool is_read(Access kind) { return kind == Read || kind == WgmmaIssued || kind == WgmmaDone; }
+
 void touch(Cell& c, Access kind, const void* p, const char* space) {
   Books& b = *books;
   const unsigned t = self->linear;
@@ -103,7 +107,7 @@ void touch(Cell& c, Access kind, const void* p, const char* space) {
   if (c.write_block > b.before_launch && !(kind == Atomic && c.atomic) &&
       (c.write_block != b.block || (c.writer != t && known[c.writer] < c.write_clock)))
     race(c.atomic ? "atomic" : "write", c.writer, c.write_block, c.write_place);
-  if (kind == Read) {
+  if (is_read(kind)) {
     if (c.read_block != b.block) { c.read_block = b.block; c.read_clock[0] = c.read_clock[1] = 0; }
     const int slot = c.read_clock[0] && c.reader[0] != t && known[c.reader[0]] < c.read_clock[0];
     c.reader[slot] = uint16_t(t);
@@ -124,6 +128,12 @@ void touch(Cell& c, Access kind, const void* p, const char* space) {
   c.state = kind == CopyIssued ? InFlight : Written;
   c.write_place = b.place;
 }
+// wgmma sees a write only if its thread has a fence.proxy.async between it and what made the reader know of it.
+bool shown_to_wgmma(const Cell& c) {
+  const auto& fences = books->fences[c.writer];
+  const auto after = std::lower_bound(fences.begin(), fences.end(), c.write_clock);
+  return after != fences.end() && *after <= books->clock(self->linear)[c.writer];
+}
 void merge(uint32_t* to, const uint32_t* from) {
   for (size_t i = 0; i < books->threads; i++) to[i] = std::max(to[i], from[i]);
 }
@@ -143,6 +153,7 @@ void block_begin(int threads, const void* shared, size_t bytes) {
   b.cells.assign(bytes / kGranule, Cell{});
   b.clocks.assign((b.threads + kSyncwarp + 1) * b.threads, 0);
   for (size_t i = 0; i < b.threads; i++) b.clock(i)[i] = 1;
+  b.fences.assign(b.threads, {});
 }
 void shared_valid(size_t offset, size_t bytes) {
   for (size_t i = offset / kGranule; i < (offset + bytes + kGranule - 1) / kGranule; i++) books->cells[i].valid = true;
@@ -160,6 +171,10 @@ void join_lanes(unsigned warp, uint32_t mask) {
   each([&](unsigned t) { leave(kSyncwarp, t); books->clock(t)[t]++; });
   forget(kSyncwarp);
 }
+void proxy_fence() {
+  const unsigned t = self->linear;
+  books->fences[t].push_back(books->clock(t)[t]++);  // later writes are not of its time
+}
 
 void at(const Location& loc) { books->place = std::bit_cast<uintptr_t>(loc) | kIsLocation; }
 void access(const void* ptr, size_t bytes, Access kind) {
@@ -171,11 +186,18 @@ void access(const void* ptr, size_t bytes, Access kind) {
       if (at / kGranule >= b.cells.size() || !b.cells[at / kGranule].valid)
         fail("%s outside every shared array at offset %zu (%s)", kAccessNames[kind], at, where(b.place).c_str());
       Cell& c = b.cells[at / kGranule];
-      if (kind == Read && c.state == InFlight)
+      if (is_read(kind) && c.state == InFlight)
         fail("read of shared memory that a cp.async is still writing, offset %zu (%s)", at, where(b.place).c_str());
-      if ((kind == Read || kind == Atomic) && c.state == Untouched)
+      if ((is_read(kind) || kind == Atomic) && c.state == Untouched)
         fail("read of shared memory that nobody wrote, offset %zu (%s)", at, where(b.place).c_str());
+      if (!is_read(kind) && c.wgmma)
+        fail("%s of shared memory that a wgmma is still reading, offset %zu (%s)", kAccessNames[kind], at, where(b.place).c_str());
       touch(c, kind, ptr, "shared");
+      if (kind == WgmmaIssued && !shown_to_wgmma(c))
+        fail("wgmma reads shared memory without a fence.proxy.async since the write by thread %u at %s, offset %zu (%s)", c.writer,
+             where(c.write_place).c_str(), at, where(b.place).c_str());
+      if (kind == WgmmaIssued) c.wgmma++;
+      if (kind == WgmmaDone) c.wgmma--;
     }
     return;
   }

@@ -10,7 +10,7 @@
 #include "simt.hpp"
 
 namespace simt::check {
-enum Access { Read, Write, Atomic, CopyIssued };
+enum Access { Read, Write, Atomic, CopyIssued, WgmmaIssued, WgmmaDone };  // the last two: reads
 #if defined(SIMT_RACE)
 inline constexpr bool enabled = true;
 void launch_begin();
@@ -20,6 +20,7 @@ void arrive(int barrier);                        // the running thread tells the
 void leave(int barrier, unsigned thread);        // ... this one learns what all arrivals knew ...
 void forget(int barrier);                        // ... and the barrier is free again
 void join_lanes(unsigned warp, uint32_t mask);   // __syncwarp
+void proxy_fence();                              // the running thread's writes so far, to wgmma
 void at(const Location& loc);                    // where the running thread makes the accesses that follow
 void access(const void* p, size_t bytes, Access kind);
 #else
@@ -31,6 +32,7 @@ inline void arrive(int) {}
 inline void leave(int, unsigned) {}
 inline void forget(int) {}
 inline void join_lanes(unsigned, uint32_t) {}
+inline void proxy_fence() {}
 inline void at(const Location&) {}
 inline void access(const void*, size_t, Access) {}
 #endif

@@ -61,7 +61,17 @@ struct Thread : ThreadInfo {
   std::vector<std::vector<Copy>> copies;      // groups of cp.async, oldest first; back() is still open
 };
 struct Pending { uint32_t mask = 0, arrived = 0; Op op = nullptr; Location loc; void* arg[32]; };
-struct Warp { uint32_t ready = 0, exited = 0; std::vector<Pending> pending; };
+// A wgmma between issue and wait: the warp's rows of one product, and its accumulators, which the lanes do not have meanwhile.
+struct Wgmma { WgmmaArg arg; uint32_t a[32][4]; int group; bool done; };
+struct Accumulators { float* lane[32]; float value[16][128]; int group; };  // the last group that adds to them
+struct Wgmmas {
+  std::vector<Wgmma> products;                // oldest first
+  std::vector<Accumulators> accumulators;
+  int group = 0;                              // the open one
+  size_t issued = 0;
+  bool fenced = false;
+};
+struct Warp { uint32_t ready = 0, exited = 0; std::vector<Pending> pending; Wgmmas wgmma; };
 struct Barrier { int arrived = 0, count = 0; Location loc; std::vector<Thread*> parked; };
 
 struct Launch {
@@ -82,6 +92,7 @@ struct Worker {
   std::vector<Thread> threads;
   Warp warps[32];
   Barrier barriers[16];
+  std::vector<WgmmaArg> issued[8];            // by each warpgroup: its warps must issue the same
   uint32_t ready_warps = 0;
   int count = 0, alive = 0, current_warp = 0;
   uint64_t rng = 1;

@@ -147,9 +147,13 @@ static void fiber_main() {
   for (const auto& group : t.copies)
     if (!group.empty())
       fail("%s:%u: the thread ends and has not waited for its cp.async", group[0].loc.file_name(), group[0].loc.line());
+  Warp& warp = worker->warps[t.linear / 32];
+  if (!warp.wgmma.products.empty()) {
+    const Location& loc = warp.wgmma.products[0].arg.loc;
+    fail("%s:%u: the warp ends and has not waited for its wgmma", loc.file_name(), loc.line());
+  }
   t.done = true;
   worker->alive--;
-  Warp& warp = worker->warps[t.linear / 32];
   warp.exited |= 1u << t.lane;
   for (const Pending& p : warp.pending)
     if (p.arrived && p.mask >> t.lane & 1)
@@ -196,7 +200,8 @@ void Worker::run_block(unsigned index) {
   ready_warps = 0;
   current_warp = 0;
   for (Barrier& b : barriers) { b.arrived = 0; b.parked.clear(); }
-  for (Warp& w : warps) { w.ready = w.exited = 0; w.pending.clear(); }
+  for (Warp& w : warps) { w.ready = w.exited = 0; w.pending.clear(); w.wgmma = {}; }
+  for (auto& i : issued) i.clear();
   std::memset(shared, 0xff, shared_bytes);  // NaN in every type
   dynamic_end = 0;
   static_end = static_begin;

@@ -76,6 +76,15 @@ void op_ldmatrix(void* const* arg, uint32_t mask);
 void op_mma_bf16(void* const* arg, uint32_t mask);
 void op_mma_tf32(void* const* arg, uint32_t mask);
 
+// wgmma.cpp
+struct WgmmaArg { float* d; uint32_t* a; uint64_t a_descriptor, b_descriptor; bool a_mn_major, b_mn_major, accumulate; Location loc; };
+void fence_proxy_async();
+uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride);
+void op_wgmma(void* const* arg, uint32_t mask);
+void op_wgmma_fence(void* const* arg, uint32_t mask);
+void op_wgmma_commit(void* const* arg, uint32_t mask);
+void op_wgmma_wait(void* const* arg, uint32_t mask);
+
 template <class T> T shuffle(uint32_t mask, T v, int source, const Location& loc) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   ShuffleArg a{0, 0, source};
@@ -131,6 +140,7 @@ template <class T> T atomicAdd(T* p, std::type_identity_t<T> v, SIMT_LOC) {
   return simt::atomic_update(p, loc, [=](T old) { return old + v; });
 }
 
+[[noreturn]] inline void __trap() { simt::fail("trap"); }
 template <class T> T max(T a, std::type_identity_t<T> b) { return a < b ? b : a; }
 template <class T> T min(T a, std::type_identity_t<T> b) { return b < a ? b : a; }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
@@ -184,6 +194,27 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 inline void named_barrier_sync(int id, int threads, SIMT_LOC) { simt::barrier(id, threads, true, loc); }
 inline void named_barrier_arrive(int id, int threads, SIMT_LOC) { simt::barrier(id, threads, false, loc); }
+
+constexpr bool kHasWgmma = true;
+inline void fence_proxy_async() { simt::fence_proxy_async(); }
+inline uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride) {
+  return simt::wgmma_descriptor(start, leading, stride);
+}
+inline void wgmma_fence(SIMT_LOC) { simt::collective(~0u, nullptr, simt::op_wgmma_fence, true, loc); }
+inline void wgmma_commit(SIMT_LOC) { simt::collective(~0u, nullptr, simt::op_wgmma_commit, true, loc); }
+template <int N> void wgmma_wait(float (&)[16][4], SIMT_LOC) {
+  int left = N;
+  simt::collective(~0u, &left, simt::op_wgmma_wait, true, loc);
+}
+template <bool A, bool B>
+void wgmma(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate, SIMT_LOC) {
+  simt::WgmmaArg x{&d[0][0], nullptr, a, b, A, B, accumulate, loc};
+  simt::collective(~0u, &x, simt::op_wgmma, true, loc);
+}
+template <bool B> void wgmma(float (&d)[16][4], uint32_t (&a)[4], uint64_t b, bool accumulate, SIMT_LOC) {
+  simt::WgmmaArg x{&d[0][0], a, 0, b, false, B, accumulate, loc};
+  simt::collective(~0u, &x, simt::op_wgmma, true, loc);
+}
 
 inline float fast_exp2(float x) { return exp2f(x); }
 inline uint32_t to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }

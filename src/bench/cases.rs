@@ -102,6 +102,11 @@ impl Maker<'_> {
     }
 }
 
+/// Whether Hopper's kernels run here.
+fn hopper<T: Element>(device: &Device) -> bool {
+    device.has_wgmma() && T::KERNELS == Some(Storage::Bf16)
+}
+
 const D: usize = 512;
 const HEADS: usize = 4;
 
@@ -160,6 +165,7 @@ fn products<T: Element>(
             plain.2.push(Product { a: plain_y.transposed(), b: plain_x, out: plain_dw, depth: m });
             weights.push(WeightGrad::<T> { dy: y, x, dw, db });
         }
+        let by_wgmma = (forward.clone(), backward.clone(), weights.clone());
         let total: usize = rows.iter().sum();
         let (flop, element) = (2.0 * (total * out * inner) as f64, size_of::<T>());
         let bytes = (element * (total * (out + inner) + rows.len() * out * inner)) as f64;
@@ -178,11 +184,27 @@ fn products<T: Element>(
             .with_products(plain.1),
         );
         cases.push(
-            Case::new::<T>("matmul backward weight", shape, flop, weight_bytes, move |device, arena| {
+            Case::new::<T>("matmul backward weight", shape.clone(), flop, weight_bytes, move |device, arena| {
                 matmul::backward_weight(device, arena, &weights)
             })
             .with_products(plain.2),
         );
+        if hopper::<T>(make.device) {
+            let (forward, backward, weights) = by_wgmma;
+            cases.push(Case::new::<T>("matmul forward wgmma", shape.clone(), flop, bytes, move |device, _| {
+                matmul::forward_wgmma(device, &forward)
+            }));
+            cases.push(Case::new::<T>("matmul backward input wgmma", shape.clone(), flop, bytes, move |device, _| {
+                matmul::backward_input_wgmma(device, &backward)
+            }));
+            cases.push(Case::new::<T>(
+                "matmul backward weight wgmma",
+                shape,
+                flop,
+                weight_bytes,
+                move |device, arena| matmul::backward_weight_wgmma(device, arena, &weights),
+            ));
+        }
     }
     Ok(())
 }
@@ -194,13 +216,16 @@ fn feed_forward<T: Element>(make: &mut Maker, n: usize, cases: &mut Vec<Case>) -
     let dropout = Dropout::new(Some(DRAW), 0, 0.3);
     let problem =
         Matmul { a, b, out, epilogue: Epilogue { bias: Some(bias), gelu: Some(pre), dropout, ..Default::default() } };
-    cases.push(Case::new::<T>(
-        "matmul forward",
-        format!("ffn 1, bias + GELU + dropout: {n} x {} x {D}", 2 * D),
-        4.0 * (n * D * D) as f64,
-        (size_of::<T>() * (5 * n * D + 2 * D * D)) as f64,
-        move |device, _| matmul::forward(device, &[problem]),
-    ));
+    let shape = format!("ffn 1, bias + GELU + dropout: {n} x {} x {D}", 2 * D);
+    let (flop, bytes) = (4.0 * (n * D * D) as f64, (size_of::<T>() * (5 * n * D + 2 * D * D)) as f64);
+    cases.push(Case::new::<T>("matmul forward", shape.clone(), flop, bytes, move |device, _| {
+        matmul::forward(device, &[problem])
+    }));
+    if hopper::<T>(make.device) {
+        cases.push(Case::new::<T>("matmul forward wgmma", shape, flop, bytes, move |device, _| {
+            matmul::forward_wgmma(device, &[problem])
+        }));
+    }
     let map = Map { x: pre, gelu: true, dropout, out };
     cases.push(Case::new::<T>(
         "map",
@@ -237,11 +262,16 @@ fn attentions<T: Element>(
         rows += 2 * n + 2 * m;
     }
     // backward needs what forward wrote
-    let first = forward.clone();
+    let (first, by_wgmma) = (forward.clone(), forward.clone());
     let bytes = (size_of::<T>() * rows * D) as f64;
     cases.push(Case::new::<T>("attention forward", shape, flop, bytes, move |device, arena| {
         attention::forward(device, arena, &forward)
     }));
+    if hopper::<T>(make.device) {
+        cases.push(Case::new::<T>("attention forward wgmma", shape, flop, bytes, move |device, arena| {
+            attention::forward_wgmma(device, arena, &by_wgmma)
+        }));
+    }
     attention::forward(make.device, &mut Arena::new(make.device, ARENA)?, &first)?;
     let again = backward.clone();
     cases.push(Case::new::<T>("attention backward", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {

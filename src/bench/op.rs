@@ -127,12 +127,12 @@ pub fn op(arguments: &OpArguments) -> Result<()> {
     ));
     let head = ("op", "shape", "us", "min", "max", "GB/s", "TFLOP/s", "PyTorch", "cublasLt", "of roofline");
     crate::say(format!(
-        "{:<24}{:<50}{:>11}{:>11}{:>11}{:>9}{:>9}{:>11}{:>11}{:>13}",
+        "{:<30}{:<50}{:>11}{:>11}{:>11}{:>9}{:>9}{:>11}{:>11}{:>13}",
         head.0, head.1, head.2, head.3, head.4, head.5, head.6, head.7, head.8, head.9
     ));
     for row in &report.ops {
         crate::say(format!(
-            "{:<24}{:<50}{:>11.1}{:>11.1}{:>11.1}{:>9.1}{:>9.2}{:>11}{:>11}{:>13}",
+            "{:<30}{:<50}{:>11.1}{:>11.1}{:>11.1}{:>9.1}{:>9.2}{:>11}{:>11}{:>13}",
             row.op,
             row.shape,
             row.median_us,

@@ -44,6 +44,7 @@ pub struct Cuda {
     /// What was launched last, for the message when the device reports an error later.
     last: Mutex<Option<Launch>>,
     name: String,
+    capability: (i32, i32),
 }
 
 impl Cuda {
@@ -87,12 +88,18 @@ impl Cuda {
         };
         let modules = fatbins().iter().map(load).collect::<Result<_>>()?;
         let pinned = Pinned::new(&context).map_err(|e| failed("no page-locked memory", e))?.into();
-        Ok(Self { pinned, context, stream, copies, modules, functions: Mutex::default(), last: Mutex::default(), name })
+        let (functions, last) = Default::default();
+        Ok(Self { pinned, context, stream, copies, modules, functions, last, name, capability })
     }
 
     /// The GPU's name, as the driver tells it.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Its compute capability.
+    pub fn capability(&self) -> (i32, i32) {
+        self.capability
     }
 
     /// Zeroed device memory.

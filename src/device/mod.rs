@@ -100,6 +100,16 @@ impl Device {
         }
     }
 
+    /// Whether kernels of Hopper's own instructions run here.
+    pub fn has_wgmma(&self) -> bool {
+        match self {
+            Self::Cuda(cuda) => cuda.capability() == (9, 0),
+            #[cfg(feature = "emulator")]
+            Self::Emulator(_) => true,
+            Self::Cpu(_) | Self::Dry(_) => false,
+        }
+    }
+
     /// Whether its memory is the host's.
     pub(crate) fn is_host(&self) -> bool {
         !matches!(self, Self::Cuda(_) | Self::Dry(_))

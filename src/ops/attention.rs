@@ -15,7 +15,7 @@
 
 pub mod kernel;
 
-use kernel::{KernelAttention, KernelAttentionGrad, KernelMerge};
+use kernel::{KernelAttention, KernelAttentionGrad, KernelMerge, Kernels};
 use pulp::Simd;
 
 use super::{Dropout, dropout, elementwise, for_rows};
@@ -87,6 +87,22 @@ impl<T: Element> Attention<T> {
 }
 
 pub fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
+    forward_with(device, arena, problems, Kernels::Mma)
+}
+
+/// [`forward`] by Hopper's wgmma, where the device and `T` have it (an H100 and bf16) and heads are wider than 64; elsewhere the same. NOT YET
+/// RUN ON A GPU: training does not take it before it has been measured.
+pub fn forward_wgmma<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
+    let at_hand = device.has_wgmma() && T::KERNELS == Some(Storage::Bf16);
+    forward_with(device, arena, problems, if at_hand { Kernels::Wgmma } else { Kernels::Mma })
+}
+
+fn forward_with<T: Element>(
+    device: &Device,
+    arena: &mut Arena,
+    problems: &[Attention<T>],
+    wanted: Kernels,
+) -> Result<()> {
     for p in problems {
         p.check("attention forward")?;
     }
@@ -96,15 +112,16 @@ pub fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Atten
     }
     if device.runs_kernels() {
         let mark = arena.mark();
-        let mut kernels: Vec<_> = problems.iter().map(KernelAttention::from).collect();
-        let splits = kernel::splits(&kernels);
-        for ((p, kernel), splits) in problems.iter().zip(&mut kernels).zip(splits) {
+        let mut table: Vec<_> = problems.iter().map(KernelAttention::from).collect();
+        let kernels = Kernels::of(wanted, &table);
+        let splits = kernel::splits(kernels, &table);
+        for ((p, entry), splits) in problems.iter().zip(&mut table).zip(splits) {
             let (n, d) = (p.q.rows(), p.q.cols());
-            kernel.splits = splits as i32;
-            kernel.parts = arena.scratch::<f32>(1, kernel::parts_len(splits, n, d))?.address();
-            kernel.part_lse = arena.scratch::<f32>(1, kernel::part_lse_len(splits, n, p.heads))?.address();
+            entry.splits = splits as i32;
+            entry.parts = arena.scratch::<f32>(1, kernel::parts_len(splits, n, d))?.address();
+            entry.part_lse = arena.scratch::<f32>(1, kernel::part_lse_len(splits, n, p.heads))?.address();
         }
-        device.launch(kernel::forward_launches(storage::<T>()?, &kernels))?;
+        device.launch(kernel::forward_launches(kernels, storage::<T>()?, &table))?;
         arena.release_scratch(mark);
     }
     Ok(())

@@ -5,18 +5,21 @@
 //!   [`backward_input`]   dx = epilogue(dy W)           (`=`, or `+=` with [`Epilogue::accumulate`])
 //!   [`backward_weight`]  dW += dyᵀ x, db += colsum(dy)
 //! Each takes a list of independent problems, which a GPU runs as one launch.
+//!
+//! Each has a `_wgmma` twin, by Hopper's kernels where the device and `T` have them (an H100 and bf16), elsewhere the same. NOT YET RUN ON A
+//! GPU: training does not take them before they have been measured.
 
 pub mod kernel;
 
 use pulp::Simd;
 
-use kernel::{KernelMatmul, KernelWeightGrad};
+use kernel::{KernelMatmul, KernelWeightGrad, Kernels};
 
 use super::{Dropout, gelu};
 use crate::{
     Result,
     device::{
-        Arena, Device, Element, Real, View,
+        Arena, Device, Element, Real, Storage, View,
         cpu::{Cpu, Kernel, tile, with_workspace},
         on_cpu, storage,
     },
@@ -63,14 +66,40 @@ pub struct WeightGrad<T: Element> {
 }
 
 pub fn forward<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
-    run(device, "matmul forward", problems, true)
+    run(device, "matmul forward", problems, true, Kernels::Mma)
+}
+
+pub fn forward_wgmma<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+    run(device, "matmul forward", problems, true, Kernels::Wgmma)
 }
 
 pub fn backward_input<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
-    run(device, "matmul backward input", problems, false)
+    run(device, "matmul backward input", problems, false, Kernels::Mma)
+}
+
+pub fn backward_input_wgmma<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+    run(device, "matmul backward input", problems, false, Kernels::Wgmma)
 }
 
 pub fn backward_weight<T: Element>(device: &Device, arena: &mut Arena, problems: &[WeightGrad<T>]) -> Result<()> {
+    run_weight(device, arena, problems, Kernels::Mma)
+}
+
+pub fn backward_weight_wgmma<T: Element>(device: &Device, arena: &mut Arena, problems: &[WeightGrad<T>]) -> Result<()> {
+    run_weight(device, arena, problems, Kernels::Wgmma)
+}
+
+/// The wanted kernels if the device and the storage type have them.
+fn kernels_at_hand(device: &Device, storage: Storage, wanted: Kernels) -> Kernels {
+    if device.has_wgmma() && storage == Storage::Bf16 { wanted } else { Kernels::Mma }
+}
+
+fn run_weight<T: Element>(
+    device: &Device,
+    arena: &mut Arena,
+    problems: &[WeightGrad<T>],
+    wanted: Kernels,
+) -> Result<()> {
     const OP: &str = "matmul backward weight";
     for p in problems {
         let (m, n, k) = (p.dy.rows(), p.dy.cols(), p.x.cols());
@@ -84,19 +113,26 @@ pub fn backward_weight<T: Element>(device: &Device, arena: &mut Arena, problems:
     }
     if device.runs_kernels() {
         let mark = arena.mark();
-        let mut kernels: Vec<_> = problems.iter().map(KernelWeightGrad::from).collect();
-        let splits = kernel::splits(&kernels);
-        for ((p, kernel), splits) in problems.iter().zip(&mut kernels).zip(splits) {
+        let (storage, mut parts) = (storage::<T>()?, problems.iter().map(KernelWeightGrad::from).collect::<Vec<_>>());
+        let kernels = kernels_at_hand(device, storage, wanted);
+        let splits = kernel::splits(kernels, &parts);
+        for ((p, part), splits) in problems.iter().zip(&mut parts).zip(splits) {
             let partial = arena.scratch::<f32>(1, kernel::partial_len(splits, p.dw.rows(), p.dw.cols()))?;
-            (kernel.partial, kernel.splits) = (partial.address(), splits as i32);
+            (part.partial, part.splits) = (partial.address(), splits as i32);
         }
-        device.launch(kernel::backward_weight_launches(storage::<T>()?, &kernels))?;
+        device.launch(kernel::backward_weight_launches(kernels, storage, &parts))?;
         arena.release_scratch(mark);
     }
     Ok(())
 }
 
-fn run<T: Element>(device: &Device, op: &'static str, problems: &[Matmul<T>], transposed: bool) -> Result<()> {
+fn run<T: Element>(
+    device: &Device,
+    op: &'static str,
+    problems: &[Matmul<T>],
+    transposed: bool,
+    wanted: Kernels,
+) -> Result<()> {
     for p in problems {
         let (m, n, k) = (p.out.rows(), p.out.cols(), p.a.cols());
         p.a.check(op, "a", &[m, k])?;
@@ -116,9 +152,9 @@ fn run<T: Element>(device: &Device, op: &'static str, problems: &[Matmul<T>], tr
         cpu_run::<T::Sum>(cpu, &on_cpu(problems)?, transposed);
     }
     if device.runs_kernels() {
-        let kernels: Vec<_> = problems.iter().map(KernelMatmul::from).collect();
+        let (storage, problems) = (storage::<T>()?, problems.iter().map(KernelMatmul::from).collect::<Vec<_>>());
         let launches = if transposed { kernel::forward_launches } else { kernel::backward_input_launches };
-        device.launch(launches(storage::<T>()?, &kernels))?;
+        device.launch(launches(kernels_at_hand(device, storage, wanted), storage, &problems))?;
     }
     Ok(())
 }

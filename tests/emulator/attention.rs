@@ -1,8 +1,8 @@
-//! kernels/attention_forward.cu and attention_backward.cu against src/ops/attention.rs.
+//! kernels/attention_forward.cu, attention_forward_wgmma.cu and attention_backward.cu against src/ops/attention.rs.
 
 use crossfusion::{
     Result,
-    device::{Element, View},
+    device::{Element, Storage, View},
     ops::{
         Draw, Dropout,
         attention::{self, Attention, AttentionGrad, Merge},
@@ -26,13 +26,19 @@ struct Attentions {
     apart: f64,
     /// dq by atomics.
     atomic: bool,
+    /// Forward by Hopper's kernel.
+    wgmma: bool,
 }
 
 impl Case for Attentions {
     fn name(&self) -> String {
-        let Self { heads, head_dim, rate, sizes, apart, atomic } = self;
-        let how = if *atomic { ", atomic" } else { "" };
+        let Self { heads, head_dim, rate, sizes, apart, atomic, wgmma } = self;
+        let how = [if *atomic { ", atomic" } else { "" }, if *wgmma { ", wgmma" } else { "" }].concat();
         format!("{heads} heads of {head_dim}, dropout {rate}, {sizes:?}, {apart} apart{how}")
+    }
+
+    fn storages(&self) -> &[Storage] {
+        if self.wgmma { &[Storage::Bf16] } else { &[Storage::F32, Storage::Bf16] }
     }
 
     fn same_bits(&self) -> bool {
@@ -63,7 +69,8 @@ impl Case for Attentions {
             backward.iter().for_each(|p| plainly(bed, p));
             return Ok(());
         }
-        attention::forward(bed.device, &mut bed.arena, &forward)?;
+        let run = if self.wgmma { attention::forward_wgmma } else { attention::forward };
+        run(bed.device, &mut bed.arena, &forward)?;
         let run = if self.atomic { attention::backward_atomic } else { attention::backward };
         run(bed.device, &mut bed.arena, &backward)
     }
@@ -186,7 +193,7 @@ fn round(mut values: Vec<f64>) -> Vec<f64> {
 }
 
 fn case(heads: usize, head_dim: usize, rate: f64, sizes: &[[usize; 2]]) -> Attentions {
-    Attentions { heads, head_dim, rate, sizes: sizes.to_vec(), apart: 0.0, atomic: false }
+    Attentions { heads, head_dim, rate, sizes: sizes.to_vec(), apart: 0.0, atomic: false, wgmma: false }
 }
 
 /// One query, one key, no queries, no keys, ragged tiles, each width, dropout, groups.
@@ -237,4 +244,22 @@ fn atomic_backward_matches_the_cpu() {
 #[test]
 fn atomic_backward_has_no_races() {
     small().into_iter().for_each(|case| check_races(&Attentions { atomic: true, ..case }));
+}
+
+/// With wider heads: 8, 16, 32, 64 and 128 columns become 128, 120, 104, 72 and 128.
+fn by_wgmma(cases: Vec<Attentions>) -> impl Iterator<Item = Attentions> {
+    let widened = |head_dim| if head_dim < 128 { 136 - head_dim } else { 128 };
+    cases.into_iter().map(move |case| Attentions { head_dim: widened(case.head_dim), wgmma: true, ..case })
+}
+
+#[test]
+fn wgmma_matches_the_cpu() {
+    by_wgmma([small(), large()].into_iter().flatten().collect()).for_each(|case| check(&case));
+}
+
+#[test]
+fn wgmma_has_no_races() {
+    by_wgmma(small()).for_each(|case| check_races(&case));
+    // three tiles of keys, and two blocks of queries
+    by_wgmma(vec![case(1, 128, 0.2, &[[130, 270]])]).for_each(|case| check_races(&case));
 }

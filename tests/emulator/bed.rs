@@ -35,6 +35,10 @@ enum Output<T: Element> {
 pub trait Case {
     fn name(&self) -> String;
     fn run<T: Element>(&self, bed: &mut Bed<T>) -> Result<()>;
+    /// What the kernels that are tested store.
+    fn storages(&self) -> &[Storage] {
+        &[Storage::F32, Storage::Bf16]
+    }
     /// Whether every run gives the same bits.
     fn same_bits(&self) -> bool {
         true
@@ -174,7 +178,7 @@ fn distance(a: &[f64], b: &[f64]) -> f64 {
 
 /// Right, and the same bits under every schedule if the case promises them.
 pub fn check(case: &impl Case) {
-    for storage in [Storage::F32, Storage::Bf16] {
+    for &storage in case.storages() {
         let first = by_kernels(case, storage, PLAIN[0]);
         compare(case, storage, &first);
         for options in &PLAIN[1..] {
@@ -194,7 +198,7 @@ pub fn check(case: &impl Case) {
 
 /// Right in race mode, which looks at every access.
 pub fn check_races(case: &impl Case) {
-    for storage in [Storage::F32, Storage::Bf16] {
+    for &storage in case.storages() {
         compare(case, storage, &by_kernels(case, storage, RACE));
     }
 }

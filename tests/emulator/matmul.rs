@@ -1,4 +1,4 @@
-//! kernels/matmul.cu against src/ops/matmul.rs.
+//! kernels/matmul.cu and matmul_wgmma.cu against src/ops/matmul.rs.
 
 use bytemuck::Zeroable;
 use crossfusion::{
@@ -6,7 +6,10 @@ use crossfusion::{
     device::{Element, Storage},
     ops::{
         Draw, Dropout,
-        matmul::{self, Epilogue, Matmul, WeightGrad, kernel},
+        matmul::{
+            self, Epilogue, Matmul, WeightGrad,
+            kernel::{self, Kernels},
+        },
     },
 };
 use half::bf16;
@@ -18,10 +21,12 @@ use crate::{
 };
 
 /// Which part of a linear layer, and `[m, k]` times `[k, n]` of each problem.
+#[derive(Clone)]
 struct Products {
     part: Part,
     epilogue: Options,
     sizes: Vec<[usize; 3]>,
+    kernels: Kernels,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +50,11 @@ const UNIT: Law = Law { offset: 0.0, scale: 1.0 };
 
 impl Case for Products {
     fn name(&self) -> String {
-        format!("{:?} {:?} {:?}", self.part, self.sizes, self.epilogue)
+        format!("{:?} {:?} {:?} {:?}", self.kernels, self.part, self.sizes, self.epilogue)
+    }
+
+    fn storages(&self) -> &[Storage] {
+        if self.kernels == Kernels::Wgmma { &[Storage::Bf16] } else { &[Storage::F32, Storage::Bf16] }
     }
 
     fn run<T: Element>(&self, bed: &mut Bed<T>) -> Result<()> {
@@ -81,16 +90,20 @@ impl Case for Products {
             };
             products.push(Matmul { a, b, out, epilogue });
         }
+        let wgmma = self.kernels == Kernels::Wgmma;
         match self.part {
+            Part::Forward if wgmma => matmul::forward_wgmma(bed.device, &products),
             Part::Forward => matmul::forward(bed.device, &products),
+            Part::Input if wgmma => matmul::backward_input_wgmma(bed.device, &products),
             Part::Input => matmul::backward_input(bed.device, &products),
+            Part::Weight if wgmma => matmul::backward_weight_wgmma(bed.device, &mut bed.arena, &weights),
             Part::Weight => matmul::backward_weight(bed.device, &mut bed.arena, &weights),
         }
     }
 }
 
 fn products(part: Part, epilogue: Options, sizes: &[[usize; 3]]) -> Products {
-    Products { part, epilogue, sizes: sizes.to_vec() }
+    Products { part, epilogue, sizes: sizes.to_vec(), kernels: Kernels::Mma }
 }
 
 const NONE: Options =
@@ -149,6 +162,21 @@ fn large_tiles_have_no_races() {
     check_races(&products(Part::Weight, NONE, &[[70, 136, 144]]));
 }
 
+fn by_wgmma(cases: Vec<Products>) -> impl Iterator<Item = Products> {
+    cases.into_iter().map(|case| Products { kernels: Kernels::Wgmma, ..case })
+}
+
+#[test]
+fn wgmma_matches_the_cpu() {
+    by_wgmma([small(), large()].concat()).for_each(|case| check(&case));
+}
+
+#[test]
+fn wgmma_has_no_races() {
+    by_wgmma(small()).for_each(|case| check_races(&case));
+    by_wgmma(vec![products(Part::Weight, NONE, &[[1100, 136, 24]])]).for_each(|case| check_races(&case));
+}
+
 /// bf16 fragments reach the registers without bank conflicts, in both tiles and all layouts. Counted by hand: a warp reads 2 fragments
 /// of b and 4 (large tile) or 2 of a per 16 of the depth.
 #[test]
@@ -164,9 +192,9 @@ fn fragments_have_no_bank_conflicts() {
         let mut problem = kernel::KernelMatmul::zeroed();
         (problem.a, problem.out) = (a.matrix(rows, 64), out.matrix(rows, cols));
         problem.b = b.matrix(cols, 64);
-        let forward = kernel::forward_launches(Storage::Bf16, &[problem]);
+        let forward = kernel::forward_launches(Kernels::Mma, Storage::Bf16, &[problem]);
         problem.b = b.matrix(64, cols);
-        let input = kernel::backward_input_launches(Storage::Bf16, &[problem]);
+        let input = kernel::backward_input_launches(Kernels::Mma, Storage::Bf16, &[problem]);
         for launch in forward.iter().chain(&input) {
             let stats = crate::launch(launch, PLAIN[0]).unwrap();
             assert_eq!((stats.ldmatrix, stats.ldmatrix_conflicts), (warps * fragments * 4, 0), "{}", launch.kernel);
@@ -180,7 +208,7 @@ fn fragments_have_no_bank_conflicts() {
         let mut problem = kernel::KernelWeightGrad::zeroed();
         (problem.dy, problem.x) = (dy.matrix(64, side), x.matrix(64, side));
         (problem.dw, problem.db, problem.splits) = (dw.matrix(side, side), db.address(), 1);
-        for launch in kernel::backward_weight_launches(Storage::Bf16, &[problem]) {
+        for launch in kernel::backward_weight_launches(Kernels::Mma, Storage::Bf16, &[problem]) {
             let stats = crate::launch(&launch, PLAIN[0]).unwrap();
             assert_eq!((stats.ldmatrix, stats.ldmatrix_conflicts), (warps * fragments * 4, 0), "{}", launch.kernel);
         }

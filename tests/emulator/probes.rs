@@ -100,6 +100,79 @@ fn ldmatrix_fragments() {
     }
 }
 
+/// Whether the tests' device has Hopper's wgmma.
+fn has_wgmma() -> bool {
+    gpu().is_none_or(|gpu| gpu.has_wgmma())
+}
+
+/// One wgmma from shared memory: bytes of the descriptors of a and b, each start, leading, stride.
+#[derive(Clone, Copy)]
+struct Places {
+    a: [u32; 3],
+    b: [u32; 3],
+}
+
+/// The canonical layouts of mma_traits_sm90_gmma.hpp for B128, in bytes; Swizzle<3,4,3> is the last line's.
+fn canonical(mn_major: bool, [start, leading, stride]: [u32; 3], i: usize, k: usize) -> usize {
+    let (leading, stride) = (leading as usize, stride as usize);
+    let offset = start as usize
+        + match mn_major {
+            false => i % 8 * 128 + i / 8 * stride + k * 2,
+            true => i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride,
+        };
+    offset ^ (offset >> 7 & 7) << 4
+}
+
+/// CLayout_64xN and ALayout_64x16 of the same file: thread and value to m + 64 n, or m + 64 k.
+fn warpgroup_layout(thread: usize, value: usize) -> usize {
+    layout(thread % 32, value, [128, 1], &[64, 8, 512, 1024, 2048, 4096]) + thread / 32 * 16
+}
+
+#[test]
+fn wgmma_layouts() {
+    if !has_wgmma() {
+        return;
+    }
+    let bits = |values: &[f32]| values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect::<Vec<_>>();
+    let words = |halves: &[u16]| halves.chunks(2).map(|h| u32::from(h[0]) | u32::from(h[1]) << 16).collect::<Vec<_>>();
+    // the second and the fourth slice of 16 in k; lines farther apart than they need be
+    let kk = Places { a: [32, 16, 2048], b: [96, 16, 1024] };
+    let kn = Places { a: [64, 16, 1024], b: [2048, 8192, 1024] };
+    let mn = Places { a: [1024, 16, 4096], b: [0, 4096, 8192] };
+    let registers = Places { a: [0; 3], b: [4096, 2048, 1024] };
+    for (kernel, [a_mn, b_mn], places) in [
+        ("probe_wgmma", [false, false], kk),
+        ("probe_wgmma_b_mn", [false, true], kn),
+        ("probe_wgmma_both_mn", [true, true], mn),
+        ("probe_wgmma_registers", [false, true], registers),
+    ] {
+        let (a, b, c) = (bits(&noise("a", 8192)), bits(&noise("b", 8192)), noise("c", 64 * 128));
+        let mut d = vec![0f32; 64 * 128];
+        (0..128 * 64).for_each(|i| d[i] = c[warpgroup_layout(i / 64, i % 64)]);
+        let [da, db] = [&a, &b].map(|halves| Memory::new(&words(halves)).unwrap());
+        let d = Memory::new(&d).unwrap();
+        let mut args = vec![Arg::new(da.address()), Arg::new(db.address()), Arg::new(d.address())];
+        args.push(Arg::new([places.a, places.b]));
+        let stats = launch(&probe(kernel, 1, 128, 32 << 10, args), RACE).unwrap();
+        assert!(gpu().is_some() || stats.mma == 4 * 16);
+        let got = d.read().unwrap();
+        let mut from_registers = [0; 64 * 16];
+        (0..128 * 8).for_each(|i| from_registers[warpgroup_layout(i / 8, i % 8)] = i);
+        let element = |halves: &[u16], i: usize| f64::from(bf16::from_bits(halves[i]));
+        let of_a = |m: usize, k: usize| match kernel {
+            "probe_wgmma_registers" => element(&a, from_registers[m + 64 * k]),
+            _ => element(&a, canonical(a_mn, places.a, m, k) / 2),
+        };
+        let of_b = |n, k| element(&b, canonical(b_mn, places.b, n, k) / 2);
+        for (i, &got) in got.iter().enumerate() {
+            let at = warpgroup_layout(i / 64, i % 64);
+            let (m, n) = (at % 64, at / 64);
+            let truth = f64::from(c[at]) + (0..16).map(|k| of_a(m, k) * of_b(n, k)).sum::<f64>();
+            assert!((f64::from(got) - truth).abs() < 4e-5, "{kernel}: row {m}, column {n}: {got} for {truth}");
+        }
+    }
+}
+
 #[test]
 fn conversions() {
     let mut x = noise("x", 1000);
@@ -215,6 +288,37 @@ fn named_barriers() {
         "probe_handoff",
         &truth,
         &[("probe_handoff_bug1", "RACE", true), ("probe_handoff_bug2", "deadlock", true)],
+    );
+}
+
+#[test]
+fn asynchronous_products() {
+    if !has_wgmma() {
+        return;
+    }
+    // whole numbers: every sum is exact
+    let images: Vec<u16> = (0..4 * 8192).map(|i| bf16::from_f32((i * 7 % 11) as f32 - 5.0).to_bits()).collect();
+    let input: Vec<f32> = images.chunks(2).map(|h| f32::from_bits(u32::from(h[0]) | u32::from(h[1]) << 16)).collect();
+    let x = |image: usize, i, k| {
+        let at = canonical(false, [0, 16, 1024], i, k) / 2;
+        bf16::from_bits(images[image * 8192 + at]).to_f32()
+    };
+    let sum = |i: usize| {
+        let at = warpgroup_layout(i / 64, i % 64);
+        (0..64).map(|ik| x(ik / 16, at % 64, ik % 16) * x(ik / 16, at / 64, ik % 16)).sum::<f32>()
+    };
+    let truth: Vec<f32> = (0..128 * 64).map(sum).collect();
+    detects(
+        |kernel, options| attempt(kernel, (1, 128, 16 << 10), Some(&input), &[0f32; 128 * 64], 4, options),
+        "probe_wgmma_stream",
+        &truth,
+        &[
+            ("probe_wgmma_stream_bug1", "without a fence.proxy.async", false),
+            ("probe_wgmma_stream_bug2", "without a wgmma.fence", true),
+            ("probe_wgmma_stream_bug3", "that a wgmma is still reading", true),
+            ("probe_wgmma_stream_bug4", "RACE", true),
+            ("probe_wgmma_stream_bug5", "has not waited for its wgmma", true),
+        ],
     );
 }
 

@@ -1,4 +1,4 @@
-//! kernels/attention_forward.cu and attention_backward.cu: what their launches are for given shapes.
+//! kernels/attention_forward.cu, attention_forward_wgmma.cu and attention_backward.cu: what their launches are for given shapes.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -16,8 +16,8 @@ const OWN: usize = 64;
 /// Rows of a streamed tile in backward.
 const STREAMED: usize = 32;
 
-/// Blocks that a large GPU runs at a time: two on each of an H100's 132 multiprocessors.
-const AT_A_TIME: usize = 2 * 132;
+/// Multiprocessors of a large GPU (an H100).
+const MULTIPROCESSORS: usize = 132;
 /// Keys that a split takes at least: below, joining the splits costs more than they save.
 const SPLIT_KEYS: usize = 1024;
 
@@ -153,13 +153,43 @@ fn width(q: Matrix, heads: i32) -> usize {
 
 const WIDTHS: [usize; 3] = [32, 64, 128];
 
+/// Which of the two files' kernels compute a forward pass.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kernels {
+    /// attention_forward.cu, any GPU since Ampere.
+    Mma,
+    /// attention_forward_wgmma.cu, Hopper, bf16 alone. Wide heads.
+    Wgmma,
+}
+
+impl Kernels {
+    /// The wanted ones, if they are made for all the problems' heads.
+    pub fn of(wanted: Self, problems: &[KernelAttention]) -> Self {
+        let wide = |p: &KernelAttention| width(p.q, p.heads) == 2;
+        if problems.iter().all(wide) { wanted } else { Self::Mma }
+    }
+
+    /// Queries that a block owns, and blocks that a multiprocessor runs at a time.
+    fn block(self) -> [usize; 2] {
+        match self {
+            Self::Mma => [OWN, 2],
+            Self::Wgmma => [128, 1],
+        }
+    }
+
+    fn blocks(self, p: &KernelAttention) -> usize {
+        p.heads as usize * (p.q.rows as usize).div_ceil(self.block()[0])
+    }
+}
+
 /// In how many parts each problem's keys are attended to: the number, of few enough blocks, with which a large GPU is done first, if
 /// the keys are long enough.
-pub fn splits(problems: &[KernelAttention]) -> Vec<usize> {
-    let blocks: usize = problems.iter().map(|p| p.heads as usize * (p.q.rows as usize).div_ceil(OWN)).sum();
+pub fn splits(kernels: Kernels, problems: &[KernelAttention]) -> Vec<usize> {
+    let blocks: usize = problems.iter().map(|p| kernels.blocks(p)).sum();
+    let at_a_time = MULTIPROCESSORS * kernels.block()[1];
     // waves of blocks, of 1 / splits of the work each; of equals the first
-    let time = |splits: usize| (blocks * splits).div_ceil(AT_A_TIME) as f64 / splits as f64;
-    let all = 1..=(2 * AT_A_TIME / blocks.max(1)).max(1);
+    let time = |splits: usize| (blocks * splits).div_ceil(at_a_time) as f64 / splits as f64;
+    let all = 1..=(2 * at_a_time / blocks.max(1)).max(1);
     let best = all.min_by(|&a, &b| time(a).total_cmp(&time(b))).unwrap_or(1);
     let of = |p: &KernelAttention| best.min((p.k.rows as usize).div_ceil(SPLIT_KEYS).max(1));
     problems.iter().map(of).collect()
@@ -208,16 +238,26 @@ fn launch<P: Pod>(
 }
 
 /// All problems of a call have heads of one width.
-pub fn forward_launches(storage: Storage, problems: &[KernelAttention]) -> Vec<Launch> {
+pub fn forward_launches(kernels: Kernels, storage: Storage, problems: &[KernelAttention]) -> Vec<Launch> {
     let mut launches = Vec::new();
     for problems in problems.chunks(PROBLEMS) {
-        let width = problems.iter().map(|p| width(p.q, p.heads)).max().unwrap_or(0);
-        let kernel = ["attention_forward_32", "attention_forward_64", "attention_forward_128"][width];
-        let blocks = |p: &KernelAttention| (p.heads * p.splits) as usize * (p.q.rows as usize).div_ceil(OWN);
+        let blocks = |p: &KernelAttention| p.splits as usize * kernels.blocks(p);
         let (table, blocks) = table(problems, blocks, |p, first| p.first_block = first);
-        let keys = if storage == Storage::Bf16 { 64 } else { 32 };
-        let shared = (OWN + 4 * keys) * WIDTHS[width] * storage.bytes();
-        launches.extend(launch(kernel, storage, [blocks, 1], shared, table));
+        launches.extend(match kernels {
+            Kernels::Mma => {
+                let width = problems.iter().map(|p| width(p.q, p.heads)).max().unwrap_or(0);
+                let kernel = ["attention_forward_32", "attention_forward_64", "attention_forward_128"][width];
+                let keys = if storage == Storage::Bf16 { 64 } else { 32 };
+                let shared = (OWN + 4 * keys) * WIDTHS[width] * storage.bytes();
+                launch(kernel, storage, [blocks, 1], shared, table)
+            }
+            Kernels::Wgmma => {
+                // queries, two stages of keys and of values, 128 rows each
+                let shared = 5 * 128 * 128 * storage.bytes();
+                let launch = launch("attention_forward_wgmma_128", storage, [blocks, 1], shared, table);
+                launch.map(|launch| Launch { block: [256, 1, 1], ..launch })
+            }
+        });
         let rows = problems.iter().filter(|p| p.splits > 1).map(|p| p.q.rows as usize).max().unwrap_or(0);
         launches.extend(launch(
             "attention_join_splits",
@@ -315,26 +355,43 @@ mod tests {
 
     #[test]
     fn few_queries_split_long_contexts() {
-        assert_eq!(splits(&[problem(3025, 3025); 3]), [1, 1, 1]);
-        assert_eq!(splits(&[problem(200, 800), problem(200, 250_000)]), [1, 8]);
-        assert_eq!(splits(&[problem(1, 3026)]), [3]);
+        assert_eq!(splits(Kernels::Mma, &[problem(3025, 3025); 3]), [1, 1, 1]);
+        assert_eq!(splits(Kernels::Mma, &[problem(200, 800), problem(200, 250_000)]), [1, 8]);
+        assert_eq!(splits(Kernels::Mma, &[problem(1, 3026)]), [3]);
         // 192 blocks: two halves each are no sooner done than the wholes
-        assert_eq!(splits(&[problem(3025, 3025)]), [1]);
+        assert_eq!(splits(Kernels::Mma, &[problem(3025, 3025)]), [1]);
         assert_eq!(parts_len(3, 5, 512), 3 * 5 * 512);
     }
 
     #[test]
     fn blocks_are_those_of_all_problems_and_heads() {
-        let launches = forward_launches(Storage::Bf16, &[problem(3000, 800), problem(65, 12000)]);
+        let launches = forward_launches(Kernels::Mma, Storage::Bf16, &[problem(3000, 800), problem(65, 12000)]);
         assert_eq!(launches.len(), 1);
         assert_eq!((launches[0].kernel, launches[0].grid), ("attention_forward_128", [4 * (47 + 2), 1, 1]));
         assert_eq!(launches[0].shared_bytes, 80 << 10);
-        let split = forward_launches(Storage::F32, &[KernelAttention { splits: 3, ..problem(65, 12000) }]);
+        let split =
+            forward_launches(Kernels::Mma, Storage::F32, &[KernelAttention { splits: 3, ..problem(65, 12000) }]);
         assert_eq!(
             split.iter().map(|l| (l.kernel, l.grid[0])).collect::<Vec<_>>(),
             [("attention_forward_128", 24), ("attention_join_splits", 17)]
         );
-        assert!(forward_launches(Storage::F32, &[problem(0, 10)]).is_empty());
+        assert!(forward_launches(Kernels::Mma, Storage::F32, &[problem(0, 10)]).is_empty());
+    }
+
+    #[test]
+    fn hopper_s_blocks_own_128_queries_of_wide_heads() {
+        let problems = [problem(3000, 800), problem(65, 12000)];
+        assert_eq!(Kernels::of(Kernels::Wgmma, &problems), Kernels::Wgmma);
+        assert_eq!(Kernels::of(Kernels::Mma, &problems), Kernels::Mma);
+        let narrow = KernelAttention { heads: 8, ..problem(3000, 800) };
+        assert_eq!(Kernels::of(Kernels::Wgmma, &[problems[0], narrow]), Kernels::Mma);
+        let launches = forward_launches(Kernels::Wgmma, Storage::Bf16, &problems);
+        assert_eq!(launches.len(), 1);
+        assert_eq!((launches[0].kernel, launches[0].grid), ("attention_forward_wgmma_128", [4 * (24 + 1), 1, 1]));
+        assert_eq!((launches[0].block[0], launches[0].shared_bytes), (256, 160 << 10));
+        // 288 blocks on 132 multiprocessors: three waves of wholes, five of halves
+        assert_eq!(splits(Kernels::Wgmma, &[problem(3025, 3025); 3]), [1, 1, 1]);
+        assert_eq!(splits(Kernels::Wgmma, &[problem(200, 250_000)]), [33]);
     }
 
     #[test]
@@ -349,7 +406,7 @@ mod tests {
             for d in [32, 64, 128] {
                 let forward = KernelAttention { q: Matrix::new(0, 100, d), heads: 1, ..problem(1, 1) };
                 let backward = [backward_launches(storage, &[grad(d)]), backward_atomic_launches(storage, &[grad(d)])];
-                let launches = [forward_launches(storage, &[forward]), backward.concat()].concat();
+                let launches = [forward_launches(Kernels::Mma, storage, &[forward]), backward.concat()].concat();
                 assert!(launches.iter().all(|l| l.shared_bytes <= 99 << 10), "{launches:?}");
             }
         }

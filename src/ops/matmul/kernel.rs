@@ -1,4 +1,4 @@
-//! kernels/matmul.cu: what its launches are for given shapes.
+//! kernels/matmul.cu and matmul_wgmma.cu: what their launches are for given shapes.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -95,6 +95,15 @@ impl<T: Element> From<&WeightGrad<T>> for KernelWeightGrad {
     }
 }
 
+/// Which of the two files' kernels multiply.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kernels {
+    /// matmul.cu, any GPU since Ampere.
+    Mma,
+    /// matmul_wgmma.cu, Hopper, bf16 alone. Always the large tile.
+    Wgmma,
+}
+
 /// A block's tile and threads, and its kernel.
 #[derive(Clone, Copy)]
 struct Shape {
@@ -104,14 +113,12 @@ struct Shape {
 }
 
 impl Shape {
-    /// The large tile where it gives enough blocks.
-    fn choose([large, small]: [&'static str; 2], outs: impl Iterator<Item = Matrix> + Clone) -> Self {
-        let shape = Self { kernel: large, side: 128, threads: 256 };
-        if outs.map(|out| shape.tiles(out)).sum::<usize>() >= FULL {
-            shape
-        } else {
-            Self { kernel: small, side: 64, threads: 128 }
-        }
+    fn large(kernel: &'static str) -> Self {
+        Self { kernel, side: 128, threads: 256 }
+    }
+
+    fn small(kernel: &'static str) -> Self {
+        Self { kernel, side: 64, threads: 128 }
     }
 
     fn tiles(self, out: Matrix) -> usize {
@@ -130,18 +137,30 @@ impl Shape {
     }
 }
 
-pub fn forward_launches(storage: Storage, problems: &[KernelMatmul]) -> Vec<Launch> {
-    launches(storage, problems, ["matmul_forward", "matmul_forward_small"])
+pub fn forward_launches(kernels: Kernels, storage: Storage, problems: &[KernelMatmul]) -> Vec<Launch> {
+    launches(kernels, storage, problems, ["matmul_forward", "matmul_forward_small", "matmul_forward_wgmma"])
 }
 
-pub fn backward_input_launches(storage: Storage, problems: &[KernelMatmul]) -> Vec<Launch> {
-    launches(storage, problems, ["matmul_backward_input", "matmul_backward_input_small"])
+pub fn backward_input_launches(kernels: Kernels, storage: Storage, problems: &[KernelMatmul]) -> Vec<Launch> {
+    const NAMES: [&str; 3] = ["matmul_backward_input", "matmul_backward_input_small", "matmul_backward_input_wgmma"];
+    launches(kernels, storage, problems, NAMES)
 }
 
-fn launches(storage: Storage, problems: &[KernelMatmul], kernels: [&'static str; 2]) -> Vec<Launch> {
+/// Of the portable kernels the large tile where it gives enough blocks.
+fn launches(
+    kernels: Kernels,
+    storage: Storage,
+    problems: &[KernelMatmul],
+    [large, small, wgmma]: [&'static str; 3],
+) -> Vec<Launch> {
     let problems: Vec<_> = problems.iter().filter(|p| p.out.rows > 0 && p.out.cols > 0).copied().collect();
     let launch = |problems: &[KernelMatmul]| {
-        let shape = Shape::choose(kernels, problems.iter().map(|p| p.out));
+        let fill = |shape: Shape| problems.iter().map(|p| shape.tiles(p.out)).sum::<usize>() >= FULL;
+        let shape = match kernels {
+            Kernels::Wgmma => Shape::large(wgmma),
+            Kernels::Mma if fill(Shape::large(large)) => Shape::large(large),
+            Kernels::Mma => Shape::small(small),
+        };
         let mut table = Table { problem: [Zeroable::zeroed(); PROBLEMS], count: problems.len() as i32, padding: 0 };
         let mut blocks = 0;
         for (place, p) in table.problem.iter_mut().zip(problems) {
@@ -154,8 +173,8 @@ fn launches(storage: Storage, problems: &[KernelMatmul], kernels: [&'static str;
 }
 
 /// In how many parts each problem's rows are summed: about two blocks a multiprocessor, shared out by rows.
-pub fn splits(problems: &[KernelWeightGrad]) -> Vec<usize> {
-    let shape = weight_shape(problems);
+pub fn splits(kernels: Kernels, problems: &[KernelWeightGrad]) -> Vec<usize> {
+    let shape = weight_shape(kernels, problems);
     let work: usize = problems.iter().map(|p| shape.tiles(p.dw) * p.dy.rows as usize).sum();
     let of = |p: &KernelWeightGrad| {
         let rows = p.dy.rows as usize;
@@ -170,18 +189,19 @@ pub fn partial_len(splits: usize, out: usize, input: usize) -> usize {
 }
 
 /// A tile is chosen for all problems of a call together, so that `splits` and the launches agree.
-fn weight_shape(problems: &[KernelWeightGrad]) -> Shape {
-    let large = |p: &KernelWeightGrad| p.dw.rows >= 128 && p.dw.cols >= 128;
-    if problems.iter().all(large) {
-        Shape { kernel: "matmul_backward_weight", side: 128, threads: 256 }
-    } else {
-        Shape { kernel: "matmul_backward_weight_small", side: 64, threads: 128 }
+fn weight_shape(kernels: Kernels, problems: &[KernelWeightGrad]) -> Shape {
+    match kernels {
+        Kernels::Wgmma => Shape::large("matmul_backward_weight_wgmma"),
+        Kernels::Mma if problems.iter().all(|p| p.dw.rows >= 128 && p.dw.cols >= 128) => {
+            Shape::large("matmul_backward_weight")
+        }
+        Kernels::Mma => Shape::small("matmul_backward_weight_small"),
     }
 }
 
 /// The sums, and where a sum was split a second launch that adds its parts up.
-pub fn backward_weight_launches(storage: Storage, problems: &[KernelWeightGrad]) -> Vec<Launch> {
-    let shape = weight_shape(problems);
+pub fn backward_weight_launches(kernels: Kernels, storage: Storage, problems: &[KernelWeightGrad]) -> Vec<Launch> {
+    let shape = weight_shape(kernels, problems);
     let mut launches = Vec::new();
     for problems in problems.chunks(WEIGHT_PROBLEMS) {
         let mut table =
@@ -217,18 +237,34 @@ mod tests {
 
     #[test]
     fn tiles_are_large_where_they_fill_a_gpu() {
-        let launches = forward_launches(Storage::Bf16, &[product(12000, 512), product(3000, 512), product(800, 512)]);
+        let launches = forward_launches(
+            Kernels::Mma,
+            Storage::Bf16,
+            &[product(12000, 512), product(3000, 512), product(800, 512)],
+        );
         assert_eq!(launches.len(), 1);
         assert_eq!((launches[0].kernel, launches[0].grid[0]), ("matmul_forward", (94 + 24 + 7) * 4));
         assert_eq!(launches[0].shared_bytes, 96 << 10);
-        let small = forward_launches(Storage::Bf16, &[product(3025, 512)]);
+        let small = forward_launches(Kernels::Mma, Storage::Bf16, &[product(3025, 512)]);
         assert_eq!((small[0].kernel, small[0].grid[0]), ("matmul_forward_small", 48 * 8));
     }
 
     #[test]
+    fn hopper_s_kernels_take_the_large_tile_of_any_shape() {
+        for launches in [forward_launches, backward_input_launches] {
+            let launches = launches(Kernels::Wgmma, Storage::Bf16, &[product(3025, 512), product(1, 8)]);
+            assert_eq!(launches.len(), 1);
+            assert!(launches[0].kernel.ends_with("_wgmma"));
+            assert_eq!((launches[0].grid[0], launches[0].block[0]), (24 * 4 + 1, 256));
+            // two blocks fit an H100's 227 KiB
+            assert_eq!(launches[0].shared_bytes, 96 << 10);
+        }
+    }
+
+    #[test]
     fn empty_problems_take_no_blocks_and_many_take_several_launches() {
-        assert!(forward_launches(Storage::F32, &[product(0, 512)]).is_empty());
-        let launches = forward_launches(Storage::F32, &[product(5, 8); 9]);
+        assert!(forward_launches(Kernels::Mma, Storage::F32, &[product(0, 512)]).is_empty());
+        let launches = forward_launches(Kernels::Mma, Storage::F32, &[product(5, 8); 9]);
         assert_eq!(launches.iter().map(|l| l.grid[0]).collect::<Vec<_>>(), [8, 1]);
     }
 
@@ -240,9 +276,18 @@ mod tests {
             dw: Matrix::new(0, out, input),
             ..Zeroable::zeroed()
         };
-        assert_eq!(splits(&[weight(12000, 512, 512)]), [17]);
-        assert_eq!(splits(&[weight(300, 512, 512)]), [1]);
-        assert_eq!(splits(&[weight(12000, 512, 2048), weight(800, 512, 2048)]), [4, 1]);
+        assert_eq!(splits(Kernels::Mma, &[weight(12000, 512, 512)]), [17]);
+        assert_eq!(splits(Kernels::Mma, &[weight(300, 512, 512)]), [1]);
+        assert_eq!(splits(Kernels::Mma, &[weight(12000, 512, 2048), weight(800, 512, 2048)]), [4, 1]);
         assert_eq!(partial_len(4, 2, 3), 32);
+        // one tile of 128 instead of two of 64
+        assert_eq!(splits(Kernels::Mma, &[weight(100_000, 128, 64)]), [132]);
+        assert_eq!(splits(Kernels::Wgmma, &[weight(100_000, 128, 64)]), [196]);
+        let split = KernelWeightGrad { splits: 3, ..weight(2000, 128, 64) };
+        let launches = backward_weight_launches(Kernels::Wgmma, Storage::Bf16, &[split]);
+        assert_eq!(
+            launches.iter().map(|l| (l.kernel, l.grid[0])).collect::<Vec<_>>(),
+            [("matmul_backward_weight_wgmma", 3), ("matmul_backward_weight_reduce", 9)]
+        );
     }
 }
