@@ -149,3 +149,13 @@ impl Random {
         (time, event, risk)
     }
 }
+
+/// A file without any known truth would pass every test.
+#[test]
+fn every_golden_has_something_to_compare() {
+    const TRUTHS: [&str; 5] = ["cox", "concordance", "logrank_median_split", "kaplan_meier", "scikit_survival"];
+    for golden in goldens() {
+        let known = TRUTHS.iter().filter(|key| golden.json.get(key).is_some_and(|value| !value.is_null())).count();
+        assert!(known > 0, "{} has none of {TRUTHS:?}", golden.name);
+    }
+}

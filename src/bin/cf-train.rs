@@ -23,7 +23,7 @@ use crossfusion::{
 #[derive(Parser)]
 #[command(version, about = "Trains CrossFusion on a cohort, fold by fold")]
 struct Arguments {
-    /// Write a small synthetic cohort, train two folds on it and report, in about two minutes
+    /// Write a small synthetic cohort, train two folds on it and report, in about half a minute
     #[arg(long, conflicts_with_all = ["resume", "config"])]
     demo: bool,
     /// Go on with an interrupted run, bit by bit as if it had not been interrupted

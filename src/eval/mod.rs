@@ -10,7 +10,7 @@ pub mod infer;
 
 pub use describe::quote;
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -23,14 +23,15 @@ use crate::{
         torch::{StateDict, read_state_dict},
     },
     device::Device,
-    loss::Prediction,
-    report::{self, Fold, SlideResult, Summary},
+    loss::{Loss, Prediction},
+    report::{self, Fold, SlideResult, Summary, accuracy::quantile},
     survival::Bootstrap,
     train::{
         checkpoint::{ModelCard, read_card, read_state},
         config::RunConfig,
         fold::FoldTrainer,
-        protocol, run,
+        protocol::{self, Protocol},
+        run,
         step::{Engine, Memory},
     },
 };
@@ -74,7 +75,11 @@ pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: 
         let part = dataset.fold(&config.splits, fold)?;
         load(&mut engine, &path, read_state_dict(&path)?)?;
         slides.extend(predict(&mut engine, &dataset, &part.val, fold)?);
-        folds.push(Fold { fold, train_slides: Some(part.train.len()), ..of_card(read_card(&path)?) });
+        let trained = match config.protocol {
+            Protocol::Published => Some(part.train.len()),
+            Protocol::Nested => protocol::prepare(&config, &dataset, (fold, &part)).ok().map(|p| p.slides.train.len()),
+        };
+        folds.push(Fold { fold, train_slides: trained, ..of_card(read_card(&path)?) });
         if let Err(change) = unchanged(&config, &dataset, (fold, &part), &folder) {
             notes.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
         }
@@ -90,6 +95,13 @@ pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: 
     }
     if folds.is_empty() {
         return Err(Error::Usage(format!("{}: has no trained fold yet", run.display())));
+    }
+    if folds.len() > 1 && config.loss_fn == Loss::CoxSurv {
+        centre(&mut slides);
+        notes.push(
+            "A Cox model's risks have no zero of their own: each fold's are shifted so that their median is 0 before folds are put together."
+                .into(),
+        );
     }
     let mut summary = Summary::new(&folds, &slides, plan)?;
     summary.notes.extend(notes);
@@ -151,6 +163,17 @@ fn of_card(card: Option<ModelCard>) -> Fold {
 }
 
 /// A fold's saved state, which is told by its progress, is no model.
+/// Shifts the risks of each fold so that their median is 0.
+fn centre(slides: &mut [SlideResult]) {
+    let mut folds: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+    for slide in &*slides {
+        folds.entry(slide.fold).or_default().push(slide.risk);
+    }
+    for slide in slides {
+        slide.risk -= quantile(&folds[&slide.fold], 0.5);
+    }
+}
+
 fn refuse_state(path: &Path) -> Result<()> {
     let state: Option<serde_json::Value> = read_state(path).unwrap_or_default();
     if state.is_none_or(|state| state.get("progress").is_none()) {
@@ -198,4 +221,17 @@ fn predict(engine: &mut Engine<f32>, dataset: &Dataset, order: &[usize], fold: u
     })?;
     bar.finish_and_clear();
     Ok(slides)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_risks_of_each_fold_are_centred_on_their_median() {
+        let slide = |fold: usize, risk: f64| SlideResult { fold, risk, ..SlideResult::default() };
+        let mut slides = vec![slide(0, 5.0), slide(1, -1.0), slide(0, 7.0), slide(0, 6.5), slide(1, -2.0)];
+        centre(&mut slides);
+        assert_eq!(slides.iter().map(|slide| slide.risk).collect::<Vec<_>>(), [-1.5, 0.5, 0.5, 0.0, -0.5]);
+    }
 }

@@ -110,6 +110,10 @@ impl DeviceCohort {
                 return Err(Error::Shape { op: "cox", tensor: tensor.into(), got, expected });
             }
         }
+        if let Some(row) = risk.iter().position(|risk| !risk.is_finite()) {
+            let reason = format!("the risk of row {row} is {}, expected a finite number", risk[row]);
+            return Err(Error::Statistic { statistic: "the Cox partial likelihood", reason });
+        }
         if self.n == 0 {
             return Ok(0.0);
         }

@@ -308,7 +308,12 @@ fn auc_times(rows: &[SlideResult], horizon: f64) -> Result<Vec<f64>, String> {
 
 fn brier(rows: &[SlideResult], cohort: &Columns, folds: &[Fold], patients: &Patients, plan: Bootstrap) -> Brier {
     let scored = || -> Result<Brier, String> {
-        let times = edge_times(folds)?;
+        let mut times = edge_times(folds)?;
+        let (first, last) = cohort.time.iter().fold((f64::MAX, f64::MIN), |(a, b), &t| (a.min(t), b.max(t)));
+        times.retain(|&t| first <= t && t < last); // elsewhere a score is not defined
+        if times.len() < 2 {
+            return Err(format!("fewer than two ends of time bins lie in follow-up, from {first} to {last} months"));
+        }
         let predicted = survival_at(rows, folds, &times)?;
         let width = times.len();
         let score = |rows: &[usize]| {

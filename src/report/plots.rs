@@ -99,7 +99,7 @@ fn c_index(summary: &Summary) -> Result<Plot> {
     };
     let cells = rows.iter().flat_map(|row| {
         let cells = |(unit, e): (&str, &Estimate)| {
-            vec![row.label.clone(), unit[3..].to_string()].into_iter().chain(e.cells()).collect()
+            vec![row.label.clone(), unit.to_string()].into_iter().chain(e.cells()).collect()
         };
         series.into_iter().zip(&row.estimates).map(cells).collect::<Vec<Vec<String>>>()
     });
@@ -129,15 +129,25 @@ fn survival(summary: &Summary, grouping: &Grouping) -> Result<Plot> {
         cuts.iter().map(|cut| format!("{cut:.3}")).collect::<Vec<_>>().join(" and ").replace('-', "\u{2212}")
     };
     let first = &grouping.cuts[0];
+    let apart = match summary.folds.len() {
+        0 | 1 => "",
+        _ => {
+            " One cut for all folds, whose models need not share a scale of risk: where they do not, it parts folds and not patients."
+        }
+    };
     let (title, how) = match grouping.name {
         "median" => {
-            let text =
-                format!("A {who} is of high risk when its predicted risk is at or above the median, {}.", cuts(first));
+            let text = format!(
+                "A {who} is of high risk when its predicted risk is at or above the median, {}.{apart}",
+                cuts(first)
+            );
             ("Two groups, cut at the median", text)
         }
         "tertiles" => {
-            let text =
-                format!("Thirds of the predicted risks, cut at {}; a {who} on a cut belongs above it.", cuts(first));
+            let text = format!(
+                "Thirds of the predicted risks, cut at {}; a {who} on a cut belongs above it.{apart}",
+                cuts(first)
+            );
             ("Three groups, cut at the tertiles", text)
         }
         _ => {
@@ -151,7 +161,7 @@ fn survival(summary: &Summary, grouping: &Grouping) -> Result<Plot> {
             let text = format!(
                 "Each fold is cut at a rank that the other folds teach: the share of low risk at which the log-rank statistic of \
                  their patients, each ranked by risk in validation within its own fold, is greatest, with a fifth of them or \
-                 more on either side. Of low risk are so {}. No outcome of a fold has a say in its cut; the other folds\u{2019} \
+                 more on either side. That makes the low-risk share {}. No outcome of a fold has a say in its cut; the other folds\u{2019} \
                  models were trained on its patients.",
                 list.join(", ")
             );

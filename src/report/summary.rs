@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A slide, its outcome and what the model said. A row of predictions.csv.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SlideResult {
     pub case_id: String,
     pub slide_id: String,

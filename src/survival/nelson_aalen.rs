@@ -76,6 +76,7 @@ pub fn baseline_hazard(time: &[f64], event: &[bool], risk: &[f64], ties: Ties) -
         };
         increments.push((time[tied[0]], if events == 0 { 0.0 } else { (increment.ln() - shift).exp() }));
     }
+    let some_events = event.contains(&true);
     let mut total = 0.0;
     let (time, hazard): (Vec<f64>, Vec<f64>) = increments
         .into_iter()
@@ -85,7 +86,7 @@ pub fn baseline_hazard(time: &[f64], event: &[bool], risk: &[f64], ties: Ties) -
             (time, total)
         })
         .unzip();
-    if !total.is_finite() {
+    if !total.is_finite() || some_events && total == 0.0 {
         return Err(undefined(NAME, "it does not fit a double; subtract the mean from the risks first"));
     }
     Ok(CumulativeHazard { time, hazard })

@@ -199,6 +199,7 @@ fn the_tables_of_the_plots_are_what_is_drawn() {
     let c = table("c_index");
     let names: Vec<&str> = c.iter().map(|row| row[0].as_str()).collect();
     assert_eq!(names, ["Fold 0", "Fold 1", "Mean of folds", "All folds pooled"]);
+    assert!(c.iter().all(|row| row[1] == "slide"));
     assert_eq!(Some(number(&c[1][2])), summary.folds[1].c_index);
     assert_eq!(Some([number(&c[3][3]), number(&c[3][4])]), summary.by_slide.c_index_pooled.interval);
 
