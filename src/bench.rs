@@ -42,7 +42,7 @@ pub struct StepArguments {
     #[arg(long, default_value = "800,3000,12000", value_parser = parse_bags)]
     bags: BagSizes,
     /// Width of the patch features
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 2048, value_parser = parse_features)]
     features: usize,
     /// Dropout as published, or none
     #[arg(long, value_enum, default_value_t = Switch::On)]
@@ -84,11 +84,22 @@ impl Precision {
     }
 }
 
+/// With [`MOST_FEATURES`] more than any file holds, and few enough that no number of bytes overflows.
+const MOST_PATCHES: usize = 1 << 31;
+const MOST_FEATURES: usize = 1 << 16;
+
+fn parse_features(text: &str) -> Result<usize, String> {
+    let features = text.parse().ok().filter(|features| (1..=MOST_FEATURES).contains(features));
+    features.ok_or_else(|| "expected a width from 1 to 65536".into())
+}
+
 fn parse_bags(text: &str) -> Result<BagSizes, String> {
     let counts: Result<Vec<usize>, _> = text.split(',').map(|n| n.trim().parse()).collect();
     match counts.as_deref() {
-        Ok(&[x5, x10, x20]) if x5 > 0 && x10 > 0 && x20 > 0 => Ok(BagSizes { x5, x10, x20 }),
-        _ => Err("expected three positive patch counts M5,N,M20".into()),
+        Ok(&[x5, x10, x20]) if [x5, x10, x20].iter().all(|n| (1..=MOST_PATCHES).contains(n)) => {
+            Ok(BagSizes { x5, x10, x20 })
+        }
+        _ => Err("expected three patch counts M5,N,M20 from 1 to 2^31".into()),
     }
 }
 

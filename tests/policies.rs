@@ -222,6 +222,44 @@ fn slides_in_flight_do_not_meet() {
     }
 }
 
+/// One slide has the larger arena, another the larger bags; the budget holds each, and not both.
+#[test]
+fn slides_that_fit_one_by_one_are_held_one_by_one() {
+    let config = config(true);
+    let slides = [[300, 40, 2], [5, 150, 5]].map(slide::<f32>);
+    let sizes = slides.each_ref().map(|slide| {
+        let [x5, x10, x20] = slide.each_ref().map(|rows| rows.values.len() / FEATURES);
+        BagSizes { x5, x10, x20 }
+    });
+    let mut free = engine::<f32>(device(), &config);
+    let plans = sizes.map(|sizes| free.plan(sizes, true).unwrap());
+    let budget = plans[0].peak_bytes().max(plans[1].peak_bytes());
+    let mut tight = engine::<f32>(device(), &config);
+    tight.set_memory(Memory::Budget(budget));
+    tight.reserve(sizes, true).unwrap();
+    assert_eq!(tight.arena_bytes(), 0, "the larger arena beside the larger bags would exceed the budget");
+    for slide in &slides {
+        let (got, expected) = (step(&mut tight, slide, false).unwrap(), step(&mut free, slide, false).unwrap());
+        assert!(got.grads == expected.grads && got.logits == expected.logits);
+        assert_eq!(tight.arena_bytes(), 0);
+    }
+    tight.set_memory(Memory::Budget(2 * budget));
+    tight.reserve(sizes, true).unwrap();
+    assert_eq!(tight.arena_bytes(), plans[0].arena_bytes.max(plans[1].arena_bytes));
+}
+
+#[test]
+fn a_context_without_patches_is_refused() {
+    let mut slide = slide::<f32>([9, 21, 130]);
+    slide[0].values.clear();
+    let mut engine = engine::<f32>(device(), &config(true));
+    engine.set_memory(Memory::Policy(Policy { recompute: None, stream: Some(32) }));
+    for streamed in [true, false] {
+        let error = step(&mut engine, &slide, streamed).err().unwrap().to_string();
+        assert!(error.contains("x5") && error.contains("[0, 48]"), "{error}");
+    }
+}
+
 #[test]
 fn evaluation_holds_less_and_finds_the_same() {
     let (slide, config) = (slide::<f32>([9, 21, 130]), config(true));

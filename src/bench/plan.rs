@@ -25,7 +25,7 @@ pub struct PlanArguments {
     #[arg(long, default_value = "800,3000,12000", value_parser = parse_bags)]
     bags: BagSizes,
     /// Width of the patch features
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 2048, value_parser = super::parse_features)]
     features: usize,
     /// Storage precision
     #[arg(long, value_enum, default_value_t = Precision::F32)]

@@ -21,8 +21,8 @@ pub struct SlideArguments {
     #[arg(long, default_value = "800,3000,12000", value_parser = parse_bags)]
     bags: BagSizes,
     /// Width of the patch features
-    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=65536))]
-    features: u32,
+    #[arg(long, default_value_t = 2048, value_parser = super::parse_features)]
+    features: usize,
     #[arg(long, value_enum, default_value_t = Format::Pt)]
     format: Format,
     /// Folder for x5, x10 and x20
@@ -40,7 +40,7 @@ pub enum Format {
 pub fn slide(arguments: &SlideArguments) -> Result<()> {
     let out = &arguments.out;
     std::fs::create_dir_all(out).map_err(|e| Error::file(out, format!("cannot be made: {e}")))?;
-    for reader in write(out, arguments.bags, arguments.features as usize, arguments.format)? {
+    for reader in write(out, arguments.bags, arguments.features, arguments.format)? {
         crate::say(format!("{}: {} patches of {} features", reader.path.display(), reader.patches, reader.features));
     }
     Ok(())

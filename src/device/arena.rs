@@ -33,7 +33,7 @@ impl Arena {
 
     /// As large as anything could ask for; only for [`Device::Dry`], which backs it with nothing.
     pub(crate) fn unlimited() -> Self {
-        Self { buffer: Buffer::imaginary(1 << 50), saved: 0, scratch: 1 << 50, peak: 0, saved_at_peak: 0 }
+        Self { buffer: Buffer::imaginary(1 << 56), saved: 0, scratch: 1 << 56, peak: 0, saved_at_peak: 0 }
     }
 
     /// What a matrix takes.

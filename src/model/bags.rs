@@ -23,7 +23,7 @@ impl Room {
 
     /// As large as anything could ask for; only for [`Device::Dry`].
     pub(crate) fn unlimited() -> Self {
-        Self { buffer: Buffer::imaginary(1 << 50), used: 0, free: Fence::Done }
+        Self { buffer: Buffer::imaginary(1 << 56), used: 0, free: Fence::Done }
     }
 
     pub(crate) fn bytes(&self) -> usize {

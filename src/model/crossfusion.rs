@@ -8,7 +8,7 @@ use super::{
     transformer::{PadTransformer, SavedTransformer, transformer_sites},
 };
 use crate::{
-    Result,
+    Error, Result,
     device::{Buffer, Element, Mark, View},
     ops::{
         conv_fusion::{self, ConvFusion, ConvFusionGrad, Grid, Weights},
@@ -163,9 +163,11 @@ impl CrossFusion {
 
     /// From the bags to the class token that the head looks at, and all that backward needs.
     pub fn forward<'a, T: Element>(&self, ctx: &mut Context, bags: Bags<'a, T>) -> Result<Saved<'a, T>> {
-        for (view, name) in [(bags.x5.view(), "x5"), (Some(bags.x10), "x10"), (bags.x20.view(), "x20")] {
-            if let Some(x) = view {
-                x.check("CrossFusion", name, &[x.rows().max(1), self.config.features])?;
+        for (bag, name) in [(bags.x5, "x5"), (Bag::Memory(bags.x10), "x10"), (bags.x20, "x20")] {
+            let (patches, features) = (bag.patches(), bag.view().map_or(self.config.features, |view| view.cols()));
+            if patches == 0 || features != self.config.features {
+                let (got, expected) = (vec![patches, features], vec![patches.max(1), self.config.features]);
+                return Err(Error::Shape { op: "CrossFusion", tensor: name.into(), got, expected });
             }
         }
         let n0 = bags.x10.rows();

@@ -35,7 +35,23 @@ pub fn write(
     files.par_extend(drawn.into_par_iter().map(files_of).collect::<Result<Vec<_>>>()?.into_par_iter().flatten());
     let figures = folder.join(FIGURES);
     std::fs::create_dir_all(&figures).map_err(|e| Error::file(&figures, format!("cannot be made: {e}")))?;
-    save(folder, &files)
+    save(folder, &files)?;
+    remove_stale(&figures, &plots)
+}
+
+/// Removes the plots that an earlier evaluation drew and this one could not.
+fn remove_stale(figures: &Path, plots: &Plots) -> Result<()> {
+    const NAMES: [&str; 7] = ["km", "km_tertiles", "km_learnt_cut", "c_index", "auc", "calibration", "risk"];
+    let failed = |e| Error::file(figures, format!("cannot be tidied up: {e}"));
+    for entry in std::fs::read_dir(figures).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        let ours = NAMES.contains(&&*stem) || stem.starts_with("training_fold_");
+        if ours && plots.all().all(|plot| plot.name != stem) {
+            std::fs::remove_file(&path).map_err(failed)?;
+        }
+    }
+    Ok(())
 }
 
 /// A plot's SVG, PNG and CSV.
@@ -103,7 +119,11 @@ pub fn read_predictions(path: &Path) -> Result<Vec<SlideResult>> {
             slide_id: cell(slide).into(),
             fold: cell(fold).parse().map_err(|_| whole("fold"))?,
             time: number(time)?,
-            event: number(event)? == 1.0,
+            event: match number(event)? {
+                0.0 => false,
+                1.0 => true,
+                other => return Err(Error::cell(path, i + 2, "event", format!("`{other}`, expected 0 or 1"))),
+            },
             risk: number(risk)?,
             hazards: hazards.iter().map(|&place| number(place)).collect::<Result<_>>()?,
             survival: survival.iter().map(|&place| number(place)).collect::<Result<_>>()?,

@@ -1,19 +1,10 @@
 //! Files of a run that hold tensors: `best.safetensors`, a model in public parameter names, and `checkpoint.safetensors`, all that an
 //! interrupted fold needs to go on bit by bit.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    fs::File,
-    io::Write,
-    path::Path,
-};
+use std::{fs::File, io::Write, ops::Range, path::Path};
 
 use memmap2::Mmap;
-
-use safetensors::{
-    SafeTensors,
-    tensor::{Dtype, TensorView},
-};
+use safetensors::{SafeTensors, tensor::Dtype};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{
@@ -39,13 +30,14 @@ pub struct ModelCard {
 
 /// Writes the model's parameters under their public names.
 pub fn save_model<T: Element<Sum = f32>>(path: &Path, engine: &Engine<T>, card: &ModelCard) -> Result<()> {
-    let params = engine.read_state(State::Params)?;
-    let layout = &engine.model.layout;
-    let tensors = layout.entries().iter().map(|entry| {
-        let values = &params[entry.offset..entry.offset + entry.len()];
-        (entry.name.clone(), entry.shape.clone(), values)
+    let entries = engine.model.layout.entries().iter();
+    let tensors = entries.map(|entry| Stored {
+        name: entry.name.clone(),
+        shape: entry.shape.clone(),
+        state: State::Params,
+        range: entry.offset..entry.offset + entry.len(),
     });
-    save(path, tensors, card)
+    save(path, Some(engine), tensors.collect(), card)
 }
 
 /// The card of a model file that this program wrote; None if another did.
@@ -63,8 +55,8 @@ pub struct Origin {
     slides: u64,
 }
 
-/// Version of the arenas' layout and of the JSON beside them.
-const FORMAT: u32 = 1;
+/// Version of the arenas' layout and of the JSON beside them. 2: queries', keys' and values' projections side by side.
+const FORMAT: u32 = 2;
 
 impl Origin {
     /// Data may move to other paths; what it holds is in the fingerprint.
@@ -109,10 +101,10 @@ pub fn save_state<S: Serialize, T: Element<Sum = f32>>(
     engine: Option<&Engine<T>>,
     state: &S,
 ) -> Result<()> {
-    let read = |(name, which)| engine.map(|engine| Ok((name, engine.read_state(which)?)));
-    let arenas = ARENAS.into_iter().filter_map(read).collect::<Result<Vec<(&str, _)>>>()?;
-    let tensors = arenas.iter().map(|(name, values)| (name.to_string(), vec![values.len()], values.as_slice()));
-    save(path, tensors, state)
+    let len = engine.map_or(0, |engine| engine.model.layout.len());
+    let arenas = ARENAS.iter().filter(|_| engine.is_some());
+    let arenas = arenas.map(|&(name, state)| Stored { name: name.into(), shape: vec![len], state, range: 0..len });
+    save(path, engine, arenas.collect(), state)
 }
 
 /// Reads the trainer's state of a checkpoint; None if there is no such file.
@@ -127,37 +119,70 @@ pub fn read_state<S: DeserializeOwned>(path: &Path) -> Result<Option<S>> {
 
 /// Puts a checkpoint's arenas back.
 pub fn load_state<T: Element<Sum = f32>>(path: &Path, engine: &mut Engine<T>) -> Result<()> {
-    let (bytes, _) = read(path)?;
-    let file =
-        SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
+    let len = engine.model.layout.len();
     for (name, which) in ARENAS {
-        let tensor = file.tensor(name).map_err(|_| Error::file(path, format!("lacks the tensor `{name}`")))?;
-        let values: Vec<f32> = bytemuck::pod_collect_to_vec(tensor.data());
-        if tensor.dtype() != Dtype::F32 || values.len() != engine.model.layout.len() {
-            let message =
-                format!("tensor `{name}` has {} elements, expected {}", values.len(), engine.model.layout.len());
-            return Err(Error::file(path, message));
+        for start in (0..len).step_by(PIECE) {
+            // mapped anew for each piece: what has been read no longer counts as the process's memory
+            let (bytes, _) = read(path)?;
+            let file = SafeTensors::deserialize(&bytes);
+            let file = file.map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
+            let tensor = file.tensor(name).map_err(|_| Error::file(path, format!("lacks the tensor `{name}`")))?;
+            let stored = tensor.data().len() / size_of::<f32>();
+            if tensor.dtype() != Dtype::F32 || stored != len {
+                return Err(Error::file(path, format!("tensor `{name}` has {stored} elements, expected {len}")));
+            }
+            let piece = start..len.min(start + PIECE);
+            let bytes = &tensor.data()[piece.start * size_of::<f32>()..piece.end * size_of::<f32>()];
+            engine.write_part(which, piece.start, &bytemuck::pod_collect_to_vec::<u8, f32>(bytes))?;
         }
-        engine.write_state(which, &values)?;
     }
-    Ok(())
+    engine.round_weights()
 }
 
-fn save<'a, S: Serialize>(
+/// Elements that are held in host memory at a time on their way to or from a file.
+const PIECE: usize = 1 << 20;
+
+/// A tensor of a file: part of an arena.
+struct Stored {
+    name: String,
+    shape: Vec<usize>,
+    state: State,
+    range: Range<usize>,
+}
+
+/// A safetensors file, piece by piece: an engine under a memory budget has no room for a copy of itself.
+fn save<S: Serialize, T: Element<Sum = f32>>(
     path: &Path,
-    tensors: impl Iterator<Item = (String, Vec<usize>, &'a [f32])>,
+    engine: Option<&Engine<T>>,
+    tensors: Vec<Stored>,
     json: &S,
 ) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written: {e}"));
-    let mut views = BTreeMap::new();
-    for (name, shape, values) in tensors {
-        let view = TensorView::new(Dtype::F32, shape, bytemuck::cast_slice(values)).map_err(|e| failed(&e))?;
-        views.insert(name, view);
-    }
     let json = serde_json::to_string(json).map_err(|e| failed(&e))?;
-    let metadata = HashMap::from([(KEY.to_string(), json)]);
-    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| failed(&e))?;
-    write_atomically(path, |file| file.write_all(&bytes).map_err(|e| failed(&e)))
+    let mut header = serde_json::json!({ "__metadata__": { KEY: json } });
+    let mut end = 0;
+    for tensor in &tensors {
+        let start = end;
+        end += tensor.range.len() * size_of::<f32>();
+        header[&tensor.name] =
+            serde_json::json!({ "dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end] });
+    }
+    let mut header = header.to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    write_atomically(path, |file| {
+        let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(|e| failed(&e));
+        put(&(header.len() as u64).to_le_bytes())?;
+        put(&header)?;
+        for Stored { state, range, .. } in tensors {
+            for start in range.clone().step_by(PIECE) {
+                let part = start..range.end.min(start + PIECE);
+                if let Some(engine) = engine {
+                    put(bytemuck::cast_slice(&engine.read_part(state, part)?))?;
+                }
+            }
+        }
+        Ok(())
+    })
 }
 
 /// A file's bytes, and our JSON if it has any.

@@ -38,6 +38,11 @@ pub struct Engine<T: Element> {
     results: [Buffer; 2],
     /// Passes so far.
     passes: usize,
+    /// Slides fit the budget one by one, but not the largest arena beside the largest bags: memory is then as large as the slide in hand
+    /// wants it, and given back behind it.
+    tight: bool,
+    /// The largest bags that memory was reserved for.
+    largest_bags: usize,
     memory: Memory,
     plans: HashMap<(BagSizes, bool), Plan>,
     /// Updates so far, for Adam's bias correction.
@@ -151,6 +156,8 @@ impl<T: Element> Engine<T> {
             rooms: [Room::new(&device, 0)?, Room::new(&device, 0)?],
             results: [device.alloc_shared(2 * size_of::<f64>())?, device.alloc_shared(2 * size_of::<f64>())?],
             passes: 0,
+            tight: false,
+            largest_bags: 0,
             memory: Memory::Policy(Policy::KEEP),
             plans: HashMap::new(),
             device,
@@ -168,7 +175,7 @@ impl<T: Element> Engine<T> {
     }
 
     /// Brings the weights that the ops read up to date with parameters that the host has written.
-    fn round_weights(&self) -> Result<()> {
+    pub(super) fn round_weights(&self) -> Result<()> {
         let Some(weights) = &self.weights else { return Ok(()) };
         let params = self.device.download(self.params.flat::<T::Sum>())?;
         let rounded: Vec<T> = params.into_iter().map(T::from_sum).collect();
@@ -178,6 +185,7 @@ impl<T: Element> Engine<T> {
     /// From now on.
     pub fn set_memory(&mut self, memory: Memory) {
         self.memory = memory;
+        (self.tight, self.largest_bags) = (false, 0);
         self.plans.clear();
     }
 
@@ -262,6 +270,9 @@ impl<T: Element> Engine<T> {
         let mut ctx = Context { device, arena, room, params, grads, draw, training, policy, config };
         let result = device.install(|| work(model, &mut ctx, &results[turn], bags));
         room.release(device)?;
+        if self.tight {
+            self.give_back()?;
+        }
         result
     }
 
@@ -298,14 +309,29 @@ impl<T: Element> Engine<T> {
         Ok(plan)
     }
 
-    /// Makes the arena large enough for slides of these sizes, so that a step need not grow it.
+    /// Makes memory large enough for slides of these sizes, so that a step need not grow it; under a budget only where that holds the largest
+    /// arena and the largest bags together.
     pub fn reserve(&mut self, sizes: impl IntoIterator<Item = BagSizes>, training: bool) -> Result<()> {
-        let (mut arena, mut room) = (0, 0);
+        let (mut arena, mut room, mut state) = (self.arena.bytes(), self.rooms[0].bytes(), 0);
         for sizes in sizes {
             let plan = self.plan(sizes, training)?;
             (arena, room) = (arena.max(plan.arena_bytes), room.max(plan.room_bytes));
+            self.largest_bags = self.largest_bags.max(plan.parts.bags);
+            state = plan.parts.parameters + plan.parts.gradients + plan.parts.moments;
         }
-        self.grow(arena, room)
+        if let Memory::Budget(budget) = self.memory
+            && state + arena + self.largest_bags > budget
+        {
+            self.tight = true;
+        }
+        if self.tight { self.give_back() } else { self.grow(arena, room) }
+    }
+
+    /// A GPU frees it when the work so far has ended.
+    fn give_back(&mut self) -> Result<()> {
+        self.arena = Arena::new(&self.device, 0)?;
+        self.rooms = [Room::new(&self.device, 0)?, Room::new(&self.device, 0)?];
+        Ok(())
     }
 
     fn grow(&mut self, arena: usize, room: usize) -> Result<()> {
@@ -343,6 +369,16 @@ impl<T: Element> Engine<T> {
     /// A whole arena, padding included.
     pub fn read_state(&self, which: State) -> Result<Vec<T::Sum>> {
         self.device.download(self.state(which).flat())
+    }
+
+    /// Part of an arena.
+    pub(super) fn read_part(&self, which: State, range: Range<usize>) -> Result<Vec<T::Sum>> {
+        self.device.download(self.state(which).view(range.start, 1, range.len()))
+    }
+
+    /// Replaces part of an arena; [`Engine::round_weights`] follows when all is there.
+    pub(super) fn write_part(&mut self, which: State, start: usize, values: &[T::Sum]) -> Result<()> {
+        self.device.upload(values, self.state(which).view(start, 1, values.len()))
     }
 
     pub fn write_state(&mut self, which: State, values: &[T::Sum]) -> Result<()> {
