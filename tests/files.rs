@@ -251,6 +251,20 @@ fn the_wrong_room_is_an_error() {
     }
 }
 
+/// A file that is cut short while it is open: a sentence, where a memory map would end the program.
+#[test]
+fn a_file_cut_short_while_it_is_read_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cut.pt");
+    let (patches, features) = (5000, 4);
+    write_pt(&path, ndarray::Array2::from_elem((patches, features), 1.0f32).view()).unwrap();
+    let file = FeatureFile::open(&path).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(9000).unwrap();
+    file.read_rows(0..100, &mut vec![0f32; 100 * features]).unwrap();
+    let error = file.read_rows(0..patches, &mut vec![0f32; patches * features]).unwrap_err();
+    assert!(message_about(&path, error).starts_with("cannot be read at byte "));
+}
+
 /// Blocks are read side by side; what is said of a damaged bag must not depend on which comes first.
 #[test]
 fn of_several_bad_numbers_the_first_is_named() {

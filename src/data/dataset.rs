@@ -218,9 +218,9 @@ impl Reading {
     ) -> Result<Self> {
         let mut reading = Self { ahead, streamed: HashSet::new() };
         for &(slide, training) in slides {
-            let plan = engine.plan(dataset.sizes[slide], training);
-            let plan = plan
-                .map_err(|e| Error::Usage(format!("--memory-budget: slide {}: {e}", dataset.slides[slide].slide_id)))?;
+            let Ok(plan) = engine.plan(dataset.sizes[slide], training) else {
+                return Err(refusal(engine, dataset, slides));
+            };
             if plan.policy.stream.is_some() {
                 reading.streamed.insert(slide);
             }
@@ -230,4 +230,12 @@ impl Reading {
         }
         Ok(reading)
     }
+}
+
+/// Names the slide that needs the largest budget, which then is enough for all.
+fn refusal<T: Element<Sum = f32>>(engine: &mut Engine<T>, dataset: &Dataset, slides: &[(usize, bool)]) -> Error {
+    let least = |&&(slide, training): &&(usize, bool)| engine.least_budget(dataset.sizes[slide], training).unwrap_or(0);
+    let Some(&(slide, training)) = slides.iter().max_by_key(least) else { return Error::Usage("no slides".into()) };
+    let e = engine.plan(dataset.sizes[slide], training).err().map_or(String::new(), |e| e.to_string());
+    Error::Usage(format!("--memory-budget: slide {}: {e}", dataset.slides[slide].slide_id))
 }

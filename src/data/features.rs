@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -26,14 +27,17 @@ const HDF5_MAGIC: &[u8] = b"\x89HDF\r\n\x1a\n";
 ///
 /// Formats, told apart by content: `.pt` of `torch.save` (zip or legacy; a tensor `[N, F]` or `[1, N, F]`, a Parameter,
 /// or a dict holding one under `features`), `.safetensors`, and the `.h5` of CLAM, TRIDENT and STAMP.
-/// `.pt` and `.safetensors` are memory-mapped; only compressed members of a `.pt` are unpacked into memory on opening.
-/// A mapped file must not be shortened while it is open (the operating system ends the program on a read past the end).
+/// The headers of `.pt` and `.safetensors` are read through a memory map; compressed members of a `.pt` are unpacked into memory on opening.
+/// Numbers are read from the file, strided ones through the map: such a file must not be shortened while it is open (the operating system
+/// ends the program on a read past the end).
 pub struct FeatureFile {
     path: PathBuf,
     patches: usize,
     features: usize,
     dtype: DType,
     numbers: Numbers,
+    /// The file and all of its bytes; None where it is only in memory.
+    on_disk: Option<(File, Bytes)>,
 }
 
 enum Numbers {
@@ -46,7 +50,8 @@ impl FeatureFile {
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = map_file(path)?;
         if !bytes.starts_with(HDF5_MAGIC) {
-            return Self::from_mapped(path, bytes);
+            let file = File::open(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+            return Ok(Self { on_disk: Some((file, bytes.clone())), ..Self::from_mapped(path, bytes)? });
         }
         let bag = H5Bag::open(path, &bytes).map_err(|e| Error::file(path, e))?;
         let (patches, features) = bag.shape();
@@ -71,7 +76,7 @@ impl FeatureFile {
             let message = format!("is an empty bag: {patches} patches of {features} features, expected at least one");
             return Err(Error::file(path, message));
         }
-        Ok(Self { path: path.to_path_buf(), patches, features, dtype, numbers })
+        Ok(Self { path: path.to_path_buf(), patches, features, dtype, numbers, on_disk: None })
     }
 
     /// Patches in the bag (N), at least 1.
@@ -133,7 +138,21 @@ impl FeatureFile {
     fn read_f32(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
         let start = rows.start;
         match &self.numbers {
-            Numbers::Tensor(tensor) => tensor.read(rows, out),
+            Numbers::Tensor(tensor) => {
+                let on_disk = self.on_disk.as_ref();
+                match on_disk.and_then(|(file, whole)| Some((file, tensor.place(&rows, whole)?))) {
+                    // read, and not through the map: of a disk that fails, or a file cut short, the system then tells
+                    Some((file, place)) => {
+                        let mut stored = vec![0; place.len()];
+                        let read = file.read_exact_at(&mut stored, place.start as u64);
+                        let failed =
+                            |e| Error::file(&self.path, format!("cannot be read at byte {}: {e}", place.start));
+                        read.map_err(failed)?;
+                        tensor.convert(&stored, out);
+                    }
+                    None => tensor.read(rows, out),
+                }
+            }
             Numbers::H5(bag) => bag.read(rows, out).map_err(|e| Error::file(&self.path, e))?,
         }
         if let Some(bad) = first_non_finite(out) {

@@ -123,6 +123,19 @@ impl StoredTensor {
         }
     }
 
+    /// Which bytes of `whole` hold these lines, if they lie there side by side.
+    pub fn place(&self, lines: &Range<usize>, whole: &[u8]) -> Option<Range<usize>> {
+        let first = (self.bytes.as_ptr() as usize).checked_sub(whole.as_ptr() as usize)?;
+        let line = self.shape.last()? * self.dtype.size();
+        let range = first + lines.start * line..first + lines.end * line;
+        (self.is_contiguous() && range.end <= whole.len()).then_some(range)
+    }
+
+    /// Converts lines that were read from their [`StoredTensor::place`].
+    pub fn convert(&self, stored: &[u8], out: &mut [f32]) {
+        convert(self.dtype, stored, out);
+    }
+
     fn is_contiguous(&self) -> bool {
         let mut expected = 1;
         self.shape.iter().zip(&self.strides).rev().all(|(&size, &stride)| {

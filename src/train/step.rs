@@ -309,6 +309,13 @@ impl<T: Element> Engine<T> {
         Ok(plan)
     }
 
+    /// The smallest budget that a slide of these sizes fits.
+    pub fn least_budget(&self, sizes: BagSizes, training: bool) -> Result<usize> {
+        let plans = Policy::all().map(|policy| plan::<T>(&self.device, &self.model, sizes, training, policy));
+        let peaks = plans.map(|plan| Ok(plan?.peak_bytes())).collect::<Result<Vec<_>>>()?;
+        Ok(peaks.into_iter().min().unwrap_or(0))
+    }
+
     /// Makes memory large enough for slides of these sizes, so that a step need not grow it; under a budget only where that holds the largest
     /// arena and the largest bags together.
     pub fn reserve(&mut self, sizes: impl IntoIterator<Item = BagSizes>, training: bool) -> Result<()> {
