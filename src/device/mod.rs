@@ -159,7 +159,7 @@ impl Device {
     }
 
     /// Zeroed memory, small, that kernels write and the host reads without a copy, by [`Device::peek`].
-    pub fn alloc_shared(&self, bytes: usize) -> Result<Buffer> {
+    pub(crate) fn alloc_shared(&self, bytes: usize) -> Result<Buffer> {
         if let Self::Cuda(cuda) = self { Buffer::cuda_shared(cuda, bytes) } else { self.alloc(bytes) }
     }
 
