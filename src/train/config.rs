@@ -157,12 +157,12 @@ impl Default for RunConfig {
     }
 }
 
-/// A path that may still be empty: the file of settings may give it.
 /// A size as a number, since its name in units is rounded.
 fn in_bytes<S: serde::Serializer>(size: &Option<ByteSize>, to: S) -> std::result::Result<S::Ok, S::Error> {
     size.map(|size| size.as_u64()).serialize(to)
 }
 
+/// A path that may still be empty: the file of settings may give it.
 fn path(text: &str) -> std::result::Result<PathBuf, std::convert::Infallible> {
     Ok(text.into())
 }
