@@ -45,6 +45,7 @@
 //! ```
 
 pub mod bench;
+pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
@@ -58,7 +59,37 @@ pub mod train;
 
 pub use error::{Error, Result};
 
-/// Prints a line for a person. A closed pipe or a full disk behind it must not end a run.
-pub fn say(line: impl std::fmt::Display) {
-    let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{line}\n"));
+/// Prints lines for a person. A closed pipe or a full disk behind it must not end a run.
+pub fn say(lines: impl std::fmt::Display) {
+    let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", printable(&lines.to_string())));
+}
+
+/// Prints a program's error as one line on standard error.
+pub fn complain(program: &str, error: &Error) {
+    let line = printable(&error.to_string()).replace('\n', "\\n");
+    let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{program}: {line}\n"));
+}
+
+/// Text with its control characters escaped, but for ends of lines: what a file holds must not steer
+/// the terminal that it is shown on.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        // the directional ones make text read as other than it is
+        if (c.is_control() && c != '\n') || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn control_characters_are_shown_and_not_sent() {
+        assert_eq!(super::printable("a\u{1b}]0;title\u{7}b\nc\r\td"), "a\\u{1b}]0;title\\u{7}b\nc\\r\\td");
+        assert_eq!(super::printable("\u{202e}é\u{9b}"), "\\u{202e}é\\u{9b}");
+    }
 }

@@ -16,7 +16,7 @@ use crossfusion::{
         torch::{read_state_dict, write_pt},
     },
     device::Device,
-    eval::{self, Checkpoint},
+    eval::{self, Checkpoint, Moved},
     report::Summary,
     survival::Bootstrap,
     train::{
@@ -69,7 +69,7 @@ fn trained() -> &'static (PathBuf, RunConfig) {
 /// The trained run, evaluated once for all tests.
 fn evaluated() -> &'static Summary {
     static SUMMARY: OnceLock<Summary> = OnceLock::new();
-    SUMMARY.get_or_init(|| eval::evaluate_run(&trained().0, device(), None, PLAN).unwrap())
+    SUMMARY.get_or_init(|| eval::evaluate_run(&trained().0, &Moved::default(), device(), None, PLAN).unwrap())
 }
 
 /// The trained run's settings and models in a folder of its own.
@@ -147,10 +147,10 @@ fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
 #[test]
 fn a_checkpoint_alone_predicts_what_its_run_does() {
     let (run, config) = copy_of_trained("checkpoint");
-    eval::evaluate_run(&run, device(), None, PLAN).unwrap();
+    eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap();
     let path = run.join("fold_0/best.safetensors");
     let mut checkpoint =
-        Checkpoint { path: &path, source: config.source(), split: Some((&config.splits, 0)), heads: 99 };
+        Checkpoint { path: &path, source: config.source(), split: Some((&config.splits, 0)), heads: None };
     eval::evaluate_checkpoint(&checkpoint, &run.join("alone"), device(), None, PLAN).unwrap();
     let risks = |folder: &Path| predictions(folder).into_iter().map(|row| (row.slide, row.risk)).collect::<Vec<_>>();
     assert_eq!(risks(&run.join("alone")), risks(&run));
@@ -172,7 +172,7 @@ fn an_unfinished_run_and_a_cohort_without_events_give_notes() {
     };
     std::fs::write(&config.clinical, text.lines().map(censor).collect::<String>()).unwrap();
     std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
-    let summary = eval::evaluate_run(&run, device(), None, PLAN).unwrap();
+    let summary = eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap();
     assert_eq!((summary.c_index_mean, &summary.log_rank, summary.events), (None, &None, 0));
     let notes = summary.notes.join("\n");
     for part in ["Fold 1 has no model yet", "Fold 0 has no C-index: none of", "There is no log-rank test"] {
@@ -202,7 +202,7 @@ fn an_edited_clinical_table_is_noticed() {
     config.clinical = run.join("edited.csv");
     std::fs::write(&config.clinical, lines.join("\n") + "\n").unwrap();
     std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
-    let notes = about_cohort(&eval::evaluate_run(&run, device(), None, PLAN).unwrap());
+    let notes = about_cohort(&eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap());
     assert!(notes.len() == 1 && notes[0].contains("a table, a fold or the features have changed"), "{notes:?}");
 }
 
@@ -210,7 +210,7 @@ fn an_edited_clinical_table_is_noticed() {
 fn a_folds_state_is_no_model() {
     let (run, config) = copy_of_trained("state");
     let path = run.join("fold_0/checkpoint.safetensors");
-    let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: 2 };
+    let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: None };
     let error = eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), None, PLAN).unwrap_err().to_string();
     assert!(
         error.contains("checkpoint.safetensors: is a fold's state") && error.contains("best.safetensors"),
@@ -246,7 +246,7 @@ fn published_checkpoints_predict() {
     std::fs::write(&clinical, table).unwrap();
     let source = Source { clinical: &clinical, manifest: None, pt_dir: &folder, backbone: "backbone" };
     let [plain, parallel] = files.map(|path| {
-        let checkpoint = Checkpoint { path: &path, source: source.clone(), split: None, heads: 4 };
+        let checkpoint = Checkpoint { path: &path, source: source.clone(), split: None, heads: None };
         eval::evaluate_checkpoint(&checkpoint, &folder, device(), None, PLAN).unwrap();
         predictions(&folder).into_iter().map(|row| row.risk).collect::<Vec<_>>()
     });
@@ -258,11 +258,11 @@ fn published_checkpoints_predict() {
 fn what_cannot_be_evaluated_is_said() {
     let (run, config) = copy_of_trained("refused");
     let said = |result: crossfusion::Result<_>| result.map(|_: Summary| ()).unwrap_err().to_string();
-    let error = said(eval::evaluate_run(&run.join("fold_0"), device(), None, PLAN));
+    let error = said(eval::evaluate_run(&run.join("fold_0"), &Moved::default(), device(), None, PLAN));
     assert!(error.contains("is not a run folder"), "{error}");
 
     let path = run.join("metrics.jsonl");
-    let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: 4 };
+    let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: None };
     let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), None, PLAN));
     assert!(error.contains("metrics.jsonl"), "{error}");
 
@@ -275,7 +275,7 @@ fn what_cannot_be_evaluated_is_said() {
     let pt_dir = run.join("features");
     let source = Source { pt_dir: &pt_dir, backbone: "narrow", ..config.source() };
     let path = run.join("fold_0/best.safetensors");
-    let checkpoint = Checkpoint { path: &path, source, split: None, heads: 4 };
+    let checkpoint = Checkpoint { path: &path, source, split: None, heads: None };
     let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), None, PLAN));
     assert!(error.contains("best.safetensors: takes features of width 64, but narrow's are 8"), "{error}");
     assert!(!run.join("out").exists(), "nothing is left behind");

@@ -18,6 +18,7 @@ use crossfusion::{
         torch::{StateDict, read_state_dict, write_pt},
     },
     train::{
+        checkpoint::read_card,
         config::RunConfig,
         fold::{Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
         run,
@@ -191,27 +192,15 @@ fn patience_begins_after_the_warm_up() {
 /// The clamped loss of a diverged model is finite, so training must look at the risk.
 #[test]
 fn a_diverged_model_ends_training() {
-    let config = config();
+    // the first update leaves weights so large that the next slide's risk overflows
+    let config = RunConfig { learning_rate: 1e30, ..config() };
     let dataset = Dataset::open(&config.source()).unwrap();
     let bins = Bins::cut(&dataset.slides, config.n_classes).unwrap();
     let fold = dataset.fold(&config.splits, 0).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let mut observer = StopAt { stops: vec![(0, false, 3)], metrics: Vec::new() };
-    let trainer = || FoldTrainer::<f32>::new(&config, &dataset, &bins, (0, &fold), folder.path());
-    assert_eq!(trainer().unwrap().run(&mut observer).unwrap(), Outcome::Stopped);
-    // the checkpoint's weights become NaN
-    let path = FoldTrainer::checkpoint_path(folder.path());
-    let mut bytes = std::fs::read(&path).unwrap();
-    let (header, _) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-    let data = 8 + header;
-    let (start, end) = {
-        let header: serde_json::Value = serde_json::from_slice(&bytes[8..data]).unwrap();
-        let offset = |i: usize| header["params"]["data_offsets"][i].as_u64().unwrap() as usize;
-        (data + offset(0), data + offset(1))
-    };
-    bytes[start..end].fill(0xFF);
-    std::fs::write(&path, bytes).unwrap();
-    let error = trainer().unwrap().run(&mut observer).unwrap_err().to_string();
+    let mut observer = StopAt { stops: Vec::new(), metrics: Vec::new() };
+    let mut trainer = FoldTrainer::<f32>::new(&config, &dataset, &bins, (0, &fold), folder.path()).unwrap();
+    let error = trainer.run(&mut observer).unwrap_err().to_string();
     assert!(error.starts_with("the risk is undefined: it is NaN for slide `DEMO-"), "{error}");
     assert!(error.contains("in epoch 1 of fold 0; a lower --learning-rate may help"), "{error}");
 }
@@ -366,11 +355,11 @@ fn runs_do_not_share_folders() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("another cf-train is at work"), "{out:?}");
 }
 
-/// Ctrl-C, and the SIGTERM of a batch system that takes its machine back.
+/// Ctrl-C, the SIGTERM of a batch system that takes its machine back, the SIGHUP of a lost terminal.
 #[cfg(unix)]
 #[test]
 fn a_signal_saves_and_says_how_to_go_on() {
-    for signal in ["-INT", "-TERM"] {
+    for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
         let folder = tempfile::tempdir().unwrap();
         let settings = write_config(folder.path(), &RunConfig { num_epochs: 10_000, es_patience: 10_000, ..config() });
         let mut command = Command::new(env!("CARGO_BIN_EXE_cf-train"));
@@ -384,7 +373,7 @@ fn a_signal_saves_and_says_how_to_go_on() {
         }
         assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
         let out = child.wait_with_output().unwrap();
-        assert_eq!(out.status.code(), Some(130), "{signal}: {out:?}");
+        assert_eq!(out.status.code(), Some(code), "{signal}: {out:?}");
         assert!(String::from_utf8_lossy(&out.stderr).contains("cf-train --resume 'my run'"), "{signal}: {out:?}");
         assert!(FoldTrainer::checkpoint_path(&run::fold_folder(&run, 0)).exists(), "{signal}");
     }
@@ -418,7 +407,11 @@ fn wrong_input_is_refused_in_a_sentence() {
         (vec![], 2, "missing --clinical, --splits, --pt-dir, --backbone"),
         (vec!["--config", good, "--learning-rate=-1"], 2, "--learning-rate -1: expected a number from 0 to 1"),
         (vec!["--config", good, "--loss-fn", "mse"], 2, "possible values: nll_surv, ce_surv"),
-        (vec!["--config", good, "--embed-dim", "30", "--num-heads", "4"], 2, "expected an even dim that heads divides"),
+        (
+            vec!["--config", good, "--embed-dim", "30", "--num-heads", "4"],
+            2,
+            "expected an even width that the heads divide",
+        ),
         (vec!["--config", good, "--threads", "100000"], 2, "100000 threads: expected at most 1024"),
         (vec!["--config", good, "--device", "tpu"], 2, "expected auto, cpu or cuda"),
         (vec!["--config", good, "--device", "cuda"], 1, "--device cuda: "),
@@ -433,6 +426,14 @@ fn wrong_input_is_refused_in_a_sentence() {
         (vec!["--config", good, "--es-patience", "0"], 2, "--es-patience 0: expected at least 1"),
         (vec!["--config", good, "--backbone-dim", "65"], 2, "the features of synthetic have width 64"),
         (vec!["--config", good, "--folds", "9"], 1, "splits_2.csv: cannot be read"),
+        (vec!["--config", good, "--eta-min", "0.5"], 2, "--eta-min 0.5: expected at most --learning-rate 0.001"),
+        (vec!["--config", good, "--num-epochs", "5", "--warmup-epochs", "5"], 2, "--num-epochs 5: the first 5 epochs"),
+        (vec!["--config", good, "--ffn-dropout", "1"], 2, "--ffn-dropout 1: expected a rate from 0 to 0.95"),
+        (vec!["--config", good, "--embed-dim", "0"], 2, "--embed-dim 0: expected at least 1"),
+        (vec!["--config", good, "--embed-dim", "512"], 2, "--num-heads 2: expected heads of at most 128 columns"),
+        (vec!["--config", good, "--grad-accum-steps", "87"], 2, "fold 0 trains on 86 slides, so that no epoch would"),
+        (vec!["--demo", "--clinical", "a.csv"], 2, "--demo and --clinical: the demo writes a cohort of its own"),
+        (vec!["--demo", "--pt-dir", "x"], 2, "--demo and --pt-dir: "),
         (vec!["--resume", "nowhere"], 2, "is not a run folder"),
         (vec!["--resume", "nowhere", "--demo"], 2, "cannot be used with"),
     ] {
@@ -443,4 +444,202 @@ fn wrong_input_is_refused_in_a_sentence() {
         assert!(!stderr.contains("panicked"), "{arguments:?}: {stderr}");
     }
     assert!(!folder.path().join("runs").exists(), "a refused run left a folder");
+}
+
+/// The published rule updates after every n-th slide of an epoch: a smaller fold would never update.
+#[test]
+fn a_fold_that_would_never_update_is_refused_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = write_config(folder.path(), &RunConfig { grad_accum_steps: 80, ..config() });
+    let settings = settings.to_str().unwrap();
+    let nested = ["--config", settings, "--protocol", "nested", "--out", "run"];
+    let out = cf_train(&nested, folder.path());
+    // 60 of 75 training patients are left to train on, with their second slides
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("--grad-accum-steps 80: fold 0 trains on 7"), "{stderr}");
+    assert!(!folder.path().join("run").exists());
+    let out = cf_train(&["--config", settings, "--num-epochs", "1", "--out", "run"], folder.path());
+    assert!(out.status.success(), "{out:?}");
+    let stdout = String::from_utf8_lossy(&out.stdout);
+    assert!(stdout.contains("fold 0: 86 slides to train, 1 update an epoch; 86 to validate"), "{stdout}");
+}
+
+/// Every bit of a checkpoint and of a best model counts: a flipped one is an error and not another model.
+#[test]
+fn a_flipped_bit_in_a_runs_tensors_is_an_error() {
+    let config = RunConfig { num_epochs: 1, ..config() };
+    let folder = tempfile::tempdir().unwrap();
+    let dataset = Dataset::open(&config.source()).unwrap();
+    let bins = Bins::cut(&dataset.slides, config.n_classes).unwrap();
+    let mut fold = dataset.fold(&config.splits, 0).unwrap();
+    fold.train.truncate(8);
+    fold.val.truncate(8);
+    let long = RunConfig { num_epochs: 2, ..config.clone() };
+    let trainer = || FoldTrainer::<f32>::new(&long, &dataset, &bins, (0, &fold), folder.path());
+    let mut observer = StopAt { stops: vec![(1, false, 4)], metrics: Vec::new() };
+    assert_eq!(trainer().unwrap().run(&mut observer).unwrap(), Outcome::Stopped);
+    let (state, best) = (FoldTrainer::checkpoint_path(folder.path()), FoldTrainer::best_path(folder.path()));
+    assert!(trainer().is_ok() && read_card(&best).unwrap().is_some());
+    let mut flips = 0;
+    for path in [&state, &best] {
+        let good = std::fs::read(path).unwrap();
+        let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+        // every 23rd byte of the header and every 4999th of the tensors, each time another bit
+        for at in (0..header).step_by(23).chain((header..good.len()).step_by(4999)).chain([good.len() - 1]) {
+            let mut bad = good.clone();
+            bad[at] ^= 1 << (at % 8);
+            std::fs::write(path, &bad).unwrap();
+            let refused = if path == &state { trainer().is_err() } else { read_card(path).is_err() };
+            assert!(refused, "{}: byte {at} of {}, header of {header}", path.display(), good.len());
+            flips += 1;
+        }
+        std::fs::write(path, &good[..good.len() - 4]).unwrap();
+        assert!(if path == &state { trainer().is_err() } else { read_card(path).is_err() }, "cut short");
+        std::fs::write(path, &good).unwrap();
+    }
+    assert!(flips > 200, "{flips}");
+    let mut bad = std::fs::read(&best).unwrap();
+    *bad.last_mut().unwrap() ^= 1;
+    std::fs::write(&best, bad).unwrap();
+    let error = read_card(&best).unwrap_err().to_string();
+    assert!(error.ends_with("best.safetensors: is damaged: it does not match its own checksum"), "{error}");
+}
+
+/// A feature file or a table that is replaced between a kill and the resume; data that has moved.
+#[test]
+fn a_resumed_run_wants_the_inputs_that_it_was_begun_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    copy(cohort(), &data);
+    let config = RunConfig {
+        clinical: data.join("demo_cohort.csv"),
+        splits: data.join("splits"),
+        pt_dir: data.join("features"),
+        num_epochs: 2,
+        ..config()
+    };
+    let settings = write_config(folder.path(), &config);
+    assert!(cf_train(&["--config", settings.to_str().unwrap(), "--out", "run"], folder.path()).status.success());
+    let run = folder.path().join("run");
+    let resume = |arguments: &[&str]| {
+        std::fs::remove_file(run.join("report.html")).unwrap_or_default(); // as if it had been killed before
+        cf_train(&[&["--resume", "run"], arguments].concat(), folder.path())
+    };
+    let bag = data.join("features/synthetic/x10/pt_files/DEMO-004-A.pt");
+    let good = std::fs::read(&bag).unwrap();
+    let mut other = good.clone();
+    let at = other.len() / 2; // another number, in a file of the same shape
+    other[at] ^= 1;
+    std::fs::write(&bag, &other).unwrap();
+    let out = resume(&[]);
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("the run was begun with other inputs") && stderr.contains("DEMO-004-A.pt has"), "{stderr}");
+    std::fs::write(&bag, &good).unwrap();
+
+    // a column that the fold's labels do not see
+    let table = std::fs::read_to_string(&config.clinical).unwrap();
+    std::fs::write(&config.clinical, table.replace("\n", " \n")).unwrap();
+    let stderr = String::from_utf8_lossy(&resume(&[]).stderr).into_owned();
+    assert!(stderr.contains("demo_cohort.csv has another content"), "{stderr}");
+    std::fs::write(&config.clinical, &table).unwrap();
+
+    let new = folder.path().join("moved");
+    std::fs::rename(&data, &new).unwrap();
+    let stderr = String::from_utf8_lossy(&resume(&[]).stderr).into_owned();
+    assert!(stderr.contains("demo_cohort.csv: cannot be read"), "{stderr}");
+    let out =
+        resume(&["--clinical", "moved/demo_cohort.csv", "--splits", "moved/splits", "--pt-dir", "moved/features"]);
+    assert!(out.status.success(), "{out:?}");
+    assert_eq!(RunConfig::read(&run::config_path(&run)).unwrap().pt_dir, new.join("features"));
+    let out = resume(&["--learning-rate", "0.5"]);
+    assert_eq!(out.status.code(), Some(2), "{out:?}");
+}
+
+/// No line is wider than a terminal of 80 columns, but for those that name paths.
+#[test]
+fn what_a_run_shows_fits_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = write_config(folder.path(), &RunConfig { num_epochs: 2, folds: 2, ..config() });
+    let out = cf_train(&["--config", settings.to_str().unwrap(), "--out", "run"], folder.path());
+    let stdout = String::from_utf8(out.stdout).unwrap();
+    let training: Vec<&str> = stdout.lines().take_while(|line| !line.contains("slides  patients")).collect();
+    let rows = training.iter().filter(|line| line.contains("/2  ")).count();
+    assert_eq!(rows, 4, "{stdout}");
+    assert!(training.iter().all(|line| line.chars().count() <= 80), "{stdout}");
+    assert!(training.iter().any(|line| line.contains("run left")) && stdout.contains("* the best"), "{stdout}");
+}
+
+/// A file's control characters are shown and do not reach the terminal.
+#[test]
+fn what_is_quoted_from_a_file_is_escaped() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = write_config(folder.path(), &config());
+    std::fs::write(folder.path().join("title.csv"), "a\u{1b}]0;owned\u{7},b\n1,2\n").unwrap();
+    let arguments = ["--config", settings.to_str().unwrap(), "--clinical", "title.csv"];
+    let out = cf_train(&arguments, folder.path());
+    assert_eq!(out.status.code(), Some(1));
+    assert!(!out.stderr.contains(&0x1b) && !out.stderr.contains(&7), "{out:?}");
+}
+
+/// TensorBoard's own reader on the files that it is written for; a resumed run goes on in them.
+#[test]
+fn tensorboard_reads_its_event_files() {
+    let python = std::env::var("CROSSFUSION_PYTHON").unwrap_or_else(|_| "python3".into());
+    let has = Command::new(&python).args(["-c", "import tensorboard"]).output();
+    if !has.is_ok_and(|out| out.status.success()) {
+        eprintln!("SKIPPED tensorboard_reads_its_event_files: {python} has no tensorboard; set CROSSFUSION_PYTHON");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let settings = write_config(folder.path(), &RunConfig { num_epochs: 2, folds: 2, ..config() });
+    let arguments = ["--config", settings.to_str().unwrap(), "--out", "run", "--tensorboard"];
+    assert!(cf_train(&arguments, folder.path()).status.success());
+    let run = folder.path().join("run");
+    let script = "
+import sys, json
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+out = {}
+for fold in (0, 1):
+    events = EventAccumulator(f'{sys.argv[1]}/tensorboard/fold_{fold}').Reload()
+    out[fold] = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+print(json.dumps(out))";
+    let read = Command::new(&python).args(["-c", script, run.to_str().unwrap()]).output().unwrap();
+    let read: serde_json::Value = serde_json::from_slice(&read.stdout).unwrap_or_else(|e| panic!("{e}: {read:?}"));
+    for metrics in run::read_metrics(&run).unwrap() {
+        let scalar = |tag: &str| {
+            let point = &read[metrics.fold.to_string()][tag][metrics.epoch];
+            assert_eq!(point[0].as_u64(), Some(metrics.epoch as u64 + 1), "{tag}: {point}");
+            point[1].as_f64().unwrap()
+        };
+        for (tag, expected) in [
+            ("loss/train", metrics.train_loss),
+            ("loss/validation", metrics.val_loss),
+            ("c_index/train", metrics.train_c_index.unwrap()),
+            ("c_index/validation", metrics.val_c_index.unwrap()),
+            ("learning_rate", metrics.learning_rate),
+        ] {
+            assert_eq!(scalar(tag) as f32, expected as f32, "{tag} of {metrics:?}");
+        }
+    }
+}
+
+/// The programs print what `--help` says that they print.
+#[test]
+fn completions_and_manual_pages_are_printed() {
+    for (program, path) in [
+        ("cf-train", env!("CARGO_BIN_EXE_cf-train")),
+        ("cf-eval", env!("CARGO_BIN_EXE_cf-eval")),
+        ("cf-bench", env!("CARGO_BIN_EXE_cf-bench")),
+    ] {
+        let print = |arguments: &[&str]| {
+            let out = Command::new(path).args(arguments).output().unwrap();
+            assert!(out.status.success(), "{program} {arguments:?}: {out:?}");
+            String::from_utf8(out.stdout).unwrap()
+        };
+        assert!(print(&["--completions", "bash"]).contains(&format!("complete -F _{program} ")), "{program}");
+        assert!(print(&["--man"]).contains(&format!(".TH {program}")), "{program}");
+        assert!(print(&["--help"]).contains("--completions <SHELL>"), "{program}");
+    }
 }

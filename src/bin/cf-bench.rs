@@ -1,13 +1,15 @@
 //! Measures CrossFusion on this machine.
 
-use clap::{Parser, Subcommand};
-use crossfusion::bench;
+use clap::{CommandFactory, Parser, Subcommand};
+use crossfusion::{Error, Result, bench, cli};
 
 #[derive(Parser)]
-#[command(version, about = "Measures CrossFusion on this machine")]
+#[command(name = "cf-bench", version, about = "Measures CrossFusion on this machine")]
 struct Arguments {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
+    #[command(flatten)]
+    documentation: cli::Documentation,
 }
 
 #[derive(Subcommand)]
@@ -23,14 +25,21 @@ enum Command {
 }
 
 fn main() {
-    let result = match Arguments::parse().command {
-        Command::Step(arguments) => bench::step(&arguments),
-        Command::Op(arguments) => bench::op(&arguments),
-        Command::Plan(arguments) => bench::plan(&arguments),
-        Command::Slide(arguments) => bench::slide(&arguments),
-    };
-    if let Err(error) = result {
-        eprintln!("cf-bench: {error}");
+    if let Err(error) = measure(Arguments::parse()) {
+        crossfusion::complain("cf-bench", &error);
         std::process::exit(error.exit_code());
+    }
+}
+
+fn measure(arguments: Arguments) -> Result<()> {
+    if arguments.documentation.print(Arguments::command())? {
+        return Ok(());
+    }
+    match arguments.command {
+        Some(Command::Step(arguments)) => bench::step(&arguments),
+        Some(Command::Op(arguments)) => bench::op(&arguments),
+        Some(Command::Plan(arguments)) => bench::plan(&arguments),
+        Some(Command::Slide(arguments)) => bench::slide(&arguments),
+        None => Err(Error::Usage("expected step, op, plan or slide; see --help".into())),
     }
 }

@@ -1,57 +1,90 @@
-//! Evaluates a run, or one checkpoint on any cohort, and compares runs.
+//! Evaluates a run, or one checkpoint on any cohort, compares runs, and predicts slides without outcomes.
 
 use std::path::PathBuf;
 
 use bytesize::ByteSize;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use crossfusion::{
-    Error, Result,
+    Error, Result, cli,
     data::dataset::Source,
     device::Device,
-    eval::{self, Checkpoint, compare},
+    eval::{self, Checkpoint, Moved, compare, predict},
     report::RESAMPLING,
     survival::Bootstrap,
     train::run,
 };
 
+const EXAMPLES: &str = "\
+Examples:
+  cf-eval runs/resnet50-1
+      each fold's model on the slides that the fold was not trained on
+  cf-eval runs/resnet50-1 --pt-dir /new/place/features
+      the same after the features have moved
+  cf-eval --checkpoint best_model.pt --clinical other.csv --pt-dir features --backbone resnet50
+      one model on another cohort
+  cf-eval compare runs/resnet50-1 runs/uni-1
+      the difference of two runs' C-indices, with its interval
+  cf-eval predict runs/resnet50-1 --pt-dir new_features --backbone resnet50
+      risks and survival curves of slides whose outcome is not known";
+
 /// Evaluates a run's folds, or one checkpoint on any cohort: C-index, Kaplan-Meier curves, predictions and a report
 #[derive(Parser)]
-#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(name = "cf-eval", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = EXAMPLES)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
 
     /// Run folder of cf-train; each fold's best model is evaluated on the fold's validation slides
-    #[arg(required_unless_present = "checkpoint", conflicts_with = "checkpoint")]
+    #[arg(required_unless_present_any = ["checkpoint", "completions", "man"], conflicts_with = "checkpoint")]
     run: Option<PathBuf>,
     /// A model: best.safetensors of a run, or a published best_model.pt
     #[arg(long, value_name = "F", requires_all = ["clinical", "pt_dir", "backbone"])]
     checkpoint: Option<PathBuf>,
-    /// Clinical table: CSV, or a zip of one, with case_id, slide_id, censorship, survival_months
-    #[arg(long, value_name = "F", requires = "checkpoint")]
-    clinical: Option<PathBuf>,
-    /// GDC manifest; slides that it does not list are left out
-    #[arg(long, value_name = "F", requires = "checkpoint")]
-    manifest: Option<PathBuf>,
-    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
-    #[arg(long, value_name = "DIR", requires = "checkpoint")]
-    pt_dir: Option<PathBuf>,
-    /// Name of the feature extractor, a folder in --pt-dir
-    #[arg(long, value_name = "NAME", requires = "checkpoint")]
-    backbone: Option<String>,
-    /// Folder of splits_0.csv, splits_1.csv, ...; with --fold, only that fold's validation slides are evaluated
-    #[arg(long, value_name = "DIR", requires_all = ["checkpoint", "fold"])]
-    splits: Option<PathBuf>,
-    #[arg(long, value_name = "K", requires = "splits")]
-    fold: Option<usize>,
-    /// Attention heads of a checkpoint that does not say; its other sizes are read off its tensors
-    #[arg(long, default_value_t = 4, value_name = "N")]
-    num_heads: usize,
     /// Folder for the results of --checkpoint; a run's go into its own folder [default: runs/eval-BACKBONE-NUMBER]
     #[arg(long, value_name = "DIR", requires = "checkpoint")]
     out: Option<PathBuf>,
     #[command(flatten)]
+    data: Data,
+    #[command(flatten)]
     resampling: Resampling,
+    #[command(flatten)]
+    machine: Machine,
+    #[command(flatten)]
+    documentation: cli::Documentation,
+}
+
+/// Where the cohort lies.
+#[derive(Args)]
+#[command(next_help_heading = "Cohort (of --checkpoint, or of a run whose data has moved)")]
+struct Data {
+    /// Clinical table: CSV, or a zip of one, with case_id, slide_id, censorship, survival_months
+    #[arg(long, value_name = "F")]
+    clinical: Option<PathBuf>,
+    /// GDC manifest; slides that it does not list are left out
+    #[arg(long, value_name = "F")]
+    manifest: Option<PathBuf>,
+    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
+    #[arg(long, value_name = "DIR")]
+    pt_dir: Option<PathBuf>,
+    /// Name of the feature extractor, a folder in --pt-dir
+    #[arg(long, value_name = "NAME", requires = "checkpoint")]
+    backbone: Option<String>,
+    /// Folder of splits_0.csv, splits_1.csv, ...; of --checkpoint, only the slides of --fold are evaluated
+    #[arg(long, value_name = "DIR")]
+    splits: Option<PathBuf>,
+    /// The fold of --splits whose validation slides --checkpoint is evaluated on
+    #[arg(long, value_name = "K", requires_all = ["splits", "checkpoint"])]
+    fold: Option<usize>,
+    /// Attention heads of a --checkpoint that does not say, as published ones; other sizes are read off its tensors
+    /// [default: 4]
+    #[arg(long, value_name = "N", requires = "checkpoint")]
+    num_heads: Option<usize>,
+}
+
+/// What it runs on.
+#[derive(Args)]
+#[command(next_help_heading = "Machine")]
+struct Machine {
     /// Where to run: auto, cpu or cuda
     #[arg(long, default_value = "auto")]
     device: String,
@@ -67,7 +100,9 @@ struct Arguments {
 enum Command {
     /// Compares two evaluated runs, pair by pair, on the patients that both predicted out of fold
     Compare {
+        /// Run folder, or the folder of an evaluation: A of the difference A - B
         run_a: PathBuf,
+        /// The same: B of the difference A - B
         run_b: PathBuf,
         /// Folder for the comparison [default: runs/compare-NUMBER]
         #[arg(long, value_name = "DIR")]
@@ -75,10 +110,33 @@ enum Command {
         #[command(flatten)]
         resampling: Resampling,
     },
+    /// Predicts slides whose outcome is not known: hazards, survival curve, median survival and risk
+    Predict {
+        /// Run folder, whose folds' models are averaged, or one model: best.safetensors, a published best_model.pt
+        model: PathBuf,
+        /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
+        #[arg(long, value_name = "DIR")]
+        pt_dir: PathBuf,
+        /// Name of the feature extractor, a folder in --pt-dir
+        #[arg(long, value_name = "NAME")]
+        backbone: String,
+        /// Table with a column slide_id: the slides to predict [default: all that have features]
+        #[arg(long, value_name = "F")]
+        slides: Option<PathBuf>,
+        /// Attention heads of a model that does not say, as published ones [default: 4]
+        #[arg(long, value_name = "N")]
+        num_heads: Option<usize>,
+        /// Folder for predictions.csv and predictions.json [default: runs/predict-BACKBONE-NUMBER]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        #[command(flatten)]
+        machine: Machine,
+    },
 }
 
 /// How intervals are drawn.
 #[derive(Args)]
+#[command(next_help_heading = "Intervals")]
 struct Resampling {
     /// Bootstrap cohorts, and permutations, behind intervals and p-values
     #[arg(long, value_name = "N", default_value_t = RESAMPLING.replicates as u64, value_parser = clap::value_parser!(u64).range(2..=1_000_000))]
@@ -95,43 +153,84 @@ impl Resampling {
 }
 
 fn main() {
-    if let Err(error) = evaluate(&Arguments::parse()) {
-        eprintln!("cf-eval: {error}");
+    if let Err(error) = evaluate(Arguments::parse()) {
+        crossfusion::complain("cf-eval", &error);
         std::process::exit(error.exit_code());
     }
 }
 
-fn evaluate(arguments: &Arguments) -> Result<()> {
-    if let Some(Command::Compare { run_a, run_b, out, resampling }) = &arguments.command {
-        let out = out.clone().unwrap_or_else(|| run::fresh_folder("compare"));
-        let comparison = compare::compare_runs(run_a, run_b, &out, resampling.plan())?;
-        crossfusion::say(comparison.table().trim_end());
-        crossfusion::say(format!("comparison {}", out.join(compare::FILE).display()));
+fn evaluate(arguments: Arguments) -> Result<()> {
+    if arguments.documentation.print(Arguments::command())? {
         return Ok(());
     }
-    let device = Device::from_name(&arguments.device, arguments.threads)?;
-    let plan = arguments.resampling.plan();
-    let (summary, folder) = match arguments {
-        Arguments { run: Some(run), .. } => {
-            (eval::evaluate_run(run, device, arguments.memory_budget, plan)?, run.clone())
+    cli::end_at_signals()?;
+    match arguments.command {
+        Some(Command::Compare { run_a, run_b, out, resampling }) => {
+            let out = out.unwrap_or_else(|| run::fresh_folder("compare"));
+            let comparison = compare::compare_runs(&run_a, &run_b, &out, resampling.plan())?;
+            crossfusion::say(comparison.table().trim_end());
+            crossfusion::say(format!("comparison {}", out.join(compare::FILE).display()));
+            Ok(())
         }
-        Arguments {
-            checkpoint: Some(path),
-            clinical: Some(clinical),
-            pt_dir: Some(pt_dir),
-            backbone: Some(backbone),
-            manifest,
-            splits,
-            fold,
-            num_heads,
-            out,
-            ..
-        } => {
+        Some(Command::Predict { model, pt_dir, backbone, slides, num_heads, out, machine }) => {
+            let device = Device::from_name(&machine.device, machine.threads)?;
+            let out = out.unwrap_or_else(|| run::fresh_folder(&format!("predict-{backbone}")));
+            let request = predict::Request {
+                model: &model,
+                heads: num_heads,
+                pt_dir: &pt_dir,
+                backbone: &backbone,
+                slides: slides.as_deref(),
+            };
+            let predictions = predict::predict(&request, device, machine.memory_budget)?;
+            predictions.write(&out)?;
+            crossfusion::say(predictions.sentences());
+            crossfusion::say(format!("predictions {}", out.join(predict::CSV).display()));
+            Ok(())
+        }
+        None => evaluate_models(&arguments),
+    }
+}
+
+fn evaluate_models(arguments: &Arguments) -> Result<()> {
+    let Arguments { run, checkpoint, out, data, resampling, machine, .. } = arguments;
+    let device = Device::from_name(&machine.device, machine.threads)?;
+    let (plan, budget) = (resampling.plan(), machine.memory_budget);
+    let (summary, folder) = match (run, checkpoint, data) {
+        (Some(run), ..) => {
+            let Data { clinical, manifest, splits, pt_dir, .. } = data;
+            let moved = Moved {
+                clinical: clinical.clone(),
+                manifest: manifest.clone(),
+                splits: splits.clone(),
+                pt_dir: pt_dir.clone(),
+            };
+            (eval::evaluate_run(run, &moved, device, budget, plan)?, run.clone())
+        }
+        (
+            None,
+            Some(path),
+            Data {
+                clinical: Some(clinical),
+                pt_dir: Some(pt_dir),
+                backbone: Some(backbone),
+                manifest,
+                splits,
+                fold,
+                num_heads,
+            },
+        ) => {
+            let split = match (splits, fold) {
+                (Some(splits), Some(fold)) => Some((splits.as_path(), *fold)),
+                (Some(_), None) => {
+                    return Err(Error::Usage("--splits with --checkpoint: expected --fold as well".into()));
+                }
+                (None, _) => None,
+            };
             let source = Source { clinical, manifest: manifest.as_deref(), pt_dir, backbone };
-            let split = splits.as_deref().zip(*fold);
             let out = out.clone().unwrap_or_else(|| run::fresh_folder(&format!("eval-{backbone}")));
             let checkpoint = Checkpoint { path, source, split, heads: *num_heads };
-            (eval::evaluate_checkpoint(&checkpoint, &out, device, arguments.memory_budget, plan)?, out)
+            (eval::evaluate_checkpoint(&checkpoint, &out, device, budget, plan)?, out)
         }
         _ => return Err(Error::Usage("expected a run folder, or --checkpoint; see --help".into())),
     };

@@ -1,17 +1,18 @@
 //! Trains CrossFusion on a cohort, fold by fold.
 
 use std::{
+    io::Write,
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicI32, Ordering},
     },
 };
 
-use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, parser::ValueSource};
 use crossfusion::{
-    Error, Result,
-    data::demo,
+    Error, Result, cli,
+    data::{atomic, demo},
     device::Device,
     eval, report,
     train::{
@@ -21,7 +22,7 @@ use crossfusion::{
 };
 
 #[derive(Parser)]
-#[command(version, about = "Trains CrossFusion on a cohort, fold by fold")]
+#[command(name = "cf-train", version, about = "Trains CrossFusion on a cohort, fold by fold")]
 struct Arguments {
     /// Write a small synthetic cohort, train two folds on it and report, in about half a minute
     #[arg(long, conflicts_with_all = ["resume", "config"])]
@@ -37,6 +38,8 @@ struct Arguments {
     out: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
+    #[command(flatten)]
+    documentation: cli::Documentation,
 }
 
 #[derive(Args)]
@@ -48,10 +51,16 @@ struct Settings {
 
 fn main() {
     if let Err(error) = train() {
-        eprintln!("cf-train: {error}");
-        std::process::exit(error.exit_code());
+        crossfusion::complain("cf-train", &error);
+        std::process::exit(match (&error, SIGNAL.load(Ordering::Relaxed)) {
+            (Error::Interrupted(_), signal @ 1..) => 128 + signal,
+            _ => error.exit_code(),
+        });
     }
 }
+
+/// The signal that interrupted training; 0 until there is one.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
 /// The settings of an interrupted run.
 fn resumed(settings: &RunConfig, matches: &ArgMatches, folder: &Path) -> Result<RunConfig> {
@@ -61,16 +70,35 @@ fn resumed(settings: &RunConfig, matches: &ArgMatches, folder: &Path) -> Result<
     }
     let before = RunConfig::read(&path)?;
     let config = settings.resolve(matches, &path.display().to_string(), RunConfig::read_table(&path)?)?;
-    if config.without_machine() != before.without_machine() {
-        let free = "--device, --threads, --memory-budget, --prefetch-factor and --checkpoint-every";
+    if config.without_machine().without_paths() != before.without_machine().without_paths() {
+        let free = "--device, --threads, --memory-budget, --prefetch-factor, --checkpoint-every, --tensorboard and, where the data has \
+                    moved, its paths";
         return Err(Error::Usage(format!("--resume keeps the run's settings; only {free} may change")));
     }
     Ok(config)
 }
 
+/// The demo brings its own cohort.
+fn refuse_data(matches: &ArgMatches) -> Result<()> {
+    let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    match ["clinical", "manifest", "splits", "pt_dir", "backbone", "backbone_dim", "folds"]
+        .into_iter()
+        .find(|id| given(id))
+    {
+        None => Ok(()),
+        Some(id) => Err(Error::Usage(format!(
+            "--demo and --{}: the demo writes a cohort of its own; leave one of them out",
+            id.replace('_', "-")
+        ))),
+    }
+}
+
 fn train() -> Result<()> {
     let matches = Arguments::command().get_matches();
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    if arguments.documentation.print(Arguments::command())? {
+        return Ok(());
+    }
     let settings = arguments.settings.run;
     // Nothing is written before all input is checked.
     let (folder, run, device) = if let Some(folder) = arguments.resume {
@@ -84,8 +112,11 @@ fn train() -> Result<()> {
             return Ok(());
         }
         let device = Device::from_name(&config.device, config.threads)?;
-        (folder, Run::open(config)?, device)
+        let run = Run::open(config)?;
+        run.moved(&folder)?;
+        (folder, run, device)
     } else if arguments.demo {
+        refuse_data(&matches)?;
         let resolve = |run: &Path| settings.resolve(&matches, "--demo", demo::settings(&run.join(run::DEMO_DATA))?);
         let config = resolve(Path::new("."))?;
         let device = Device::from_name(&config.device, config.threads)?;
@@ -117,24 +148,29 @@ fn train() -> Result<()> {
     let interrupted = Arc::default();
     listen(&interrupted).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
     run.train(&folder, &interrupted)?;
-    interrupted.store(true, Ordering::Relaxed); // what is left is quickly done again: a signal ends it at once
-    let summary = eval::evaluate_run(&folder, device, None, report::RESAMPLING)?;
+    interrupted.store(true, Ordering::Relaxed); // what is left is soon done again: a signal ends it at once
+    let summary = eval::evaluate_run(&folder, &eval::Moved::default(), device, None, report::RESAMPLING)?;
     crossfusion::say(summary.table().trim_end());
     crossfusion::say(format!("report {}", folder.join("report.html").display()));
     Ok(())
 }
 
-/// Ctrl-C, or a batch system's SIGTERM, sets `interrupted`; the next one ends the program at once.
-fn listen(interrupted: &Arc<AtomicBool>) -> std::result::Result<(), Box<dyn std::error::Error>> {
-    use signal_hook::{consts::SIGTERM, flag};
-    flag::register_conditional_shutdown(SIGTERM, 143, interrupted.clone())?;
-    flag::register(SIGTERM, interrupted.clone())?;
+/// Ctrl-C, a batch system's SIGTERM, or the SIGHUP of a terminal that goes away sets `interrupted`; the
+/// next one ends the program at once, with the shell's exit code for it.
+fn listen(interrupted: &Arc<AtomicBool>) -> std::io::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM])?;
     let interrupted = interrupted.clone();
-    ctrlc::set_handler(move || {
-        if interrupted.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+    std::thread::spawn(move || {
+        for signal in signals.forever() {
+            SIGNAL.store(signal, Ordering::Relaxed);
+            if interrupted.swap(true, Ordering::Relaxed) {
+                atomic::remove_temporaries();
+                std::process::exit(128 + signal);
+            }
+            // not eprintln!, which panics where the terminal is gone
+            let _ = writeln!(std::io::stderr(), "finishing the slide in hand; once more stops at once");
         }
-        eprintln!("finishing the slide in hand; once more stops at once");
-    })?;
+    });
     Ok(())
 }

@@ -1,8 +1,10 @@
 //! Files that are either the old or the new version, never a half-written one, also after a power cut.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{Error, Result};
 
@@ -11,6 +13,7 @@ use crate::{Error, Result};
 pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
     let failed = |e: io::Error| Error::file(path, format!("cannot be written: {e}"));
     let temporary = temporary_beside(path)?;
+    let _registered = Registered::new(&temporary);
     let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(failed)?);
     let written = write(&mut file).and_then(|()| {
         file.flush().and_then(|()| file.get_ref().sync_all()).map_err(failed)?;
@@ -20,6 +23,39 @@ pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) ->
         let _ = fs::remove_file(&temporary);
     }
     written
+}
+
+/// Temporary files that this process is writing.
+static TEMPORARIES: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+/// An entry of [`TEMPORARIES`], until it is dropped.
+struct Registered<'a>(&'a Path);
+
+impl<'a> Registered<'a> {
+    fn new(temporary: &'a Path) -> Self {
+        lock().insert(temporary.to_path_buf());
+        Self(temporary)
+    }
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        lock().remove(self.0);
+    }
+}
+
+fn lock() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    TEMPORARIES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes the temporary files that this process is writing, for a program that a signal ends. No
+/// file is begun or renamed any more: the process must end after this.
+pub fn remove_temporaries() {
+    let temporaries = lock();
+    for temporary in &*temporaries {
+        let _ = fs::remove_file(temporary);
+    }
+    std::mem::forget(temporaries);
 }
 
 /// Removes the temporary files that killed processes left in a folder; none may be writing there.

@@ -181,3 +181,10 @@ pub fn find_features(slides: Vec<Slide>, pt_dir: &Path, backbone: &str) -> Resul
     }
     Ok((found, missing))
 }
+
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct LeftOut {
+    pub slide_id: String,
+    pub case_id: String,
+    pub reason: String,
+}

@@ -111,6 +111,15 @@ impl Dataset {
         Ok(dataset)
     }
 
+    pub fn without_outcomes(_: &Path, _: &str, _: Option<&Path>) -> Result<(Self, Vec<super::cohort::LeftOut>)> {
+        Err(Error::Usage("interim".into()))
+    }
+
+    /// The feature files of all slides, each slide's x5, x10 and x20.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.readers.iter().flatten().map(|reader| reader.path.as_path())
+    }
+
     fn check_width(&mut self, path: &Path, features: usize) -> Result<()> {
         if self.features == 0 {
             self.features = features;

@@ -4,6 +4,7 @@ pub mod atomic;
 pub mod cohort;
 pub mod dataset;
 pub mod demo;
+pub mod digest;
 pub mod features;
 pub mod folds;
 mod h5;

@@ -7,10 +7,14 @@
 pub mod compare;
 mod describe;
 pub mod infer;
+pub mod predict;
 
 pub use describe::quote;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
 
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -24,12 +28,14 @@ use crate::{
     },
     device::Device,
     loss::{Loss, Prediction},
-    report::{self, Fold, SlideResult, Summary, accuracy::quantile},
+    model,
+    report::{self, Fold, FoldResult, SlideResult, Summary, accuracy::quantile},
     survival::Bootstrap,
     train::{
         checkpoint::{ModelCard, read_card, read_state},
         config::RunConfig,
         fold::FoldTrainer,
+        inputs::Inputs,
         protocol::{self, Protocol},
         run,
         step::{Engine, Memory},
@@ -47,24 +53,64 @@ pub struct Checkpoint<'a> {
     pub source: Source<'a>,
     /// Folder of splits and a fold's number: its validation slides alone. None evaluates all slides.
     pub split: Option<(&'a Path, usize)>,
-    /// For a checkpoint that does not say its number of attention heads.
-    pub heads: usize,
+    /// Attention heads, which a published checkpoint does not say; None takes the published 4 there.
+    /// An error if the model's own card says another number.
+    pub heads: Option<usize>,
 }
 
-/// Evaluates every fold of a run that has a model, on its validation slides, and writes the files into the run's folder.
-/// Paths in the run's settings are as `cf-train` was given them.
-/// `budget` replaces the run's own memory budget.
-pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: Bootstrap) -> Result<Summary> {
+/// Heads of the published models.
+const PUBLISHED_HEADS: usize = 4;
+
+/// Where a run's data lies now, as far as it has moved since training.
+#[derive(Clone, Debug, Default)]
+pub struct Moved {
+    pub clinical: Option<PathBuf>,
+    pub manifest: Option<PathBuf>,
+    pub splits: Option<PathBuf>,
+    pub pt_dir: Option<PathBuf>,
+}
+
+impl Moved {
+    fn apply(&self, config: &mut RunConfig) {
+        let paths = [
+            (&mut config.clinical, &self.clinical),
+            (&mut config.splits, &self.splits),
+            (&mut config.pt_dir, &self.pt_dir),
+        ];
+        paths.into_iter().filter_map(|(path, moved)| Some((path, moved.clone()?))).for_each(|(path, new)| *path = new);
+        if self.manifest.is_some() {
+            config.manifest.clone_from(&self.manifest);
+        }
+    }
+}
+
+/// Evaluates every fold of a run that has a model, on its validation slides, and writes the files into
+/// the run's folder. Paths in the run's settings are as `cf-train` was given them, unless the data has
+/// `moved`. `budget` replaces the run's own memory budget.
+pub fn evaluate_run(
+    run: &Path,
+    moved: &Moved,
+    device: Device,
+    budget: Option<ByteSize>,
+    plan: Bootstrap,
+) -> Result<Summary> {
     let path = run::config_path(run);
     if !path.is_file() {
         return Err(Error::Usage(format!("{}: is not a run folder, it has no config.toml", run.display())));
     }
-    let config = RunConfig::read(&path)?;
+    let mut config = RunConfig::read(&path)?;
+    moved.apply(&mut config);
     let dataset = Dataset::open(&config.source())?;
     let metrics = run::read_metrics(run)?;
     let mut engine = Engine::new(device, &config.model(dataset.features), config.seed)?;
     engine.set_memory(Memory::new(budget.or(config.memory_budget)));
     let (mut folds, mut slides, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+    let mut recorded = BTreeMap::new();
+    if let Some(before) = Inputs::load(run)?
+        && let Some(what) = before.changes(&Inputs::read(&config, &dataset)?).sentence()
+    {
+        notes.push(format!("The inputs are not those of the training: {what}."));
+    }
     for fold in 0..config.folds {
         let folder = run::fold_folder(run, fold);
         let path = FoldTrainer::best_path(&folder);
@@ -73,13 +119,18 @@ pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: 
             continue;
         }
         let part = dataset.fold(&config.splits, fold)?;
-        load(&mut engine, &path, read_state_dict(&path)?)?;
-        slides.extend(predict(&mut engine, &dataset, &part.val, fold)?);
+        let card = read_card(&path)?;
+        load(&mut engine, &path, &read_state_dict(&path)?)?;
+        if let Some(card) = &card {
+            notes.extend(overlap(card, &dataset, &part.val).map(|what| format!("Fold {fold}: {what}")));
+            recorded.insert(fold, card.c_index);
+        }
+        slides.extend(predict_slides(&mut engine, &dataset, &part.val, fold)?);
         let trained = match config.protocol {
             Protocol::Published => Some(part.train.len()),
             Protocol::Nested => protocol::prepare(&config, &dataset, (fold, &part)).ok().map(|p| p.slides.train.len()),
         };
-        folds.push(Fold { fold, train_slides: trained, ..of_card(read_card(&path)?) });
+        folds.push(Fold { fold, train_slides: trained, ..of_card(card) });
         if let Err(change) = unchanged(&config, &dataset, (fold, &part), &folder) {
             notes.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
         }
@@ -105,6 +156,9 @@ pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: 
     }
     let mut summary = Summary::new(&folds, &slides, plan)?;
     summary.notes.extend(notes);
+    if config.protocol == Protocol::Published {
+        summary.notes.extend(unlike_training(&summary, &recorded));
+    }
     summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
     let about = describe::run(run, &config, &engine, &metrics)?;
     summary.protocol.clone_from(&about.protocol);
@@ -126,34 +180,73 @@ pub fn evaluate_checkpoint(
             format!("{} is a run's folder, whose own results would be replaced; choose another --out", out.display());
         return Err(Error::Usage(message));
     }
-    let ours = path.extension().is_some_and(|extension| extension == "safetensors");
-    if ours {
-        refuse_state(path)?;
-    }
-    let tensors = read_state_dict(path)?;
-    let card = if ours { read_card(path)? } else { None };
-    let model = match &card {
-        Some(card) => card.model.clone(),
-        None => infer::config(&tensors, checkpoint.heads).map_err(|e| Error::file(path, e))?,
-    };
+    let network = Network::read(path, checkpoint.heads)?;
     let dataset = Dataset::open(&checkpoint.source)?;
-    if dataset.features != model.features {
-        let backbone = checkpoint.source.backbone;
-        let message = format!("takes features of width {}, but {backbone}'s are {}", model.features, dataset.features);
-        return Err(Error::file(path, message));
-    }
+    network.check_width(path, &dataset, checkpoint.source.backbone)?;
     let (fold, order) = match checkpoint.split {
         Some((splits, fold)) => (fold, dataset.fold(splits, fold)?.val),
         None => (0, (0..dataset.slides.len()).collect()),
     };
-    let mut engine = Engine::new(device, &model, 0)?;
-    engine.set_memory(Memory::new(budget));
-    load(&mut engine, path, tensors)?;
-    let slides = predict(&mut engine, &dataset, &order, fold)?;
-    let mut summary = Summary::new(&[Fold { fold, ..of_card(card) }], &slides, plan)?;
+    let mut engine = network.engine(path, device, budget)?;
+    let slides = predict_slides(&mut engine, &dataset, &order, fold)?;
+    let seen = match &network.card {
+        Some(card) => overlap(card, &dataset, &order),
+        None => {
+            Some("The model file does not say which slides it was trained on: some of these may be among them.".into())
+        }
+    };
+    let mut summary = Summary::new(&[Fold { fold, ..of_card(network.card) }], &slides, plan)?;
+    summary.notes.extend(seen);
     summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
     report::write(out, &describe::checkpoint(checkpoint, &engine)?, &summary, &slides, &[])?;
     Ok(summary)
+}
+
+/// A model file: its parameters, and what they are the parameters of.
+struct Network {
+    /// None where another program wrote the file.
+    card: Option<ModelCard>,
+    config: model::Config,
+    tensors: StateDict,
+}
+
+impl Network {
+    /// Reads `best.safetensors` of a run, whose checksum is checked, or a published checkpoint.
+    fn read(path: &Path, heads: Option<usize>) -> Result<Self> {
+        let ours = path.extension().is_some_and(|extension| extension == "safetensors");
+        if ours {
+            refuse_state(path)?;
+        }
+        let card = if ours { read_card(path)? } else { None };
+        let tensors = read_state_dict(path)?;
+        let config = match (&card, heads) {
+            (Some(card), Some(heads)) if card.model.heads != heads => {
+                let message = format!("--num-heads {heads}: {} has {}", path.display(), card.model.heads);
+                return Err(Error::Usage(message));
+            }
+            (Some(card), _) => card.model.clone(),
+            (None, heads) => {
+                infer::config(&tensors, heads.unwrap_or(PUBLISHED_HEADS)).map_err(|e| Error::file(path, e))?
+            }
+        };
+        Ok(Self { card, config, tensors })
+    }
+
+    fn check_width(&self, path: &Path, dataset: &Dataset, backbone: &str) -> Result<()> {
+        if dataset.features == self.config.features {
+            return Ok(());
+        }
+        let (takes, has) = (self.config.features, dataset.features);
+        Err(Error::file(path, format!("takes features of width {takes}, but {backbone}'s are {has}")))
+    }
+
+    /// An engine with these parameters.
+    fn engine(&self, path: &Path, device: Device, budget: Option<ByteSize>) -> Result<Engine<f32>> {
+        let mut engine = Engine::new(device, &self.config, 0)?;
+        engine.set_memory(Memory::new(budget));
+        load(&mut engine, path, &self.tensors)?;
+        Ok(engine)
+    }
 }
 
 /// What a model file says of its fold.
@@ -162,7 +255,50 @@ fn of_card(card: Option<ModelCard>) -> Fold {
     Fold { fold, train_slides: None, best_epoch, bin_edges: card.map(|card| card.bin_edges).unwrap_or_default() }
 }
 
-/// A fold's saved state, which is told by its progress, is no model.
+/// A sentence on the slides of `order` that a model has seen before; None if it has seen none.
+fn overlap(card: &ModelCard, dataset: &Dataset, order: &[usize]) -> Option<String> {
+    let slides = || order.iter().map(|&slide| &dataset.slides[slide]);
+    let all = order.len();
+    let trained = slides().filter(|slide| card.trained_on.has_slide(slide)).count();
+    let others = slides().filter(|slide| !card.trained_on.has_slide(slide));
+    let patients: BTreeSet<&str> =
+        others.filter(|slide| card.trained_on.has_patient(slide)).map(|slide| slide.case_id.as_str()).collect();
+    let chosen = slides().filter(|slide| card.chosen_on.has_slide(slide)).count();
+    let mut parts = Vec::new();
+    if trained > 0 {
+        parts.push(format!("the model was trained on {trained} of these {all} slides"));
+    }
+    if !patients.is_empty() {
+        parts.push(format!("it was trained on other slides of {} of these patients", patients.len()));
+    }
+    if parts.is_empty() {
+        return None; // that an epoch was chosen by these slides is the protocol's to say
+    }
+    if chosen > 0 {
+        parts.push(format!("its epoch was chosen by {chosen} of them"));
+    }
+    let what = parts.join(", and ");
+    Some(format!("WARNING: {what}: these figures say nothing of its accuracy on new patients."))
+}
+
+/// A C-index may differ by this much between machines, whose instruction sets round differently.
+const SAME_C_INDEX: f64 = 1e-3;
+
+/// Sentences on the folds whose C-index is not the one that was recorded when their model was chosen.
+fn unlike_training(summary: &Summary, recorded: &BTreeMap<usize, Option<f64>>) -> Vec<String> {
+    let differs = |fold: &FoldResult| {
+        let (now, before) = (fold.c_index?, (*recorded.get(&fold.fold)?)?);
+        ((now - before).abs() > SAME_C_INDEX).then(|| {
+            format!(
+                "WARNING: fold {} has a C-index of {now:.4}, but {before:.4} was recorded when its model was chosen: the \
+                 model, the features or the tables are not the same.",
+                fold.fold
+            )
+        })
+    };
+    summary.folds.iter().filter_map(differs).collect()
+}
+
 /// Shifts the risks of each fold so that their median is 0.
 fn centre(slides: &mut [SlideResult]) {
     let mut folds: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
@@ -174,6 +310,7 @@ fn centre(slides: &mut [SlideResult]) {
     }
 }
 
+/// A fold's saved state, which is told by its progress, is no model.
 fn refuse_state(path: &Path) -> Result<()> {
     let state: Option<serde_json::Value> = read_state(path).unwrap_or_default();
     if state.is_none_or(|state| state.get("progress").is_none()) {
@@ -190,12 +327,17 @@ fn unchanged(config: &RunConfig, dataset: &Dataset, fold: (usize, &data::dataset
     FoldTrainer::check(config, dataset, &seen.bins, &seen.slides, folder)
 }
 
-fn load(engine: &mut Engine<f32>, path: &Path, tensors: StateDict) -> Result<()> {
-    engine.load(&tensors).map_err(|e| Error::file(path, e))
+fn load(engine: &mut Engine<f32>, path: &Path, tensors: &StateDict) -> Result<()> {
+    engine.load(tensors).map_err(|e| Error::file(path, e))
 }
 
 /// A prediction for each slide of `order`, without dropout.
-fn predict(engine: &mut Engine<f32>, dataset: &Dataset, order: &[usize], fold: usize) -> Result<Vec<SlideResult>> {
+fn predict_slides(
+    engine: &mut Engine<f32>,
+    dataset: &Dataset,
+    order: &[usize],
+    fold: usize,
+) -> Result<Vec<SlideResult>> {
     let slides: Vec<_> = order.iter().map(|&slide| (slide, false)).collect();
     let reading = Reading::plan(engine, dataset, &slides, AHEAD)?;
     engine.reserve(order.iter().map(|&slide| dataset.sizes[slide]), false)?;

@@ -53,6 +53,11 @@ pub struct Config {
     pub fusion_dropout: f64,
 }
 
+/// Most columns of an attention head.
+pub const MOST_HEAD_COLUMNS: usize = 128;
+/// Highest rate of dropout.
+pub const MOST_DROPOUT: f64 = 0.95;
+
 impl Config {
     /// The published model for features of this width.
     pub fn new(features: usize) -> Self {
@@ -81,9 +86,9 @@ impl Config {
                 self.dim, self.heads
             )));
         }
-        if self.dim / self.heads > 128 {
+        if self.dim / self.heads > MOST_HEAD_COLUMNS {
             return Err(Error::Usage(format!(
-                "dim = {} with heads = {}: expected heads of at most 128 columns",
+                "dim = {} with heads = {}: expected heads of at most {MOST_HEAD_COLUMNS} columns",
                 self.dim, self.heads
             )));
         }
@@ -92,8 +97,8 @@ impl Config {
             ("attention_dropout", self.attention_dropout),
             ("fusion_dropout", self.fusion_dropout),
         ] {
-            if !(0.0..=0.95).contains(&rate) {
-                return Err(Error::Usage(format!("{name} = {rate}: expected a rate from 0 to 0.95")));
+            if !(0.0..=MOST_DROPOUT).contains(&rate) {
+                return Err(Error::Usage(format!("{name} = {rate}: expected a rate from 0 to {MOST_DROPOUT}")));
             }
         }
         Ok(())

@@ -1,20 +1,43 @@
-//! Files of a run that hold tensors: `best.safetensors`, a model in public parameter names, and `checkpoint.safetensors`, all that an
-//! interrupted fold needs to go on bit by bit.
+//! Files of a run that hold tensors: `best.safetensors`, a model in public parameter names, and
+//! `checkpoint.safetensors`, all that an interrupted fold needs to go on bit by bit.
+//!
+//! Each carries a checksum of itself in its metadata, under `sha256`: the SHA-256 (FIPS 180-4) of the
+//! whole file with 64 zeros in the checksum's own place. A file that does not match is an error.
 
-use std::{fs::File, io::Write, ops::Range, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io::{Read, Seek, SeekFrom, Write},
+    ops::Range,
+    path::Path,
+};
 
 use memmap2::Mmap;
 use safetensors::{SafeTensors, tensor::Dtype};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use sha2::{Digest, Sha256};
 
 use super::{
     config::RunConfig,
     step::{Engine, State},
 };
-use crate::{Error, Result, data::atomic::write_atomically, device::Element, model};
+use crate::{
+    Error, Result,
+    data::{
+        atomic::write_atomically,
+        cohort::Slide,
+        digest::{hex, id_digest},
+    },
+    device::Element,
+    model,
+};
 
 /// Metadata key of our JSON.
 const KEY: &str = "crossfusion";
+/// Metadata key of the checksum.
+const CHECKSUM: &str = "sha256";
+/// What stands in the checksum's place while it is computed.
+const BLANK: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
 /// What `best.safetensors` says of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,6 +49,34 @@ pub struct ModelCard {
     pub c_index: Option<f64>,
     /// Survival bins of the labels, in months.
     pub bin_edges: Vec<f64>,
+    /// Slides and patients whose outcomes its weights were fitted to.
+    pub trained_on: Seen,
+    /// Slides and patients by whose C-index its epoch was chosen.
+    pub chosen_on: Seen,
+}
+
+/// Slides and patients that a model has seen, each as the digest of its name
+/// ([`id_digest`](crate::data::digest::id_digest)), sorted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Seen {
+    pub slides: Vec<String>,
+    pub patients: Vec<String>,
+}
+
+impl Seen {
+    pub fn new<'a>(slides: impl Iterator<Item = &'a Slide>) -> Self {
+        let (slides, patients): (BTreeSet<_>, BTreeSet<_>) =
+            slides.map(|slide| (id_digest(slide.name()), id_digest(&slide.case_id))).unzip();
+        Self { slides: slides.into_iter().collect(), patients: patients.into_iter().collect() }
+    }
+
+    pub fn has_slide(&self, slide: &Slide) -> bool {
+        self.slides.binary_search(&id_digest(slide.name())).is_ok()
+    }
+
+    pub fn has_patient(&self, slide: &Slide) -> bool {
+        self.patients.binary_search(&id_digest(&slide.case_id)).is_ok()
+    }
 }
 
 /// Writes the model's parameters under their public names.
@@ -42,8 +93,8 @@ pub fn save_model<T: Element<Sum = f32>>(path: &Path, engine: &Engine<T>, card: 
 
 /// The card of a model file that this program wrote; None if another did.
 pub fn read_card(path: &Path) -> Result<Option<ModelCard>> {
-    let (_, metadata) = read(path)?;
-    metadata.map(|json| parse(path, &json)).transpose()
+    let json = verify(path)?;
+    json.map(|json| parse(path, &json)).transpose()
 }
 
 /// What a checkpoint belongs to. With anything else a fold would go on, but not as it began, so that is refused.
@@ -55,15 +106,14 @@ pub struct Origin {
     slides: u64,
 }
 
-/// Version of the arenas' layout and of the JSON beside them. 2: queries', keys' and values' projections side by side.
-const FORMAT: u32 = 2;
+/// Version of the arenas' layout and of the JSON beside them. 2: the projections of queries, keys and
+/// values lie side by side. 3: files carry their checksum.
+const FORMAT: u32 = 3;
 
 impl Origin {
     /// Data may move to other paths; what it holds is in the fingerprint.
     pub fn new(config: &RunConfig, slides: u64) -> Self {
-        let RunConfig { clinical, manifest, splits, pt_dir, .. } = RunConfig::default();
-        let settings = RunConfig { clinical, manifest, splits, pt_dir, ..config.without_machine() };
-        Self { format: FORMAT, settings, slides }
+        Self { format: FORMAT, settings: config.without_machine().without_paths(), slides }
     }
 
     /// An error that says in what the checkpoint at `path` differs from `now`.
@@ -112,18 +162,17 @@ pub fn read_state<S: DeserializeOwned>(path: &Path) -> Result<Option<S>> {
     if !path.exists() {
         return Ok(None);
     }
-    let (_, metadata) = read(path)?;
-    let json = metadata.ok_or_else(|| Error::file(path, "is not a checkpoint of cf-train"))?;
+    let json = verify(path)?.ok_or_else(|| Error::file(path, "is not a checkpoint of cf-train"))?;
     parse(path, &json).map(Some)
 }
 
-/// Puts a checkpoint's arenas back.
+/// Puts the arenas of a checkpoint back, whose state [`read_state`] has read and found whole.
 pub fn load_state<T: Element<Sum = f32>>(path: &Path, engine: &mut Engine<T>) -> Result<()> {
     let len = engine.model.layout.len();
     for (name, which) in ARENAS {
         for start in (0..len).step_by(PIECE) {
             // mapped anew for each piece: what has been read no longer counts as the process's memory
-            let (bytes, _) = read(path)?;
+            let bytes = map(path)?;
             let file = SafeTensors::deserialize(&bytes);
             let file = file.map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
             let tensor = file.tensor(name).map_err(|_| Error::file(path, format!("lacks the tensor `{name}`")))?;
@@ -159,7 +208,7 @@ fn save<S: Serialize, T: Element<Sum = f32>>(
 ) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written: {e}"));
     let json = serde_json::to_string(json).map_err(|e| failed(&e))?;
-    let mut header = serde_json::json!({ "__metadata__": { KEY: json } });
+    let mut header = serde_json::json!({ "__metadata__": { KEY: json, CHECKSUM: BLANK } });
     let mut end = 0;
     for tensor in &tensors {
         let start = end;
@@ -169,8 +218,13 @@ fn save<S: Serialize, T: Element<Sum = f32>>(
     }
     let mut header = header.to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
+    let place = checksum_place(&header, BLANK).ok_or_else(|| failed(&"its header has no room for a checksum"))?;
     write_atomically(path, |file| {
-        let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(|e| failed(&e));
+        let mut hash = Sha256::new();
+        let mut put = |bytes: &[u8]| {
+            hash.update(bytes);
+            file.write_all(bytes).map_err(|e| failed(&e))
+        };
         put(&(header.len() as u64).to_le_bytes())?;
         put(&header)?;
         for Stored { state, range, .. } in tensors {
@@ -181,22 +235,71 @@ fn save<S: Serialize, T: Element<Sum = f32>>(
                 }
             }
         }
-        Ok(())
+        let checksum = hex(&hash.finalize());
+        let place = SeekFrom::Start((size_of::<u64>() + place.start) as u64);
+        file.seek(place).and_then(|_| file.write_all(checksum.as_bytes())).map_err(|e| failed(&e))
     })
 }
 
-/// A file's bytes, and our JSON if it has any.
-fn read(path: &Path) -> Result<(Mmap, Option<String>)> {
-    let open = || {
-        let file = File::open(path)?;
-        // SAFETY: these files are replaced by renaming, never written in place.
-        unsafe { Mmap::map(&file) }
+/// Where `checksum` stands in a header. The first match is the right one: in our JSON, which is a
+/// string within the header, every quotation mark is escaped.
+fn checksum_place(header: &[u8], checksum: &str) -> Option<Range<usize>> {
+    let wanted = format!("\"{CHECKSUM}\":\"{checksum}\"");
+    let start = header.windows(wanted.len()).position(|window| window == wanted.as_bytes())?;
+    let end = start + wanted.len() - 1;
+    Some(end - checksum.len()..end)
+}
+
+/// Our JSON in a file, whose checksum is checked; None where another program wrote the file.
+fn verify(path: &Path) -> Result<Option<String>> {
+    let unreadable = |e| Error::file(path, format!("cannot be read: {e}"));
+    let metadata = {
+        let bytes = map(path)?;
+        let (_, header) = SafeTensors::read_metadata(&bytes)
+            .map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
+        header.metadata().clone().unwrap_or_default()
     };
-    let bytes = open().map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(&bytes).map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
-    let json = metadata.metadata().as_ref().and_then(|m| m.get(KEY)).cloned();
-    Ok((bytes, json))
+    let (json, checksum) = match (metadata.get(KEY), metadata.get(CHECKSUM)) {
+        (None, None) => return Ok(None),
+        (Some(json), Some(checksum)) if checksum.len() == BLANK.len() => (json, checksum),
+        _ => {
+            let message = "has no checksum: it is damaged, or a version before 0.2 wrote it";
+            return Err(Error::file(path, message));
+        }
+    };
+    // Read, not through the map: the pages of a large checkpoint would count as the process's memory.
+    let mut file = File::open(path).map_err(unreadable)?;
+    let mut length = [0; size_of::<u64>()];
+    file.read_exact(&mut length).map_err(unreadable)?;
+    let mut header = vec![0; u64::from_le_bytes(length) as usize]; // the parser has bounded it
+    file.read_exact(&mut header).map_err(unreadable)?;
+    if let Some(place) = checksum_place(&header, checksum) {
+        header[place].copy_from_slice(BLANK.as_bytes());
+    }
+    let mut hash = Sha256::new();
+    hash.update(length);
+    hash.update(&header);
+    let mut piece = vec![0; PIECE];
+    loop {
+        match file.read(&mut piece).map_err(unreadable)? {
+            0 => break,
+            n => hash.update(&piece[..n]),
+        }
+    }
+    if hex(&hash.finalize()) != *checksum {
+        return Err(Error::file(path, "is damaged: it does not match its own checksum"));
+    }
+    Ok(Some(json.clone()))
+}
+
+fn map(path: &Path) -> Result<Mmap> {
+    let unreadable = |e| Error::file(path, format!("cannot be read: {e}"));
+    let file = File::open(path).map_err(unreadable)?;
+    if !file.metadata().map_err(unreadable)?.is_file() {
+        return Err(Error::file(path, "is a folder or a device, expected a file"));
+    }
+    // SAFETY: these files are replaced by renaming, never written in place.
+    unsafe { Mmap::map(&file) }.map_err(unreadable)
 }
 
 fn parse<S: DeserializeOwned>(path: &Path, json: &str) -> Result<S> {

@@ -134,6 +134,9 @@ pub struct RunConfig {
     /// Slides between checkpoints within an epoch; there is one at its end in any case
     #[arg(long, default_value_t = 100)]
     pub checkpoint_every: usize,
+    /// Write TensorBoard event files into the run folder: `tensorboard --logdir RUN/tensorboard`
+    #[arg(long)]
+    pub tensorboard: bool,
     /// How activations and weights are stored: auto is bf16 on a GPU, f32 on a CPU. Master weights and sums are f32
     #[arg(long, value_enum, default_value_t = Precision::Auto)]
     pub precision: Precision,
@@ -296,6 +299,49 @@ impl RunConfig {
         if !(0.0..=1.0).contains(&self.alpha_surv) {
             return usage(format!("--alpha-surv {}: expected a number from 0 to 1", self.alpha_surv));
         }
+        if self.eta_min > self.learning_rate {
+            let (lowest, highest) = (self.eta_min, self.learning_rate);
+            return usage(format!("--eta-min {lowest}: expected at most --learning-rate {highest}"));
+        }
+        if self.warmup_epochs >= self.num_epochs {
+            let (warmup, epochs) = (self.warmup_epochs, self.num_epochs);
+            return usage(format!(
+                "--num-epochs {epochs}: the first {warmup} epochs (--warmup-epochs) never give the best model, so none \
+                 could; expected more than {warmup}"
+            ));
+        }
+        self.check_model()
+    }
+
+    /// What [`model::Config::check`] asks for, in the names of the flags.
+    fn check_model(&self) -> Result<()> {
+        let usage = |message: String| Err(Error::Usage(message));
+        let (dim, heads) = (self.embed_dim, self.num_heads);
+        for (flag, value) in [("--embed-dim", dim), ("--num-heads", heads), ("--num-attn-layers", self.num_attn_layers)]
+        {
+            if value == 0 {
+                return usage(format!("{flag} 0: expected at least 1"));
+            }
+        }
+        if !dim.is_multiple_of(heads) || !dim.is_multiple_of(2) {
+            return usage(format!(
+                "--embed-dim {dim} with --num-heads {heads}: expected an even width that the heads divide"
+            ));
+        }
+        if dim / heads > model::MOST_HEAD_COLUMNS {
+            return usage(format!(
+                "--embed-dim {dim} with --num-heads {heads}: expected heads of at most {} columns",
+                model::MOST_HEAD_COLUMNS
+            ));
+        }
+        let rates = [
+            ("--ffn-dropout", self.ffn_dropout),
+            ("--attention-dropout", self.attention_dropout),
+            ("--fusion-dropout", self.fusion_dropout),
+        ];
+        if let Some((flag, rate)) = rates.iter().find(|(_, rate)| !(0.0..=model::MOST_DROPOUT).contains(rate)) {
+            return usage(format!("{flag} {rate}: expected a rate from 0 to {}", model::MOST_DROPOUT));
+        }
         self.model(1).check()
     }
 
@@ -321,8 +367,15 @@ impl RunConfig {
 
     /// The settings but for those of the machine, which do not touch the result: a resumed run may change these.
     pub fn without_machine(&self) -> Self {
-        let Self { device, threads, memory_budget, prefetch_factor, checkpoint_every, .. } = Self::default();
-        Self { device, threads, memory_budget, prefetch_factor, checkpoint_every, ..self.clone() }
+        let Self { device, threads, memory_budget, prefetch_factor, checkpoint_every, tensorboard, .. } =
+            Self::default();
+        Self { device, threads, memory_budget, prefetch_factor, checkpoint_every, tensorboard, ..self.clone() }
+    }
+
+    /// The settings but for where the data lies.
+    pub fn without_paths(&self) -> Self {
+        let Self { clinical, manifest, splits, pt_dir, .. } = Self::default();
+        Self { clinical, manifest, splits, pt_dir, ..self.clone() }
     }
 
     pub fn source(&self) -> Source<'_> {

@@ -144,7 +144,8 @@ pub fn batches(units: &[Unit], size: BatchSize, seed: u64, fold: usize, epoch: u
     (0..count).map(batch).collect()
 }
 
-/// An error if there is nobody to compare in fold `i`'s slides, on either side.
+/// An error if there is nobody to compare in fold `i`'s slides, on either side, or in any batch of an
+/// epoch, which then would not update the weights.
 pub fn check(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold)) -> Result<()> {
     for (side, slides) in [("training", &fold.train), ("validation", &fold.val)] {
         let units = units(config.cox_unit, dataset, slides)?;
@@ -152,6 +153,20 @@ pub fn check(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold)) -
             let reason = format!(
                 "none of the {} {side} slides of fold {i} has an event at which another is still at risk",
                 slides.len()
+            );
+            return Err(Error::Statistic { statistic: "the Cox loss", reason });
+        }
+    }
+    let units = units(config.cox_unit, dataset, &fold.train)?;
+    for epoch in 0..config.num_epochs {
+        let batches = batches(&units, config.cox_batch, config.seed, i, epoch);
+        let comparable = |batch: &Vec<Unit>| Ok(cohort(dataset, batch, config.cox_ties)?.is_comparable());
+        if !batches.iter().map(comparable).collect::<Result<Vec<_>>>()?.contains(&true) {
+            let reason = format!(
+                "no batch of epoch {} of fold {i} has an event at which another is still at risk; --cox-batch {} is too \
+                 small",
+                epoch + 1,
+                config.cox_batch
             );
             return Err(Error::Statistic { statistic: "the Cox loss", reason });
         }
@@ -258,13 +273,6 @@ impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
             if end / config.checkpoint_every > first / config.checkpoint_every {
                 self.checkpoint()?;
             }
-        }
-        if self.progress.events == 0 {
-            let (epoch, size) = (epoch + 1, config.cox_batch);
-            let reason = format!(
-                "no batch of epoch {epoch} of fold {fold} has an event at which another is still at risk; --cox-batch {size} is too small"
-            );
-            return Err(Error::Statistic { statistic: "the Cox loss", reason });
         }
         Ok(ControlFlow::Continue(()))
     }

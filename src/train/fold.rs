@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    checkpoint::{self, ModelCard, Origin},
+    checkpoint::{self, ModelCard, Origin, Seen},
     config::RunConfig,
     cox::{self, Unit},
     step::{Engine, Pending},
@@ -424,8 +424,14 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
             epoch,
             c_index,
             bin_edges: self.bins.edges.clone(),
+            trained_on: self.seen(&self.slides.train),
+            chosen_on: self.seen(&self.slides.val),
         };
         checkpoint::save_model(&FoldTrainer::best_path(&self.folder), &self.engine, &card)
+    }
+
+    fn seen(&self, slides: &[usize]) -> Seen {
+        Seen::new(slides.iter().map(|&slide| &self.dataset.slides[slide]))
     }
 
     pub(super) fn checkpoint(&self) -> Result<()> {

@@ -1,4 +1,5 @@
-//! What a run shows: a bar on a terminal, plain lines elsewhere.
+//! What a run shows: a bar on a terminal, plain lines elsewhere, and a row an epoch. No line is wider
+//! than 80 columns.
 
 use std::{
     io::IsTerminal,
@@ -11,17 +12,22 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
     config::RunConfig,
-    fold::{Best, EpochMetrics, SlideDone},
+    cox,
+    fold::{EpochMetrics, SlideDone},
     protocol::Part,
 };
-use crate::data::dataset::Dataset;
+use crate::{Result, data::dataset::Dataset, loss::Loss};
 
 /// Where output is piped, a long epoch says this often that it is alive.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(60);
+const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
+
+/// The columns of an epoch's row.
+const HEAD: &str = "fold    epoch  train loss     C  val loss     C       time  fold left  run left";
 
 pub struct Display<'a> {
     pub interrupted: &'a AtomicBool,
     epochs: usize,
+    folds: usize,
     /// None where output is piped.
     bar: Option<ProgressBar>,
     /// Fold, epoch, and whether it validates.
@@ -30,17 +36,25 @@ pub struct Display<'a> {
     patches: usize,
     start: Instant,
     last_line: Instant,
-    /// The last epoch's validation C-index.
-    c_index: Option<f64>,
+    /// The fold whose rows stand under the last head.
+    headed: Option<usize>,
+    /// Epochs that this process has seen to their end, and their seconds.
+    seen: (usize, f64),
 }
 
 impl<'a> Display<'a> {
     /// Says what the run works on.
-    pub fn new(run: &Path, config: &RunConfig, dataset: &Dataset, parts: &[Part], interrupted: &'a AtomicBool) -> Self {
+    pub fn new(
+        run: &Path,
+        config: &RunConfig,
+        dataset: &Dataset,
+        parts: &[Part],
+        interrupted: &'a AtomicBool,
+    ) -> Result<Self> {
         crate::say(format!("run folder {}", run.display()));
         let events = dataset.slides.iter().filter(|slide| !slide.censored).count();
         crate::say(format!(
-            "{} slides with features of width {}, {events} events",
+            "{} slides with features of width {}, {events} with an event",
             dataset.slides.len(),
             dataset.features
         ));
@@ -48,25 +62,37 @@ impl<'a> Display<'a> {
             crate::say(sentence);
         }
         for (i, part) in parts.iter().enumerate() {
-            let without = match part.slides.without_outcome {
-                0 => String::new(),
-                n => format!(" ({n} cases without an outcome left out)"),
-            };
-            let (train, val) = (part.slides.train.len(), part.slides.val.len());
-            crate::say(match part.held_out {
-                0 => format!("fold {i}: {train} slides to train, {val} to validate{without}"),
-                n => format!(
-                    "fold {i}: {train} slides to train, {val} to choose the epoch by, {n} to evaluate at the end{without}"
-                ),
-            });
+            crate::say(describe(config, dataset, i, part)?);
         }
+        let first = config.warmup_epochs + 1;
+        if config.warmup_epochs + config.es_patience >= config.num_epochs {
+            crate::say(format!(
+                "no fold ends early: warm-up ({}) and patience ({}) reach to epoch {}, its last",
+                config.warmup_epochs, config.es_patience, config.num_epochs
+            ));
+        }
+        crate::say(format!(
+            "* the best validation C-index so far, from epoch {first} on; its weights are kept.\n\
+             Times left are the most it can be: a fold ends {} epochs after its best one.",
+            config.es_patience
+        ));
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{msg} {wide_bar:.cyan/blue} {pos}/{len} {elapsed}<{eta}");
+            let style = ProgressStyle::with_template("{msg} {wide_bar:.cyan/blue} {pos}/{len} {eta}");
             ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
         let now = Instant::now();
-        let epochs = config.num_epochs;
-        Self { interrupted, epochs, bar, phase: None, patches: 0, start: now, last_line: now, c_index: None }
+        Ok(Self {
+            interrupted,
+            epochs: config.num_epochs,
+            folds: parts.len(),
+            bar,
+            phase: None,
+            patches: 0,
+            start: now,
+            last_line: now,
+            headed: None,
+            seen: (0, 0.0),
+        })
     }
 
     pub fn slide(&mut self, done: &SlideDone) {
@@ -83,54 +109,57 @@ impl<'a> Display<'a> {
         } else {
             self.patches += done.patches;
         }
-        // the first slide starts the clock
-        let rate = match self.patches {
-            0 => String::new(),
-            patches => format!(" {:.0} patches/s", patches as f64 / self.start.elapsed().as_secs_f64()),
-        };
         let what = if done.validating { "val" } else { "train" };
-        let c_index = self.c_index.map_or(String::new(), |c| format!(" C {c:.3}"));
         let loss = done.loss.map_or(String::new(), |loss| format!(" loss {loss:.3}"));
-        let epoch = done.epoch + 1;
-        let state = format!("fold {} epoch {epoch}/{} {what}{loss}{c_index}{rate}", done.fold, self.epochs);
+        let state = format!("fold {} epoch {}/{} {what}{loss}", done.fold, done.epoch + 1, self.epochs);
         if let Some(bar) = &self.bar {
             bar.set_message(state);
             bar.set_position(done.position as u64);
         } else if self.last_line.elapsed() >= SIGN_OF_LIFE {
-            crate::say(format!("{state} slide {}/{}", done.position, done.slides));
+            // the first slide started the clock
+            let rate = match self.patches {
+                0 => String::new(),
+                patches => format!(", {:.0} patches/s", patches as f64 / self.start.elapsed().as_secs_f64()),
+            };
+            crate::say(format!("{state}, slide {} of {}{rate}", done.position, done.slides));
             self.last_line = Instant::now();
         }
     }
 
-    pub fn epoch(&mut self, metrics: &EpochMetrics, best: Option<Best>) {
-        (self.c_index, self.last_line) = (metrics.val_c_index, Instant::now());
+    pub fn epoch(&mut self, metrics: &EpochMetrics) {
+        self.last_line = Instant::now();
+        self.seen = (self.seen.0 + 1, self.seen.1 + metrics.seconds);
+        let mean = self.seen.1 / self.seen.0 as f64;
+        let of_fold = self.epochs - metrics.epoch - 1;
+        let of_run = of_fold + (self.folds - metrics.fold - 1) * self.epochs;
         let c_index = |c: Option<f64>| c.map_or("-".into(), |c| format!("{c:.3}"));
-        let best = match best {
-            _ if metrics.best => " *".into(),
-            Some(best) => format!(" (best {:.3} in epoch {})", best.c_index, best.epoch + 1),
-            None => String::new(),
-        };
-        let skipped = match metrics.batches_without_update {
-            0 => String::new(),
-            1 => ", 1 batch without an event to compare gave no update".into(),
-            n => format!(", {n} batches without an event to compare gave no update"),
-        };
-        let line = format!(
-            "fold {} epoch {:>3}/{} lr {:.1e} | train loss {:.3} C {} | val loss {:.3} C {}{best} | {:.1} s, {:.0} patches/s{skipped}",
+        let row = format!(
+            "{:>4} {:>8}  {:>10.3} {:>5}  {:>8.3} {:>5}{}{:>9}  {:>9} {:>9}",
             metrics.fold,
-            metrics.epoch + 1,
-            self.epochs,
-            metrics.learning_rate,
+            format!("{}/{}", metrics.epoch + 1, self.epochs),
             metrics.train_loss,
             c_index(metrics.train_c_index),
             metrics.val_loss,
             c_index(metrics.val_c_index),
-            metrics.seconds,
-            metrics.patches_per_second,
+            if metrics.best { " *" } else { "  " },
+            left(metrics.seconds),
+            left(mean * of_fold as f64),
+            left(mean * of_run as f64),
         );
+        let mut lines = vec![row];
+        if self.headed != Some(metrics.fold) {
+            self.headed = Some(metrics.fold);
+            lines.insert(0, HEAD.into());
+        }
+        lines.extend(match metrics.batches_without_update {
+            0 => None,
+            1 => Some("     1 batch without an event to compare gave no update".into()),
+            n => Some(format!("     {n} batches without an event to compare gave no update")),
+        });
+        let lines = lines.join("\n");
         match &self.bar {
-            Some(bar) => bar.suspend(|| crate::say(&line)),
-            None => crate::say(&line),
+            Some(bar) => bar.suspend(|| crate::say(&lines)),
+            None => crate::say(&lines),
         }
     }
 
@@ -138,5 +167,49 @@ impl<'a> Display<'a> {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// What fold `i` trains on and is judged by.
+fn describe(config: &RunConfig, dataset: &Dataset, i: usize, part: &Part) -> Result<String> {
+    let (train, val) = (&part.slides.train, part.slides.val.len());
+    let updates = if config.loss_fn == Loss::CoxSurv {
+        let units = cox::units(config.cox_unit, dataset, train)?;
+        cox::batches(&units, config.cox_batch, config.seed, i, 0).len()
+    } else {
+        train.len() / config.grad_accum_steps
+    };
+    let updates = format!("{updates} update{} an epoch", if updates == 1 { "" } else { "s" });
+    let mut text = format!("fold {i}: {} slides to train, {updates}; ", train.len());
+    text += &match part.held_out {
+        0 => format!("{val} to validate"),
+        n => format!("{val} to choose the epoch by;\n        {n} to evaluate at the end"),
+    };
+    if part.slides.without_outcome > 0 {
+        text += &format!("\n        {} cases without an outcome left out", part.slides.without_outcome);
+    }
+    Ok(text)
+}
+
+/// A time to wait, to two units: "48 s", "12 min", "3 h 20 min", "2 d 4 h".
+fn left(seconds: f64) -> String {
+    let minutes = (seconds / 60.0).round() as u64;
+    match (minutes, minutes / 60) {
+        _ if seconds < 10.0 => format!("{seconds:.1} s"),
+        _ if seconds < 90.0 => format!("{seconds:.0} s"),
+        (0..120, _) => format!("{minutes} min"),
+        (_, hours @ 0..48) => format!("{hours} h {} min", minutes % 60),
+        (_, hours) => format!("{} d {} h", hours / 24, hours % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_left_read_well() {
+        let texts = [0.0, 89.4, 90.0, 7_000.0, 12_000.0, 200_000.0].map(left);
+        assert_eq!(texts, ["0.0 s", "89 s", "2 min", "117 min", "3 h 20 min", "2 d 7 h"]);
     }
 }

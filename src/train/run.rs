@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
+//! RUN/inputs.json            fingerprints of the tables and feature files
 //! RUN/metrics.jsonl          a line an epoch
 //! RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
 //! RUN/report.html, ...       what `crate::report::write` leaves, once all folds are trained
@@ -21,9 +22,11 @@ use half::bf16;
 use super::{
     config::RunConfig,
     fold::{self, Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
+    inputs::{self, Inputs},
     progress::Display,
     protocol::{self, Part},
     step::Engine,
+    tensorboard::Events,
 };
 use crate::{
     Error, Result,
@@ -32,6 +35,7 @@ use crate::{
         dataset::Dataset,
     },
     device::{Device, Element, Storage},
+    loss::Loss,
 };
 
 /// The demo's cohort, in its run's folder.
@@ -152,7 +156,10 @@ impl Run {
             return Err(Error::Usage(message));
         }
         let part = |i: usize| protocol::prepare(&config, &dataset, (i, &dataset.fold(&config.splits, i)?));
-        let parts = (0..config.folds).map(part).collect::<Result<_>>()?;
+        let parts = (0..config.folds).map(part).collect::<Result<Vec<_>>>()?;
+        for (i, part) in parts.iter().enumerate() {
+            check_updates(&config, i, part.slides.train.len())?;
+        }
         let device = Device::from_name(&config.device, config.threads)?;
         let storage = config.precision.storage(&device)?;
         let mut run = Self { config, dataset, parts, storage, memory: None };
@@ -188,32 +195,77 @@ impl Run {
         Ok(counts)
     }
 
-    /// Writes the settings into the run's folder; from then on it can be resumed.
+    /// Writes the settings and the inputs' fingerprints into the run's folder; from then on it can be
+    /// resumed.
     pub fn save_config(&self, folder: &Path) -> Result<()> {
+        Inputs::read(&self.config, &self.dataset)?.save(folder)?;
         write_text(&config_path(folder), &self.config.to_toml()?)
+    }
+
+    /// Takes down where the data of an earlier run lies now, if it has moved.
+    pub fn moved(&self, folder: &Path) -> Result<()> {
+        let path = config_path(folder);
+        let before = RunConfig::read(&path)?;
+        let moved = RunConfig {
+            clinical: self.config.clinical.clone(),
+            manifest: self.config.manifest.clone(),
+            splits: self.config.splits.clone(),
+            pt_dir: self.config.pt_dir.clone(),
+            ..before.clone()
+        };
+        if moved == before { Ok(()) } else { write_text(&path, &moved.to_toml()?) }
+    }
+
+    /// An error if the inputs are no longer those that the run in `folder` was begun with. Files that
+    /// were merely written again, or mended, are taken down as they are now.
+    fn check_inputs(&self, folder: &Path) -> Result<()> {
+        let Some(before) = Inputs::load(folder)? else { return Ok(()) };
+        let now = Inputs::read(&self.config, &self.dataset)?;
+        let changes = before.changes(&now);
+        if let Some(what) = changes.sentence() {
+            let message = format!("the run was begun with other inputs: {what}; put them back, or begin another run");
+            return Err(Error::file(inputs::path(folder), message));
+        }
+        if let Some(first) = changes.written_again.first() {
+            crate::say(format!(
+                "note: {} input files were written again since the run began, and look the same: {}, ...",
+                changes.written_again.len(),
+                first.display()
+            ));
+        }
+        if now == before { Ok(()) } else { now.save(folder) }
     }
 
     /// Trains all folds, from the beginning or from where the folder's checkpoints are. `interrupted` asks for a stop after the slide in hand.
     pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<()> {
         let _lock = lock(folder)?;
+        let begun = (0..self.parts.len()).any(|i| FoldTrainer::checkpoint_path(&fold_folder(folder, i)).exists());
         for (i, part) in self.parts.iter().enumerate() {
             let files = fold_folder(folder, i);
             std::fs::create_dir_all(&files).map_err(|e| Error::file(&files, format!("cannot be made: {e}")))?;
             remove_leftovers(&files)?;
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
         }
+        if begun {
+            self.check_inputs(folder)?;
+        }
         trim_metrics(folder, self.parts.len())?;
-        let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, interrupted);
+        let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, interrupted)?;
         for (i, part) in self.parts.iter().enumerate() {
             let files = fold_folder(folder, i);
             if FoldTrainer::epochs_done(&files)?.1 {
                 continue;
             }
-            let mut log = Log { path: metrics_path(folder), display: &mut display };
+            let events = match self.config.tensorboard {
+                true => Some(Events::begin(folder, i, FoldTrainer::epochs_done(&files)?.0)?),
+                false => None,
+            };
+            let mut log = Log { path: metrics_path(folder), events, display: &mut display };
             let outcome = match self.storage {
                 Storage::F32 => self.train_fold::<f32>((i, part), &files, &mut log),
                 Storage::Bf16 => self.train_fold::<bf16>((i, part), &files, &mut log),
             };
+            let outcome = outcome.inspect_err(|error| allow_mending(folder, error));
             if outcome? == Outcome::Stopped {
                 display.finish();
                 return Err(Error::Interrupted(format!(
@@ -236,9 +288,34 @@ impl Run {
     }
 }
 
-/// Appends each epoch to `metrics.jsonl` and passes on to the display.
+/// An error if no epoch of fold `i` would update the weights: the published rule updates them after
+/// every `grad_accum_steps`-th slide of an epoch.
+fn check_updates(config: &RunConfig, i: usize, slides: usize) -> Result<()> {
+    let steps = config.grad_accum_steps;
+    if config.loss_fn == Loss::CoxSurv || steps <= slides {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "--grad-accum-steps {steps}: fold {i} trains on {slides} slides, so that no epoch would update the weights; \
+         expected at most {slides}"
+    )))
+}
+
+/// After a feature file could not be read, another version of it may take its place.
+fn allow_mending(run: &Path, error: &Error) {
+    let Error::File { path, .. } = error else { return };
+    if let Ok(Some(mut inputs)) = Inputs::load(run)
+        && inputs.may_be_mended(path)
+    {
+        // a run whose folder cannot be written has said so already
+        let _ = inputs.save(run);
+    }
+}
+
+/// Appends each epoch to `metrics.jsonl` and the event file, if there is one, and passes on to the display.
 struct Log<'a, 'b> {
     path: PathBuf,
+    events: Option<Events>,
     display: &'a mut Display<'b>,
 }
 
@@ -256,7 +333,10 @@ impl Observer for Log<'_, '_> {
         let failed = |e: std::io::Error| Error::file(&self.path, format!("cannot be written: {e}"));
         let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&self.path).map_err(failed)?;
         file.write_all(line(metrics).as_bytes()).and_then(|()| file.sync_data()).map_err(failed)?;
-        self.display.epoch(metrics, best);
+        if let Some(events) = &mut self.events {
+            events.epoch(metrics, best)?;
+        }
+        self.display.epoch(metrics);
         Ok(())
     }
 }

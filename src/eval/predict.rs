@@ -1,0 +1,271 @@
+//! Predictions of slides whose outcome is not known, by one model or by the folds of a run together.
+
+use std::path::{Path, PathBuf};
+
+use bytesize::ByteSize;
+use serde::Serialize;
+
+use super::{Network, load, of_card, overlap, predict_slides};
+use crate::{
+    Error, Result,
+    data::{atomic::write_text, cohort::LeftOut, dataset::Dataset},
+    device::Device,
+    report::{
+        Fold, SlideResult,
+        accuracy::{edge_times, survival_at},
+    },
+    train::{config::RunConfig, fold::FoldTrainer, run},
+};
+
+/// The predictions as a table and as JSON, in their folder.
+pub const CSV: &str = "predictions.csv";
+pub const JSON: &str = "predictions.json";
+
+/// What to predict with, and which slides.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// A run's folder, whose folds' models are averaged, or a model file.
+    pub model: &'a Path,
+    /// As [`Checkpoint::heads`](super::Checkpoint::heads).
+    pub heads: Option<usize>,
+    pub pt_dir: &'a Path,
+    pub backbone: &'a str,
+    /// A table with the column `slide_id`; None predicts all slides that have features.
+    pub slides: Option<&'a Path>,
+}
+
+/// predictions.json.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Predictions {
+    /// The model files whose predictions are averaged.
+    pub models: Vec<PathBuf>,
+    /// Where the time bins begin and end, in months, one more than there are hazards. Empty where the
+    /// model has none, or does not say. Folds that cut their own have the mean of theirs here.
+    pub bin_edges: Vec<f64>,
+    pub slides: Vec<SlidePrediction>,
+    /// Slides without a prediction, and why.
+    pub left_out: Vec<LeftOut>,
+    pub notes: Vec<String>,
+}
+
+/// A slide's prediction: the mean over the models of their survival curves and of their risks.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SlidePrediction {
+    pub slide_id: String,
+    /// Higher is worse. Of a model with time bins it is minus the sum of the survival curve.
+    pub risk: f64,
+    /// Each model's risk, in the order of the models.
+    pub risk_by_model: Vec<f64>,
+    /// Months at which half are expected to have died: where the survival curve, straight between the
+    /// ends of the bins, falls to 1/2. None where it does not, or the ends are not known.
+    pub median_months: Option<f64>,
+    /// For each bin, the probability of the event in it given survival up to it.
+    pub hazards: Vec<f64>,
+    /// For each bin, the probability of surviving it.
+    pub survival: Vec<f64>,
+}
+
+/// Predicts slides. Nothing is written; [`Predictions::write`] does that.
+pub fn predict(request: &Request, device: Device, budget: Option<ByteSize>) -> Result<Predictions> {
+    let models = models(request.model)?;
+    let (dataset, left_out) = Dataset::without_outcomes(request.pt_dir, request.backbone, request.slides)?;
+    let order: Vec<usize> = (0..dataset.slides.len()).collect();
+    let (mut folds, mut rows, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+    let first = Network::read(&models[0], request.heads)?;
+    first.check_width(&models[0], &dataset, request.backbone)?;
+    let mut engine = first.engine(&models[0], device, budget)?;
+    for (i, path) in models.iter().enumerate() {
+        let network = Network::read(path, request.heads)?;
+        if network.config != first.config {
+            return Err(Error::file(path, format!("is of other settings than {}", models[0].display())));
+        }
+        load(&mut engine, path, &network.tensors)?;
+        if let Some(card) = &network.card {
+            notes.extend(overlap(card, &dataset, &order).map(|what| format!("{}: {what}", path.display())));
+        }
+        rows.push(predict_slides(&mut engine, &dataset, &order, i)?);
+        folds.push(Fold { fold: i, ..of_card(network.card) });
+    }
+    let bin_edges = mean_edges(&folds);
+    let slides = (0..order.len()).map(|slide| {
+        let of_models: Vec<&SlideResult> = rows.iter().map(|rows| &rows[slide]).collect();
+        average(&of_models, &folds, &bin_edges)
+    });
+    Ok(Predictions { bin_edges: bin_edges.clone(), slides: slides.collect::<Result<_>>()?, models, left_out, notes })
+}
+
+/// The models of a run's folds that are trained to their end, or the one model.
+fn models(model: &Path) -> Result<Vec<PathBuf>> {
+    let config = run::config_path(model);
+    if !config.is_file() {
+        if model.is_dir() {
+            let message = format!("{}: is neither a run folder, it has no config.toml, nor a model", model.display());
+            return Err(Error::Usage(message));
+        }
+        return Ok(vec![model.to_path_buf()]);
+    }
+    let folds = RunConfig::read(&config)?.folds;
+    (0..folds)
+        .map(|fold| {
+            let folder = run::fold_folder(model, fold);
+            if !FoldTrainer::epochs_done(&folder)?.1 {
+                let message = format!("is not finished: fold {fold} of {folds} is not trained to its end");
+                return Err(Error::file(model, message));
+            }
+            Ok(FoldTrainer::best_path(&folder))
+        })
+        .collect()
+}
+
+/// The models' common edges, or the mean of theirs; empty where one of them does not say, or they have
+/// not the same number of bins.
+fn mean_edges(folds: &[Fold]) -> Vec<f64> {
+    let Ok(inner) = edge_times(folds) else { return Vec::new() };
+    let mean = |of: &dyn Fn(&Fold) -> f64| folds.iter().map(of).sum::<f64>() / folds.len() as f64;
+    let end = |edges: &[f64], last: bool| if last { edges.last() } else { edges.first() }.copied().unwrap_or_default();
+    let outer = [false, true].map(|last| mean(&|fold| end(&fold.bin_edges, last)));
+    [&outer[..1], &inner, &outer[1..]].concat()
+}
+
+/// One slide's predictions by all models in one.
+fn average(rows: &[&SlideResult], folds: &[Fold], bin_edges: &[f64]) -> Result<SlidePrediction> {
+    let n = rows.len() as f64;
+    let bins = rows[0].survival.len();
+    let curves = if rows.len() > 1 && !bin_edges.is_empty() {
+        // each curve at the common ends; where the models' bins are the same, these are its own values
+        let own: Vec<SlideResult> = rows.iter().map(|row| (*row).clone()).collect();
+        survival_at(&own, folds, &bin_edges[1..]).map_err(Error::Usage)?
+    } else {
+        if let Some(other) = rows.iter().find(|row| row.survival.len() != bins) {
+            let message = format!("the models have {bins} and {} time bins, expected as many", other.survival.len());
+            return Err(Error::Usage(message));
+        }
+        rows.iter().flat_map(|row| row.survival.iter().copied()).collect()
+    };
+    let survival: Vec<f64> =
+        (0..bins).map(|bin| (0..rows.len()).map(|row| curves[row * bins + bin]).sum::<f64>() / n).collect();
+    let before = std::iter::once(1.0).chain(survival.iter().copied());
+    let hazard = |(before, after): (f64, &f64)| if before > 0.0 { 1.0 - after / before } else { 1.0 };
+    let hazards = if rows.len() == 1 { rows[0].hazards.clone() } else { before.zip(&survival).map(hazard).collect() };
+    Ok(SlidePrediction {
+        slide_id: rows[0].slide_id.clone(),
+        risk: rows.iter().map(|row| row.risk).sum::<f64>() / n,
+        risk_by_model: rows.iter().map(|row| row.risk).collect(),
+        median_months: median(&survival, bin_edges),
+        hazards,
+        survival,
+    })
+}
+
+/// Where a curve that is straight between the ends of the bins falls to 1/2.
+fn median(survival: &[f64], edges: &[f64]) -> Option<f64> {
+    if edges.len() != survival.len() + 1 {
+        return None;
+    }
+    let bin = survival.iter().position(|&s| s <= 0.5)?;
+    let before = if bin == 0 { 1.0 } else { survival[bin - 1] };
+    let share = (before - 0.5) / (before - survival[bin]);
+    Some(edges[bin] + share * (edges[bin + 1] - edges[bin]))
+}
+
+impl Predictions {
+    /// Writes `predictions.csv` and `predictions.json` into a folder.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        if run::config_path(folder).exists() {
+            let message = format!(
+                "{} is a run's folder, whose own predictions would be replaced; choose another --out",
+                folder.display()
+            );
+            return Err(Error::Usage(message));
+        }
+        std::fs::create_dir_all(folder).map_err(|e| Error::file(folder, format!("cannot be made: {e}")))?;
+        let json = serde_json::to_string_pretty(self).map_err(|e| Error::file(folder, e))?;
+        write_text(&folder.join(CSV), &self.csv()?)?;
+        write_text(&folder.join(JSON), &json)
+    }
+
+    /// A row a slide: slide_id, risk, median_months, hazard_0.., survival_0.., and, of several models,
+    /// risk_model_0..
+    fn csv(&self) -> Result<String> {
+        let failed = |e: &dyn std::fmt::Display| Error::file(CSV, e);
+        let bins = self.slides.first().map_or(0, |slide| slide.survival.len());
+        let models = if self.models.len() > 1 { self.models.len() } else { 0 };
+        let numbered = |name: &str, n: usize| (0..n).map(|i| format!("{name}_{i}")).collect::<Vec<_>>();
+        let head = [
+            ["slide_id", "risk", "median_months"].map(String::from).to_vec(),
+            numbered("hazard", bins),
+            numbered("survival", bins),
+            numbered("risk_model", models),
+        ];
+        let mut table = csv::Writer::from_writer(Vec::new());
+        table.write_record(head.concat()).map_err(|e| failed(&e))?;
+        for slide in &self.slides {
+            let median = slide.median_months.map_or(String::new(), |months| months.to_string());
+            let first = [slide.slide_id.clone(), slide.risk.to_string(), median];
+            let numbers = slide.hazards.iter().chain(&slide.survival).chain(&slide.risk_by_model[..models]);
+            table.write_record(first.into_iter().chain(numbers.map(f64::to_string))).map_err(|e| failed(&e))?;
+        }
+        let bytes = table.into_inner().map_err(|e| failed(&e))?;
+        String::from_utf8(bytes).map_err(|e| failed(&e))
+    }
+
+    /// What a terminal is told.
+    pub fn sentences(&self) -> String {
+        let models = self.models.len();
+        let by = if models == 1 { "1 model".to_string() } else { format!("the mean of {models} models") };
+        let mut lines = vec![format!("{} slides predicted by {by}", self.slides.len())];
+        if let Some(first) = self.left_out.first() {
+            lines.push(format!(
+                "{} slides left out; the first is `{}`: {}",
+                self.left_out.len(),
+                first.slide_id,
+                first.reason
+            ));
+        }
+        lines.extend(self.notes.iter().map(|note| format!("note: {note}")));
+        lines.join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(fold: usize, survival: &[f64]) -> SlideResult {
+        let risk = -survival.iter().sum::<f64>();
+        SlideResult { fold, risk, survival: survival.to_vec(), ..SlideResult::default() }
+    }
+
+    fn fold(fold: usize, edges: &[f64]) -> Fold {
+        Fold { fold, train_slides: None, best_epoch: None, bin_edges: edges.to_vec() }
+    }
+
+    #[test]
+    fn the_median_is_where_the_curve_falls_to_a_half() {
+        assert_eq!(median(&[0.9, 0.6, 0.4], &[0.0, 10.0, 20.0, 40.0]), Some(30.0));
+        assert_eq!(median(&[0.25], &[0.0, 9.0]), Some(6.0));
+        assert_eq!(median(&[0.9, 0.51], &[0.0, 10.0, 20.0]), None);
+        assert_eq!(median(&[0.4], &[]), None);
+    }
+
+    #[test]
+    fn an_ensemble_is_the_mean_of_its_curves() {
+        let same = [fold(0, &[0.0, 10.0, 30.0]), fold(1, &[0.0, 10.0, 30.0])];
+        let (a, b) = (row(0, &[0.9, 0.6]), row(1, &[0.7, 0.2]));
+        let mean = average(&[&a, &b], &same, &mean_edges(&same)).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(mean_edges(&same), [0.0, 10.0, 30.0]);
+        for (got, expected) in mean.survival.iter().zip([0.8, 0.4]) {
+            approx::assert_abs_diff_eq!(*got, expected, epsilon = 1e-12);
+        }
+        approx::assert_abs_diff_eq!(mean.risk, -mean.survival.iter().sum::<f64>(), epsilon = 1e-12);
+        approx::assert_abs_diff_eq!(mean.hazards[1], 0.5, epsilon = 1e-12);
+        approx::assert_abs_diff_eq!(mean.median_months.unwrap_or_default(), 25.0, epsilon = 1e-12);
+
+        // with bins of their own: at 12 months the first curve has come 2 of the 20 months from 0.9 to 0.6
+        let own = [fold(0, &[0.0, 10.0, 30.0]), fold(1, &[0.0, 14.0, 30.0])];
+        let mean = average(&[&a, &b], &own, &mean_edges(&own)).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(mean_edges(&own), [0.0, 12.0, 30.0]);
+        let second = 1.0 - 0.3 * 12.0 / 14.0;
+        approx::assert_abs_diff_eq!(mean.survival[0], (0.9 - 0.3 * 2.0 / 20.0 + second) / 2.0, epsilon = 1e-12);
+    }
+}
