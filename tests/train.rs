@@ -53,7 +53,7 @@ fn config() -> RunConfig {
         splits: cohort().join("splits"),
         pt_dir: cohort().join("features"),
         backbone: "synthetic".into(),
-        folds: 1,
+        folds: Some(1),
         embed_dim: 16,
         num_heads: 2,
         num_epochs: 3,
@@ -249,7 +249,7 @@ fn metrics(run: &Path) -> Result<Vec<String>> {
 #[test]
 fn a_killed_run_goes_on_bit_by_bit() {
     let folder = tempfile::tempdir().unwrap();
-    let settings = write_config(folder.path(), &RunConfig { folds: 2, ..config() });
+    let settings = write_config(folder.path(), &RunConfig { folds: Some(2), ..config() });
     let settings = settings.to_str().unwrap();
     let start = Instant::now();
     assert!(cf_train(&["--config", settings, "--out", "whole"], folder.path()).status.success());

@@ -6,7 +6,7 @@ use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 use crossfusion::{
     Error, Result,
-    data::dataset::Source,
+    data::{clinical::Columns, dataset::Source},
     device::Device,
     eval::{self, Checkpoint, compare},
     report::RESAMPLING,
@@ -21,7 +21,7 @@ struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
 
-    /// Run folder of cf-train; each fold's best model is evaluated on the fold's validation slides
+    /// Run folder of cf-train; each fold's best model is evaluated on the fold's test slides, or else on its validation slides
     #[arg(required_unless_present = "checkpoint", conflicts_with = "checkpoint")]
     run: Option<PathBuf>,
     /// A model: best.safetensors of a run, or a published best_model.pt
@@ -30,6 +30,9 @@ struct Arguments {
     /// Clinical table: CSV, or a zip of one, with case_id, slide_id, censorship, survival_months
     #[arg(long, value_name = "F", requires = "checkpoint")]
     clinical: Option<PathBuf>,
+    /// Columns of other names, as of cf-train
+    #[arg(long, value_name = "KEY=COLUMN,...", requires = "checkpoint", default_value = "", hide_default_value = true)]
+    columns: Columns,
     /// GDC manifest; slides that it does not list are left out
     #[arg(long, value_name = "F", requires = "checkpoint")]
     manifest: Option<PathBuf>,
@@ -39,7 +42,7 @@ struct Arguments {
     /// Name of the feature extractor, a folder in --pt-dir
     #[arg(long, value_name = "NAME", requires = "checkpoint")]
     backbone: Option<String>,
-    /// Folder of splits_0.csv, splits_1.csv, ...; with --fold, only that fold's validation slides are evaluated
+    /// Folder of splits_0.csv, splits_1.csv, ...; with --fold, only that fold's test slides are evaluated, or else its validation slides
     #[arg(long, value_name = "DIR", requires_all = ["checkpoint", "fold"])]
     splits: Option<PathBuf>,
     #[arg(long, value_name = "K", requires = "splits")]
@@ -120,6 +123,7 @@ fn evaluate(arguments: &Arguments) -> Result<()> {
             clinical: Some(clinical),
             pt_dir: Some(pt_dir),
             backbone: Some(backbone),
+            columns,
             manifest,
             splits,
             fold,
@@ -127,7 +131,7 @@ fn evaluate(arguments: &Arguments) -> Result<()> {
             out,
             ..
         } => {
-            let source = Source { clinical, manifest: manifest.as_deref(), pt_dir, backbone };
+            let source = Source { clinical, columns, manifest: manifest.as_deref(), pt_dir, backbone };
             let split = splits.as_deref().zip(*fold);
             let out = out.clone().unwrap_or_else(|| run::fresh_folder(&format!("eval-{backbone}")));
             let checkpoint = Checkpoint { path, source, split, heads: *num_heads };

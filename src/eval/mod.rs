@@ -45,13 +45,13 @@ pub struct Checkpoint<'a> {
     /// `best.safetensors` of a run, or a published `best_model.pt`.
     pub path: &'a Path,
     pub source: Source<'a>,
-    /// Folder of splits and a fold's number: its validation slides alone. None evaluates all slides.
+    /// Folder of splits and a fold's number: its test slides alone, or its validation slides where it has none. None evaluates all slides.
     pub split: Option<(&'a Path, usize)>,
     /// For a checkpoint that does not say its number of attention heads.
     pub heads: usize,
 }
 
-/// Evaluates every fold of a run that has a model, on its validation slides, and writes the files into the run's folder.
+/// Evaluates every fold of a run that has a model, on its test slides or else on its validation slides, and writes the files into the run's folder.
 /// Paths in the run's settings are as `cf-train` was given them.
 /// `budget` replaces the run's own memory budget.
 pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: Bootstrap) -> Result<Summary> {
@@ -65,7 +65,8 @@ pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: 
     let mut engine = Engine::new(device, &config.model(dataset.features), config.seed)?;
     engine.set_memory(Memory::new(budget.or(config.memory_budget)));
     let (mut folds, mut slides, mut notes) = (Vec::new(), Vec::new(), Vec::new());
-    for fold in 0..config.folds {
+    let mut tested = false;
+    for fold in config.fold_numbers() {
         let folder = run::fold_folder(run, fold);
         let path = FoldTrainer::best_path(&folder);
         if !path.is_file() {
@@ -74,7 +75,8 @@ pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: 
         }
         let part = dataset.fold(&config.splits, fold)?;
         load(&mut engine, &path, read_state_dict(&path)?)?;
-        slides.extend(predict(&mut engine, &dataset, &part.val, fold)?);
+        slides.extend(predict(&mut engine, &dataset, part.reported(), fold)?);
+        tested |= !part.test.is_empty();
         let trained = match config.protocol {
             Protocol::Published => Some(part.train.len()),
             Protocol::Nested => protocol::prepare(&config, &dataset, (fold, &part)).ok().map(|p| p.slides.train.len()),
@@ -83,9 +85,10 @@ pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: 
         if let Err(change) = unchanged(&config, &dataset, (fold, &part), &folder) {
             notes.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
         }
-        if part.without_outcome > 0 {
-            notes.push(format!("Fold {fold} names {} cases whose outcome is not known.", part.without_outcome));
+        if !part.without_outcome.is_empty() {
+            notes.push(format!("Fold {fold} names {} cases whose outcome is not known.", part.without_outcome.len()));
         }
+        notes.extend(part.notes.into_iter().map(|note| note + "."));
         if !FoldTrainer::epochs_done(&folder)?.1 {
             notes.push(format!("Fold {fold} is not trained to its end; this is its best model so far."));
         } else if !metrics.iter().any(|epoch| epoch.fold == fold && epoch.best) {
@@ -105,8 +108,9 @@ pub fn evaluate_run(run: &Path, device: Device, budget: Option<ByteSize>, plan: 
     }
     let mut summary = Summary::new(&folds, &slides, plan)?;
     summary.notes.extend(notes);
-    summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
-    let about = describe::run(run, &config, &engine, &metrics)?;
+    let of_folds = data::folds::notes(&config.splits, &config.fold_numbers());
+    summary.notes.extend(of_folds.into_iter().chain(dataset.notes()).map(|sentence| sentence + "."));
+    let about = describe::run(run, &config, tested, &engine, &metrics)?;
     summary.protocol.clone_from(&about.protocol);
     report::write(run, &about, &summary, &slides, &metrics)?;
     Ok(summary)
@@ -142,17 +146,16 @@ pub fn evaluate_checkpoint(
         let message = format!("takes features of width {}, but {backbone}'s are {}", model.features, dataset.features);
         return Err(Error::file(path, message));
     }
-    let (fold, order) = match checkpoint.split {
-        Some((splits, fold)) => (fold, dataset.fold(splits, fold)?.val),
-        None => (0, (0..dataset.slides.len()).collect()),
-    };
+    let part = checkpoint.split.map(|(splits, fold)| dataset.fold(splits, fold)).transpose()?;
+    let fold = checkpoint.split.map_or(0, |(_, fold)| fold);
+    let order = part.as_ref().map_or_else(|| (0..dataset.slides.len()).collect(), |part| part.reported().to_vec());
     let mut engine = Engine::new(device, &model, 0)?;
     engine.set_memory(Memory::new(budget));
     load(&mut engine, path, tensors)?;
     let slides = predict(&mut engine, &dataset, &order, fold)?;
     let mut summary = Summary::new(&[Fold { fold, ..of_card(card) }], &slides, plan)?;
-    summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
-    report::write(out, &describe::checkpoint(checkpoint, &engine)?, &summary, &slides, &[])?;
+    summary.notes.extend(dataset.notes().into_iter().map(|sentence| sentence + "."));
+    report::write(out, &describe::checkpoint(checkpoint, part.as_ref(), &engine)?, &summary, &slides, &[])?;
     Ok(summary)
 }
 

@@ -14,7 +14,7 @@ use super::{
     fold::{Best, EpochMetrics, SlideDone},
     protocol::Part,
 };
-use crate::data::dataset::Dataset;
+use crate::data::{dataset::Dataset, folds};
 
 /// Where output is piped, a long epoch says this often that it is alive.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(60);
@@ -44,11 +44,12 @@ impl<'a> Display<'a> {
             dataset.slides.len(),
             dataset.features
         ));
-        if let Some(sentence) = dataset.left_out() {
-            crate::say(sentence);
-        }
-        for (i, part) in parts.iter().enumerate() {
-            let without = match part.slides.without_outcome {
+        let of_folds = parts.iter().flat_map(|part| part.slides.notes.iter().cloned());
+        let notes = folds::notes(&config.splits, &config.fold_numbers()).into_iter().chain(dataset.notes());
+        notes.chain(of_folds).for_each(|note| crate::say(format!("note: {note}")));
+        for part in parts {
+            let i = part.fold;
+            let without = match part.slides.without_outcome.len() {
                 0 => String::new(),
                 n => format!(" ({n} cases without an outcome left out)"),
             };
