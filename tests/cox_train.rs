@@ -272,7 +272,7 @@ fn config() -> RunConfig {
         splits: cohort().join("splits"),
         pt_dir: cohort().join("features"),
         backbone: "synthetic".into(),
-        folds: 1,
+        folds: Some(1),
         embed_dim: 8,
         num_heads: 2,
         n_classes: 1,

@@ -11,6 +11,7 @@ use std::{
 
 use crossfusion::{
     data::{
+        clinical::Columns,
         dataset::Source,
         demo,
         torch::{read_state_dict, write_pt},
@@ -52,7 +53,7 @@ fn trained() -> &'static (PathBuf, RunConfig) {
             splits: cohort.join("splits"),
             pt_dir: cohort.join("features"),
             backbone: "synthetic".into(),
-            folds: 2,
+            folds: Some(2),
             embed_dim: 16,
             num_heads: 2,
             num_epochs: 3,
@@ -244,7 +245,15 @@ fn published_checkpoints_predict() {
     }
     let clinical = folder.join("clinical.csv");
     std::fs::write(&clinical, table).unwrap();
-    let source = Source { clinical: &clinical, manifest: None, pt_dir: &folder, backbone: "backbone" };
+    let columns = Columns::default();
+    let source = Source {
+        clinical: &clinical,
+        columns: &columns,
+        manifest: None,
+        pt_dir: &folder,
+        backbone: "backbone",
+        skip: &[],
+    };
     let [plain, parallel] = files.map(|path| {
         let checkpoint = Checkpoint { path: &path, source: source.clone(), split: None, heads: None };
         eval::evaluate_checkpoint(&checkpoint, &folder, device(), None, PLAN).unwrap();

@@ -54,7 +54,7 @@ fn config() -> RunConfig {
         splits: cohort().join("splits"),
         pt_dir: cohort().join("features"),
         backbone: "synthetic".into(),
-        folds: 1,
+        folds: Some(1),
         embed_dim: 16,
         num_heads: 2,
         num_epochs: 3,
@@ -238,7 +238,7 @@ fn metrics(run: &Path) -> Result<Vec<String>> {
 #[test]
 fn a_killed_run_goes_on_bit_by_bit() {
     let folder = tempfile::tempdir().unwrap();
-    let settings = write_config(folder.path(), &RunConfig { folds: 2, ..config() });
+    let settings = write_config(folder.path(), &RunConfig { folds: Some(2), ..config() });
     let settings = settings.to_str().unwrap();
     let start = Instant::now();
     assert!(cf_train(&["--config", settings, "--out", "whole"], folder.path()).status.success());
@@ -561,7 +561,7 @@ fn a_resumed_run_wants_the_inputs_that_it_was_begun_with() {
 #[test]
 fn what_a_run_shows_fits_a_terminal() {
     let folder = tempfile::tempdir().unwrap();
-    let settings = write_config(folder.path(), &RunConfig { num_epochs: 2, folds: 2, ..config() });
+    let settings = write_config(folder.path(), &RunConfig { num_epochs: 2, folds: Some(2), ..config() });
     let out = cf_train(&["--config", settings.to_str().unwrap(), "--out", "run"], folder.path());
     let stdout = String::from_utf8(out.stdout).unwrap();
     let training: Vec<&str> = stdout.lines().take_while(|line| !line.contains("slides  patients")).collect();
@@ -593,7 +593,7 @@ fn tensorboard_reads_its_event_files() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let settings = write_config(folder.path(), &RunConfig { num_epochs: 2, folds: 2, ..config() });
+    let settings = write_config(folder.path(), &RunConfig { num_epochs: 2, folds: Some(2), ..config() });
     let arguments = ["--config", settings.to_str().unwrap(), "--out", "run", "--tensorboard"];
     assert!(cf_train(&arguments, folder.path()).status.success());
     let run = folder.path().join("run");

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use crossfusion::data::{
-    cohort::{self, Cohort},
+    clinical::{Clinical, Columns},
+    cohort::Cohort,
     folds,
     labels::Bins,
     table::Table,
@@ -12,9 +13,12 @@ use crossfusion::data::{
 // A clinical table (plain or zipped), a manifest and a fold, from the same bytes.
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let path = Path::new("fuzzed");
-    let manifest = Table::parse(path, data.to_vec(), b'\t', &["filename"]).ok();
-    let slides = Table::parse(path, data.to_vec(), b',', &cohort::CLINICAL).and_then(|t| cohort::clinical_slides(&t));
-    let cohort = Cohort::new(slides.unwrap_or_default(), manifest.as_ref());
+    let manifest = Table::parse(path, data.to_vec(), &["filename"]).ok();
+    let clinical = Clinical::parse(path, data.to_vec(), &Columns::default()).unwrap_or_default();
+    let cohort = Cohort::new(clinical, manifest.as_ref());
     let _ = Bins::cut(&cohort.slides, 4);
-    let _ = Table::parse(path, data.to_vec(), b',', &["train", "val"]).and_then(|t| folds::parse_split(&t, path, &cohort));
+    let _ = folds::parse_split(path, data.to_vec(), &cohort);
+    if let Ok(text) = std::str::from_utf8(data) {
+        let _ = text.parse::<Columns>();
+    }
 });

@@ -6,7 +6,7 @@ use bytesize::ByteSize;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use crossfusion::{
     Error, Result, cli,
-    data::dataset::Source,
+    data::{clinical::Columns, dataset::Source},
     device::Device,
     eval::{self, Checkpoint, Moved, compare, predict},
     report::RESAMPLING,
@@ -34,7 +34,8 @@ struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
 
-    /// Run folder of cf-train; each fold's best model is evaluated on the fold's validation slides
+    /// Run folder of cf-train; each fold's best model is evaluated on the fold's test slides, or else on its
+    /// validation slides
     #[arg(required_unless_present_any = ["checkpoint", "completions", "man"], conflicts_with = "checkpoint")]
     run: Option<PathBuf>,
     /// A model: best.safetensors of a run, or a published best_model.pt
@@ -60,6 +61,9 @@ struct Data {
     /// Clinical table: CSV, or a zip of one, with case_id, slide_id, censorship, survival_months
     #[arg(long, value_name = "F")]
     clinical: Option<PathBuf>,
+    /// Columns of other names, as of cf-train
+    #[arg(long, value_name = "KEY=COLUMN,...", requires = "checkpoint", default_value = "", hide_default_value = true)]
+    columns: Columns,
     /// GDC manifest; slides that it does not list are left out
     #[arg(long, value_name = "F")]
     manifest: Option<PathBuf>,
@@ -69,10 +73,11 @@ struct Data {
     /// Name of the feature extractor, a folder in --pt-dir
     #[arg(long, value_name = "NAME", requires = "checkpoint")]
     backbone: Option<String>,
-    /// Folder of splits_0.csv, splits_1.csv, ...; of --checkpoint, only the slides of --fold are evaluated
+    /// Folder of splits_0.csv, splits_1.csv, ...; of --checkpoint, only --fold's test slides are
+    /// evaluated, or else its validation slides
     #[arg(long, value_name = "DIR")]
     splits: Option<PathBuf>,
-    /// The fold of --splits whose validation slides --checkpoint is evaluated on
+    /// The fold of --splits whose slides --checkpoint is evaluated on
     #[arg(long, value_name = "K", requires_all = ["splits", "checkpoint"])]
     fold: Option<usize>,
     /// Attention heads of a --checkpoint that does not say, as published ones; other sizes are read off its tensors
@@ -214,6 +219,7 @@ fn evaluate_models(arguments: &Arguments) -> Result<()> {
                 clinical: Some(clinical),
                 pt_dir: Some(pt_dir),
                 backbone: Some(backbone),
+                columns,
                 manifest,
                 splits,
                 fold,
@@ -227,7 +233,7 @@ fn evaluate_models(arguments: &Arguments) -> Result<()> {
                 }
                 (None, _) => None,
             };
-            let source = Source { clinical, manifest: manifest.as_deref(), pt_dir, backbone };
+            let source = Source { clinical, columns, manifest: manifest.as_deref(), pt_dir, backbone, skip: &[] };
             let out = out.clone().unwrap_or_else(|| run::fresh_folder(&format!("eval-{backbone}")));
             let checkpoint = Checkpoint { path, source, split, heads: *num_heads };
             (eval::evaluate_checkpoint(&checkpoint, &out, device, budget, plan)?, out)

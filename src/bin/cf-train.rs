@@ -103,7 +103,7 @@ fn train() -> Result<()> {
     // Nothing is written before all input is checked.
     let (folder, run, device) = if let Some(folder) = arguments.resume {
         let config = resumed(&settings, &matches, &folder)?;
-        if run::is_finished(&folder, config.folds)? {
+        if run::is_finished(&folder, config.fold_numbers())? {
             crossfusion::say(format!(
                 "{} is finished; its report is {}",
                 folder.display(),

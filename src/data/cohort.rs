@@ -1,11 +1,14 @@
-//! The cohort: a clinical table, joined with a GDC manifest if there is one, and the slides' feature files.
+//! The cohort: a clinical table, joined with a GDC manifest if there is one.
 
 use std::{
-    collections::{HashMap, HashSet},
-    path::{Path, PathBuf},
+    collections::{BTreeMap, HashMap},
+    path::Path,
 };
 
-use super::table::Table;
+use super::{
+    clinical::{Clinical, Columns},
+    table::Table,
+};
 use crate::{Error, Result};
 
 /// One slide's outcome. A patient (case) may have several slides.
@@ -20,11 +23,59 @@ pub struct Slide {
     pub censored: bool,
 }
 
+/// Extensions of slide files, which CLAM, TRIDENT and STAMP leave out of a feature file's name.
+const SLIDE_FILES: [&str; 20] = [
+    "svs", "ndpi", "tif", "tiff", "mrxs", "scn", "czi", "bif", "isyntax", "vms", "vmu", "dcm", "svslide", "qptiff",
+    "sdpc", "kfb", "zvi", "jpg", "jpeg", "png",
+];
+
 impl Slide {
-    /// The name that feature files carry.
+    /// The name that feature files carry: the slide's without the extension of a slide file, in upper or lower case.
     pub fn name(&self) -> &str {
-        self.slide_id.strip_suffix(".svs").unwrap_or(&self.slide_id)
+        stem(&self.slide_id)
     }
+
+    /// The patient: the case, or what its id says if it is the barcode of a slide or of another part of a patient. TCGA's patients have
+    /// three fields (TCGA-AA-3488), CPTAC's two (C3L-00017).
+    pub fn patient(&self) -> &str {
+        let case = self.case_id.as_str();
+        let fields: Vec<&str> = case.splitn(4, '-').collect();
+        let length = match fields[..] {
+            ["TCGA", site, patient, _] if (site.len(), patient.len()) == (2, 4) => 4 + 1 + 2 + 1 + 4,
+            ["C3L" | "C3N", patient, ..] if patient.len() == 5 => 3 + 1 + 5,
+            _ => case.len(),
+        };
+        &case[..length]
+    }
+}
+
+/// A slide's id without the extension of a slide file.
+pub fn stem(slide_id: &str) -> &str {
+    match slide_id.rsplit_once('.') {
+        Some((name, extension)) if SLIDE_FILES.iter().any(|known| extension.eq_ignore_ascii_case(known)) => name,
+        _ => slide_id,
+    }
+}
+
+/// A slide that a run does not use.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct LeftOut {
+    /// Empty where a case is known and none of its slides.
+    pub slide_id: String,
+    pub case_id: String,
+    pub reason: String,
+}
+
+/// Slides left out, as a table: case_id, slide_id, reason.
+pub fn left_out_csv(left_out: &[LeftOut]) -> Result<String> {
+    let failed = |e: &dyn std::fmt::Display| Error::Usage(format!("the slides left out cannot be listed: {e}"));
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    writer.write_record(["case_id", "slide_id", "reason"]).map_err(|e| failed(&e))?;
+    for LeftOut { slide_id, case_id, reason } in left_out {
+        writer.write_record([case_id, slide_id, reason]).map_err(|e| failed(&e))?;
+    }
+    let bytes = writer.into_inner().map_err(|e| failed(&e))?;
+    String::from_utf8(bytes).map_err(|e| failed(&e))
 }
 
 /// The slides of a study, and who else is known to it.
@@ -32,21 +83,28 @@ impl Slide {
 pub struct Cohort {
     /// The clinical table's rows, joined with the manifest if there is one.
     pub slides: Vec<Slide>,
-    /// Cases of the clinical table, joined or not.
-    cases: HashSet<String>,
+    /// The row of each slide in the clinical table, by its id.
+    pub rows: HashMap<String, usize>,
+    /// Slides of the clinical table that the manifest does not list.
+    pub unlisted: Vec<LeftOut>,
+    /// Slides that the run's settings leave out.
+    pub skipped: Vec<LeftOut>,
+    /// Sentences about the table that a user should know before training.
+    pub notes: Vec<String>,
+    /// The clinical table's slides by case, joined or not.
+    cases: BTreeMap<String, Vec<String>>,
     /// File names of the manifest, sorted.
     manifest: Vec<String>,
 }
 
 impl Cohort {
-    /// Reads `case_id, slide_id, censorship, survival_months` from a CSV or a zip of one. With a GDC manifest (tab-separated), slides whose
-    /// `filename` it does not list are left out, and a slide that it lists twice comes twice, as pandas' inner merge does it (TCGA COAD has
-    /// one such slide).
-    pub fn read(clinical: &Path, manifest: Option<&Path>) -> Result<Self> {
-        let slides = clinical_slides(&Table::read(clinical, b',', &CLINICAL)?)?;
-        let manifest = manifest.map(|path| Table::read(path, b'\t', &["filename"])).transpose()?;
+    /// Reads a clinical table. With a GDC manifest, slides whose `filename` it does not list are left out, and a slide that it lists twice
+    /// comes twice, as pandas' inner merge does it (TCGA COAD has one such slide).
+    pub fn read(clinical: &Path, columns: &Columns, manifest: Option<&Path>) -> Result<Self> {
+        let table = Clinical::read(clinical, columns)?;
+        let manifest = manifest.map(|path| Table::read(path, &["filename"])).transpose()?;
         let joined = manifest.is_some();
-        let cohort = Self::new(slides, manifest.as_ref());
+        let cohort = Self::new(table, manifest.as_ref());
         if cohort.slides.is_empty() {
             return Err(Error::file(
                 clinical,
@@ -56,23 +114,138 @@ impl Cohort {
         Ok(cohort)
     }
 
-    /// From a clinical table's slides and a manifest's column `filename`.
-    pub fn new(slides: Vec<Slide>, manifest: Option<&Table>) -> Self {
-        let cases = slides.iter().map(|slide| slide.case_id.clone()).collect();
-        let Some(manifest) = manifest else {
-            return Self { slides, cases, manifest: Vec::new() };
-        };
+    /// From a clinical table and a manifest's column `filename`.
+    pub fn new(clinical: Clinical, manifest: Option<&Table>) -> Self {
+        let Clinical { slides, rows, note } = clinical;
+        let mut cohort = Self { rows, notes: note.into_iter().collect(), ..Self::default() };
+        for Slide { case_id, slide_id, .. } in &slides {
+            cohort.cases.entry(case_id.clone()).or_default().push(slide_id.clone());
+        }
+        match manifest {
+            Some(manifest) => cohort.join(slides, manifest),
+            None => cohort.slides = slides,
+        }
+        cohort.notes.extend(cohort.two_outcomes());
+        cohort.notes.extend(cohort.barcodes());
+        cohort
+    }
+
+    fn join(&mut self, slides: Vec<Slide>, manifest: &Table) {
         let mut names: Vec<String> = manifest.rows().map(|(_, cells)| cells[0].clone()).collect();
         names.sort();
         let times = |id: &str| {
             names.partition_point(|name| name.as_str() <= id) - names.partition_point(|name| name.as_str() < id)
         };
-        let slides = slides.into_iter().flat_map(|slide| vec![slide.clone(); times(&slide.slide_id)]).collect();
-        Self { slides, cases, manifest: names }
+        let total = slides.len();
+        let mut repeated = Vec::new();
+        for slide in slides {
+            let times = times(&slide.slide_id);
+            if times == 0 {
+                let (slide_id, case_id) = (slide.slide_id, slide.case_id);
+                self.unlisted.push(LeftOut { slide_id, case_id, reason: "not in the manifest".into() });
+                continue;
+            }
+            if times > 1 {
+                repeated.push(slide.slide_id.clone());
+            }
+            self.slides.extend(std::iter::repeat_n(slide, times));
+        }
+        if let Some(first) = self.unlisted.first() {
+            let (n, first) = (self.unlisted.len(), &first.slide_id);
+            self.notes.push(format!("{n} of {total} slides left out, not in the manifest; the first is `{first}`"));
+        }
+        if let Some(first) = repeated.first() {
+            let n = repeated.len();
+            self.notes.push(format!(
+                "Slides that the manifest lists twice are shown twice, as by pandas\u{2019} merge: {n}, the first is `{first}`"
+            ));
+        }
+        self.manifest = names;
     }
 
-    pub fn has_outcome(&self, case: &str) -> bool {
-        self.cases.contains(case)
+    /// Which case has rows with different outcomes, if one has.
+    fn two_outcomes(&self) -> Option<String> {
+        let mut first: HashMap<&str, &Slide> = HashMap::new();
+        let (mut pair, mut cases) = (None, std::collections::HashSet::new());
+        for slide in &self.slides {
+            let before = *first.entry(&slide.case_id).or_insert(slide);
+            if (before.months, before.censored) != (slide.months, slide.censored) {
+                pair = pair.or(Some((before, slide)));
+                cases.insert(&slide.case_id);
+            }
+        }
+        let (a, b) = pair?;
+        let [first, second] = [a, b].map(|slide| {
+            let row = self.rows.get(&slide.slide_id).map_or(String::new(), |row| format!("row {row}, "));
+            let outcome = if slide.censored { "censored" } else { "an event" };
+            format!("{} months and {outcome} ({row}slide `{}`)", slide.months, slide.slide_id)
+        });
+        let (case, also) = (
+            &a.case_id,
+            match cases.len() {
+                1 => String::new(),
+                n => format!("; {n} cases have such rows"),
+            },
+        );
+        Some(format!("Case `{case}` has two outcomes, {first} and {second}{also}; that is nearly always a wrong join"))
+    }
+
+    /// Whether case ids are barcodes of slides, so that one patient has several.
+    fn barcodes(&self) -> Option<String> {
+        let mut cases: BTreeMap<&str, &str> = BTreeMap::new();
+        let mut pair = None;
+        for slide in &self.slides {
+            let case = *cases.entry(slide.patient()).or_insert(&slide.case_id);
+            if case != slide.case_id {
+                pair = pair.or(Some((case, &slide.case_id)));
+            }
+        }
+        let (a, b) = pair?;
+        let number = self.slides.iter().map(|slide| &slide.case_id).collect::<std::collections::HashSet<_>>().len();
+        Some(format!(
+            "Some case ids are of one patient, `{a}` and `{b}` for example: {number} cases are counted as patients, and are {}; \
+             case_id should name the patient",
+            cases.len()
+        ))
+    }
+
+    /// The case that a table means by `id`: pandas writes whole numbers as 101.0 where a column has blanks.
+    pub fn case(&self, id: &str) -> Option<&str> {
+        let key = known(id, |id| self.cases.contains_key(id))?;
+        self.cases.get_key_value(&key).map(|(case, _)| case.as_str())
+    }
+
+    /// The clinical table's slides of a case.
+    pub fn slides_of(&self, case: &str) -> &[String] {
+        self.cases.get(case).map_or(&[], Vec::as_slice)
+    }
+
+    /// The clinical table's cases with their slides.
+    pub fn cases(&self) -> impl Iterator<Item = (&str, &[String])> {
+        self.cases.iter().map(|(case, slides)| (case.as_str(), slides.as_slice()))
+    }
+
+    /// Slides alone, without a clinical table.
+    pub fn of_slides(slides: Vec<Slide>) -> Self {
+        Self { slides, ..Self::default() }
+    }
+
+    /// Leaves out the slides with these ids, all of which must be there.
+    pub fn leave_out(&mut self, ids: &[String]) -> Result<()> {
+        for id in ids {
+            let (skipped, slides): (Vec<Slide>, _) =
+                std::mem::take(&mut self.slides).into_iter().partition(|slide| slide.slide_id == *id);
+            self.slides = slides;
+            let Some(slide) = skipped.into_iter().next() else {
+                return Err(Error::Usage(format!("skip_slides: there is no slide `{}`", id.escape_debug())));
+            };
+            let reason = "in the setting skip_slides".into();
+            self.skipped.push(LeftOut { slide_id: slide.slide_id, case_id: slide.case_id, reason });
+        }
+        if let Some(first) = ids.first() {
+            self.notes.push(format!("{} slides left out by skip_slides; the first is `{first}`", ids.len()));
+        }
+        Ok(())
     }
 
     pub fn has_manifest(&self) -> bool {
@@ -89,102 +262,13 @@ impl Cohort {
     }
 }
 
-/// The clinical columns that are read.
-pub const CLINICAL: [&str; 4] = ["case_id", "slide_id", "censorship", "survival_months"];
-
-/// The rows of a clinical table, in its order. A slide may stand there once.
-pub fn clinical_slides(table: &Table) -> Result<Vec<Slide>> {
-    let mut slides: Vec<Slide> = Vec::new();
-    let mut seen: HashMap<String, usize> = HashMap::new();
-    for (row, cells) in table.rows() {
-        let [case_id, slide_id, censorship, months] = cells else { continue };
-        for (column, id) in [(0, case_id), (1, slide_id)] {
-            if id.is_empty() {
-                return Err(table.error(row, column, "the cell is empty, expected an identifier"));
-            }
-        }
-        let censored = match censorship.parse::<f64>() {
-            Ok(0.0) => false,
-            Ok(1.0) => true,
-            _ => {
-                return Err(table.error(
-                    row,
-                    2,
-                    format!("`{censorship}`, expected 1 (censored) or 0 (the event was seen)"),
-                ));
-            }
-        };
-        let months: f64 = match months.parse() {
-            Ok(value) if f64::is_finite(value) && value >= 0.0 => value,
-            _ => return Err(table.error(row, 3, format!("`{months}`, expected a number of months"))),
-        };
-        if let Some(first) = seen.insert(slide_id.clone(), row) {
-            return Err(table.error(row, 1, format!("slide `{slide_id}` stands in row {first} already")));
-        }
-        slides.push(Slide { case_id: case_id.clone(), slide_id: slide_id.clone(), months, censored });
-    }
-    Ok(slides)
-}
-
-/// The magnifications, and the folders that hold their features.
-pub const MAGNIFICATIONS: [&str; 3] = ["x5", "x10", "x20"];
-
-/// Where features may lie below `<pt_dir>/<backbone>/<magnification>`, in the order searched.
-const PLACES: [(&str, &str); 3] = [("pt_files", "pt"), ("pt_files", "safetensors"), ("h5_files", "h5")];
-
-/// A slide's feature files at 5x, 10x and 20x.
-pub type BagFiles = [PathBuf; 3];
-
-/// Slides left out because a magnification has no file, by magnification; a slide may lack several.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Missing {
-    pub slides: usize,
-    pub by_magnification: [usize; 3],
-}
-
-/// Pairs each slide with its files and leaves out those that lack one.
-pub fn find_features(slides: Vec<Slide>, pt_dir: &Path, backbone: &str) -> Result<(Vec<(Slide, BagFiles)>, Missing)> {
-    let folder = pt_dir.join(backbone);
-    if !folder.is_dir() {
-        return Err(Error::file(
-            &folder,
-            "is not a folder; features are looked for in <pt-dir>/<backbone>/x{5,10,20}/pt_files",
-        ));
-    }
-    let find = |magnification: &str, name: &str| {
-        let place = |(kind, extension): &(&str, &str)| {
-            folder.join(magnification).join(kind).join(format!("{name}.{extension}"))
-        };
-        PLACES.iter().map(place).find(|path| path.is_file())
+/// `id` as it is known: as it stands, or as pandas writes the same whole number.
+pub(super) fn known(id: &str, is_known: impl Fn(&str) -> bool) -> Option<String> {
+    let is_whole = |id: &str| !id.is_empty() && id.bytes().all(|b| b.is_ascii_digit());
+    let other = match id.strip_suffix(".0") {
+        Some(whole) if is_whole(whole) => whole.to_string(),
+        None if is_whole(id) => format!("{id}.0"),
+        _ => String::new(),
     };
-    let (mut found, mut missing) = (Vec::new(), Missing::default());
-    let (total, first) = (slides.len(), slides.first().map(|slide| slide.name().to_string()).unwrap_or_default());
-    for slide in slides {
-        match MAGNIFICATIONS.map(|magnification| find(magnification, slide.name())) {
-            [Some(x5), Some(x10), Some(x20)] => found.push((slide, [x5, x10, x20])),
-            files => {
-                missing.slides += 1;
-                for (count, file) in missing.by_magnification.iter_mut().zip(&files) {
-                    *count += usize::from(file.is_none());
-                }
-            }
-        }
-    }
-    if found.is_empty() {
-        let [x5, x10, x20] = missing.by_magnification;
-        let message = format!(
-            "has features at all three magnifications of none of the {total} slides ({x5} lack x5, {x10} x10, {x20} x20); \
-             looked for the likes of {}",
-            folder.join("x20/pt_files").join(format!("{first}.pt")).display()
-        );
-        return Err(Error::file(&folder, message));
-    }
-    Ok((found, missing))
-}
-
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
-pub struct LeftOut {
-    pub slide_id: String,
-    pub case_id: String,
-    pub reason: String,
+    [id.to_string(), other].into_iter().find(|id| is_known(id))
 }

@@ -1,16 +1,20 @@
 //! What a run trains and validates on: slides with outcomes, labels, feature files and folds, all checked before work starts.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashMap, HashSet},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
 use super::{
-    cohort::{Cohort, MAGNIFICATIONS, Missing, Slide, find_features},
+    clinical::Columns,
+    cohort::{Cohort, LeftOut, Slide},
     features::FeatureFile,
     folds,
     labels::Bins,
+    layout::{MAGNIFICATIONS, Missing, find_features, slides_with_features},
     patches::PatchReader,
+    table::Sheet,
 };
 use crate::{
     Error, Result,
@@ -24,9 +28,12 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Source<'a> {
     pub clinical: &'a Path,
+    pub columns: &'a Columns,
     pub manifest: Option<&'a Path>,
     pub pt_dir: &'a Path,
     pub backbone: &'a str,
+    /// Ids of slides to leave out.
+    pub skip: &'a [String],
 }
 
 pub struct Dataset {
@@ -36,19 +43,31 @@ pub struct Dataset {
     /// Width of the patch features.
     pub features: usize,
     pub cohort: Cohort,
-    /// What was left out.
+    /// Slides without features.
     pub missing: Missing,
     /// x5, x10, x20.
     readers: Vec<[PatchReader; 3]>,
 }
 
 /// One fold's slides, as indices into the dataset.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Fold {
     pub train: Vec<usize>,
+    /// Those that the epoch is chosen by.
     pub val: Vec<usize>,
+    /// Empty where the fold has no such side.
+    pub test: Vec<usize>,
     /// Cases that the fold names but whose outcome is not known.
-    pub without_outcome: usize,
+    pub without_outcome: Vec<String>,
+    /// Sentences that a reader of the fold's results should know.
+    pub notes: Vec<String>,
+}
+
+impl Fold {
+    /// The slides that the fold's result is of: the test slides where it has some, else the validation slides.
+    pub fn reported(&self) -> &[usize] {
+        if self.test.is_empty() { &self.val } else { &self.test }
+    }
 }
 
 /// A slide's features: x10 in memory, x5 and x20 too or still in their files.
@@ -91,8 +110,14 @@ impl<T: Element<Sum = f32>> Bag<T> {
 impl Dataset {
     /// Reads the tables and the headers of all feature files.
     pub fn open(source: &Source) -> Result<Self> {
-        let cohort = Cohort::read(source.clinical, source.manifest)?;
-        let (found, missing) = find_features(cohort.slides.clone(), source.pt_dir, source.backbone)?;
+        let cohort = Cohort::read(source.clinical, source.columns, source.manifest)?;
+        Self::of_cohort(cohort, source.pt_dir, source.backbone, source.skip)
+    }
+
+    /// Finds the slides' features and reads their headers, but for the slides of `skip`.
+    fn of_cohort(mut cohort: Cohort, pt_dir: &Path, backbone: &str, skip: &[String]) -> Result<Self> {
+        cohort.leave_out(skip)?;
+        let (found, missing) = find_features(cohort.slides.clone(), &cohort.rows, pt_dir, backbone)?;
         let mut dataset =
             Self { slides: Vec::new(), sizes: Vec::new(), features: 0, cohort, missing, readers: Vec::new() };
         for (slide, files) in found {
@@ -111,8 +136,27 @@ impl Dataset {
         Ok(dataset)
     }
 
-    pub fn without_outcomes(_: &Path, _: &str, _: Option<&Path>) -> Result<(Self, Vec<super::cohort::LeftOut>)> {
-        Err(Error::Usage("interim".into()))
+    /// Slides whose outcome is not known: those of a table's column `slide_id`, or all that have
+    /// features. Nothing is to be made of their `months` and `censored`. Says which were left out.
+    pub fn without_outcomes(pt_dir: &Path, backbone: &str, table: Option<&Path>) -> Result<(Self, Vec<LeftOut>)> {
+        let names = match table {
+            Some(path) => {
+                let sheet = Sheet::open(path)?;
+                let place = sheet.find("slide_id")?.ok_or_else(|| sheet.lacks("slide_id"))?;
+                sheet.table(&[place])?.rows().map(|(_, cells)| cells[0].clone()).collect()
+            }
+            None => slides_with_features(pt_dir, backbone)?,
+        };
+        let mut seen = HashSet::new();
+        let mut slides = Vec::new();
+        for slide_id in names {
+            if seen.insert(slide_id.clone()) {
+                slides.push(Slide { case_id: slide_id.clone(), slide_id, months: 0.0, censored: true });
+            }
+        }
+        let dataset = Self::of_cohort(Cohort::of_slides(slides), pt_dir, backbone, &[])?;
+        let left_out = dataset.missing.slides.clone();
+        Ok((dataset, left_out))
     }
 
     /// The feature files of all slides, each slide's x5, x10 and x20.
@@ -131,40 +175,96 @@ impl Dataset {
         Ok(())
     }
 
-    /// A sentence about what was left out, if anything was.
-    pub fn left_out(&self) -> Option<String> {
-        let missing = &self.missing;
-        (missing.slides > 0).then(|| {
-            let counts: Vec<_> =
-                MAGNIFICATIONS.iter().zip(missing.by_magnification).map(|(x, n)| format!("{n} at {x}")).collect();
+    /// Sentences about the cohort that a user should know before training: columns, outcomes, and what was left out.
+    pub fn notes(&self) -> Vec<String> {
+        let Missing { slides, by_magnification, first } = &self.missing;
+        let counts: Vec<_> = MAGNIFICATIONS.iter().zip(by_magnification).map(|(x, n)| format!("{n} at {x}")).collect();
+        let without_features = slides.first().map(|slide| {
             format!(
-                "{} of {} slides left out, without features ({})",
-                missing.slides,
-                self.slides.len() + missing.slides,
-                counts.join(", ")
+                "{} of {} slides left out, without features ({}); the first is `{}`, looked for as {}",
+                slides.len(),
+                self.slides.len() + slides.len(),
+                counts.join(", "),
+                slide.slide_id,
+                first.display()
             )
-        })
+        });
+        self.cohort.notes.iter().cloned().chain(without_features).collect()
     }
 
-    /// The slides of fold `i`; each side has at least one.
+    /// Every slide of the study that a run of these folds does not use, with the reason.
+    pub fn left_out<'a>(&self, folds: impl Iterator<Item = &'a Fold>) -> Vec<LeftOut> {
+        let mut left_out = [&self.cohort.unlisted[..], &self.cohort.skipped, &self.missing.slides].concat();
+        let (mut used, mut without_outcome) = (HashSet::new(), BTreeSet::new());
+        for fold in folds {
+            [&fold.train, &fold.val, &fold.test].into_iter().flatten().for_each(|&slide| _ = used.insert(slide));
+            without_outcome.extend(&fold.without_outcome);
+        }
+        let unused = (0..self.slides.len()).filter(|slide| !used.contains(slide)).map(|slide| &self.slides[slide]);
+        left_out.extend(unused.map(|slide| LeftOut {
+            slide_id: slide.slide_id.clone(),
+            case_id: slide.case_id.clone(),
+            reason: "in no fold".into(),
+        }));
+        left_out.extend(without_outcome.into_iter().map(|case| LeftOut {
+            slide_id: String::new(),
+            case_id: case.clone(),
+            reason: "named in the folds, but without an outcome in the clinical table".into(),
+        }));
+        left_out
+    }
+
+    /// The folds of these numbers. An error if some have test slides and others not, whose results would be of different kinds.
+    pub fn folds(&self, splits: &Path, numbers: Range<usize>) -> Result<Vec<(usize, Fold)>> {
+        let folds = numbers.map(|i| Ok((i, self.fold(splits, i)?))).collect::<Result<Vec<_>>>()?;
+        let with = |tested: bool| folds.iter().find(|(_, fold)| fold.test.is_empty() != tested);
+        if let (Some((with, _)), Some((without, _))) = (with(true), with(false)) {
+            let message =
+                format!("has test slides in fold {with} and none in fold {without}, expected all folds alike");
+            return Err(Error::file(splits, message));
+        }
+        Ok(folds)
+    }
+
+    /// The slides of fold `i`; training and validation have at least one.
     pub fn fold(&self, splits: &Path, i: usize) -> Result<Fold> {
         let path: PathBuf = folds::split_path(splits, i);
         let split = folds::read_split(&path, &self.cohort)?;
-        let side = |name: &str, cases: &HashSet<String>| {
-            let slides = folds::slides_of(cases, &self.slides);
-            if slides.is_empty() {
-                return Err(Error::file(
-                    &path,
-                    format!("has {} cases in `{name}`, but no slide of them has features", cases.len()),
-                ));
+        let side = |(name, slides): (&str, &HashSet<String>)| {
+            let found = folds::slides_of(slides, &self.slides);
+            if found.is_empty() && !slides.is_empty() {
+                let message = format!("names {} slides in `{name}`, but none of them has features", slides.len());
+                return Err(Error::file(&path, message));
             }
-            Ok(slides)
+            Ok(found)
         };
-        Ok(Fold {
-            train: side("train", &split.train)?,
-            val: side("val", &split.val)?,
-            without_outcome: split.without_outcome,
-        })
+        let [train, val, test] = [("train", &split.train), ("val", &split.val), ("test", &split.test)].map(side);
+        let mut fold =
+            Fold { train: train?, val: val?, test: test?, without_outcome: split.without_outcome, notes: vec![] };
+        fold.notes.extend(self.leak(i, &fold));
+        Ok(fold)
+    }
+
+    /// Whether a patient is on two sides of a fold, under two case ids.
+    fn leak(&self, i: usize, fold: &Fold) -> Option<String> {
+        let mut first: HashMap<&str, (&str, &str)> = HashMap::new();
+        let (mut pair, mut patients) = (None, BTreeSet::new());
+        for (name, side) in folds::SIDES.into_iter().zip([&fold.train, &fold.val, &fold.test]) {
+            for slide in side.iter().map(|&slide| &self.slides[slide]) {
+                let this = (slide.case_id.as_str(), name);
+                let before = *first.entry(slide.patient()).or_insert(this);
+                if before.1 != name {
+                    pair = pair.or(Some((before, this)));
+                    patients.insert(slide.patient());
+                }
+            }
+        }
+        let ((a, side_a), (b, side_b)) = pair?;
+        Some(format!(
+            "Fold {i} leaks: {} patients are on two of its sides under several case ids, such as `{a}` in {side_a} and `{b}` in \
+             {side_b}; its result is optimistic",
+            patients.len()
+        ))
     }
 
     pub fn target(&self, bins: &Bins, slide: usize) -> Target {

@@ -1,6 +1,7 @@
 //! Feature bags, cohort tables, labels, folds and sampling.
 
 pub mod atomic;
+pub mod clinical;
 pub mod cohort;
 pub mod dataset;
 pub mod demo;
@@ -9,6 +10,7 @@ pub mod features;
 pub mod folds;
 mod h5;
 pub mod labels;
+pub mod layout;
 pub mod patches;
 pub mod pickle;
 pub mod sampler;

@@ -76,8 +76,9 @@ fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
     let path = folder.join("predictions.csv");
     let command = format!("cf-eval {}", super::quote(&folder.display().to_string()));
     if config.is_file() {
-        let folds = RunConfig::read(&config)?.folds;
-        for fold in 0..folds {
+        let numbers = RunConfig::read(&config)?.fold_numbers();
+        let folds = numbers.len();
+        for fold in numbers.clone() {
             if !FoldTrainer::epochs_done(&run::fold_folder(folder, fold))?.1 {
                 let message = format!(
                     "is not finished, fold {fold} of {folds} is not trained to its end; go on with cf-train --resume {}",
@@ -90,7 +91,7 @@ fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
             return Err(Error::file(folder, format!("has no predictions.csv yet; run {command}")));
         }
         let slides = report::read_predictions(&path)?;
-        if let Some(fold) = (0..folds).find(|&fold| slides.iter().all(|slide| slide.fold != fold)) {
+        if let Some(fold) = numbers.clone().find(|&fold| slides.iter().all(|slide| slide.fold != fold)) {
             let message = format!("has no prediction of fold {fold}, which was trained after it; run {command}");
             return Err(Error::file(&path, message));
         }

@@ -8,12 +8,20 @@ use std::{
 use super::Checkpoint;
 use crate::{
     Error, Result,
+    data::dataset::Fold,
     model::Fusion,
     report::About,
     train::{config::RunConfig, fold::EpochMetrics, run::metrics_path, step::Engine},
 };
 
-pub fn run(run: &Path, config: &RunConfig, engine: &Engine<f32>, metrics: &[EpochMetrics]) -> Result<About> {
+/// Of a run; `tested` where its folds have test slides.
+pub fn run(
+    run: &Path,
+    config: &RunConfig,
+    tested: bool,
+    engine: &Engine<f32>,
+    metrics: &[EpochMetrics],
+) -> Result<About> {
     let seconds: f64 = metrics.iter().map(|epoch| epoch.seconds).sum();
     let mut facts = model_facts(&config.backbone, engine);
     facts.push(fact(
@@ -28,23 +36,28 @@ pub fn run(run: &Path, config: &RunConfig, engine: &Engine<f32>, metrics: &[Epoc
     Ok(About {
         title: cohort_name(&config.clinical),
         facts,
-        protocol: config.protocol.sentence(config.loss_fn),
+        protocol: config.protocol.sentence(config.loss_fn, tested),
         config: config.to_toml()?,
         commands: format!("cf-train --config {folder}/config.toml --out NEW_RUN\ncf-eval {folder}"),
     })
 }
 
-pub fn checkpoint(checkpoint: &Checkpoint, engine: &Engine<f32>) -> Result<About> {
+/// Of a checkpoint on a cohort, or on a `part` of it.
+pub fn checkpoint(checkpoint: &Checkpoint, part: Option<&Fold>, engine: &Engine<f32>) -> Result<About> {
     let source = &checkpoint.source;
     let mut facts = model_facts(source.backbone, engine);
     facts.push(fact("Checkpoint", checkpoint.path.display()));
     let mut arguments = vec![("--checkpoint", checkpoint.path.display().to_string())];
     arguments.push(("--clinical", source.clinical.display().to_string()));
+    if !source.columns.are_usual() {
+        arguments.push(("--columns", source.columns.to_string()));
+    }
     arguments.extend(source.manifest.map(|path| ("--manifest", path.display().to_string())));
     arguments.push(("--pt-dir", source.pt_dir.display().to_string()));
     arguments.push(("--backbone", source.backbone.to_string()));
     if let Some((splits, fold)) = checkpoint.split {
-        facts.push(fact("Slides", format!("validation part of fold {fold}")));
+        let side = if part.is_some_and(|part| !part.test.is_empty()) { "test" } else { "validation" };
+        facts.push(fact("Slides", format!("{side} part of fold {fold}")));
         arguments.extend([("--splits", splits.display().to_string()), ("--fold", fold.to_string())]);
     }
     arguments.push(("--num-heads", engine.model.config.heads.to_string()));

@@ -51,7 +51,7 @@ pub struct Checkpoint<'a> {
     /// `best.safetensors` of a run, or a published `best_model.pt`.
     pub path: &'a Path,
     pub source: Source<'a>,
-    /// Folder of splits and a fold's number: its validation slides alone. None evaluates all slides.
+    /// Folder of splits and a fold's number: its test slides alone, or its validation slides where it has none. None evaluates all slides.
     pub split: Option<(&'a Path, usize)>,
     /// Attention heads, which a published checkpoint does not say; None takes the published 4 there.
     /// An error if the model's own card says another number.
@@ -84,8 +84,8 @@ impl Moved {
     }
 }
 
-/// Evaluates every fold of a run that has a model, on its validation slides, and writes the files into
-/// the run's folder. Paths in the run's settings are as `cf-train` was given them, unless the data has
+/// Evaluates every fold of a run that has a model, on its test slides or else on its validation
+/// slides, and writes the files into the run's folder. Paths in the run's settings are as `cf-train` was given them, unless the data has
 /// `moved`. `budget` replaces the run's own memory budget.
 pub fn evaluate_run(
     run: &Path,
@@ -109,9 +109,10 @@ pub fn evaluate_run(
     if let Some(before) = Inputs::load(run)?
         && let Some(what) = before.changes(&Inputs::read(&config, &dataset)?).sentence()
     {
-        notes.push(format!("The inputs are not those of the training: {what}."));
+        notes.push(format!("WARNING: the inputs are not those of the training: {what}."));
     }
-    for fold in 0..config.folds {
+    let mut tested = false;
+    for fold in config.fold_numbers() {
         let folder = run::fold_folder(run, fold);
         let path = FoldTrainer::best_path(&folder);
         if !path.is_file() {
@@ -122,10 +123,13 @@ pub fn evaluate_run(
         let card = read_card(&path)?;
         load(&mut engine, &path, &read_state_dict(&path)?)?;
         if let Some(card) = &card {
-            notes.extend(overlap(card, &dataset, &part.val).map(|what| format!("Fold {fold}: {what}")));
-            recorded.insert(fold, card.c_index);
+            notes.extend(overlap(card, &dataset, part.reported()).map(|what| format!("Fold {fold}: {what}")));
+            if part.reported() == part.val && config.protocol == Protocol::Published {
+                recorded.insert(fold, card.c_index);
+            }
         }
-        slides.extend(predict_slides(&mut engine, &dataset, &part.val, fold)?);
+        slides.extend(predict_slides(&mut engine, &dataset, part.reported(), fold)?);
+        tested |= !part.test.is_empty();
         let trained = match config.protocol {
             Protocol::Published => Some(part.train.len()),
             Protocol::Nested => protocol::prepare(&config, &dataset, (fold, &part)).ok().map(|p| p.slides.train.len()),
@@ -134,9 +138,10 @@ pub fn evaluate_run(
         if let Err(change) = unchanged(&config, &dataset, (fold, &part), &folder) {
             notes.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
         }
-        if part.without_outcome > 0 {
-            notes.push(format!("Fold {fold} names {} cases whose outcome is not known.", part.without_outcome));
+        if !part.without_outcome.is_empty() {
+            notes.push(format!("Fold {fold} names {} cases whose outcome is not known.", part.without_outcome.len()));
         }
+        notes.extend(part.notes.into_iter().map(|note| note + "."));
         if !FoldTrainer::epochs_done(&folder)?.1 {
             notes.push(format!("Fold {fold} is not trained to its end; this is its best model so far."));
         } else if !metrics.iter().any(|epoch| epoch.fold == fold && epoch.best) {
@@ -156,11 +161,10 @@ pub fn evaluate_run(
     }
     let mut summary = Summary::new(&folds, &slides, plan)?;
     summary.notes.extend(notes);
-    if config.protocol == Protocol::Published {
-        summary.notes.extend(unlike_training(&summary, &recorded));
-    }
-    summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
-    let about = describe::run(run, &config, &engine, &metrics)?;
+    summary.notes.extend(unlike_training(&summary, &recorded));
+    let of_folds = data::folds::notes(&config.splits, &config.fold_numbers());
+    summary.notes.extend(of_folds.into_iter().chain(dataset.notes()).map(|sentence| sentence + "."));
+    let about = describe::run(run, &config, tested, &engine, &metrics)?;
     summary.protocol.clone_from(&about.protocol);
     report::write(run, &about, &summary, &slides, &metrics)?;
     Ok(summary)
@@ -183,10 +187,9 @@ pub fn evaluate_checkpoint(
     let network = Network::read(path, checkpoint.heads)?;
     let dataset = Dataset::open(&checkpoint.source)?;
     network.check_width(path, &dataset, checkpoint.source.backbone)?;
-    let (fold, order) = match checkpoint.split {
-        Some((splits, fold)) => (fold, dataset.fold(splits, fold)?.val),
-        None => (0, (0..dataset.slides.len()).collect()),
-    };
+    let part = checkpoint.split.map(|(splits, fold)| dataset.fold(splits, fold)).transpose()?;
+    let fold = checkpoint.split.map_or(0, |(_, fold)| fold);
+    let order = part.as_ref().map_or_else(|| (0..dataset.slides.len()).collect(), |part| part.reported().to_vec());
     let mut engine = network.engine(path, device, budget)?;
     let slides = predict_slides(&mut engine, &dataset, &order, fold)?;
     let seen = match &network.card {
@@ -197,8 +200,8 @@ pub fn evaluate_checkpoint(
     };
     let mut summary = Summary::new(&[Fold { fold, ..of_card(network.card) }], &slides, plan)?;
     summary.notes.extend(seen);
-    summary.notes.extend(dataset.left_out().map(|sentence| sentence + "."));
-    report::write(out, &describe::checkpoint(checkpoint, &engine)?, &summary, &slides, &[])?;
+    summary.notes.extend(dataset.notes().into_iter().map(|sentence| sentence + "."));
+    report::write(out, &describe::checkpoint(checkpoint, part.as_ref(), &engine)?, &summary, &slides, &[])?;
     Ok(summary)
 }
 

@@ -104,12 +104,12 @@ fn models(model: &Path) -> Result<Vec<PathBuf>> {
         }
         return Ok(vec![model.to_path_buf()]);
     }
-    let folds = RunConfig::read(&config)?.folds;
-    (0..folds)
+    let folds = RunConfig::read(&config)?.fold_numbers();
+    folds
         .map(|fold| {
             let folder = run::fold_folder(model, fold);
             if !FoldTrainer::epochs_done(&folder)?.1 {
-                let message = format!("is not finished: fold {fold} of {folds} is not trained to its end");
+                let message = format!("is not finished: fold {fold} is not trained to its end");
                 return Err(Error::file(model, message));
             }
             Ok(FoldTrainer::best_path(&folder))

@@ -149,7 +149,7 @@ impl Summary {
                  risks of a patient's slides are averaged. Curves, risk groups and calibration are by patient.",
                 predictions.len()
             ));
-        } else if patients < rows.len() {
+        } else if predictions.iter().map(|p| (&p.case_id, p.fold)).collect::<BTreeSet<_>>().len() > patients {
             notes.push("Some patients are validated in several folds and count once in each.".into());
         }
         let mut risk_groups = vec![Grouping::median(&rows), Grouping::tertiles(&rows)];

@@ -2,7 +2,10 @@
 //!
 //! Names and defaults are those of the published script where it has the setting; its spellings of the paths, and `--loss`, are aliases.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use bytesize::ByteSize;
 use clap::{ArgMatches, parser::ValueSource};
@@ -15,7 +18,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    data::dataset::Source,
+    data::{clinical::Columns, dataset::Source},
     device::{Device, Storage},
     loss::Loss,
     model::{self, Fusion},
@@ -27,19 +30,28 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// Clinical table: CSV, or a zip of one, with case_id, slide_id, censorship, survival_months
+    /// Clinical table: CSV (of commas, semicolons or tabs), or a zip of one, with case_id, slide_id, censorship, survival_months
     #[arg(long, alias = "clinical-path", default_value = "", hide_default_value = true, value_parser = path)]
     pub clinical: PathBuf,
+    /// Columns of other names: case_id=A,slide_id=B,time=C,event=D. `censorship=D` where 1 is censored; `time=C:days`, `:months` or
+    /// `:years` where the name does not say. OS_MONTHS, OS_STATUS and the like are found without
+    #[arg(long, value_name = "KEY=COLUMN,...", default_value = "", hide_default_value = true)]
+    #[serde(skip_serializing_if = "Columns::are_usual")]
+    pub columns: Columns,
     /// GDC manifest; slides that it does not list are left out
     #[arg(long, alias = "csv-path")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub manifest: Option<PathBuf>,
-    /// Folder of splits_0.csv, splits_1.csv, ...
+    /// Folder of splits_0.csv, splits_1.csv, ... with columns train, val and perhaps test, of cases or slides
     #[arg(long, alias = "splits-path", default_value = "", hide_default_value = true, value_parser = path)]
     pub splits: PathBuf,
-    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
+    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt, of TRIDENT's {5,10,20}x_*/features_BACKBONE, or of STAMP's x{5,10,20}/BACKBONE
     #[arg(long, default_value = "", hide_default_value = true, value_parser = path)]
     pub pt_dir: PathBuf,
+    /// Ids of slides to leave out, as --skip-bad writes them
+    #[arg(long, value_name = "ID,...", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub skip_slides: Vec<String>,
     /// Name of the feature extractor, a folder in --pt-dir
     #[arg(long, default_value = "", hide_default_value = true)]
     pub backbone: String,
@@ -47,9 +59,14 @@ pub struct RunConfig {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backbone_dim: Option<usize>,
-    /// Folds to train, from 0
-    #[arg(long, alias = "num-folds", default_value_t = 5)]
-    pub folds: usize,
+    /// Folds to train, from the first [default: all that --splits holds]
+    #[arg(long, alias = "num-folds")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub folds: Option<usize>,
+    /// The number of the first fold, 0 or 1, which a run reads off the names of the files.
+    #[arg(skip)]
+    #[serde(skip_serializing_if = "is_zero")]
+    pub first_fold: usize,
     /// How a fold's epoch is chosen
     #[arg(long, value_enum, default_value_t = Protocol::Published)]
     pub protocol: Protocol,
@@ -165,6 +182,10 @@ fn in_bytes<S: serde::Serializer>(size: &Option<ByteSize>, to: S) -> std::result
     size.map(|size| size.as_u64()).serialize(to)
 }
 
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
 /// A path that may still be empty: the file of settings may give it.
 fn path(text: &str) -> std::result::Result<PathBuf, std::convert::Infallible> {
     Ok(text.into())
@@ -260,7 +281,7 @@ impl RunConfig {
             return usage(format!("missing {}; see --help, or try --demo", missing.join(", ")));
         }
         let counts = [
-            ("--folds", self.folds),
+            ("--folds", self.folds.unwrap_or(1)),
             ("--grad-accum-steps", self.grad_accum_steps),
             ("--num-epochs", self.num_epochs),
             ("--cosine-t-max", self.cosine_t_max),
@@ -378,12 +399,19 @@ impl RunConfig {
         Self { clinical, manifest, splits, pt_dir, ..self.clone() }
     }
 
+    /// The folds' numbers; none where they have not been counted yet.
+    pub fn fold_numbers(&self) -> Range<usize> {
+        self.first_fold..self.first_fold.saturating_add(self.folds.unwrap_or(0))
+    }
+
     pub fn source(&self) -> Source<'_> {
         Source {
             clinical: &self.clinical,
+            columns: &self.columns,
             manifest: self.manifest.as_deref(),
             pt_dir: &self.pt_dir,
             backbone: &self.backbone,
+            skip: &self.skip_slides,
         }
     }
 
@@ -413,6 +441,6 @@ mod tests {
             "x --clinical-path a.csv --csv-path m.tsv --splits-path s --num-folds 3 --random-seed 9 --loss cox_surv";
         let run = Line::parse_from(line.split(' ')).run;
         assert_eq!((run.clinical, run.splits), (PathBuf::from("a.csv"), PathBuf::from("s")));
-        assert_eq!((run.folds, run.seed, run.loss_fn), (3, 9, Loss::CoxSurv));
+        assert_eq!((run.folds, run.seed, run.loss_fn), (Some(3), 9, Loss::CoxSurv));
     }
 }

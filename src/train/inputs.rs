@@ -72,7 +72,7 @@ impl Inputs {
         for (role, path) in roles.into_iter().filter_map(|(role, path)| Some((role, path?))) {
             tables.insert(role.into(), Fingerprint::of(path, table)?);
         }
-        for fold in 0..config.folds {
+        for fold in config.fold_numbers() {
             let path = folds::split_path(&config.splits, fold);
             tables.insert(format!("fold {fold}"), Fingerprint::of(&path, table)?);
         }

@@ -16,7 +16,11 @@ use super::{
     fold::{EpochMetrics, SlideDone},
     protocol::Part,
 };
-use crate::{Result, data::dataset::Dataset, loss::Loss};
+use crate::{
+    Result,
+    data::{dataset::Dataset, folds},
+    loss::Loss,
+};
 
 /// Where output is piped, a long epoch says this often that it is alive.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
@@ -27,7 +31,8 @@ const HEAD: &str = "fold    epoch  train loss     C  val loss     C       time  
 pub struct Display<'a> {
     pub interrupted: &'a AtomicBool,
     epochs: usize,
-    folds: usize,
+    /// One more than the last fold's number.
+    end_fold: usize,
     /// None where output is piped.
     bar: Option<ProgressBar>,
     /// Fold, epoch, and whether it validates.
@@ -58,11 +63,11 @@ impl<'a> Display<'a> {
             dataset.slides.len(),
             dataset.features
         ));
-        if let Some(sentence) = dataset.left_out() {
-            crate::say(sentence);
-        }
-        for (i, part) in parts.iter().enumerate() {
-            crate::say(describe(config, dataset, i, part)?);
+        let of_folds = parts.iter().flat_map(|part| part.slides.notes.iter().cloned());
+        let notes = folds::notes(&config.splits, &config.fold_numbers()).into_iter().chain(dataset.notes());
+        notes.chain(of_folds).for_each(|note| crate::say(format!("note: {note}")));
+        for part in parts {
+            crate::say(describe(config, dataset, part)?);
         }
         let first = config.warmup_epochs + 1;
         if config.warmup_epochs + config.es_patience >= config.num_epochs {
@@ -84,7 +89,7 @@ impl<'a> Display<'a> {
         Ok(Self {
             interrupted,
             epochs: config.num_epochs,
-            folds: parts.len(),
+            end_fold: config.fold_numbers().end,
             bar,
             phase: None,
             patches: 0,
@@ -131,7 +136,7 @@ impl<'a> Display<'a> {
         self.seen = (self.seen.0 + 1, self.seen.1 + metrics.seconds);
         let mean = self.seen.1 / self.seen.0 as f64;
         let of_fold = self.epochs - metrics.epoch - 1;
-        let of_run = of_fold + (self.folds - metrics.fold - 1) * self.epochs;
+        let of_run = of_fold + (self.end_fold - metrics.fold - 1) * self.epochs;
         let c_index = |c: Option<f64>| c.map_or("-".into(), |c| format!("{c:.3}"));
         let row = format!(
             "{:>4} {:>8}  {:>10.3} {:>5}  {:>8.3} {:>5}{}{:>9}  {:>9} {:>9}",
@@ -170,8 +175,9 @@ impl<'a> Display<'a> {
     }
 }
 
-/// What fold `i` trains on and is judged by.
-fn describe(config: &RunConfig, dataset: &Dataset, i: usize, part: &Part) -> Result<String> {
+/// What a fold trains on and is judged by.
+fn describe(config: &RunConfig, dataset: &Dataset, part: &Part) -> Result<String> {
+    let i = part.fold;
     let (train, val) = (&part.slides.train, part.slides.val.len());
     let updates = if config.loss_fn == Loss::CoxSurv {
         let units = cox::units(config.cox_unit, dataset, train)?;
@@ -185,8 +191,8 @@ fn describe(config: &RunConfig, dataset: &Dataset, i: usize, part: &Part) -> Res
         0 => format!("{val} to validate"),
         n => format!("{val} to choose the epoch by;\n        {n} to evaluate at the end"),
     };
-    if part.slides.without_outcome > 0 {
-        text += &format!("\n        {} cases without an outcome left out", part.slides.without_outcome);
+    if !part.slides.without_outcome.is_empty() {
+        text += &format!("\n        {} cases without an outcome left out", part.slides.without_outcome.len());
     }
     Ok(text)
 }

@@ -19,10 +19,11 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
-    /// The epoch that is best on the fold's validation slides, on which it is then reported; bins of all slides
+    /// The epoch that is best on the fold's validation slides, on which it is then reported, or on its test slides where it has some; bins
+    /// of all slides but those
     Published,
     /// The epoch that is best on a fifth of the training patients, which no weight is trained on; bins of the training slides; the
-    /// fold's validation slides are used once, at the end
+    /// fold's validation slides are used once, at the end. Where a fold has test slides, the validation slides choose the epoch
     Nested,
 }
 
@@ -33,21 +34,26 @@ const INNER_SHARE: f64 = 0.2;
 const INNER_EPOCH: usize = usize::MAX;
 
 impl Protocol {
-    /// What a report says of it.
-    pub fn sentence(self, loss: Loss) -> String {
+    /// What a report says of it; `tested` where the folds have test slides.
+    pub fn sentence(self, loss: Loss, tested: bool) -> String {
         let bins = |of: &str| {
             if loss == Loss::CoxSurv { String::new() } else { format!(", and label bins were cut over {of}") }
         };
-        match self {
-            Self::Published => format!(
+        match (self, tested) {
+            (Self::Published, false) => format!(
                 "As published, each fold\u{2019}s epoch was chosen by the C-index on the validation slides that it is shown for{}: \
                  an optimistic estimate. Epochs count from 1.",
                 bins("all slides")
             ),
-            Self::Nested => format!(
+            (Self::Nested, false) => format!(
                 "Nested: each fold\u{2019}s epoch was chosen by the C-index on a fifth of its training patients, which were held out of training{}; \
                  the validation slides were used once, for the result shown. Epochs count from 1.",
                 bins("the training slides")
+            ),
+            (_, true) => format!(
+                "The results are of the folds\u{2019} test slides, which were used once: each fold\u{2019}s epoch was chosen by the C-index on its \
+                 validation slides{}. Epochs count from 1.",
+                bins(if self == Self::Nested { "the training slides" } else { "all slides but the test slides" })
             ),
         }
     }
@@ -56,6 +62,8 @@ impl Protocol {
 /// What the trainer of a fold sees.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
+    /// The fold's number.
+    pub fold: usize,
     pub bins: Bins,
     /// The slides to train on, and those to choose the epoch by.
     pub slides: Fold,
@@ -66,19 +74,28 @@ pub struct Part {
 /// The part of fold `i` that training may see.
 pub fn prepare(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold)) -> Result<Part> {
     let nested = config.protocol == Protocol::Nested;
+    let of = |slides: &mut dyn Iterator<Item = usize>| slides.map(|slide| dataset.slides[slide].clone()).collect();
     let bins = match (config.loss_fn, nested) {
         (Loss::CoxSurv, _) => Bins::default(),
-        (_, false) => Bins::cut(&dataset.slides, config.n_classes)?,
+        (_, false) => {
+            let seen: Vec<Slide> = of(&mut (0..dataset.slides.len()).filter(|slide| !fold.test.contains(slide)));
+            Bins::cut(&seen, config.n_classes)?
+        }
         (_, true) => {
-            let training: Vec<Slide> = fold.train.iter().map(|&slide| dataset.slides[slide].clone()).collect();
+            let training: Vec<Slide> = of(&mut fold.train.iter().copied());
             Bins::cut(&training, config.n_classes)?
         }
     };
-    let slides = if nested { inner_split(&dataset.slides, fold, config.seed, i)? } else { fold.clone() };
+    let (slides, held_out) = match (nested, fold.test.len()) {
+        (false, 0) => (fold.clone(), 0),
+        (true, 0) => (inner_split(&dataset.slides, fold, config.seed, i)?, fold.val.len()),
+        // held out as it is, by the fold itself
+        (_, tested) => (Fold { test: Vec::new(), ..fold.clone() }, tested),
+    };
     if config.loss_fn == Loss::CoxSurv {
         cox::check(config, dataset, (i, &slides))?;
     }
-    Ok(Part { bins, slides, held_out: if nested { fold.val.len() } else { 0 } })
+    Ok(Part { fold: i, bins, slides, held_out })
 }
 
 /// The training slides of fold `i` in two parts by patient, with and without an event apart.
@@ -103,7 +120,7 @@ fn inner_split(slides: &[Slide], fold: &Fold, seed: u64, i: usize) -> Result<Fol
         chosen.extend(order.into_iter().take(share.min(cases.len().saturating_sub(1))).map(|case| cases[case]));
     }
     let (val, train) = fold.train.iter().partition(|&&slide| chosen.contains(slides[slide].case_id.as_str()));
-    Ok(Fold { train, val, without_outcome: fold.without_outcome })
+    Ok(Fold { train, val, ..fold.clone() })
 }
 
 #[cfg(test)]
@@ -124,7 +141,7 @@ mod tests {
             })
             .collect();
         let fold =
-            Fold { train: (0..48).filter(|row| row % 40 >= 4).collect(), val: vec![0, 1, 2, 3], without_outcome: 0 };
+            Fold { train: (0..48).filter(|row| row % 40 >= 4).collect(), val: vec![0, 1, 2, 3], ..Fold::default() };
         (slides, fold)
     }
 

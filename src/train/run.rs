@@ -3,6 +3,7 @@
 //! ```text
 //! RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
 //! RUN/inputs.json            fingerprints of the tables and feature files
+//! RUN/left_out.csv           the slides that the run does not use, and why; absent where it uses all
 //! RUN/metrics.jsonl          a line an epoch
 //! RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
 //! RUN/report.html, ...       what `crate::report::write` leaves, once all folds are trained
@@ -12,7 +13,7 @@ use std::{
     collections::BTreeMap,
     fs::{File, TryLockError},
     io::Write,
-    ops::ControlFlow,
+    ops::{ControlFlow, Range},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -32,7 +33,9 @@ use crate::{
     Error, Result,
     data::{
         atomic::{remove_leftovers, write_text},
-        dataset::Dataset,
+        cohort::{LeftOut, left_out_csv},
+        dataset::{Dataset, Fold},
+        folds,
     },
     device::{Device, Element, Storage},
     loss::Loss,
@@ -85,8 +88,11 @@ pub fn make_folder(out: Option<PathBuf>, name: &str) -> Result<PathBuf> {
 }
 
 /// Whether all folds of a run are trained and its report is written.
-pub fn is_finished(run: &Path, folds: usize) -> Result<bool> {
-    for fold in 0..folds {
+pub fn is_finished(run: &Path, folds: Range<usize>) -> Result<bool> {
+    if folds.is_empty() {
+        return Ok(false);
+    }
+    for fold in folds {
         if !FoldTrainer::epochs_done(&fold_folder(run, fold))?.1 {
             return Ok(false);
         }
@@ -120,12 +126,12 @@ pub fn read_metrics(run: &Path) -> Result<Vec<EpochMetrics>> {
 }
 
 /// Drops the lines of epochs that no checkpoint has seen to their end, which will be run again.
-fn trim_metrics(run: &Path, folds: usize) -> Result<()> {
+fn trim_metrics(run: &Path, folds: Range<usize>) -> Result<()> {
     let mut kept = String::new();
-    let done =
-        (0..folds).map(|fold| Ok(FoldTrainer::epochs_done(&fold_folder(run, fold))?.0)).collect::<Result<Vec<_>>>()?;
+    let done = folds.map(|fold| Ok((fold, FoldTrainer::epochs_done(&fold_folder(run, fold))?.0)));
+    let done = done.collect::<Result<BTreeMap<usize, usize>>>()?;
     for metrics in read_metrics(run)? {
-        if done.get(metrics.fold).is_some_and(|&epochs| metrics.epoch < epochs) {
+        if done.get(&metrics.fold).is_some_and(|&epochs| metrics.epoch < epochs) {
             kept += &line(&metrics);
         }
     }
@@ -141,6 +147,7 @@ pub struct Run {
     config: RunConfig,
     dataset: Dataset,
     parts: Vec<Part>,
+    left_out: Vec<LeftOut>,
     /// Of activations and weights.
     storage: Storage,
     memory: Option<String>,
@@ -148,21 +155,25 @@ pub struct Run {
 
 impl Run {
     /// Reads the tables, all folds, and the headers of all feature files.
-    pub fn open(config: RunConfig) -> Result<Self> {
+    pub fn open(mut config: RunConfig) -> Result<Self> {
         let dataset = Dataset::open(&config.source())?;
         if let Some(width) = config.backbone_dim.filter(|&width| width != dataset.features) {
             let message =
                 format!("--backbone-dim {width}: the features of {} have width {}", config.backbone, dataset.features);
             return Err(Error::Usage(message));
         }
-        let part = |i: usize| protocol::prepare(&config, &dataset, (i, &dataset.fold(&config.splits, i)?));
-        let parts = (0..config.folds).map(part).collect::<Result<Vec<_>>>()?;
-        for (i, part) in parts.iter().enumerate() {
-            check_updates(&config, i, part.slides.train.len())?;
+        let numbers = folds::choose(&config.splits, config.folds)?;
+        (config.first_fold, config.folds) = (numbers.start, Some(numbers.len()));
+        let folds = dataset.folds(&config.splits, numbers)?;
+        let part = |(i, fold): &(usize, Fold)| protocol::prepare(&config, &dataset, (*i, fold));
+        let parts = folds.iter().map(part).collect::<Result<Vec<_>>>()?;
+        for part in &parts {
+            check_updates(&config, part.fold, part.slides.train.len())?;
         }
+        let left_out = dataset.left_out(folds.iter().map(|(_, fold)| fold));
         let device = Device::from_name(&config.device, config.threads)?;
         let storage = config.precision.storage(&device)?;
-        let mut run = Self { config, dataset, parts, storage, memory: None };
+        let mut run = Self { config, dataset, parts, left_out, storage, memory: None };
         if let Some(budget) = run.config.memory_budget {
             let policies = match storage {
                 Storage::F32 => run.policies::<f32>(device)?,
@@ -195,10 +206,13 @@ impl Run {
         Ok(counts)
     }
 
-    /// Writes the settings and the inputs' fingerprints into the run's folder; from then on it can be
-    /// resumed.
+    /// Writes the settings, the inputs' fingerprints and which slides are left out into the run's
+    /// folder; from then on it can be resumed.
     pub fn save_config(&self, folder: &Path) -> Result<()> {
         Inputs::read(&self.config, &self.dataset)?.save(folder)?;
+        if !self.left_out.is_empty() {
+            write_text(&folder.join("left_out.csv"), &left_out_csv(&self.left_out)?)?;
+        }
         write_text(&config_path(folder), &self.config.to_toml()?)
     }
 
@@ -239,9 +253,10 @@ impl Run {
     /// Trains all folds, from the beginning or from where the folder's checkpoints are. `interrupted` asks for a stop after the slide in hand.
     pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<()> {
         let _lock = lock(folder)?;
-        let begun = (0..self.parts.len()).any(|i| FoldTrainer::checkpoint_path(&fold_folder(folder, i)).exists());
-        for (i, part) in self.parts.iter().enumerate() {
-            let files = fold_folder(folder, i);
+        let begun = |part: &Part| FoldTrainer::checkpoint_path(&fold_folder(folder, part.fold)).exists();
+        let begun = self.parts.iter().any(begun);
+        for part in &self.parts {
+            let files = fold_folder(folder, part.fold);
             std::fs::create_dir_all(&files).map_err(|e| Error::file(&files, format!("cannot be made: {e}")))?;
             remove_leftovers(&files)?;
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
@@ -249,21 +264,21 @@ impl Run {
         if begun {
             self.check_inputs(folder)?;
         }
-        trim_metrics(folder, self.parts.len())?;
+        trim_metrics(folder, self.config.fold_numbers())?;
         let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, interrupted)?;
-        for (i, part) in self.parts.iter().enumerate() {
-            let files = fold_folder(folder, i);
+        for part in &self.parts {
+            let files = fold_folder(folder, part.fold);
             if FoldTrainer::epochs_done(&files)?.1 {
                 continue;
             }
             let events = match self.config.tensorboard {
-                true => Some(Events::begin(folder, i, FoldTrainer::epochs_done(&files)?.0)?),
+                true => Some(Events::begin(folder, part.fold, FoldTrainer::epochs_done(&files)?.0)?),
                 false => None,
             };
             let mut log = Log { path: metrics_path(folder), events, display: &mut display };
             let outcome = match self.storage {
-                Storage::F32 => self.train_fold::<f32>((i, part), &files, &mut log),
-                Storage::Bf16 => self.train_fold::<bf16>((i, part), &files, &mut log),
+                Storage::F32 => self.train_fold::<f32>(part, &files, &mut log),
+                Storage::Bf16 => self.train_fold::<bf16>(part, &files, &mut log),
             };
             let outcome = outcome.inspect_err(|error| allow_mending(folder, error));
             if outcome? == Outcome::Stopped {
@@ -280,11 +295,12 @@ impl Run {
 
     fn train_fold<T: Element<Sum = f32>>(
         &self,
-        (i, part): (usize, &Part),
+        part: &Part,
         files: &Path,
         observer: &mut dyn Observer,
     ) -> Result<Outcome> {
-        FoldTrainer::<T>::new(&self.config, &self.dataset, &part.bins, (i, &part.slides), files)?.run(observer)
+        let slides = (part.fold, &part.slides);
+        FoldTrainer::<T>::new(&self.config, &self.dataset, &part.bins, slides, files)?.run(observer)
     }
 }
 
