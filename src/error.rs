@@ -16,6 +16,9 @@ pub enum Error {
     /// One cell or row of a table is wrong. `row` counts from 1 and includes the header, as editors do.
     #[error("{}, row {row}, column `{column}`: {message}", path.display())]
     Cell { path: PathBuf, row: usize, column: String, message: String },
+    /// Several files are not what they should be; each has been named.
+    #[error("{0}")]
+    Data(String),
     /// An op or a model was handed a tensor of the wrong shape.
     #[error("{op}: {tensor} has shape {got:?}, expected {expected:?}")]
     Shape { op: &'static str, tensor: String, got: Vec<usize>, expected: Vec<usize> },

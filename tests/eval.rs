@@ -17,7 +17,7 @@ use crossfusion::{
         torch::{read_state_dict, write_pt},
     },
     device::Device,
-    eval::{self, Checkpoint, Moved},
+    eval::{self, Checkpoint, Moved, predict},
     report::Summary,
     survival::Bootstrap,
     train::{
@@ -288,4 +288,163 @@ fn what_cannot_be_evaluated_is_said() {
     let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), None, PLAN));
     assert!(error.contains("best.safetensors: takes features of width 64, but narrow's are 8"), "{error}");
     assert!(!run.join("out").exists(), "nothing is left behind");
+}
+
+/// The mean of a run's folds on slides whose outcome nobody gave, against the folds' models one by one.
+#[test]
+fn a_run_predicts_as_the_mean_of_its_folds() {
+    let (run, config) = trained();
+    let out = folder("predict");
+    let table = out.join("slides.csv");
+    std::fs::write(&table, "slide_id\nDEMO-003-A.svs\nDEMO-000-B\nNOT-THERE\n").unwrap();
+    let predict = |model: &Path, slides: Option<&Path>| {
+        let pt_dir = &config.pt_dir;
+        let request = predict::Request { model, heads: None, pt_dir, backbone: "synthetic", slides };
+        predict::predict(&request, device(), None).unwrap()
+    };
+    let all = predict(run, None);
+    assert_eq!((all.slides.len(), all.models.len(), all.left_out.len()), (172, 2, 0));
+    let note = all.notes.join("\n");
+    assert!(note.contains("the model was trained on 86 of these 172 slides"), "{note}");
+    let some = predict(run, Some(&table));
+    assert_eq!(some.left_out.iter().map(|slide| slide.slide_id.as_str()).collect::<Vec<_>>(), ["NOT-THERE"]);
+
+    let by_fold = [0, 1].map(|fold| {
+        let path = run.join(format!("fold_{fold}/best.safetensors"));
+        let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: None };
+        let alone = out.join(format!("alone_{fold}"));
+        eval::evaluate_checkpoint(&checkpoint, &alone, device(), None, PLAN).unwrap();
+        predictions(&alone)
+    });
+    for slide in &all.slides {
+        let risks: Vec<f64> = by_fold
+            .iter()
+            .map(|rows| rows.iter().find(|row| row.slide.trim_end_matches(".svs") == slide.slide_id).unwrap().risk)
+            .collect();
+        assert_eq!(slide.risk_by_model, risks);
+        approx::assert_abs_diff_eq!(slide.risk, (risks[0] + risks[1]) / 2.0, epsilon = 1e-12);
+        approx::assert_abs_diff_eq!(slide.risk, -slide.survival.iter().sum::<f64>(), epsilon = 1e-12);
+        assert_eq!(slide.hazards.len(), 4);
+    }
+    assert_eq!(some.slides[0].risk, all.slides.iter().find(|slide| slide.slide_id == "DEMO-003-A").unwrap().risk);
+
+    // by the program, in a folder of its own
+    let arguments = [
+        "predict",
+        run.to_str().unwrap(),
+        "--pt-dir",
+        config.pt_dir.to_str().unwrap(),
+        "--backbone",
+        "synthetic",
+        "--slides",
+        "slides.csv",
+        "--out",
+        "told",
+    ];
+    let told = cf_eval(&arguments, &out);
+    assert!(told.status.success(), "{told:?}");
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(out.join("told/predictions.json")).unwrap()).unwrap();
+    assert_eq!(json["slides"][1]["slide_id"], "DEMO-000-B");
+    assert_eq!(json["bin_edges"].as_array().unwrap().len(), 5);
+    let mut csv = csv::Reader::from_path(out.join("told/predictions.csv")).unwrap();
+    let heads: Vec<String> = csv.headers().unwrap().iter().map(String::from).collect();
+    assert_eq!(heads[..4], ["slide_id", "risk", "median_months", "hazard_0"]);
+    let row = csv.records().next().unwrap().unwrap();
+    assert_eq!(row[1].parse::<f64>().unwrap(), some.slides[0].risk);
+}
+
+/// A model that has seen the slides, or other slides of the patients, is no measure of itself.
+#[test]
+fn slides_of_the_training_are_counted() {
+    let (run, config) = trained();
+    let out = folder("seen");
+    let path = run.join("fold_0/best.safetensors");
+    let of = |split: Option<(&Path, usize)>| {
+        let checkpoint = Checkpoint { path: &path, source: config.source(), split, heads: None };
+        eval::evaluate_checkpoint(&checkpoint, &out, device(), None, PLAN).unwrap().notes.join("\n")
+    };
+    let own = of(Some((&config.splits, 0)));
+    assert!(!own.contains("was trained on"), "{own}");
+    let other = of(Some((&config.splits, 1)));
+    assert!(other.contains("WARNING: the model was trained on 86 of these 86 slides"), "{other}");
+    let all = of(None);
+    assert!(all.contains("trained on 86 of these 172 slides, and its epoch was chosen by 86 of them"), "{all}");
+    assert!(evaluated().notes.iter().all(|note| !note.contains("WARNING: the model")), "{:?}", evaluated().notes);
+
+    // the other slide of a patient who was trained on
+    let table = out.join("other.csv");
+    std::fs::write(&table, "case_id,slide_id,censorship,survival_months\nDEMO-007,X.svs,0,5\nDEMO-001,Y.svs,1,9\n")
+        .unwrap();
+    for x in ["x5", "x10", "x20"] {
+        let files = out.join("features/synthetic").join(x).join("pt_files");
+        std::fs::create_dir_all(&files).unwrap();
+        for name in ["X", "Y"] {
+            std::fs::copy(
+                config.pt_dir.join(format!("synthetic/{x}/pt_files/DEMO-001-A.pt")),
+                files.join(format!("{name}.pt")),
+            )
+            .unwrap();
+        }
+    }
+    let pt_dir = out.join("features");
+    let source = Source { clinical: &table, pt_dir: &pt_dir, ..config.source() };
+    let checkpoint = Checkpoint { path: &path, source, split: None, heads: None };
+    let notes = eval::evaluate_checkpoint(&checkpoint, &out, device(), None, PLAN).unwrap().notes.join("\n");
+    assert!(notes.contains("it was trained on other slides of 2 of these patients"), "{notes}");
+}
+
+/// The card says what the heads are; a flag that says otherwise is not ignored. A run whose data has moved.
+#[test]
+fn flags_that_contradict_a_model_are_refused_and_moved_data_is_found() {
+    let (run, config) = copy_of_trained("moved");
+    let path = run.join("fold_0/best.safetensors");
+    let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: Some(4) };
+    let error = eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), None, PLAN).unwrap_err();
+    assert!(error.to_string().contains("--num-heads 4: ") && error.to_string().ends_with("has 2"), "{error}");
+    assert_eq!(error.exit_code(), 2);
+
+    let gone = RunConfig { pt_dir: run.join("nowhere"), ..config.clone() };
+    std::fs::write(run.join("config.toml"), gone.to_toml().unwrap()).unwrap();
+    assert!(eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).is_err());
+    let moved = Moved { pt_dir: Some(config.pt_dir.clone()), ..Moved::default() };
+    let summary = eval::evaluate_run(&run, &moved, device(), None, PLAN).unwrap();
+    assert_eq!(summary.folds[0].c_index, evaluated().folds[0].c_index);
+}
+
+/// Features that have changed since training are named, and so is a C-index that is no longer the recorded one.
+#[test]
+fn changed_features_and_another_c_index_are_noticed() {
+    let (run, mut config) = copy_of_trained("changed");
+    std::fs::copy(trained().0.join("inputs.json"), run.join("inputs.json")).unwrap();
+    let pt_dir = run.join("features");
+    for x in ["x5", "x10", "x20"] {
+        let [from, to] = [&config.pt_dir, &pt_dir].map(|folder| folder.join("synthetic").join(x).join("pt_files"));
+        std::fs::create_dir_all(&to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    config.pt_dir.clone_from(&pt_dir);
+    std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
+    let warnings = |summary: Summary| -> Vec<String> {
+        summary.notes.into_iter().filter(|note| note.contains("WARNING")).collect()
+    };
+    let same = warnings(eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap());
+    assert_eq!(same, [""; 0], "a copy of the features is the same features");
+    // every second of the first slides has the opposite features at 10x
+    let of = |name: &str| pt_dir.join(format!("synthetic/x10/pt_files/{name}.pt"));
+    let patches = |path: &Path| crossfusion::data::features::FeatureFile::open(path).unwrap().read().unwrap();
+    for slide in (0..60).step_by(2) {
+        let path = of(&format!("DEMO-{slide:03}-A"));
+        let flipped = patches(&path).mapv(|x| -x);
+        write_pt(&path, flipped.view()).unwrap();
+    }
+    let changed = warnings(eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap());
+    assert!(
+        changed.iter().any(|note| note.contains("not those of the training") && note.contains("27 more")),
+        "{changed:?}"
+    );
+    assert!(changed.iter().any(|note| note.contains("was recorded when its model was chosen")), "{changed:?}");
 }

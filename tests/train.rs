@@ -643,3 +643,50 @@ fn completions_and_manual_pages_are_printed() {
         assert!(print(&["--help"]).contains("--completions <SHELL>"), "{program}");
     }
 }
+
+/// A cohort is read to its last value before training: what is wrong is listed, and left out by name if
+/// that is asked for.
+#[test]
+fn a_check_lists_what_is_wrong_and_skip_bad_leaves_it_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    copy(cohort(), &data);
+    let config = RunConfig {
+        clinical: data.join("demo_cohort.csv"),
+        splits: data.join("splits"),
+        pt_dir: data.join("features"),
+        num_epochs: 1,
+        ..config()
+    };
+    let settings = write_config(folder.path(), &config);
+    let settings = settings.to_str().unwrap();
+    let out = cf_train(&["--config", settings, "--check"], folder.path());
+    let stdout = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{out:?}");
+    assert!(stdout.contains("172 slides, 516 feature files") && stdout.contains("nothing is wrong"), "{stdout}");
+
+    let bag = |x: &str, name: &str| data.join(format!("features/synthetic/{x}/pt_files/{name}.pt"));
+    let mut values = ndarray::Array2::from_elem((50, 64), 0.5f32);
+    values[(49, 3)] = f32::INFINITY;
+    write_pt(&bag("x10", "DEMO-004-A"), values.view()).unwrap();
+    write_pt(&bag("x20", "DEMO-009-A"), ndarray::Array2::zeros((5, 8)).view()).unwrap();
+    let cut = std::fs::read(bag("x5", "DEMO-011-A")).unwrap();
+    std::fs::write(bag("x5", "DEMO-011-A"), &cut[..cut.len() / 2]).unwrap();
+    let out = cf_train(&["--config", settings, "--check"], folder.path());
+    let stdout = String::from_utf8_lossy(&out.stdout);
+    assert_eq!(out.status.code(), Some(1), "{out:?}");
+    for part in ["patch 49, feature 3 is inf", "width 8, expected 64", "x5/pt_files/DEMO-011-A.pt", "3 slides cannot"] {
+        assert!(stdout.contains(part), "{stdout}");
+    }
+    assert!(!folder.path().join("runs").exists());
+
+    let out = cf_train(&["--config", settings, "--skip-bad", "--out", "run"], folder.path());
+    assert!(out.status.success(), "{out:?}");
+    let run = folder.path().join("run");
+    let resolved = RunConfig::read(&run::config_path(&run)).unwrap();
+    assert_eq!(resolved.skip_slides, ["DEMO-004-A.svs", "DEMO-009-A.svs", "DEMO-011-A.svs"]);
+    let left_out = std::fs::read_to_string(run.join("left_out.csv")).unwrap();
+    assert!(left_out.contains("DEMO-004-A.svs") && left_out.contains("feature 3 is inf"), "{left_out}");
+    let predictions = std::fs::read_to_string(run.join("predictions.csv")).unwrap();
+    assert!(!predictions.contains("DEMO-004-A") && predictions.contains("DEMO-002-A"), "{predictions}");
+}

@@ -1,6 +1,7 @@
 //! Trains CrossFusion on a cohort, fold by fold.
 
 use std::{
+    collections::HashMap,
     io::Write,
     path::{Path, PathBuf},
     sync::{
@@ -12,7 +13,7 @@ use std::{
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, parser::ValueSource};
 use crossfusion::{
     Error, Result, cli,
-    data::{atomic, demo},
+    data::{self, atomic, check::Checked, demo},
     device::Device,
     eval, report,
     train::{
@@ -20,6 +21,7 @@ use crossfusion::{
         run::{self, Run},
     },
 };
+use indicatif::{ProgressBar, ProgressStyle};
 
 #[derive(Parser)]
 #[command(name = "cf-train", version, about = "Trains CrossFusion on a cohort, fold by fold")]
@@ -33,6 +35,12 @@ struct Arguments {
     /// Settings as TOML; flags override it
     #[arg(long, value_name = "F.toml")]
     config: Option<PathBuf>,
+    /// Read all tables and every value of every feature file, say what is wrong with them, and train nothing
+    #[arg(long, conflicts_with_all = ["demo", "resume", "out", "skip_bad"])]
+    check: bool,
+    /// Do the same first, and leave out the slides with something wrong; config.toml and left_out.csv name them
+    #[arg(long, conflicts_with_all = ["demo", "resume"])]
+    skip_bad: bool,
     /// Run folder [default: runs/BACKBONE-NUMBER]
     #[arg(long, alias = "save-dir", value_name = "RUN")]
     out: Option<PathBuf>,
@@ -76,6 +84,16 @@ fn resumed(settings: &RunConfig, matches: &ArgMatches, folder: &Path) -> Result<
         return Err(Error::Usage(format!("--resume keeps the run's settings; only {free} may change")));
     }
     Ok(config)
+}
+
+/// Reads the whole cohort, with a bar on a terminal, and shows what is wrong with it.
+fn check(config: &RunConfig) -> Result<Checked> {
+    let style = ProgressStyle::with_template("checking {wide_bar:.cyan/blue} {bytes} in {elapsed}, {bytes_per_sec}");
+    let bar = ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let checked = data::check::check(&config.source(), |bytes| bar.inc(bytes))?;
+    bar.finish_and_clear();
+    crossfusion::say(checked.table(&config.pt_dir));
+    Ok(checked)
 }
 
 /// The demo brings its own cohort.
@@ -134,10 +152,24 @@ fn train() -> Result<()> {
     } else {
         let name = arguments.config.as_ref().map_or("the flags".into(), |path| path.display().to_string());
         let table = arguments.config.as_deref().map(RunConfig::read_table).transpose()?;
-        let config = settings.resolve(&matches, &name, table.unwrap_or_default())?;
+        let mut config = settings.resolve(&matches, &name, table.unwrap_or_default())?;
         let device = Device::from_name(&config.device, config.threads)?;
+        let mut reasons = HashMap::new();
+        if arguments.check || arguments.skip_bad {
+            let checked = check(&config)?;
+            reasons = checked.bad_slides();
+            config.skip_slides.extend(reasons.keys().cloned());
+            config.skip_slides.sort();
+        }
         let backbone = config.backbone.clone();
-        let run = Run::open(config)?;
+        let mut run = Run::open(config)?;
+        run.explain(&reasons);
+        if arguments.check {
+            return match reasons.len() {
+                0 => Ok(()),
+                n => Err(Error::Data(format!("--check: {n} slides cannot be trained on; --skip-bad leaves them out"))),
+            };
+        }
         let folder = run::make_folder(arguments.out, &backbone)?;
         run.save_config(&folder)?;
         (folder, run, device)

@@ -1,6 +1,7 @@
 //! Feature bags, cohort tables, labels, folds and sampling.
 
 pub mod atomic;
+pub mod check;
 pub mod clinical;
 pub mod cohort;
 pub mod dataset;

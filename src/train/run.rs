@@ -10,7 +10,7 @@
 //! ```
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs::{File, TryLockError},
     io::Write,
     ops::{ControlFlow, Range},
@@ -183,6 +183,15 @@ impl Run {
             run.memory = Some(format!("memory budget {budget}: {}", counts.join(", ")));
         }
         Ok(run)
+    }
+
+    /// Says more exactly why slides are left out: reasons by slide id.
+    pub fn explain(&mut self, reasons: &HashMap<String, String>) {
+        for left_out in &mut self.left_out {
+            if let Some(reason) = reasons.get(&left_out.slide_id) {
+                left_out.reason.clone_from(reason);
+            }
+        }
     }
 
     /// A sentence about the memory budget, if there is one.
