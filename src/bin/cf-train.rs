@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, parser::ValueSource};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, parser::ValueSource};
 use crossfusion::{
     Error, Result, cli,
     data::{self, atomic, check::Checked, demo},
@@ -23,8 +23,23 @@ use crossfusion::{
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
+const EXAMPLES: &str = "\
+Examples:
+  cf-train --demo
+      a synthetic cohort, trained and evaluated in half a minute
+  cf-train --clinical tcga_ucec_all_clean.csv.zip --splits splits/tcga_ucec --pt-dir features --backbone resnet50
+      the folds that are there, by the published settings
+  cf-train ... --check
+      reads the whole cohort and says what is wrong with it
+  cf-train ... --loss-fn cox_surv --protocol nested
+      Cox's loss; epochs chosen on a part of the training patients
+  cf-train --resume runs/resnet50-1
+      goes on with an interrupted run
+  cf-train --config runs/resnet50-1/config.toml --seed 8
+      repeats a run with another seed";
+
 #[derive(Parser)]
-#[command(name = "cf-train", version, about = "Trains CrossFusion on a cohort, fold by fold")]
+#[command(name = "cf-train", version, about = "Trains CrossFusion on a cohort, fold by fold", after_help = EXAMPLES)]
 struct Arguments {
     /// Write a small synthetic cohort, train two folds on it and report, in about half a minute
     #[arg(long, conflicts_with_all = ["resume", "config"])]
@@ -45,16 +60,9 @@ struct Arguments {
     #[arg(long, alias = "save-dir", value_name = "RUN")]
     out: Option<PathBuf>,
     #[command(flatten)]
-    settings: Settings,
+    settings: RunConfig,
     #[command(flatten)]
     documentation: cli::Documentation,
-}
-
-#[derive(Args)]
-#[command(next_help_heading = "Settings")]
-struct Settings {
-    #[command(flatten)]
-    run: RunConfig,
 }
 
 fn main() {
@@ -117,7 +125,7 @@ fn train() -> Result<()> {
     if arguments.documentation.print(Arguments::command())? {
         return Ok(());
     }
-    let settings = arguments.settings.run;
+    let settings = arguments.settings;
     // Nothing is written before all input is checked.
     let (folder, run, device) = if let Some(folder) = arguments.resume {
         let config = resumed(&settings, &matches, &folder)?;

@@ -26,41 +26,49 @@ use crate::{
     survival::Ties,
 };
 
+/// Where `--help` lists a setting.
+const DATA: &str = "Data";
+const PROTOCOL: &str = "Folds and protocol";
+const MODEL: &str = "Model";
+const LOSS: &str = "Loss";
+const TRAINING: &str = "Training";
+const MACHINE: &str = "Machine and output";
+
 /// A run's settings: the flags of `cf-train`, and the keys of the `config.toml` in a run's folder.
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// Clinical table: CSV (of commas, semicolons or tabs), or a zip of one, with case_id, slide_id, censorship, survival_months
-    #[arg(long, alias = "clinical-path", default_value = "", hide_default_value = true, value_parser = path)]
+    /// (required) Clinical table: CSV (of commas, semicolons or tabs), or a zip of one, with case_id, slide_id, censorship, survival_months
+    #[arg(help_heading = DATA, long, alias = "clinical-path", default_value = "", hide_default_value = true, value_parser = path)]
     pub clinical: PathBuf,
     /// Columns of other names: case_id=A,slide_id=B,time=C,event=D. `censorship=D` where 1 is censored; `time=C:days`, `:months` or
     /// `:years` where the name does not say. OS_MONTHS, OS_STATUS and the like are found without
-    #[arg(long, value_name = "KEY=COLUMN,...", default_value = "", hide_default_value = true)]
+    #[arg(help_heading = DATA, long, value_name = "KEY=COLUMN,...", default_value = "", hide_default_value = true)]
     #[serde(skip_serializing_if = "Columns::are_usual")]
     pub columns: Columns,
     /// GDC manifest; slides that it does not list are left out
-    #[arg(long, alias = "csv-path")]
+    #[arg(help_heading = DATA, long, alias = "csv-path")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub manifest: Option<PathBuf>,
-    /// Folder of splits_0.csv, splits_1.csv, ... with columns train, val and perhaps test, of cases or slides
-    #[arg(long, alias = "splits-path", default_value = "", hide_default_value = true, value_parser = path)]
+    /// (required) Folder of splits_0.csv, splits_1.csv, ... with columns train, val and perhaps test, of cases or slides
+    #[arg(help_heading = DATA, long, alias = "splits-path", default_value = "", hide_default_value = true, value_parser = path)]
     pub splits: PathBuf,
-    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt, of TRIDENT's {5,10,20}x_*/features_BACKBONE, or of STAMP's x{5,10,20}/BACKBONE
-    #[arg(long, default_value = "", hide_default_value = true, value_parser = path)]
+    /// (required) Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt, of TRIDENT's {5,10,20}x_*/features_BACKBONE, or of STAMP's x{5,10,20}/BACKBONE
+    #[arg(help_heading = DATA, long, default_value = "", hide_default_value = true, value_parser = path)]
     pub pt_dir: PathBuf,
     /// Ids of slides to leave out, as --skip-bad writes them
-    #[arg(long, value_name = "ID,...", value_delimiter = ',')]
+    #[arg(help_heading = DATA, long, value_name = "ID,...", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub skip_slides: Vec<String>,
-    /// Name of the feature extractor, a folder in --pt-dir
-    #[arg(long, default_value = "", hide_default_value = true)]
+    /// (required) Name of the feature extractor, a folder in --pt-dir
+    #[arg(help_heading = DATA, long, default_value = "", hide_default_value = true)]
     pub backbone: String,
     /// Width of the features, checked if given
-    #[arg(long)]
+    #[arg(help_heading = DATA, long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backbone_dim: Option<usize>,
     /// Folds to train, from the first [default: all that --splits holds]
-    #[arg(long, alias = "num-folds")]
+    #[arg(help_heading = PROTOCOL, long, alias = "num-folds")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub folds: Option<usize>,
     /// The number of the first fold, 0 or 1, which a run reads off the names of the files.
@@ -68,100 +76,100 @@ pub struct RunConfig {
     #[serde(skip_serializing_if = "is_zero")]
     pub first_fold: usize,
     /// How a fold's epoch is chosen
-    #[arg(long, value_enum, default_value_t = Protocol::Published)]
+    #[arg(help_heading = PROTOCOL, long, value_enum, default_value_t = Protocol::Published)]
     pub protocol: Protocol,
 
     /// Width of the model
-    #[arg(long, default_value_t = 512)]
+    #[arg(help_heading = MODEL, long, default_value_t = 512)]
     pub embed_dim: usize,
-    /// Attention heads
-    #[arg(long, default_value_t = 4)]
+    /// Attention heads, which divide the width
+    #[arg(help_heading = MODEL, long, default_value_t = 4)]
     pub num_heads: usize,
     /// Self-attention layers before and after each positional encoding
-    #[arg(long, default_value_t = 1)]
+    #[arg(help_heading = MODEL, long, default_value_t = 1)]
     pub num_attn_layers: usize,
     /// Time bins; with --loss-fn cox_surv 1 unless given, a model whose output is the risk
-    #[arg(long, default_value_t = 4)]
+    #[arg(help_heading = MODEL, long, default_value_t = 4)]
     pub n_classes: usize,
     /// Convolve the fused tokens on their square grid, or along the sequence
-    #[arg(long, value_enum, default_value_t = Fusion::Conv2d)]
+    #[arg(help_heading = MODEL, long, value_enum, default_value_t = Fusion::Conv2d)]
     pub fusion: Fusion,
     /// Dropout of the feed-forward layers
-    #[arg(long, default_value_t = 0.3)]
+    #[arg(help_heading = MODEL, long, default_value_t = 0.3)]
     pub ffn_dropout: f64,
     /// Dropout of self-attention's probabilities
-    #[arg(long, default_value_t = 0.2)]
+    #[arg(help_heading = MODEL, long, default_value_t = 0.2)]
     pub attention_dropout: f64,
     /// Dropout of whole channels in the conv fusion
-    #[arg(long, default_value_t = 0.3)]
+    #[arg(help_heading = MODEL, long, default_value_t = 0.3)]
     pub fusion_dropout: f64,
 
     /// Negative log-likelihood or cross-entropy of the survival bins, or the Cox partial likelihood
-    #[arg(long, alias = "loss", value_enum, default_value_t = Loss::NllSurv)]
+    #[arg(help_heading = LOSS, long, alias = "loss", value_enum, default_value_t = Loss::NllSurv)]
     pub loss_fn: Loss,
     /// Cox: most slides (patients, with --cox-unit patient) that are compared, for one update; a number or `all`
-    #[arg(long, default_value_t = BatchSize::AtMost(32), value_name = "N|all")]
+    #[arg(help_heading = LOSS, long, default_value_t = BatchSize::AtMost(32), value_name = "N|all")]
     pub cox_batch: BatchSize,
     /// Cox: what events at one time share
-    #[arg(long, value_enum, default_value_t = Ties::Efron)]
+    #[arg(help_heading = LOSS, long, value_enum, default_value_t = Ties::Efron)]
     pub cox_ties: Ties,
     /// Cox: whose risks are compared
-    #[arg(long, value_enum, default_value_t = CoxUnit::Slide)]
+    #[arg(help_heading = LOSS, long, value_enum, default_value_t = CoxUnit::Slide)]
     pub cox_unit: CoxUnit,
     /// Weight of the uncensored part of the loss
-    #[arg(long, default_value_t = 0.2)]
+    #[arg(help_heading = LOSS, long, default_value_t = 0.2)]
     pub alpha_surv: f64,
     /// Highest learning rate
-    #[arg(long, default_value_t = 1e-4)]
+    #[arg(help_heading = TRAINING, long, default_value_t = 1e-4)]
     pub learning_rate: f64,
     /// L2, added to the gradient
-    #[arg(long, default_value_t = 4e-6)]
+    #[arg(help_heading = TRAINING, long, default_value_t = 4e-6)]
     pub weight_decay: f64,
     /// Epochs from the highest learning rate to the lowest
-    #[arg(long, default_value_t = 10)]
+    #[arg(help_heading = TRAINING, long, default_value_t = 10)]
     pub cosine_t_max: usize,
     /// Lowest learning rate
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(help_heading = TRAINING, long, default_value_t = 0.0)]
     pub eta_min: f64,
     /// Slides whose gradients are averaged into one update; Cox has --cox-batch
-    #[arg(long, default_value_t = 32)]
+    #[arg(help_heading = TRAINING, long, default_value_t = 32)]
     pub grad_accum_steps: usize,
     /// Most epochs a fold
-    #[arg(long, default_value_t = 100)]
+    #[arg(help_heading = TRAINING, long, default_value_t = 100)]
     pub num_epochs: usize,
     /// Epochs without a better validation C-index before a fold ends
-    #[arg(long, default_value_t = 20)]
+    #[arg(help_heading = TRAINING, long, default_value_t = 20)]
     pub es_patience: usize,
     /// First epochs, which never give the best model
-    #[arg(long, default_value_t = 5)]
+    #[arg(help_heading = TRAINING, long, default_value_t = 5)]
     pub warmup_epochs: usize,
     /// Of weights, sampling and dropout
     // TOML has no larger integers
-    #[arg(long, alias = "random-seed", default_value_t = 7, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    #[arg(help_heading = TRAINING, long, alias = "random-seed", default_value_t = 7, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: u64,
 
     /// Most memory for a step, on a GPU of the GPU's: 8GiB, say. Slides that need more are computed in other ways, with the same
     /// result; on a CPU no bags are then read ahead
-    #[arg(long, value_name = "BYTES")]
+    #[arg(help_heading = MACHINE, long, value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "in_bytes")]
     pub memory_budget: Option<ByteSize>,
     /// Bags read ahead
-    #[arg(long, default_value_t = 3)]
+    #[arg(help_heading = MACHINE, long, default_value_t = 3)]
     pub prefetch_factor: usize,
     /// Slides between checkpoints within an epoch; there is one at its end in any case
-    #[arg(long, default_value_t = 100)]
+    #[arg(help_heading = MACHINE, long, default_value_t = 100)]
     pub checkpoint_every: usize,
     /// Write TensorBoard event files into the run folder: `tensorboard --logdir RUN/tensorboard`
-    #[arg(long)]
+    #[arg(help_heading = MACHINE, long)]
     pub tensorboard: bool,
     /// How activations and weights are stored: auto is bf16 on a GPU, f32 on a CPU. Master weights and sums are f32
-    #[arg(long, value_enum, default_value_t = Precision::Auto)]
+    #[arg(help_heading = MACHINE, long, value_enum, default_value_t = Precision::Auto)]
     pub precision: Precision,
     /// Where to run: auto, cpu or cuda
-    #[arg(long, default_value = "auto")]
+    #[arg(help_heading = MACHINE, long, default_value = "auto")]
     pub device: String,
     /// Threads; 0 is one for each core. Results do not depend on it
-    #[arg(long, default_value_t = 0)]
+    #[arg(help_heading = MACHINE, long, default_value_t = 0)]
     pub threads: usize,
 }
 
