@@ -35,8 +35,14 @@ pub struct Display<'a> {
 }
 
 impl<'a> Display<'a> {
-    /// Says what the run works on.
-    pub fn new(run: &Path, config: &RunConfig, dataset: &Dataset, parts: &[Part], interrupted: &'a AtomicBool) -> Self {
+    /// Says what the run works on, and how many slides it leaves out.
+    pub fn new(
+        run: &Path,
+        config: &RunConfig,
+        dataset: &Dataset,
+        (parts, left_out): (&[Part], usize),
+        interrupted: &'a AtomicBool,
+    ) -> Self {
         crate::say(format!("run folder {}", run.display()));
         let events = dataset.slides.iter().filter(|slide| !slide.censored).count();
         crate::say(format!(
@@ -47,6 +53,9 @@ impl<'a> Display<'a> {
         let of_folds = parts.iter().flat_map(|part| part.slides.notes.iter().cloned());
         let notes = folds::notes(&config.splits, &config.fold_numbers()).into_iter().chain(dataset.notes());
         notes.chain(of_folds).for_each(|note| crate::say(format!("note: {note}")));
+        if left_out > 0 {
+            crate::say(format!("note: {left_out} slides or cases are not used, for reasons that left_out.csv lists"));
+        }
         for part in parts {
             let i = part.fold;
             let without = match part.slides.without_outcome.len() {

@@ -217,7 +217,8 @@ impl Run {
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
         }
         trim_metrics(folder, self.config.fold_numbers())?;
-        let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, interrupted);
+        let mut display =
+            Display::new(folder, &self.config, &self.dataset, (&self.parts, self.left_out.len()), interrupted);
         for part in &self.parts {
             let files = fold_folder(folder, part.fold);
             if FoldTrainer::epochs_done(&files)?.1 {
