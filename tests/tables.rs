@@ -3,7 +3,10 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::{Path, PathBuf},
+};
 
 use crossfusion::{
     Error,
@@ -12,7 +15,7 @@ use crossfusion::{
         cohort::{Cohort, Slide},
         folds,
         labels::Bins,
-        table::Table,
+        table::{Table, is_missing},
     },
 };
 use serde::Deserialize;
@@ -119,6 +122,9 @@ fn real_cohorts_are_joined_cut_and_split_as_pandas_does_it() {
             assert_eq!(val.iter().filter(|s| !s.censored).count(), fold.val_events, "{name} fold {i}");
             assert_eq!(counts(&train, &bins), fold.train_class_counts, "{name} fold {i}");
         }
+        // pandas' joined.case_id.nunique() and joined.case_id.str[:12].nunique() are 424 and 416 of COAD, and equal of the others
+        let note = cohort.notes.iter().any(|note| note.contains("424 cases are counted as patients, and are 416"));
+        assert_eq!(note, name == "coad", "{name}: {:?}", cohort.notes);
         println!("{}: {} slides agree", golden.cohort, slides.len());
     }
 }
@@ -245,4 +251,288 @@ fn mutated_tables_never_panic() {
         let text = String::from_utf8_lossy(&bytes).replace("case_id", "train").replace("slide_id", "val");
         let _ = folds::parse_split(path, text.into_bytes(), &Cohort::default());
     }
+}
+
+#[derive(Deserialize)]
+struct Expected {
+    missing: Vec<String>,
+    /// case_id, slide_id, months, censorship of each row, by file.
+    clinical: BTreeMap<String, Vec<(String, String, f64, u8)>>,
+    /// Ids of cases by side, by file.
+    folds: BTreeMap<String, BTreeMap<String, Vec<String>>>,
+}
+
+/// fixtures/tables/make.py wrote the tables with pandas, and what pandas reads from them.
+#[test]
+fn tables_are_read_as_pandas_reads_them() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tables");
+    let expected = std::fs::read(folder.join("expected.json")).unwrap();
+    let expected: Expected = serde_json::from_slice(&expected).unwrap();
+    assert!(expected.missing.iter().all(|word| is_missing(word)), "{:?}", expected.missing);
+    assert_eq!(expected.missing.len(), 19);
+    assert!(["na", "none", "0", "NULLS", "-"].iter().all(|word| !is_missing(word)));
+    assert_eq!(expected.clinical.len(), 5);
+    for (name, rows) in &expected.clinical {
+        let clinical = Clinical::read(&folder.join(name), &Columns::default()).unwrap();
+        let got =
+            clinical.slides.iter().map(|s| (s.case_id.clone(), s.slide_id.clone(), s.months, u8::from(s.censored)));
+        assert_eq!(got.collect::<Vec<_>>(), *rows, "{name}");
+    }
+    let cohort = Clinical::read(&folder.join("comma.csv"), &Columns::default()).unwrap();
+    let cohort = Cohort::new(cohort, None);
+    assert_eq!(expected.folds.len(), 4);
+    for (name, sides) in &expected.folds {
+        let split = folds::read_split(&folder.join(name), &cohort).unwrap();
+        for (side, got) in [("train", &split.train), ("val", &split.val), ("test", &split.test)] {
+            let mut cases: Vec<_> = got.iter().map(|slide| slide.strip_suffix("-A.svs").unwrap()).collect();
+            cases.sort_unstable();
+            assert_eq!(cases, sides[side], "{name}, {side}");
+        }
+    }
+}
+
+#[test]
+fn columns_of_other_names_are_read_and_said() {
+    let note = |text: &str, columns: &str| read_columns(text, columns).unwrap().note;
+    assert_eq!(note("case_id,slide_id,censorship,survival_months\nP,S,1,2\n", ""), None);
+    assert_eq!(
+        note("Patient ID,slide_id,OS_STATUS,OS_DAYS\nP,S,0:LIVING,2\n", "").unwrap(),
+        "The clinical table is read by other columns: case_id from `Patient ID`; censorship from `OS_STATUS`, in which 1 is the \
+         event; survival_months from `OS_DAYS`, in days"
+    );
+    let table = "case_id,slide_id,censorship,dead,survival_months,pfs,os days\nP,S,1,1,12,2,730.5\n";
+    let read = |columns: &str| {
+        let slide = read_columns(table, columns).unwrap().slides.remove(0);
+        (slide.months, slide.censored)
+    };
+    assert_eq!(read(""), (12.0, true));
+    assert_eq!(read("time=pfs,event=dead"), (2.0, false));
+    assert_eq!(read("time=pfs:years"), (24.0, true));
+    assert_eq!(read("survival_months=pfs"), (2.0, true));
+    assert_eq!(read("time=os days"), (24.0, true));
+    assert_eq!(read("time=os days:months"), (730.5, true));
+    for (text, columns, expected) in [
+        (
+            "case_id,slide_id,censorship,OS_MONTHS,os_days\n",
+            "",
+            "both `OS_MONTHS` and `os_days` may stand for it; choose by --columns time=",
+        ),
+        ("case_id,slide_id,censorship,survival_months\n", "event=dead", "lacks the column `dead`"),
+        ("case_id,slide_id,status,survival_months\n", "", "lacks the column `censorship`"),
+        (
+            "case_id,slide_id,event,survival_months\nP,S,2,1\n",
+            "",
+            "row 2, column `event`: `2`, expected 1 (the event was seen)",
+        ),
+        (
+            "case_id,slide_id,censorship,survival_months\nP,S,1:DECEASED,1\n",
+            "",
+            "column `censorship`: `1:DECEASED`, expected 1 (censored)",
+        ),
+        (
+            "case_id,slide_id,OS_STATUS,survival_months\nP,S,NA,1\n",
+            "",
+            "column `OS_STATUS`: `NA` is a missing value, expected",
+        ),
+    ] {
+        let message = message(read_columns(text, columns));
+        assert!(message.starts_with("clinical.csv") && message.contains(expected), "{message}\nexpected: {expected}");
+    }
+    for (columns, expected) in [
+        ("case_id", "`case_id`, expected KEY=COLUMN"),
+        ("age=x", "`age`, expected case_id, slide_id, time, censorship or event"),
+        ("time=a,time=b", "`time` is given twice"),
+        ("time=:days", "`time` names no column"),
+        ("censorship=a,event=b", "censorship and event are both given"),
+    ] {
+        let message = columns.parse::<Columns>().unwrap_err();
+        assert!(message.contains(expected), "{message}\nexpected: {expected}");
+    }
+    for text in ["case_id=A b,event=C,slide_id=D,time=E:days", "", "time=OS: x"] {
+        assert_eq!(text.parse::<Columns>().unwrap().to_string(), text);
+    }
+}
+
+#[test]
+fn cells_that_no_cohort_has_are_refused() {
+    let row = |cells: &str| format!("{HEADER}0,{cells}\n");
+    for (text, expected) in [
+        (row("P1,S1.svs,0,1e308"), "`1e308`, expected a number of months, at most a century; days are read by"),
+        (row("P1,S1.svs,0,1201"), "at most a century"),
+        (row("P1,S1.svs,0,inf"), "`inf`, expected a number of months"),
+        (row("P1,S1.svs,0,NA"), "`NA` is a missing value, expected a number of months"),
+        (row("P1,S1.svs,0,\"12,5\""), "`12,5`, expected a number of months with a point for its decimals"),
+        (row("NA,S1.svs,0,5"), "row 2, column `case_id`: `NA` is a missing value, expected an identifier"),
+        (row("P1,\u{1b}[2J,0,5"), "column `slide_id`: `\\u{1b}[2J` holds a control character"),
+        (row("P1,S1,\u{1b}]0;x\u{7},5"), "`\\u{1b}]0;x\\u{7}`, expected 1 (censored)"),
+        (row("P1,S1,\u{202e}1,5"), "`\\u{202e}1`, expected 1 (censored)"),
+        (
+            "case_id,slide_id,censorship,\u{1b}]0;pwn\u{7}\u{1b}[31msurvival\n1,2,3,4\n".into(),
+            "starts with `case_id, slide_id, censorship, \\u{1b}]0;pwn\\u{7}\\u{1b}[31msurvival`",
+        ),
+        // the quote would swallow the second row without a word
+        (
+            "case_id,slide_id,censorship,survival_months,note\nP1,S1,0,5,\"a\nP2,S2,0,6,b\n".into(),
+            "row 2 has a quote that is not closed",
+        ),
+    ] {
+        let message = message(clinical(&text));
+        assert!(message.contains(expected), "{message}\nexpected: {expected}");
+        assert!(!message.contains(char::is_control), "{message:?}");
+    }
+    assert_eq!(clinical(&row("P1,S1.svs,0,1200")).unwrap()[0].months, 1200.0);
+    // no unclosed quote: a line end within quotes, and a literal quote
+    let text = "case_id,slide_id,censorship,survival_months,note\nP1,S1,0,5,\"a\nb\"\nP2,S2,0,6,5\" long\n";
+    assert_eq!(clinical(text).unwrap().len(), 2);
+    // what pandas would keep, people do not see: spaces that do not break around a cell
+    assert_eq!(clinical(&row("\u{a0}P1 ,S1.svs\u{a0},0,5")).unwrap()[0].case_id, "P1");
+}
+
+#[test]
+fn what_is_no_table_is_refused_in_a_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let read = |path: &Path| message(Table::read(path, &["train"]));
+    assert!(read(Path::new("/dev/zero")).contains("/dev/zero: is a pipe or device, expected a file with a table"));
+    assert!(read(folder.path()).contains("is a folder, expected a file with a table"));
+    let pipe = folder.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    assert!(read(&pipe).contains("is a pipe or device"));
+    let parse = |bytes: &[u8]| message(Table::parse(Path::new("t"), bytes.to_vec(), &["train"]));
+    let mut no_member = b"PK\x05\x06".to_vec();
+    no_member.resize(22, 0);
+    assert_eq!(parse(&no_member), "t: holds 0 files, expected one table");
+    assert!(parse(b"\x1f\x8b\x08").contains("is compressed by gzip, expected a table"));
+    assert!(parse(b"\xff\xfet\0r\0").contains("is text in UTF-16"));
+    assert!(parse(b"train\n\xff\n").contains("is not a table"));
+    // a primary key, and not a zip
+    assert_eq!(Table::parse(Path::new("t"), b"PK,train\n1,A\n".to_vec(), &["train"]).unwrap().rows().count(), 1);
+}
+
+#[test]
+fn folds_of_every_form_are_checked() {
+    let text = format!(
+        "{HEADER}0,A,S1.svs,0,5\n1,A,S2.svs,0,5\n2,B,S3.svs,0,5\n3,C,S4.svs,0,5\n4,10,S5.svs,0,5\n5,20.0,S6.svs,0,5\n"
+    );
+    let cohort = Cohort::new(read_columns(&text, "").unwrap(), None);
+    let split = |text: &str| folds::parse_split(Path::new("splits_0.csv"), text.as_bytes().to_vec(), &cohort);
+    let sorted = |side: &HashSet<String>| {
+        let mut ids: Vec<_> = side.iter().cloned().collect();
+        ids.sort();
+        ids
+    };
+    let fold = split("train,val,test\nA,B,C\n10.0,,20\n").unwrap();
+    assert_eq!(sorted(&fold.train), ["S1.svs", "S2.svs", "S5.svs"]);
+    assert_eq!(
+        (sorted(&fold.val), sorted(&fold.test)),
+        (vec!["S3.svs".into()], vec!["S4.svs".into(), "S6.svs".into()])
+    );
+    // by slide, with and without the extension; S2 of the same case is in no side
+    let fold = split("train,val\nS1,S3.svs\nS4,\n").unwrap();
+    assert_eq!(
+        (sorted(&fold.train), sorted(&fold.val)),
+        (vec!["S1.svs".into(), "S4.svs".into()], vec!["S3.svs".into()])
+    );
+    let fold = split("slide_id,split\nS1,Train\nS3,validation\nS4,NA\nS5,test\n").unwrap();
+    assert_eq!((fold.train.len(), fold.val.len(), sorted(&fold.test)), (1, 1, vec!["S5.svs".into()]));
+    for (text, expected) in [
+        ("train,val,test\nA,B,A\n", "row 2, column `test`: case `A` is in `train` in row 2 already"),
+        ("train,val\nA,B\n10,10.0\n", "row 3, column `val`: case `10.0` is in `train` in row 3 already"),
+        (
+            "train,val\nS1,S2\n",
+            "row 2, column `val`: slide `S2` is of case `A`, whose slide `S1.svs` is in `train` in row 2",
+        ),
+        ("train,val\nS1,S3\nS1.svs,\n", "row 3, column `train`: slide `S1.svs` is in `train` twice"),
+        ("train,val\nS1,S9\n", "column `val`: slide `S9` is not in the clinical table; one whose outcome is not known"),
+        (",train,val\nA,True,True\n", "row 2, column `(unnamed)`: `A` is in `train` and in `val`"),
+        (",train,val\nA,True,False\n,False,True\n", "row 3, column `(unnamed)`: the cell is empty"),
+        (
+            ",train,val\nA,True,False\nX,False,True\n",
+            "row 3, column `(unnamed)`: case `X` is not in the clinical table",
+        ),
+        ("case_id,split\nA,train\nB,holdout\n", "row 3, column `split`: `holdout`, expected train, val or test"),
+        ("case_id,split\nA,train\n", "no case in its column `val`"),
+        ("train,test\nA,B\n", "lacks the column `val`"),
+        ("train,val\nA,\u{1b}[0m\n", "case `\\u{1b}[0m` is not in"),
+    ] {
+        let message = message(split(text));
+        assert!(message.contains(expected), "{message}\nexpected: {expected}");
+    }
+}
+
+#[test]
+fn folds_are_counted_by_their_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let choose = |wanted| folds::choose(path, wanted);
+    assert!(message(choose(None)).contains("holds no fold, expected splits_0.csv"));
+    assert!(message(folds::choose(&path.join("no"), None)).contains("is not a folder"));
+    let write = |name: &str| std::fs::write(path.join(name), "").unwrap();
+    let names =
+        ["splits_1.csv", "splits_2_bool.csv", "splits_2.csv", "splits_1_descriptor.csv", "splits_00.csv", "notes"];
+    names.into_iter().for_each(write);
+    assert_eq!(choose(None).unwrap(), 1..3);
+    write("splits_4.csv");
+    assert!(message(choose(None)).contains("has splits_1.csv to splits_4.csv, but no splits_3.csv"));
+    assert_eq!(choose(Some(2)).unwrap(), 1..3);
+    assert_eq!(folds::notes(path, &(1..3)), ["The folder of folds holds 3, of which --folds takes 2"]);
+    write("splits_3_bool.csv");
+    assert_eq!(choose(None).unwrap(), 1..5);
+    assert_eq!(folds::notes(path, &(1..5)), [""; 0]);
+    assert_eq!(folds::split_path(path, 3), path.join("splits_3_bool.csv"));
+    assert_eq!(folds::split_path(path, 2), path.join("splits_2.csv"));
+    for name in ["splits_1.csv", "splits_2_bool.csv", "splits_2.csv"] {
+        std::fs::remove_file(path.join(name)).unwrap();
+    }
+    assert!(message(choose(Some(1))).contains("begins with splits_3.csv, expected splits_0.csv or splits_1.csv"));
+}
+
+#[test]
+fn what_is_odd_about_a_cohort_is_said() {
+    let notes = |text: &str, manifest: Option<&str>| {
+        let manifest =
+            manifest.map(|text| Table::parse(Path::new("m"), text.as_bytes().to_vec(), &["filename"]).unwrap());
+        Cohort::new(read_columns(text, "").unwrap(), manifest.as_ref()).notes
+    };
+    let text = format!("{HEADER}0,A,S1,0,5\n1,B,S2,1,5\n2,B,S3,1,5\n3,C,S4,0,5\n");
+    assert_eq!(notes(&text, None), [""; 0]);
+    assert_eq!(
+        notes(&text.replace("B,S3,1", "B,S3,0"), None),
+        [
+            "Case `B` has two outcomes, 5 months and censored (row 3, slide `S2`) and 5 months and an event (row 4, slide `S3`); \
+          that is nearly always a wrong join"
+        ]
+    );
+    let manifest = "id\tfilename\n1\tS2\n2\tS3\n3\tS3\n";
+    assert_eq!(
+        notes(&text, Some(manifest)),
+        [
+            "2 of 4 slides left out, not in the manifest; the first is `S1`",
+            "Slides that the manifest lists twice are shown twice, as by pandas\u{2019} merge: 1, the first is `S3`"
+        ]
+    );
+    let barcodes = "TCGA-AA-3488-01Z-00-DX1,S1,0,5\n1,TCGA-AA-3488-01Z-00-DX2,S2,0,5\n2,TCGA-AA-3489-01Z-00-DX1,S3,0,5";
+    let said = notes(&format!("{HEADER}0,{barcodes}\n"), None);
+    assert!(said.len() == 1 && said[0].contains("`TCGA-AA-3488-01Z-00-DX1` and `TCGA-AA-3488-01Z-00-DX2`"), "{said:?}");
+    assert!(said[0].contains("3 cases are counted as patients, and are 2"), "{said:?}");
+}
+
+#[test]
+fn the_names_of_slides_and_patients_are_told() {
+    let slide =
+        |case: &str, slide: &str| Slide { case_id: case.into(), slide_id: slide.into(), months: 1.0, censored: true };
+    let names =
+        ["a.svs", "a.SVS", "a.ndpi", "a.TIFF", "a.mrxs", "a.isyntax", "a.b.svslide", "a.b", "a", ".svs", "1.2.840.dcm"];
+    let stems = ["a", "a", "a", "a", "a", "a", "a.b", "a.b", "a", ".svs", "1.2.840"];
+    assert_eq!(names.map(|name| slide("", name).name().to_string()), stems);
+    let cases = [
+        "TCGA-AA-3488-01Z-00-DX1",
+        "TCGA-AA-3488",
+        "TCGA-AA-348",
+        "TCGA-é-3488-01Z",
+        "C3L-00017-21",
+        "C3L-00017",
+        "X-1-2-3",
+    ];
+    let patients = ["TCGA-AA-3488", "TCGA-AA-3488", "TCGA-AA-348", "TCGA-é-3488", "C3L-00017", "C3L-00017", "X-1-2-3"];
+    assert_eq!(cases.map(|case| slide(case, "").patient().to_string()), patients);
 }

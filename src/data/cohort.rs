@@ -51,8 +51,9 @@ impl Slide {
 
 /// A slide's id without the extension of a slide file.
 pub fn stem(slide_id: &str) -> &str {
+    let is_slide_file = |extension: &str| SLIDE_FILES.iter().any(|known| extension.eq_ignore_ascii_case(known));
     match slide_id.rsplit_once('.') {
-        Some((name, extension)) if SLIDE_FILES.iter().any(|known| extension.eq_ignore_ascii_case(known)) => name,
+        Some((name, extension)) if !name.is_empty() && is_slide_file(extension) => name,
         _ => slide_id,
     }
 }

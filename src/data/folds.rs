@@ -84,7 +84,7 @@ pub fn notes(folder: &Path, chosen: &Range<usize>) -> Vec<String> {
     let others = numbers(folder).unwrap_or_default().into_iter().filter(|number| !chosen.contains(number)).count();
     match others {
         0 => Vec::new(),
-        n => vec![format!("The folder of folds holds {}; --folds {} are used", chosen.len() + n, chosen.len())],
+        n => vec![format!("The folder of folds holds {}, of which --folds takes {}", chosen.len() + n, chosen.len())],
     }
 }
 

@@ -29,6 +29,9 @@ pub fn run(
         clap::ValueEnum::to_possible_value(&config.loss_fn).map_or_else(String::new, |v| v.get_name().into()),
     ));
     facts.push(fact("Seed", config.seed));
+    if tested {
+        facts.push(fact("Slides", "test parts of the folds"));
+    }
     if let Ok(modified) = std::fs::metadata(metrics_path(run)).and_then(|file| file.modified()) {
         facts.push(fact("Trained", format!("{}, in {}", date(modified), duration(seconds))));
     }

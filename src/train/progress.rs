@@ -48,12 +48,13 @@ pub struct Display<'a> {
 }
 
 impl<'a> Display<'a> {
-    /// Says what the run works on.
+    /// Says what the run works on, and how many slides it leaves out.
     pub fn new(
         run: &Path,
         config: &RunConfig,
         dataset: &Dataset,
         parts: &[Part],
+        left_out: usize,
         interrupted: &'a AtomicBool,
     ) -> Result<Self> {
         crate::say(format!("run folder {}", run.display()));
@@ -66,6 +67,9 @@ impl<'a> Display<'a> {
         let of_folds = parts.iter().flat_map(|part| part.slides.notes.iter().cloned());
         let notes = folds::notes(&config.splits, &config.fold_numbers()).into_iter().chain(dataset.notes());
         notes.chain(of_folds).for_each(|note| crate::say(format!("note: {note}")));
+        if left_out > 0 {
+            crate::say(format!("note: {left_out} slides or cases are not used, for reasons that left_out.csv lists"));
+        }
         for part in parts {
             crate::say(describe(config, dataset, part)?);
         }

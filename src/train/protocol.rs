@@ -100,10 +100,10 @@ pub fn prepare(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold))
 
 /// The training slides of fold `i` in two parts by patient, with and without an event apart.
 fn inner_split(slides: &[Slide], fold: &Fold, seed: u64, i: usize) -> Result<Fold> {
-    // by case, so that the order of rows does not matter
+    // by name, so that the order of rows does not matter
     let mut event: BTreeMap<&str, bool> = BTreeMap::new();
     for &slide in &fold.train {
-        *event.entry(&slides[slide].case_id).or_default() |= !slides[slide].censored;
+        *event.entry(slides[slide].patient()).or_default() |= !slides[slide].censored;
     }
     let mut chosen = std::collections::BTreeSet::new();
     for with_event in [true, false] {
@@ -119,7 +119,7 @@ fn inner_split(slides: &[Slide], fold: &Fold, seed: u64, i: usize) -> Result<Fol
         // a lone patient is for training
         chosen.extend(order.into_iter().take(share.min(cases.len().saturating_sub(1))).map(|case| cases[case]));
     }
-    let (val, train) = fold.train.iter().partition(|&&slide| chosen.contains(slides[slide].case_id.as_str()));
+    let (val, train) = fold.train.iter().partition(|&&slide| chosen.contains(slides[slide].patient()));
     Ok(Fold { train, val, ..fold.clone() })
 }
 
@@ -171,6 +171,20 @@ mod tests {
         assert_eq!(inner, inner_split(&slides, &fold, 7, 0).unwrap());
         assert_ne!(inner, inner_split(&slides, &fold, 8, 0).unwrap());
         assert_ne!(inner, inner_split(&slides, &fold, 7, 1).unwrap());
+    }
+
+    #[test]
+    fn a_patient_with_several_barcodes_is_not_split() {
+        let (mut slides, fold) = cohort();
+        for (row, slide) in slides.iter_mut().enumerate() {
+            slide.case_id = format!("TCGA-AA-00{}-01Z-00-DX{row}", &slide.case_id[5..]);
+        }
+        let inner = inner_split(&slides, &fold, 7, 0).unwrap();
+        let patients = |side: &[usize]| -> std::collections::BTreeSet<&str> {
+            side.iter().map(|&slide| slides[slide].patient()).collect()
+        };
+        let (train, val) = (patients(&inner.train), patients(&inner.val));
+        assert_eq!((train.len() + val.len(), train.is_disjoint(&val)), (36, true));
     }
 
     #[test]

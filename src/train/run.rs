@@ -274,7 +274,8 @@ impl Run {
             self.check_inputs(folder)?;
         }
         trim_metrics(folder, self.config.fold_numbers())?;
-        let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, interrupted)?;
+        let left_out = self.left_out.len();
+        let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, left_out, interrupted)?;
         for part in &self.parts {
             let files = fold_folder(folder, part.fold);
             if FoldTrainer::epochs_done(&files)?.1 {
