@@ -408,8 +408,12 @@ fn flags_that_contradict_a_model_are_refused_and_moved_data_is_found() {
     std::fs::write(run.join("config.toml"), gone.to_toml().unwrap()).unwrap();
     assert!(eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).is_err());
     let moved = Moved { pt_dir: Some(config.pt_dir.clone()), ..Moved::default() };
+    // what an evaluation left that was killed as it wrote, and what a training is writing
+    let [ours, others] = [".report.html.123.tmp", ".inputs.json.124.tmp"].map(|name| run.join(name));
+    [&ours, &others].map(|path| std::fs::write(path, "half").unwrap());
     let summary = eval::evaluate_run(&run, &moved, device(), None, PLAN).unwrap();
     assert_eq!(summary.folds[0].c_index, evaluated().folds[0].c_index);
+    assert!(!ours.exists() && others.exists());
 }
 
 /// Features that have changed since training are named, and so is a C-index that is no longer the recorded one.

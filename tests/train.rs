@@ -638,7 +638,7 @@ fn completions_and_manual_pages_are_printed() {
             assert!(out.status.success(), "{program} {arguments:?}: {out:?}");
             String::from_utf8(out.stdout).unwrap()
         };
-        assert!(print(&["--completions", "bash"]).contains(&format!("complete -F _{program} ")), "{program}");
+        assert!(print(&["--completions", "bash"]).contains(&format!("-o default {program}\n")), "{program}");
         assert!(print(&["--man"]).contains(&format!(".TH {program}")), "{program}");
         assert!(print(&["--help"]).contains("--completions <SHELL>"), "{program}");
     }

@@ -58,13 +58,16 @@ pub fn remove_temporaries() {
     std::mem::forget(temporaries);
 }
 
-/// Removes the temporary files that killed processes left in a folder; none may be writing there.
-pub fn remove_leftovers(folder: &Path) -> Result<()> {
+/// Removes the temporary files that killed processes left in a folder, but for those of the files in
+/// `others`, which another process may be writing.
+pub fn remove_leftovers(folder: &Path, others: &[&str]) -> Result<()> {
     let failed = |e: io::Error| Error::file(folder, format!("cannot be tidied: {e}"));
     for entry in fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with('.') && name.ends_with(".tmp") {
+        let target = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp"));
+        let Some((target, _process)) = target.and_then(|target| target.rsplit_once('.')) else { continue };
+        if !others.contains(&target) {
             fs::remove_file(entry.path()).map_err(failed)?;
         }
     }

@@ -23,6 +23,7 @@ use crate::{
     Error, Result,
     data::{
         self,
+        atomic::remove_leftovers,
         dataset::{Dataset, Reading, Source},
         torch::{StateDict, read_state_dict},
     },
@@ -166,6 +167,7 @@ pub fn evaluate_run(
     summary.notes.extend(of_folds.into_iter().chain(dataset.notes()).map(|sentence| sentence + "."));
     let about = describe::run(run, &config, tested, &engine, &metrics)?;
     summary.protocol.clone_from(&about.protocol);
+    tidy(run)?;
     report::write(run, &about, &summary, &slides, &metrics)?;
     Ok(summary)
 }
@@ -201,6 +203,7 @@ pub fn evaluate_checkpoint(
     let mut summary = Summary::new(&[Fold { fold, ..of_card(network.card) }], &slides, plan)?;
     summary.notes.extend(seen);
     summary.notes.extend(dataset.notes().into_iter().map(|sentence| sentence + "."));
+    tidy(out)?;
     report::write(out, &describe::checkpoint(checkpoint, part.as_ref(), &engine)?, &summary, &slides, &[])?;
     Ok(summary)
 }
@@ -311,6 +314,18 @@ fn centre(slides: &mut [SlideResult]) {
     for slide in slides {
         slide.risk -= quantile(&folds[&slide.fold], 0.5);
     }
+}
+
+/// Removes what a killed evaluation left half-written in the folder of its results.
+fn tidy(folder: &Path) -> Result<()> {
+    // training may be at work in a run's folder
+    const OF_TRAINING: [&str; 4] = ["config.toml", "inputs.json", "left_out.csv", "metrics.jsonl"];
+    for folder in [folder.to_path_buf(), folder.join(report::FIGURES)] {
+        if folder.is_dir() {
+            remove_leftovers(&folder, &OF_TRAINING)?;
+        }
+    }
+    Ok(())
 }
 
 /// A fold's saved state, which is told by its progress, is no model.

@@ -267,7 +267,7 @@ impl Run {
         for part in &self.parts {
             let files = fold_folder(folder, part.fold);
             std::fs::create_dir_all(&files).map_err(|e| Error::file(&files, format!("cannot be made: {e}")))?;
-            remove_leftovers(&files)?;
+            remove_leftovers(&files, &[])?;
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
         }
         if begun {
