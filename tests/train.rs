@@ -465,6 +465,25 @@ fn a_fold_that_would_never_update_is_refused_before_anything_is_written() {
     assert!(stdout.contains("fold 0: 86 slides to train, 1 update an epoch; 86 to validate"), "{stdout}");
 }
 
+/// Where no two validation slides can be compared, no epoch can be chosen, which is said before training.
+#[test]
+fn slides_that_cannot_choose_an_epoch_are_told_before_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let splits = folder.path().join("splits");
+    std::fs::create_dir_all(&splits).unwrap();
+    // one slide alone on the validation side
+    let train: String = (1..150).map(|patient| format!(",DEMO-{patient:03},\n")).collect();
+    std::fs::write(
+        splits.join("splits_0.csv"),
+        format!(",train,val\n,DEMO-002,DEMO-001\n{}", train.replace(",DEMO-001,\n,DEMO-002,\n", "")),
+    )
+    .unwrap();
+    let settings = write_config(folder.path(), &RunConfig { splits, num_epochs: 1, ..config() });
+    let out = cf_train(&["--config", settings.to_str().unwrap(), "--out", "run"], folder.path());
+    let stdout = String::from_utf8_lossy(&out.stdout);
+    assert!(stdout.contains("no two of those that choose the epoch can be compared"), "{out:?}");
+}
+
 /// Every bit of a checkpoint and of a best model counts: a flipped one is an error and not another model.
 #[test]
 fn a_flipped_bit_in_a_runs_tensors_is_an_error() {

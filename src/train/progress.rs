@@ -20,6 +20,7 @@ use crate::{
     Result,
     data::{dataset::Dataset, folds},
     loss::Loss,
+    survival::concordance_index,
 };
 
 /// Where output is piped, a long epoch says this often that it is alive.
@@ -179,6 +180,13 @@ impl<'a> Display<'a> {
     }
 }
 
+/// Whether the slides that choose a fold's epoch have a C-index.
+pub fn can_choose(dataset: &Dataset, part: &Part) -> bool {
+    let slides = || part.slides.val.iter().map(|&slide| &dataset.slides[slide]);
+    let (time, event): (Vec<f64>, Vec<bool>) = slides().map(|slide| (slide.months, !slide.censored)).unzip();
+    concordance_index(&time, &event, &vec![0.0; time.len()]).is_ok()
+}
+
 /// What a fold trains on and is judged by.
 fn describe(config: &RunConfig, dataset: &Dataset, part: &Part) -> Result<String> {
     let i = part.fold;
@@ -195,6 +203,9 @@ fn describe(config: &RunConfig, dataset: &Dataset, part: &Part) -> Result<String
         0 => format!("{val} to validate"),
         n => format!("{val} to choose the epoch by;\n        {n} to evaluate at the end"),
     };
+    if !can_choose(dataset, part) {
+        text += "\n        no two of those that choose the epoch can be compared: the last epoch is kept";
+    }
     if !part.slides.without_outcome.is_empty() {
         text += &format!("\n        {} cases without an outcome left out", part.slides.without_outcome.len());
     }

@@ -24,8 +24,8 @@ use super::{
     config::RunConfig,
     fold::{self, Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
     inputs::{self, Inputs},
-    progress::Display,
-    protocol::{self, Part},
+    progress::{self, Display},
+    protocol::{self, Part, Protocol},
     step::Engine,
     tensorboard::Events,
 };
@@ -169,6 +169,12 @@ impl Run {
         let parts = folds.iter().map(part).collect::<Result<Vec<_>>>()?;
         for part in &parts {
             check_updates(&config, part.fold, part.slides.train.len())?;
+            if config.protocol == Protocol::Nested && !progress::can_choose(&dataset, part) {
+                let (fold, n) = (part.fold, part.slides.val.len());
+                return Err(Error::Usage(format!(
+                    "--protocol nested: no two of the {n} slides that would choose the epoch of fold {fold} can be compared"
+                )));
+            }
         }
         let left_out = dataset.left_out(folds.iter().map(|(_, fold)| fold));
         let device = Device::from_name(&config.device, config.threads)?;
