@@ -9,8 +9,8 @@ libfuzzer_sys::fuzz_target!(
         std::panic::set_hook(Box::new(|_| ()));
     },
     |data: &[u8]| {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let path = folder.path().join("bag.h5");
+        // one name for each process, since making a folder costs more than reading a file; TMPDIR should be in memory
+        let path = std::env::temp_dir().join(format!("crossfusion-fuzz-{}.h5", std::process::id()));
         std::fs::write(&path, data).expect("a temporary file");
         let _ = FeatureFile::open(&path).and_then(|file| (file.read(), file.coordinates()).0);
     }

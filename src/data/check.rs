@@ -44,7 +44,7 @@ pub fn check(source: &Source, each: impl Fn(u64) + Sync) -> Result<Checked> {
         .par_iter()
         .map(|(_, path)| {
             let bytes = std::fs::metadata(path).map_or(0, |file| file.len());
-            let width = FeatureFile::open(path).and_then(|file| file.read().map(|_| file.features()));
+            let width = FeatureFile::open(path).and_then(|file| file.verify().map(|()| file.features()));
             each(bytes);
             (bytes, width)
         })

@@ -39,6 +39,11 @@ impl<T: Element<Sum = f32>> ReadPatches<T> for PatchReader {
     }
 
     fn read(&self, patches: Range<usize>, out: &mut [T]) -> Result<()> {
+        let file = self.open()?;
+        if !file.is_mapped() {
+            return file.read_rows(patches, out);
+        }
+        drop(file);
         let each = (MAPPED / size_of::<f32>() / self.features).max(1);
         for (i, out) in out.chunks_mut(each * self.features).enumerate() {
             let start = patches.start + i * each;

@@ -31,6 +31,8 @@ pub enum Node {
     Dict(Vec<(Id, Id)>),
     Callable(Callable),
     StorageType(StorageType),
+    /// `torch.float32` and the like.
+    NumberType(StorageType),
     /// A named blob of `elements` numbers; the container that holds the pickle knows where it lies.
     Storage {
         numbers: StorageType,
@@ -40,10 +42,40 @@ pub enum Node {
     /// A strided view (in elements) of a storage.
     Tensor {
         storage: Id,
+        /// Set where the storage itself is untyped.
+        numbers: Option<StorageType>,
         offset: usize,
         shape: Vec<usize>,
         strides: Vec<usize>,
+        /// The numbers are the storage's with the other sign.
+        negated: bool,
+        /// The numbers are the storage's, conjugated.
+        conjugated: bool,
     },
+    Bytes(Rc<[u8]>),
+    /// Bytes written as text, each as the character of its number.
+    Latin1(Rc<str>),
+    /// `numpy.dtype`: its kind and size ("f4").
+    ArrayType {
+        code: Rc<str>,
+        big_endian: bool,
+    },
+    /// A numpy array; None until its state has come.
+    Array(Option<Array>),
+    /// Something that is known, and of which nothing more is read, in words: "a sparse tensor".
+    Opaque(&'static str),
+}
+
+/// The state of a numpy array. The machine has checked what the nodes are.
+#[derive(Clone, Debug)]
+pub struct Array {
+    /// [`Node::ArrayType`]
+    pub numbers: Id,
+    pub shape: Vec<usize>,
+    /// Whether the first axis lies side by side, and not the last.
+    pub column_major: bool,
+    /// [`Node::Bytes`] or [`Node::Latin1`]; of arrays of objects a list.
+    pub data: Id,
 }
 
 /// The callables that may be "called": each one only builds a node.
@@ -51,7 +83,19 @@ pub enum Node {
 pub enum Callable {
     OrderedDict,
     RebuildTensor,
+    /// Of an untyped storage.
+    RebuildTypedTensor,
     RebuildParameter,
+    /// A tensor with attributes of its own.
+    RebuildFromType,
+    RebuildArray,
+    ArrayFromBuffer,
+    ArrayType,
+    /// Python 2's way to write bytes.
+    Encode,
+    Size,
+    /// Gives [`Node::Opaque`], whatever it is called with.
+    Opaque(&'static str),
 }
 
 /// The numbers of a storage: floats, which are read, or others, of which only name and size (bytes) matter.
@@ -71,26 +115,98 @@ impl StorageType {
     }
 }
 
-/// The whole list of what a pickle may name.
+/// The whole list of what a pickle may name. None of it is ever run: what stands here is known to be harmless data, and is
+/// either understood or passed over.
 fn global(module: &str, name: &str) -> Option<Node> {
-    let storage = |numbers| Some(Node::StorageType(numbers));
-    let other = |name, size| Some(Node::StorageType(StorageType::Other { name, size }));
+    let call = |callable| Some(Node::Callable(callable));
+    let opaque = |what| Some(Node::Callable(Callable::Opaque(what)));
     match (module, name) {
-        ("collections", "OrderedDict") => Some(Node::Callable(Callable::OrderedDict)),
-        ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => Some(Node::Callable(Callable::RebuildTensor)),
-        ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => {
-            Some(Node::Callable(Callable::RebuildParameter))
+        ("collections", "OrderedDict") => call(Callable::OrderedDict),
+        ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => call(Callable::RebuildTensor),
+        ("torch._utils", "_rebuild_tensor_v3") => call(Callable::RebuildTypedTensor),
+        ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => call(Callable::RebuildParameter),
+        ("torch._tensor", "_rebuild_from_type_v2") => call(Callable::RebuildFromType),
+        ("torch._utils", "_rebuild_qtensor") => opaque("a quantized tensor"),
+        ("torch._utils", "_rebuild_sparse_tensor" | "_rebuild_sparse_csr_tensor") => opaque("a sparse tensor"),
+        ("torch._utils", "_rebuild_nested_tensor") => opaque("a nested tensor"),
+        ("torch._utils", "_rebuild_meta_tensor_no_storage") => opaque("a tensor without numbers (on device `meta`)"),
+        ("torch.serialization", "_get_layout") => opaque("a layout"),
+        ("torch", "per_tensor_affine" | "per_channel_affine" | "per_channel_affine_float_qparams") => {
+            Some(Node::Opaque("a quantizer"))
         }
-        ("torch", "FloatStorage") => storage(StorageType::Float(DType::F32)),
-        ("torch", "DoubleStorage") => storage(StorageType::Float(DType::F64)),
-        ("torch", "HalfStorage") => storage(StorageType::Float(DType::F16)),
-        ("torch", "BFloat16Storage") => storage(StorageType::Float(DType::BF16)),
-        ("torch", "LongStorage") => other("int64", 8),
-        ("torch", "IntStorage") => other("int32", 4),
-        ("torch", "ShortStorage") => other("int16", 2),
-        ("torch", "CharStorage") => other("int8", 1),
-        ("torch", "ByteStorage") => other("uint8", 1),
-        ("torch", "BoolStorage") => other("bool", 1),
+        ("torch", "device") => opaque("a device"),
+        ("torch", "Size") => call(Callable::Size),
+        ("torch", "Tensor") => Some(Node::Opaque("a type")),
+        ("torch.storage", "UntypedStorage") => Some(Node::StorageType(StorageType::Other { name: "bytes", size: 1 })),
+        ("torch", name) => {
+            storage_type(name).map(Node::StorageType).or_else(|| number_type(name).map(Node::NumberType))
+        }
+        ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct") => call(Callable::RebuildArray),
+        ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar") => opaque("a number"),
+        ("numpy.core.numeric" | "numpy._core.numeric", "_frombuffer") => call(Callable::ArrayFromBuffer),
+        ("numpy", "ndarray") => Some(Node::Opaque("a type")),
+        ("numpy", "dtype") => call(Callable::ArrayType),
+        ("_codecs", "encode") => call(Callable::Encode),
+        (
+            "pathlib" | "pathlib._local",
+            "PosixPath" | "PurePosixPath" | "WindowsPath" | "PureWindowsPath" | "Path" | "PurePath",
+        ) => opaque("a path"),
+        ("builtins" | "__builtin__", "set" | "frozenset") => opaque("a set"),
+        ("builtins" | "__builtin__", "complex") => opaque("a number"),
+        _ => None,
+    }
+}
+
+/// The storages of torch that have a type.
+fn storage_type(name: &str) -> Option<StorageType> {
+    number_type(match name {
+        "FloatStorage" => "float32",
+        "DoubleStorage" => "float64",
+        "HalfStorage" => "float16",
+        "BFloat16Storage" => "bfloat16",
+        "LongStorage" => "int64",
+        "IntStorage" => "int32",
+        "ShortStorage" => "int16",
+        "CharStorage" => "int8",
+        "ByteStorage" => "uint8",
+        "BoolStorage" => "bool",
+        "ComplexFloatStorage" => "complex64",
+        "ComplexDoubleStorage" => "complex128",
+        "QUInt8Storage" => "quint8",
+        "QInt8Storage" => "qint8",
+        "QInt32Storage" => "qint32",
+        _ => return None,
+    })
+}
+
+/// The types of numbers that torch knows.
+fn number_type(name: &str) -> Option<StorageType> {
+    let other = |name, size| Some(StorageType::Other { name, size });
+    match name {
+        "float32" => Some(StorageType::Float(DType::F32)),
+        "float64" => Some(StorageType::Float(DType::F64)),
+        "float16" => Some(StorageType::Float(DType::F16)),
+        "bfloat16" => Some(StorageType::Float(DType::BF16)),
+        "int64" => other("int64", 8),
+        "int32" => other("int32", 4),
+        "int16" => other("int16", 2),
+        "int8" => other("int8", 1),
+        "uint8" => other("uint8", 1),
+        "uint16" => other("uint16", 2),
+        "uint32" => other("uint32", 4),
+        "uint64" => other("uint64", 8),
+        "bool" => other("bool", 1),
+        "complex32" => other("complex32", 4),
+        "complex64" => other("complex64", 8),
+        "complex128" => other("complex128", 16),
+        "quint8" => other("quint8", 1),
+        "qint8" => other("qint8", 1),
+        "qint32" => other("qint32", 4),
+        "float8_e4m3fn" => other("float8_e4m3fn", 1),
+        "float8_e4m3fnuz" => other("float8_e4m3fnuz", 1),
+        "float8_e5m2" => other("float8_e5m2", 1),
+        "float8_e5m2fnuz" => other("float8_e5m2fnuz", 1),
+        "float8_e8m0fnu" => other("float8_e8m0fnu", 1),
         _ => None,
     }
 }
@@ -185,6 +301,23 @@ impl Machine<'_> {
                 self.text(length as usize)?;
             }
 
+            b'C' => {
+                let length = self.byte()?.into();
+                self.bytes(length)?;
+            }
+            b'B' => {
+                let length = u32::from_le_bytes(self.array()?);
+                self.bytes(length as usize)?;
+            }
+            0x8e | 0x96 => {
+                let length = u64::from_le_bytes(self.array()?);
+                self.bytes(usize::try_from(length).map_err(|_| "it ends too early")?)?;
+            }
+            0x8d => {
+                let length = u64::from_le_bytes(self.array()?);
+                self.text(usize::try_from(length).map_err(|_| "it ends too early")?)?;
+            }
+
             b')' => self.push(Node::Tuple(Vec::new())),
             opcode @ 0x85..=0x87 => {
                 let items = self.pop_last(usize::from(opcode - 0x84))?;
@@ -254,11 +387,8 @@ impl Machine<'_> {
                 self.stack.push(result);
             }
             b'b' => {
-                // BUILD sets attributes; the only ones met are a state dict's `_metadata`, which nothing here needs.
                 let operands = self.pop_last(2)?;
-                if !matches!(self.node(operands[0]), Node::Dict(_)) {
-                    return Err("it sets attributes of an object that is not a dict".into());
-                }
+                self.build(operands[0], operands[1])?;
                 self.stack.push(operands[0]);
             }
             opcode => return Err(format!("opcode 0x{opcode:02x} ({:?}) is not allowed", char::from(opcode))),
@@ -266,29 +396,129 @@ impl Machine<'_> {
         Ok(None)
     }
 
+    /// BUILD sets an object's state: that of arrays and their types is read; of a dict (a state dict's `_metadata`), and of
+    /// what is passed over, nothing is needed.
+    fn build(&mut self, object: Id, state: Id) -> Result<(), String> {
+        let state = match self.node(state) {
+            Node::Tuple(items) => items.as_slice(),
+            _ => &[],
+        };
+        let node = match (self.node(object), state) {
+            (Node::Dict(_) | Node::Opaque(_), _) => return Ok(()),
+            (Node::ArrayType { code, .. }, &[_version, order, ..]) if let Node::Text(order) = self.node(order) => {
+                Node::ArrayType { code: code.clone(), big_endian: &**order == ">" }
+            }
+            (Node::Array(None), &[_version, shape, numbers, column_major, data])
+                if let &Node::Bool(column_major) = self.node(column_major)
+                    && matches!(self.node(numbers), Node::ArrayType { .. }) =>
+            {
+                Node::Array(Some(Array { numbers, shape: self.sizes(shape)?, column_major, data }))
+            }
+            (Node::Array(_) | Node::ArrayType { .. }, _) => {
+                return Err("a numpy array is described in a way that numpy does not write".into());
+            }
+            _ => return Err("it sets attributes of an object that is not a dict".into()),
+        };
+        self.nodes[object.0 as usize] = node;
+        Ok(())
+    }
+
     /// What calling `callable` would have built, of arguments that are checked one by one.
     fn reduce(&mut self, callable: Id, arguments: Id) -> Result<Id, String> {
-        let Node::Callable(callable) = *self.node(callable) else {
+        let &Node::Callable(callable) = self.node(callable) else {
             return Err("it calls something that is not a function".into());
         };
         let Node::Tuple(arguments) = self.node(arguments) else {
             return Err("it calls a function with something that is not a tuple".into());
         };
         let node = match (callable, arguments.as_slice()) {
+            (Callable::Opaque(what), _) => Node::Opaque(what),
             (Callable::OrderedDict, []) => Node::Dict(Vec::new()),
-            (Callable::RebuildParameter, &[tensor, _, ..]) if matches!(self.node(tensor), Node::Tensor { .. }) => {
+            (Callable::RebuildParameter, &[tensor, _, ..])
+                if matches!(self.node(tensor), Node::Tensor { .. } | Node::Opaque(_)) =>
+            {
                 return Ok(tensor);
             }
-            (Callable::RebuildTensor, &[storage, offset, shape, strides, ..])
-                if matches!(self.node(storage), Node::Storage { .. }) =>
+            // of the plain tensor type alone, `torch.Tensor`: of others it is not known what they mean by their numbers
+            (Callable::RebuildFromType, &[function, kind, arguments, _state])
+                if let &Node::Callable(
+                    function @ (Callable::RebuildTensor | Callable::RebuildTypedTensor | Callable::Opaque(_)),
+                ) = self.node(function)
+                    && matches!(self.node(kind), Node::Opaque("a type"))
+                    && let Node::Tuple(arguments) = self.node(arguments) =>
             {
-                let (shape, strides) = (self.sizes(shape)?, self.sizes(strides)?);
-                Node::Tensor { storage, offset: self.size(offset)?, shape, strides }
+                match function {
+                    Callable::Opaque(what) => Node::Opaque(what),
+                    _ => self.tensor(function, arguments)?,
+                }
             }
+            (Callable::RebuildTensor | Callable::RebuildTypedTensor, arguments) => self.tensor(callable, arguments)?,
+            (Callable::RebuildArray, &[_kind, _shape, _code]) => Node::Array(None),
+            (Callable::ArrayFromBuffer, &[data, numbers, shape, order])
+                if let Node::Text(order) = self.node(order)
+                    && matches!(self.node(numbers), Node::ArrayType { .. }) =>
+            {
+                let column_major = &**order == "F";
+                Node::Array(Some(Array { numbers, shape: self.sizes(shape)?, column_major, data }))
+            }
+            (Callable::ArrayType, &[code, ..]) if let Node::Text(code) = self.node(code) => {
+                Node::ArrayType { code: code.clone(), big_endian: false }
+            }
+            (Callable::Encode, &[text, coding])
+                if let (Node::Text(text), Node::Text(coding)) = (self.node(text), self.node(coding))
+                    && matches!(&**coding, "latin1" | "latin-1") =>
+            {
+                Node::Latin1(text.clone())
+            }
+            (Callable::Size, &[sizes]) if matches!(self.node(sizes), Node::Tuple(_)) => return Ok(sizes),
             _ => return Err(format!("{callable:?} is called with arguments that torch.save does not write")),
         };
         self.push(node);
         self.pop()
+    }
+
+    /// `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)`, and with a type before the
+    /// metadata `_v3`; what comes after the stride may be absent.
+    fn tensor(&self, callable: Callable, arguments: &[Id]) -> Result<Node, String> {
+        let error = || format!("{callable:?} is called with arguments that torch.save does not write");
+        let (&[storage, offset, shape, strides], rest) = arguments.split_first_chunk().ok_or_else(error)?;
+        if !matches!(self.node(storage), Node::Storage { .. }) {
+            return Err(error());
+        }
+        let (numbers, metadata) = match (callable, rest) {
+            (Callable::RebuildTensor, [] | [_] | [_, _]) => (None, None),
+            (Callable::RebuildTensor, &[_, _, metadata]) => (None, Some(metadata)),
+            (Callable::RebuildTypedTensor, &[_, _, numbers, ref metadata @ ..])
+                if let &Node::NumberType(numbers) = self.node(numbers)
+                    && metadata.len() <= 1 =>
+            {
+                (Some(numbers), metadata.first().copied())
+            }
+            _ => return Err(error()),
+        };
+        let (mut negated, mut conjugated) = (false, false);
+        match metadata.map(|id| self.node(id)) {
+            None | Some(Node::None) => {}
+            Some(Node::Dict(pairs)) => {
+                for &(key, value) in pairs {
+                    match (self.node(key), self.node(value)) {
+                        (Node::Text(key), &Node::Bool(value)) if &**key == "neg" => negated = value,
+                        (Node::Text(key), &Node::Bool(value)) if &**key == "conj" => conjugated = value,
+                        (Node::Text(key), _) => {
+                            let key: String = key.chars().take(60).collect();
+                            return Err(format!(
+                                "a tensor has the property `{}`, which is not known",
+                                key.escape_debug()
+                            ));
+                        }
+                        _ => return Err(error()),
+                    }
+                }
+            }
+            Some(_) => return Err(error()),
+        }
+        let (shape, strides) = (self.sizes(shape)?, self.sizes(strides)?);
+        Ok(Node::Tensor { storage, numbers, offset: self.size(offset)?, shape, strides, negated, conjugated })
     }
 
     /// Torch's persistent id: `("storage", type, key, device, elements)`, and None in the legacy format.
@@ -413,6 +643,12 @@ impl Machine<'_> {
     fn text(&mut self, length: usize) -> Result<(), String> {
         let text = std::str::from_utf8(self.take(length)?).map_err(|_| "a string is not UTF-8")?.into();
         self.push(Node::Text(text));
+        Ok(())
+    }
+
+    fn bytes(&mut self, length: usize) -> Result<(), String> {
+        let bytes = self.take(length)?.into();
+        self.push(Node::Bytes(bytes));
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! A tensor as it lies in a file: a strided view of stored floats, converted to f32 when it is read.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use half::slice::HalfFloatSliceExt;
@@ -26,11 +27,45 @@ impl DType {
     }
 }
 
+/// As PyTorch names them.
+impl std::fmt::Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            DType::F32 => "float32",
+            DType::F64 => "float64",
+        })
+    }
+}
+
 /// What a container holds under one name.
 pub enum Entry {
     Float(StoredTensor),
-    /// Anything that is not a float tensor, in words: "an int64 tensor".
+    /// Anything that is not a float tensor, in words: "int64 [13, 2]".
     Other(String),
+}
+
+/// The bytes of a zip member that is stored as it is, and the checksum that the archive gives of them.
+pub struct Seal {
+    pub bytes: Bytes,
+    pub crc: u32,
+    /// The member's name.
+    pub name: String,
+}
+
+impl Seal {
+    /// That `crc` is the one that the archive gives.
+    pub fn check(&self, crc: u32) -> Result<(), String> {
+        if crc == self.crc {
+            return Ok(());
+        }
+        Err(format!(
+            "is damaged: its member `{}` fails its checksum (CRC-32 {crc:08x}, expected {:08x})",
+            self.name.escape_debug(),
+            self.crc
+        ))
+    }
 }
 
 /// Little-endian floats behind a shape and strides (in elements, outermost first). The constructor has checked that
@@ -41,6 +76,10 @@ pub struct StoredTensor {
     pub shape: Vec<usize>,
     strides: Vec<usize>,
     bytes: Bytes,
+    /// The values are the numbers with the other sign: PyTorch's negative bit.
+    pub negated: bool,
+    /// What says whether the bytes are sound, where something does.
+    pub seal: Option<Arc<Seal>>,
 }
 
 impl StoredTensor {
@@ -65,7 +104,7 @@ impl StoredTensor {
             ));
         }
         let bytes = storage.slice(offset * dtype.size()..);
-        Ok(Self { dtype, shape, strides, bytes })
+        Ok(Self { dtype, shape, strides, bytes, negated: false, seal: None })
     }
 
     /// Row-major numbers that fill `storage` exactly.
@@ -81,13 +120,20 @@ impl StoredTensor {
         self.shape.iter().product()
     }
 
-    /// `[1, N, F]` becomes `[N, F]`.
+    /// `[1, N, F]` and `[N, 1, F]` become `[N, F]`.
     pub fn without_batch_of_one(mut self) -> Self {
-        if self.shape.len() == 3 && self.shape[0] == 1 {
-            self.shape.remove(0);
-            self.strides.remove(0);
+        if let Some(axis) = batch_axis(&self.shape) {
+            self.shape.remove(axis);
+            self.strides.remove(axis);
         }
         self
+    }
+
+    /// Whether a tensor whose lines lie side by side has all bytes of its seal, so that who reads all lines in order has read these.
+    pub fn fills(&self, seal: &Seal) -> bool {
+        self.is_contiguous()
+            && self.bytes.as_ptr() == seal.bytes.as_ptr()
+            && self.elements() * self.dtype.size() == seal.bytes.len()
     }
 
     /// All numbers in row-major order.
@@ -110,22 +156,23 @@ impl StoredTensor {
             return;
         }
         if self.is_contiguous() {
-            return convert(self.dtype, self.numbers(lines.start * width, out.len()), out);
+            return self.convert(self.numbers(lines.start * width, out.len()), out);
         }
         for (line, out) in lines.zip(out.chunks_exact_mut(width)) {
             let start = self.line_offset(line);
             if step == 1 {
-                convert(self.dtype, self.numbers(start, width), out);
+                self.convert(self.numbers(start, width), out);
             } else {
                 let span = (width - 1) * step + 1;
                 gather(self.dtype, self.numbers(start, span), step, out);
+                self.sign(out);
             }
         }
     }
 
     /// Which bytes of `whole` hold these lines, if they lie there side by side.
     pub fn place(&self, lines: &Range<usize>, whole: &[u8]) -> Option<Range<usize>> {
-        let first = (self.bytes.as_ptr() as usize).checked_sub(whole.as_ptr() as usize)?;
+        let first = place_in(&self.bytes, whole)?.start;
         let line = self.shape.last()? * self.dtype.size();
         let range = first + lines.start * line..first + lines.end * line;
         (self.is_contiguous() && range.end <= whole.len()).then_some(range)
@@ -134,9 +181,16 @@ impl StoredTensor {
     /// Converts lines that were read from their [`StoredTensor::place`].
     pub fn convert(&self, stored: &[u8], out: &mut [f32]) {
         convert(self.dtype, stored, out);
+        self.sign(out);
     }
 
-    fn is_contiguous(&self) -> bool {
+    fn sign(&self, out: &mut [f32]) {
+        if self.negated {
+            out.iter_mut().for_each(|x| *x = -*x);
+        }
+    }
+
+    pub fn is_contiguous(&self) -> bool {
         let mut expected = 1;
         self.shape.iter().zip(&self.strides).rev().all(|(&size, &stride)| {
             let fits = size == 1 || stride == expected;
@@ -162,6 +216,22 @@ impl StoredTensor {
     }
 }
 
+/// The axis of length 1 that a bag of three axes has too many: `[1, N, F]` or `[N, 1, F]`.
+pub fn batch_axis(shape: &[usize]) -> Option<usize> {
+    match shape {
+        [1, _, _] => Some(0),
+        [_, 1, _] => Some(1),
+        _ => None,
+    }
+}
+
+/// Where `part` lies in `whole`, if it does.
+pub fn place_in(part: &[u8], whole: &[u8]) -> Option<Range<usize>> {
+    let first = (part.as_ptr() as usize).checked_sub(whole.as_ptr() as usize)?;
+    let range = first..first.checked_add(part.len())?;
+    (range.end <= whole.len()).then_some(range)
+}
+
 /// The number of elements, unless it overflows.
 pub fn product(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size))
@@ -177,7 +247,7 @@ fn last_element(shape: &[usize], strides: &[usize], offset: usize) -> Option<usi
 }
 
 /// Adjacent numbers. The bytes need no alignment: the loops compile to unaligned vector loads.
-fn convert(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+pub fn convert(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         DType::F32 => numbers(bytes, f32::from_le_bytes).zip(out).for_each(|(x, out)| *out = x),
         DType::F64 => numbers(bytes, f64::from_le_bytes).zip(out).for_each(|(x, out)| *out = x as f32),

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{Cursor, Read, Write};
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use ndarray::ArrayView2;
@@ -13,12 +14,18 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::atomic::write_atomically;
-use super::pickle::{self, Id, Node, Pickle, StorageType};
-use super::tensor::{DType, Entry, StoredTensor, first_non_finite};
+use super::features::{Held, choose, choose_of_pair, plain};
+use super::pickle::{self, Array, Id, Node, Pickle, StorageType};
+use super::tensor::{DType, Entry, Seal, StoredTensor, first_non_finite, product};
 use crate::{Error, Result};
 
 /// Deflate cannot expand by more than this (1032 : 1), so a larger claim is false.
 pub(super) const MAX_EXPANSION: u64 = 1032;
+
+const ZIP_MAGIC: &[u8] = b"PK\x03\x04";
+const ZIP_END_MAGIC: &[u8] = b"PK\x05\x06";
+/// Bytes of an archive's end without a comment.
+const ZIP_END: usize = 22;
 
 /// The first object of a legacy file.
 const LEGACY_MAGIC: i128 = 0x1950_a86a_20f9_469c_fc6c;
@@ -37,7 +44,8 @@ pub struct Parameter {
 pub type StateDict = BTreeMap<String, Parameter>;
 
 /// Reads a checkpoint's float tensors by name, from `.safetensors` or from what `torch.save` wrote: a state dict, bare
-/// or under `state_dict`, `model_state_dict` or `model`. A `module.` in front of every name (DataParallel) is taken off.
+/// or under `state_dict`, `model_state_dict` or `model`. What stands in front of every name (`module.` of DataParallel,
+/// `_orig_mod.` of torch.compile, `model.` of Lightning, and several of these) is taken off.
 /// Other objects, such as integer buffers, are left out. Errors name the file and the tensor; a NaN or infinity is one.
 pub fn read_state_dict(path: &Path) -> Result<StateDict> {
     let bytes = super::features::map_file(path)?;
@@ -50,17 +58,23 @@ pub fn state_dict_from_bytes(name: &Path, bytes: Vec<u8>) -> Result<StateDict> {
 }
 
 fn state_dict(bytes: Bytes) -> Result<StateDict, String> {
-    let (mut entries, stored) = if is_safetensors(&bytes) {
-        (safetensors_entries(&bytes)?, bytes.len())
-    } else if is_torch(&bytes) {
-        let archive = Archive::open(&bytes)?;
-        let root = archive.state_dict().ok_or("holds no state dict")?;
-        (archive.entries(root)?, archive.storages.values().map(Bytes::len).sum())
-    } else {
-        return Err("is not a checkpoint: its content is neither .safetensors nor .pt".into());
+    let (mut entries, stored) = match container(&bytes)? {
+        Some(Container::Safetensors) => (safetensors_entries(&bytes)?, bytes.len()),
+        Some(Container::Torch) => {
+            let archive = Archive::open(&bytes)?;
+            let root = archive.state_dict().ok_or("holds no state dict")?;
+            for seal in archive.storages.values().filter_map(|storage| storage.seal.as_ref()) {
+                seal.check(crc32fast::hash(&seal.bytes))?;
+            }
+            (archive.entries(root)?, archive.storages.values().map(|storage| storage.bytes.len()).sum())
+        }
+        Some(Container::Hdf5) | None => {
+            return Err("is not a checkpoint: its content is neither .safetensors nor .pt".into());
+        }
     };
-    if entries.keys().all(|name| name.starts_with("module.")) {
-        entries = entries.into_iter().map(|(name, entry)| (name["module.".len()..].to_string(), entry)).collect();
+    entries.retain(|_, entry| matches!(entry, Entry::Float(_)));
+    while let Some(prefix) = shared_prefix(&entries) {
+        entries = entries.into_iter().map(|(name, entry)| (name[prefix..].to_string(), entry)).collect();
     }
     // Tensors may share numbers (tied weights), but hardly more than a few; a small file that claims gigabytes is an attack.
     let total = entries.values().fold(0usize, |sum, entry| match entry {
@@ -75,6 +89,7 @@ fn state_dict(bytes: Bytes) -> Result<StateDict, String> {
         let Entry::Float(tensor) = entry else { continue };
         let values = tensor.to_f32();
         if let Some(i) = first_non_finite(&values) {
+            let name = name.escape_debug();
             return Err(format!("tensor `{name}` holds {} at element {i}, expected finite numbers", values[i]));
         }
         parameters.insert(name, Parameter { shape: tensor.shape, values });
@@ -85,50 +100,143 @@ fn state_dict(bytes: Bytes) -> Result<StateDict, String> {
     Ok(parameters)
 }
 
-/// Whether the bytes begin like a file of `torch.save`: a zip archive, or a pickle.
-pub(super) fn is_torch(bytes: &[u8]) -> bool {
-    bytes.starts_with(b"PK\x03\x04") || bytes.first() == Some(&0x80)
+/// The length of `part.`, if all names begin with it and go on. Of one name alone nothing can be said.
+fn shared_prefix<T>(entries: &BTreeMap<String, T>) -> Option<usize> {
+    let (first, last) = (entries.first_key_value()?.0, entries.last_key_value()?.0);
+    let prefix = &first[..=first.find('.')?];
+    // in a sorted map, what first and last begin with all begin with
+    (first != last && first.len() > prefix.len() && last.starts_with(prefix)).then_some(prefix.len())
+}
+
+/// The formats, told apart by content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Container {
+    /// What `torch.save` wrote: a zip archive, or pickles.
+    Torch,
+    Safetensors,
+    Hdf5,
+}
+
+/// What a file is. One that is several things at once, so that programs would read different things from it, is refused.
+pub(super) fn container(bytes: &[u8]) -> Result<Option<Container>, String> {
+    let zip = bytes.starts_with(ZIP_MAGIC);
+    let kinds = [
+        ("a zip archive", Container::Torch, zip || ends_like_zip(bytes)),
+        ("a pickle", Container::Torch, bytes.first() == Some(&0x80) && !is_safetensors(bytes)),
+        ("a safetensors file", Container::Safetensors, is_safetensors(bytes)),
+        ("an HDF5 file", Container::Hdf5, hdf5_start(bytes).is_some()),
+    ];
+    let mut found = kinds.iter().filter(|(_, _, found)| *found);
+    match (found.next(), found.next()) {
+        (Some((a, ..)), Some((b, ..))) => {
+            Err(format!("is {a} and {b} at once: what it holds depends on who reads it, so it is not read"))
+        }
+        // what comes before a zip archive belongs to nobody
+        (Some(("a zip archive", ..)), None) if !zip => {
+            Err("is a zip archive with something in front of it, so it is not read".into())
+        }
+        (kind, _) => Ok(kind.map(|&(_, container, _)| container)),
+    }
+}
+
+/// Where an HDF5 file begins: at 0, or behind a user block of 512 bytes, 1024, 2048 and so on.
+pub(super) fn hdf5_start(bytes: &[u8]) -> Option<usize> {
+    let mut places = std::iter::once(0).chain(std::iter::successors(Some(512usize), |&at| at.checked_mul(2)));
+    places.by_ref().take_while(|&at| at < bytes.len()).find(|&at| bytes[at..].starts_with(b"\x89HDF\r\n\x1a\n"))
 }
 
 /// Whether the bytes begin like a safetensors file: a header's length that fits, and then JSON.
-pub(super) fn is_safetensors(bytes: &[u8]) -> bool {
+fn is_safetensors(bytes: &[u8]) -> bool {
     let Some((&length, rest)) = bytes.split_first_chunk() else { return false };
     rest.first() == Some(&b'{') && u64::from_le_bytes(length) <= rest.len() as u64
 }
 
+/// Whether a zip archive's end stands where zip readers look for it, right behind what must come before it: the directory of its
+/// members, or the locator that large archives have.
+fn ends_like_zip(bytes: &[u8]) -> bool {
+    let tail = bytes.len().saturating_sub(ZIP_END + usize::from(u16::MAX));
+    (tail..bytes.len().saturating_sub(ZIP_END - 1)).any(|at| {
+        let end = &bytes[at..at + ZIP_END];
+        let directory = u32::from_le_bytes([end[12], end[13], end[14], end[15]]) as usize;
+        let follows = |size, magic| at.checked_sub(size).is_some_and(|at| bytes[at..].starts_with(magic));
+        end.starts_with(ZIP_END_MAGIC) && (follows(directory, b"PK\x01\x02") || follows(20, b"PK\x06\x07"))
+    })
+}
+
+/// Whether nothing but a zip's end follows the list of its members: 22 bytes, and 76 more in large archives. A comment is more.
+fn ends_with_directory(zip: &ZipArchive<Cursor<&[u8]>>, bytes: &[u8]) -> bool {
+    let last = (0..zip.len()).filter_map(|i| Some(zip.by_index_data(i).ok()?.central_header_start() as usize)).max();
+    let length = |at: usize| Some(usize::from(u16::from_le_bytes(*bytes.get(at..)?.first_chunk()?)));
+    // an entry: 46 bytes, of which three fields say how long name, extra field and comment behind it are
+    let end = last.and_then(|at| Some(at + 46 + length(at + 28)? + length(at + 30)? + length(at + 32)?));
+    let rest = end.and_then(|end| bytes.len().checked_sub(end));
+    rest.is_some_and(|rest| rest == ZIP_END || rest == 76 + ZIP_END)
+}
+
 /// All tensors of a safetensors file.
 pub(super) fn safetensors_entries(bytes: &Bytes) -> Result<BTreeMap<String, Entry>, String> {
-    let file = SafeTensors::deserialize(bytes).map_err(|e| format!("is not a sound safetensors file: {e}"))?;
+    let file = SafeTensors::deserialize(bytes).map_err(|e| format!("is not a sound safetensors file: {}", plain(e)))?;
     let entry = |name: &str, view: safetensors::tensor::TensorView| {
         let dtype = match view.dtype() {
             Dtype::F16 => DType::F16,
             Dtype::BF16 => DType::BF16,
             Dtype::F32 => DType::F32,
             Dtype::F64 => DType::F64,
-            other => return Ok(Entry::Other(format!("a tensor of {other:?}"))),
+            other => return Ok(Entry::Other(format!("{} {:?}", number_name(other), view.shape()))),
         };
         StoredTensor::contiguous(dtype, view.shape().to_vec(), bytes.slice_ref(view.data()))
             .map(Entry::Float)
-            .map_err(|e| format!("tensor `{name}` {e}"))
+            .map_err(|e| format!("tensor `{}` {e}", name.escape_debug()))
     };
     file.iter().map(|(name, view)| Ok((name.to_string(), entry(name, view)?))).collect()
+}
+
+/// As PyTorch names it.
+fn number_name(dtype: Dtype) -> String {
+    let name = format!("{dtype:?}");
+    let kinds = [("BOOL", "bool"), ("BF", "bfloat"), ("F", "float"), ("I", "int"), ("U", "uint"), ("C", "complex")];
+    match kinds.iter().find_map(|(short, long)| Some((long, name.strip_prefix(short)?))) {
+        Some((long, rest)) => format!("{long}{}", rest.to_ascii_lowercase()),
+        None => name,
+    }
 }
 
 /// An opened torch file: its objects, and its storages by key.
 pub(super) struct Archive {
     pickle: Pickle,
-    storages: HashMap<Rc<str>, Bytes>,
+    storages: HashMap<Rc<str>, Storage>,
+}
+
+/// A storage's bytes; a seal where the container gives a checksum that was not checked yet.
+struct Storage {
+    bytes: Bytes,
+    seal: Option<Arc<Seal>>,
+}
+
+impl Storage {
+    /// The bytes, checked.
+    fn sound(self) -> Result<Bytes, String> {
+        if let Some(seal) = &self.seal {
+            seal.check(crc32fast::hash(&seal.bytes))?;
+        }
+        Ok(self.bytes)
+    }
 }
 
 impl Archive {
     /// Storages are views of `bytes`, except where a zip member is compressed.
     pub fn open(bytes: &Bytes) -> Result<Self, String> {
-        if bytes.starts_with(b"PK\x03\x04") { Self::open_zip(bytes) } else { Self::open_legacy(bytes) }
+        if bytes.starts_with(ZIP_MAGIC) { Self::open_zip(bytes) } else { Self::open_legacy(bytes) }
     }
 
     fn open_zip(bytes: &Bytes) -> Result<Self, String> {
-        let mut zip =
-            ZipArchive::new(Cursor::new(&bytes[..])).map_err(|e| format!("is a truncated or damaged .pt file: {e}"))?;
+        let mut zip = ZipArchive::new(Cursor::new(&bytes[..]))
+            .map_err(|e| format!("is a truncated or damaged .pt file: {}", plain(e)))?;
+        // Both of a zip's lists of members must tell the same: else it holds one thing for us, and another for torch.
+        zip.validate_header_consistency().map_err(|e| format!("is a truncated or damaged .pt file: {}", plain(e)))?;
+        if zip.offset() != 0 || !ends_with_directory(&zip, bytes) {
+            return Err("is a zip archive with something in front of it or behind it, so it is not read".into());
+        }
         let names = zip.file_names().flatten();
         let pickle_name = names.into_iter().find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
         let pickle_name = pickle_name.ok_or("is a zip archive without a data.pkl, so not a torch file")?.into_owned();
@@ -136,10 +244,12 @@ impl Archive {
 
         let mut budget = MAX_EXPANSION.saturating_mul(bytes.len() as u64);
         let order = format!("{folder}byteorder");
-        if zip.index_for_name(&order).is_some() && member(&mut zip, bytes, &order, &mut budget)?[..] != b"little"[..] {
+        if zip.index_for_name(&order).is_some()
+            && member(&mut zip, bytes, &order, &mut budget)?.sound()?[..] != b"little"[..]
+        {
             return Err("is not little-endian: load it with torch and save it on a little-endian machine".into());
         }
-        let (pickle, _) = pickle::load(&member(&mut zip, bytes, &pickle_name, &mut budget)?)?;
+        let (pickle, _) = pickle::load(&member(&mut zip, bytes, &pickle_name, &mut budget)?.sound()?)?;
         let mut storages = HashMap::new();
         for node in pickle.nodes() {
             if let Node::Storage { key, .. } = node
@@ -195,21 +305,128 @@ impl Archive {
                 )
             })?;
             at += 8 + data.len();
-            storages.insert(key.clone(), bytes.slice_ref(data));
+            storages.insert(key.clone(), Storage { bytes: bytes.slice_ref(data), seal: None });
+        }
+        if at < bytes.len() {
+            return Err(format!("has {} bytes behind its last storage, so it is not read", bytes.len() - at));
         }
         Ok(Self { pickle: objects, storages })
     }
 
-    /// The whole file as one tensor, if that is what it is.
-    pub fn root_tensor(&self) -> Result<Option<Entry>, String> {
-        match self.pickle.node(self.pickle.root) {
-            Node::Tensor { .. } => self.entry(self.pickle.root).map(Some),
-            _ => Ok(None),
+    /// The features: the root itself, what a dict holds under one of the usual names, or the one of a pair that is no coordinates.
+    pub fn features(&self) -> Result<StoredTensor, String> {
+        let root = self.pickle.root;
+        match self.pickle.node(root) {
+            Node::Dict(_) => {
+                let named = self.named(root);
+                let held = named.iter().map(|(name, &id)| self.held(name, id)).collect::<Vec<_>>();
+                let name = choose(&held, "tensor")?;
+                self.floats(named[name]).map_err(|e| format!("tensor `{name}` {e}"))
+            }
+            Node::Tuple(items) | Node::List(items) => {
+                let held = items.iter().map(|&id| self.held("", id)).collect::<Vec<_>>();
+                self.floats(items[choose_of_pair(&held)?])
+            }
+            Node::Tensor { .. } | Node::Array(_) => self.floats(root),
+            node => Err(format!("holds {}, expected a tensor of floats or a dict with `features`", kind(node))),
         }
     }
 
+    /// What is there.
+    fn held(&self, name: &str, id: Id) -> Held {
+        match self.pickle.node(id) {
+            node @ Node::Tensor { shape, conjugated, .. } => match self.numbers(node) {
+                StorageType::Float(dtype) if !conjugated => Held::tensor(name, dtype, shape),
+                StorageType::Float(dtype) => Held::numbers(name, &format!("conjugate {dtype}"), shape),
+                StorageType::Other { name: dtype, .. } => Held::numbers(name, dtype, shape),
+            },
+            Node::Array(Some(array)) => match self.array_type(array) {
+                Ok((dtype, _)) => Held::tensor(name, dtype, &array.shape),
+                Err(dtype) => Held::numbers(name, &dtype, &array.shape),
+            },
+            node => Held::other(name, kind(node).into()),
+        }
+    }
+
+    /// The type of a tensor's numbers.
+    fn numbers(&self, tensor: &Node) -> StorageType {
+        match tensor {
+            &Node::Tensor { numbers: Some(numbers), .. } => numbers,
+            Node::Tensor { storage, .. } => match *self.pickle.node(*storage) {
+                Node::Storage { numbers, .. } => numbers,
+                _ => StorageType::Other { name: "nothing", size: 1 }, // the pickle machine builds no such tensor
+            },
+            _ => StorageType::Other { name: "nothing", size: 1 },
+        }
+    }
+
+    /// The float type of a numpy array and whether it is big-endian; else its type's name.
+    fn array_type(&self, array: &Array) -> Result<(DType, bool), String> {
+        let Node::ArrayType { code, big_endian } = self.pickle.node(array.numbers) else {
+            return Err("numpy's".into());
+        };
+        let named = |kind: &str, bytes: &str| match bytes.parse::<u16>() {
+            Ok(bytes) => format!("{kind}{}", 8 * u32::from(bytes)),
+            Err(_) => format!("numpy's {}", code.chars().take(20).collect::<String>().escape_debug()),
+        };
+        match &**code {
+            "f2" => Ok((DType::F16, *big_endian)),
+            "f4" => Ok((DType::F32, *big_endian)),
+            "f8" => Ok((DType::F64, *big_endian)),
+            code => Err(match code.split_at_checked(1) {
+                Some(("i", bytes)) => named("int", bytes),
+                Some(("u", bytes)) => named("uint", bytes),
+                Some(("f", bytes)) => named("float", bytes),
+                Some(("c", bytes)) => named("complex", bytes),
+                Some(("b", "1")) => "bool".into(),
+                Some(("U" | "S", _)) => "text".into(),
+                Some(("O", _)) => "objects".into(),
+                _ => named("", "?"),
+            }),
+        }
+    }
+
+    /// A tensor or an array of floats.
+    fn floats(&self, id: Id) -> Result<StoredTensor, String> {
+        if let Node::Array(Some(array)) = self.pickle.node(id) {
+            return self.array(array);
+        }
+        match self.entry(id)? {
+            Entry::Float(tensor) => Ok(tensor),
+            Entry::Other(what) => Err(format!("holds {what}, expected floats")),
+        }
+    }
+
+    fn array(&self, array: &Array) -> Result<StoredTensor, String> {
+        let (dtype, big_endian) =
+            self.array_type(array).map_err(|what| format!("holds {what} {:?}, expected floats", array.shape))?;
+        let mut bytes = match self.pickle.node(array.data) {
+            Node::Bytes(bytes) => bytes.to_vec(),
+            Node::Latin1(text) => {
+                let bytes: Option<Vec<u8>> = text.chars().map(|c| u8::try_from(c).ok()).collect();
+                bytes.ok_or("has numbers that are not bytes")?
+            }
+            _ => return Err("has no numbers".into()),
+        };
+        if big_endian {
+            bytes.chunks_exact_mut(dtype.size()).for_each(<[u8]>::reverse);
+        }
+        let elements = product(&array.shape).and_then(|elements| elements.checked_mul(dtype.size()));
+        if elements != Some(bytes.len()) {
+            return Err(format!("has shape {:?}, but {} bytes of numbers", array.shape, bytes.len()));
+        }
+        if !array.column_major {
+            return StoredTensor::contiguous(dtype, array.shape.clone(), bytes.into());
+        }
+        let mut strides = vec![1usize; array.shape.len()];
+        for axis in 1..array.shape.len() {
+            strides[axis] = strides[axis - 1].saturating_mul(array.shape[axis - 1]);
+        }
+        StoredTensor::new(dtype, array.shape.clone(), strides, 0, bytes.into())
+    }
+
     /// The whole file as one dict, if that is what it is.
-    pub fn root_dict(&self) -> Option<Id> {
+    fn root_dict(&self) -> Option<Id> {
         self.is_dict(self.pickle.root).then_some(self.pickle.root)
     }
 
@@ -225,38 +442,47 @@ impl Archive {
     }
 
     /// The objects of one dict by name (of a name given twice the last, as in Python).
-    pub fn entries(&self, dict: Id) -> Result<BTreeMap<String, Entry>, String> {
-        let Node::Dict(pairs) = self.pickle.node(dict) else { return Ok(BTreeMap::new()) };
-        let named: BTreeMap<&str, Id> = pairs
-            .iter()
-            .filter_map(|&(key, value)| match self.pickle.node(key) {
-                Node::Text(name) => Some((&**name, value)),
-                _ => None,
-            })
-            .collect();
-        let entry = |(name, id)| match self.entry(id) {
-            Ok(entry) => Ok((String::from(name), entry)),
-            Err(e) => Err(format!("tensor `{name}` {e}")),
-        };
-        named.into_iter().map(entry).collect()
+    fn named(&self, dict: Id) -> BTreeMap<&str, Id> {
+        let Node::Dict(pairs) = self.pickle.node(dict) else { return BTreeMap::new() };
+        let named = pairs.iter().filter_map(|&(key, value)| match self.pickle.node(key) {
+            Node::Text(name) => Some((&**name, value)),
+            _ => None,
+        });
+        named.collect()
     }
 
-    fn entry(&self, id: Id) -> Result<Entry, String> {
-        let Node::Tensor { storage, offset, shape, strides } = self.pickle.node(id) else {
-            return Ok(Entry::Other(kind(self.pickle.node(id)).into()));
+    fn entries(&self, dict: Id) -> Result<BTreeMap<String, Entry>, String> {
+        let entry = |(name, id): (&str, Id)| match self.entry(id) {
+            Ok(entry) => Ok((String::from(name), entry)),
+            Err(e) => Err(format!("tensor `{}` {e}", name.escape_debug())),
         };
-        let Node::Storage { numbers, key, elements } = self.pickle.node(*storage) else {
+        self.named(dict).into_iter().map(entry).collect()
+    }
+
+    /// A tensor. Numpy's arrays are no parameters.
+    fn entry(&self, id: Id) -> Result<Entry, String> {
+        let node = self.pickle.node(id);
+        let &Node::Tensor { storage, offset, ref shape, ref strides, negated, conjugated, .. } = node else {
+            return Ok(Entry::Other(kind(node).into()));
+        };
+        let Node::Storage { numbers, key, elements } = self.pickle.node(storage) else {
             return Err("has no storage".into()); // the pickle machine builds no such tensor
         };
-        let dtype = match *numbers {
+        let dtype = match self.numbers(node) {
             StorageType::Float(dtype) => dtype,
-            StorageType::Other { name, .. } => return Ok(Entry::Other(format!("a tensor of {name}"))),
+            StorageType::Other { name, .. } => return Ok(Entry::Other(format!("{name} {shape:?}"))),
         };
-        let bytes = self.storages.get(key).ok_or_else(|| format!("has no data: storage {key:?} is missing"))?;
-        let needed = elements.checked_mul(dtype.size());
-        let bytes = needed.filter(|&needed| needed <= bytes.len()).map(|needed| bytes.slice(..needed));
+        if conjugated {
+            return Err("has its conjugate bit set, and is not complex".into());
+        }
+        let stored = self.storages.get(key).ok_or_else(|| format!("has no data: storage {key:?} is missing"))?;
+        let needed = elements.checked_mul(numbers.size());
+        let bytes = needed.filter(|&needed| needed <= stored.bytes.len()).map(|needed| stored.bytes.slice(..needed));
         let bytes = bytes.ok_or_else(|| format!("has truncated data: its storage should hold {elements} numbers"))?;
-        StoredTensor::new(dtype, shape.clone(), strides.clone(), *offset, bytes).map(Entry::Float)
+        let mut tensor = StoredTensor::new(dtype, shape.clone(), strides.clone(), offset, bytes)?;
+        tensor.negated = negated;
+        tensor.seal = stored.seal.clone();
+        Ok(Entry::Float(tensor))
     }
 }
 
@@ -270,24 +496,32 @@ fn lookup(pickle: &Pickle, dict: Id, name: &str) -> Option<Id> {
 fn kind(node: &Node) -> &'static str {
     match node {
         Node::None => "None",
-        Node::Bool(_) | Node::Int(_) | Node::Float(_) => "a single number",
+        Node::Bool(_) | Node::Int(_) | Node::Float(_) => "a number",
         Node::Text(_) => "text",
-        Node::Tuple(_) | Node::List(_) => "a list",
+        Node::Bytes(_) | Node::Latin1(_) => "bytes",
+        Node::Tuple(_) => "a tuple",
+        Node::List(_) => "a list",
         Node::Dict(_) => "a dict",
         Node::Tensor { .. } => "a tensor",
+        Node::Array(_) => "a numpy array",
+        Node::ArrayType { .. } | Node::NumberType(_) => "a type",
+        Node::Opaque(what) => what,
         Node::Callable(_) | Node::StorageType(_) | Node::Storage { .. } => "not a tensor",
     }
 }
 
-/// A zip member's bytes: a view where it is stored, else decompressed, as long as `budget` (bytes) lasts.
-fn member(zip: &mut ZipArchive<Cursor<&[u8]>>, bytes: &Bytes, name: &str, budget: &mut u64) -> Result<Bytes, String> {
-    let mut file = zip.by_name(name).map_err(|e| format!("has no readable member `{}`: {e}", name.escape_debug()))?;
-    let size = file.size();
+/// A zip member's bytes: a view where it is stored, which is not checked yet; else decompressed, as long as `budget` (bytes) lasts.
+fn member(zip: &mut ZipArchive<Cursor<&[u8]>>, bytes: &Bytes, name: &str, budget: &mut u64) -> Result<Storage, String> {
+    let mut file =
+        zip.by_name(name).map_err(|e| format!("has no readable member `{}`: {}", name.escape_debug(), plain(e)))?;
+    let (size, crc) = (file.size(), file.crc32());
     if file.compression() == CompressionMethod::Stored {
         let range = file.data_start().and_then(|start| Some(start..start.checked_add(size)?));
-        let range = range.filter(|range| range.end <= bytes.len() as u64);
+        let range = range.filter(|range| range.end <= bytes.len() as u64 && file.compressed_size() == size);
         let range = range.ok_or_else(|| format!("is truncated inside its member `{}`", name.escape_debug()))?;
-        return Ok(bytes.slice(range.start as usize..range.end as usize));
+        let bytes = bytes.slice(range.start as usize..range.end as usize);
+        let seal = Seal { bytes: bytes.clone(), crc, name: name.into() };
+        return Ok(Storage { bytes, seal: Some(Arc::new(seal)) });
     }
     *budget = budget.checked_sub(size).ok_or("claims to unpack to more than a zip archive of its size can")?;
     let mut data = Vec::new();
@@ -295,7 +529,9 @@ fn member(zip: &mut ZipArchive<Cursor<&[u8]>>, bytes: &Bytes, name: &str, budget
         .take(size)
         .read_to_end(&mut data)
         .map_err(|e| format!("cannot be unpacked at its member `{}`: {e}", name.escape_debug()))?;
-    Ok(data.into())
+    let seal = Seal { bytes: data.into(), crc, name: name.into() };
+    seal.check(crc32fast::hash(&seal.bytes))?;
+    Ok(Storage { bytes: seal.bytes, seal: None })
 }
 
 /// Writes a bag as `torch.save(tensor, path)` does, so that `torch.load(path)` and the memory-mapped reader here both take it.
