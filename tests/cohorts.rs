@@ -17,6 +17,7 @@ use crossfusion::{
     },
     device::Device,
     eval::{self, Checkpoint},
+    report::{self, SlideResult, Summary},
     survival::Bootstrap,
     train::{
         config::RunConfig,
@@ -293,6 +294,42 @@ fn test_slides_are_reported_and_have_no_say() {
     assert!(error.contains("has test slides in fold 0 and none in fold 1, expected all folds alike"), "{error}");
 }
 
+/// Two outcomes of one patient are no second fold.
+#[test]
+fn patients_are_said_to_be_in_several_folds_where_they_are() {
+    let notes = |second_fold: usize, second_time: f64| {
+        let row = |i: usize, case: usize, fold: usize, time: f64| SlideResult {
+            case_id: format!("P{case}"),
+            slide_id: format!("S{i}"),
+            fold,
+            time,
+            event: true,
+            risk: i as f64,
+            ..SlideResult::default()
+        };
+        let mut rows: Vec<_> = (0..8).map(|i| row(i, i, i % 2 * second_fold, i as f64)).collect();
+        rows.push(row(8, 0, second_fold, second_time));
+        let fold = |fold| report::Fold { fold, train_slides: None, best_epoch: None, bin_edges: Vec::new() };
+        let folds: Vec<_> = (0..=second_fold).map(fold).collect();
+        Summary::new(&folds, &rows, PLAN).unwrap().notes.join("\n")
+    };
+    let said = "validated in several folds";
+    let (one, two) = (notes(0, 5.0), notes(1, 0.0));
+    assert!(one.contains("the slides of patient P0 have different outcomes") && !one.contains(said), "{one}");
+    assert!(two.contains(said), "{two}");
+}
+
+#[test]
+fn columns_are_kept_in_the_settings() {
+    let config = RunConfig { columns: "time=OS.time:days,event=OS".parse().unwrap(), ..RunConfig::default() };
+    let text = config.to_toml().unwrap();
+    assert!(text.contains("columns = \"event=OS,time=OS.time:days\""), "{text}");
+    assert_eq!(toml::from_str::<RunConfig>(&text).unwrap(), config);
+    assert!(!RunConfig::default().to_toml().unwrap().contains("columns"));
+    let error = toml::from_str::<RunConfig>("columns = \"age=x\"").unwrap_err().to_string();
+    assert!(error.contains("columns: `age`, expected case_id"), "{error}");
+}
+
 fn program(path: &str, arguments: &[&str], folder: &Path) -> Output {
     let out = Command::new(path).args(arguments).current_dir(folder).output().unwrap();
     assert!(out.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
@@ -405,7 +442,7 @@ fn every_slide_left_out_is_listed() {
         ]
     );
     let fold = dataset.fold(&config.splits, 0).unwrap();
-    let leak = "Fold 0 leaks: 1 patients are on two of its sides under several case ids, such as `TCGA-AA-0000-00` in train and \
+    let leak = "Fold 0 leaks: 1 patient is on two of its sides under several case ids, such as `TCGA-AA-0000-00` in train and \
                 `TCGA-AA-0000-01` in val; its result is optimistic";
     assert_eq!(fold.notes, [leak]);
     assert_eq!(fold.reported(), fold.val);

@@ -260,10 +260,10 @@ impl Dataset {
             }
         }
         let ((a, side_a), (b, side_b)) = pair?;
+        let (n, are) = (patients.len(), if patients.len() == 1 { "patient is" } else { "patients are" });
         Some(format!(
-            "Fold {i} leaks: {} patients are on two of its sides under several case ids, such as `{a}` in {side_a} and `{b}` in \
-             {side_b}; its result is optimistic",
-            patients.len()
+            "Fold {i} leaks: {n} {are} on two of its sides under several case ids, such as `{a}` in {side_a} and `{b}` in {side_b}; \
+             its result is optimistic"
         ))
     }
 
