@@ -16,7 +16,7 @@ use crossfusion::{
         torch::{read_state_dict, write_pt},
     },
     device::Device,
-    eval::{self, Checkpoint},
+    eval::{self, Checkpoint, Moved},
     report::{self, SlideResult, Summary},
     survival::Bootstrap,
     train::{
@@ -233,7 +233,7 @@ fn test_slides_are_reported_and_have_no_say() {
     write_fold(&config.splits.join("splits_0.csv"), true);
     let [one, two] = ["one", "two"].map(|name| folder.path().join(name));
     train(&config, &one);
-    let summary = eval::evaluate_run(&one, device(), None, PLAN).unwrap();
+    let summary = eval::evaluate_run(&one, &Moved::default(), device(), None, PLAN).unwrap();
     assert!(
         summary.protocol.contains("The results are of the folds\u{2019} test slides, which were used once"),
         "{}",
@@ -255,7 +255,7 @@ fn test_slides_are_reported_and_have_no_say() {
 
     // one checkpoint on this fold predicts the same
     let path = one.join("fold_0/best.safetensors");
-    let checkpoint = Checkpoint { path: &path, source: config.source(), split: Some((&config.splits, 0)), heads: 2 };
+    let checkpoint = Checkpoint { path: &path, source: config.source(), split: Some((&config.splits, 0)), heads: None };
     let out = folder.path().join("alone");
     eval::evaluate_checkpoint(&checkpoint, &out, device(), None, PLAN).unwrap();
     assert_eq!(predictions(&out), rows);
@@ -276,7 +276,7 @@ fn test_slides_are_reported_and_have_no_say() {
     train(&config, &two);
     let weights = |run: &Path| read_state_dict(&run.join("fold_0/best.safetensors")).unwrap();
     assert!(weights(&one) == weights(&two), "test outcomes have changed the weights");
-    eval::evaluate_run(&two, device(), None, PLAN).unwrap();
+    eval::evaluate_run(&two, &Moved::default(), device(), None, PLAN).unwrap();
     assert_eq!(predictions(&two), rows);
 
     // nested: the fold's own validation slides choose, and bins are of the training slides

@@ -410,7 +410,9 @@ fn flags_that_contradict_a_model_are_refused_and_moved_data_is_found() {
     let moved = Moved { pt_dir: Some(config.pt_dir.clone()), ..Moved::default() };
     // what an evaluation left that was killed as it wrote, and what a training is writing
     let [ours, others] = [".report.html.123.tmp", ".inputs.json.124.tmp"].map(|name| run.join(name));
-    [&ours, &others].map(|path| std::fs::write(path, "half").unwrap());
+    for path in [&ours, &others] {
+        std::fs::write(path, "half").unwrap();
+    }
     let summary = eval::evaluate_run(&run, &moved, device(), None, PLAN).unwrap();
     assert_eq!(summary.folds[0].c_index, evaluated().folds[0].c_index);
     assert!(!ours.exists() && others.exists());
