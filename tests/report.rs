@@ -2,6 +2,8 @@
 
 #[path = "report/accuracy.rs"]
 mod accuracy;
+#[path = "report/raster.rs"]
+mod raster;
 
 use crossfusion::{
     report::{
