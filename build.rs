@@ -19,10 +19,33 @@ const STORAGE: [&str; 2] = ["f32", "bf16"];
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
+    println!("cargo:rustc-env=CROSSFUSION_VERSION={}", version());
     fatbins();
     if env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
         emulator();
     }
+}
+
+/// "0.1.0 (a1b2c3d)"; without the commit where this is no git checkout, as from a tarball.
+fn version() -> String {
+    let version = env::var("CARGO_PKG_VERSION").unwrap();
+    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
+    let git = |arguments: &[&str]| -> Option<String> {
+        let output = Command::new("git").arg("-C").arg(&root).args(arguments).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_string())
+    };
+    // a tarball unpacked within somebody's repository is not of that repository's commit
+    let here = git(&["rev-parse", "--show-toplevel"]).and_then(|top| fs::canonicalize(top).ok());
+    let commit = here.filter(|top| fs::canonicalize(&root).is_ok_and(|root| root == *top));
+    let Some(commit) = commit.and_then(|_| git(&["rev-parse", "--short", "HEAD"])) else { return version };
+    // HEAD names a branch, and its log grows with every commit; a file that is not there would rerun this at each build
+    for file in ["HEAD", "logs/HEAD"] {
+        let path = git(&["rev-parse", "--git-path", file]).map(|path| root.join(path));
+        if let Some(path) = path.filter(|path| path.is_file()) {
+            println!("cargo:rerun-if-changed={}", path.display());
+        }
+    }
+    format!("{version} ({commit})")
 }
 
 /// What a fatbin holds: machine code for A100, RTX 30, RTX 40, H100, B200 and RTX 50, and PTX, which drivers of GPUs to come

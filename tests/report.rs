@@ -2,9 +2,16 @@
 
 #[path = "report/accuracy.rs"]
 mod accuracy;
+#[path = "report/raster.rs"]
+mod raster;
 
 use crossfusion::{
-    report::{self, About, Fold, SlideResult, Summary, figure::escape, history, html, km, plots::Plots},
+    report::{
+        self, About, Fold, SlideResult, Summary,
+        figure::{Screen, escape},
+        history, html, km,
+        plots::Plots,
+    },
     survival::{Bootstrap, concordance_index, log_rank},
     train::fold::EpochMetrics,
 };
@@ -120,7 +127,7 @@ fn keep(name: &str, content: impl AsRef<[u8]>) {
 
 fn page(predictions: &[SlideResult], n_folds: usize) -> String {
     let summary = summary(predictions, n_folds);
-    let plots = Plots::new(&summary, predictions, &epochs(n_folds)).unwrap();
+    let plots = Plots::new(&summary, &epochs(n_folds)).unwrap();
     html::page(&about(), &summary, predictions, &plots).unwrap()
 }
 
@@ -171,7 +178,7 @@ fn figures_are_xml_and_their_pngs_hold_text() {
     let summary = summary(&predictions, 5);
     let groups = summary.risk_groups[0].groups(&summary.rows);
     let p = summary.log_rank.as_ref().map(|test| test.p_value);
-    let figure = km::figure(&groups, p).unwrap();
+    let figure = km::figure(&groups, &km::Tests { p, hazard_ratio: None }, Screen::Page).unwrap();
     let svg = figure.standalone();
     keep("km.svg", &svg);
     let xml = roxmltree::Document::parse(&svg).expect("the figure is XML");
@@ -198,7 +205,7 @@ fn figures_are_xml_and_their_pngs_hold_text() {
     assert!(dark(&pixels, (270, 420), (8, 48)) > 300, "the legend's text is missing from the PNG");
     assert!(dark(&pixels, (20, 160), (860, 940)) > 300, "the labels of the numbers at risk are missing from the PNG");
 
-    for plot in Plots::new(&summary, &predictions, &epochs(5)).unwrap().all() {
+    for plot in Plots::new(&summary, &epochs(5)).unwrap().all() {
         let svg = plot.figure.standalone();
         roxmltree::Document::parse(&svg).expect("the figure is XML");
         keep(&format!("{}.svg", plot.name), svg);
@@ -215,7 +222,8 @@ fn the_page_is_self_contained_and_shows_the_numbers() {
         assert!(!html.contains(fetched), "the page must not fetch: {fetched}");
     }
     for address in html.split("href=\"").skip(1).map(|rest| rest.split('"').next().unwrap()) {
-        let link = address.starts_with("https://arxiv.org/") || address.starts_with("data:");
+        let beside = ["figures/", "predictions.csv", "predictions_patients.csv", "summary.json", "README.md"];
+        let link = ["https://arxiv.org/", "data:"].iter().chain(&beside).any(|start| address.starts_with(start));
         assert!(link, "unexpected address {address}");
     }
     let cell = |number: String| assert!(html.contains(&format!("<td>{number}")), "the page lacks the cell {number}");
@@ -250,14 +258,14 @@ fn names_are_escaped() {
         commands: evil.into(),
     };
     let summary = summary(&predictions, 2);
-    let plots = Plots::new(&summary, &predictions, &[]).unwrap();
+    let plots = Plots::new(&summary, &[]).unwrap();
     let html = html::page(&about, &summary, &predictions, &plots).unwrap();
     assert!(!html.contains("<script"));
     assert_eq!(html.matches(&escape(evil)).count(), 9);
     assert_eq!(escape(evil), "&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;&amp;&quot;\u{fffd}");
 
     let groups = [km::Group { label: evil.into(), time: vec![1.0, 2.0], event: vec![true, false] }];
-    let svg = km::figure(&groups, None).unwrap().standalone();
+    let svg = km::figure(&groups, &km::Tests::default(), Screen::Page).unwrap().standalone();
     let xml = roxmltree::Document::parse(&svg).expect("escaped text is XML");
     let label = "<script>alert('1')</script>&\"\u{fffd}";
     assert_eq!(xml.descendants().filter(|node| node.is_text() && node.text() == Some(label)).count(), 2);
@@ -266,7 +274,7 @@ fn names_are_escaped() {
 /// No number of the page, of summary.json, of a plot or of its table is NaN or infinite.
 fn all_finite(predictions: &[SlideResult], n_folds: usize) {
     let summary = summary(predictions, n_folds);
-    let plots = Plots::new(&summary, predictions, &[]).unwrap();
+    let plots = Plots::new(&summary, &[]).unwrap();
     let mut texts = vec![page(predictions, n_folds), summary.table(), format!("{summary:?}")];
     for plot in plots.all() {
         texts.push(String::from_utf8(plot.csv.clone()).unwrap());
@@ -334,11 +342,13 @@ fn the_files_hold_the_predictions_in_full() {
     let mut names: Vec<_> =
         std::fs::read_dir(folder.path().join("new")).unwrap().map(|f| f.unwrap().file_name()).collect();
     names.sort();
-    assert_eq!(names, ["figures", "predictions.csv", "report.html", "summary.json"]);
+    let all = ["README.md", "figures", "predictions.csv", "predictions_patients.csv", "report.html", "summary.json"];
+    assert_eq!(names, all);
     let figures = [
         "c_index",
         "km",
         "km_tertiles",
+        "km_one_cut",
         "km_learnt_cut",
         "auc",
         "calibration",
@@ -369,4 +379,116 @@ fn the_files_hold_the_predictions_in_full() {
     assert_eq!(json["c_index_mean"].as_f64(), summary.c_index_mean);
     assert_eq!(json["folds"][1]["c_index"].as_f64(), summary.folds[1].c_index);
     assert_eq!(json["log_rank"]["p_value"].as_f64(), summary.log_rank.map(|test| test.p_value));
+}
+
+/// A row a patient, with the risk that its slides have on average and its groups.
+#[test]
+fn the_patients_have_a_table_with_their_groups() {
+    let mut predictions = cohort(60, 2);
+    let SlideResult { case_id, time, event, .. } = predictions[0].clone();
+    predictions[2] = SlideResult { case_id, time, event, ..predictions[2].clone() };
+    let summary = summary(&predictions, 2);
+    let folder = tempfile::tempdir().unwrap();
+    report::write(folder.path(), &about(), &summary, &predictions, &[]).unwrap();
+    let path = folder.path().join("predictions_patients.csv");
+    let mut table = csv::Reader::from_path(&path).unwrap();
+    let heads: Vec<String> = table.headers().unwrap().iter().map(String::from).collect();
+    let groups = ["group_fold_median", "group_fold_tertiles", "group_median", "group_learnt_cut"];
+    assert_eq!(heads[..6], ["case_id", "fold", "slides", "time", "event", "risk"]);
+    assert_eq!((&heads[6..10], heads[10].as_str(), heads.len()), (&groups.map(String::from)[..], "survival_0", 14));
+    let rows: Vec<csv::StringRecord> = table.records().map(Result::unwrap).collect();
+    assert_eq!(rows.len(), 59);
+    assert_eq!((&rows[0][0], &rows[0][2]), (predictions[0].case_id.as_str(), "2"));
+    let risk: f64 = rows[0][5].parse().unwrap();
+    approx::assert_relative_eq!(risk, 0.5 * (predictions[0].risk + predictions[2].risk), max_relative = 1e-14);
+    // every patient of high risk is at or above its fold's median, no other is
+    for row in &rows {
+        let of_fold: Vec<f64> = rows.iter().filter(|r| r[1] == row[1]).map(|r| r[5].parse().unwrap()).collect();
+        let own: f64 = row[5].parse().unwrap();
+        let below = of_fold.iter().filter(|&&risk| risk < own).count();
+        assert_eq!(&row[6] == "high", 2 * below + 1 >= of_fold.len(), "{row:?}");
+    }
+    // slides of a patient that disagree: no table, and no old one either
+    predictions[2].time += 1.0;
+    let disagree = Summary::new(&folds(&predictions, 2), &predictions, PLAN).unwrap();
+    report::write(folder.path(), &about(), &disagree, &predictions, &[]).unwrap();
+    assert!(!path.exists());
+}
+
+/// An escape sequence, a line's end, a quote and a bar in an id or a name break no file.
+#[test]
+fn control_characters_break_nothing() {
+    let evil = "A\u{1b}]0;title\u{7}\r\n|\"',<b>`_\u{0}";
+    let mut predictions = cohort(40, 2);
+    (predictions[0].case_id, predictions[0].slide_id) = (evil.into(), evil.into());
+    let about = About { title: evil.into(), facts: vec![(evil.into(), evil.into())], commands: evil.into(), ..about() };
+    let summary = summary(&predictions, 2);
+    let folder = tempfile::tempdir().unwrap();
+    report::write(folder.path(), &about, &summary, &predictions, &epochs(2)).unwrap();
+    let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
+    assert_eq!(report::read_predictions(&folder.path().join("predictions.csv")).unwrap(), predictions);
+    let mut table = csv::Reader::from_path(folder.path().join("predictions_patients.csv")).unwrap();
+    assert_eq!(&table.records().next().unwrap().unwrap()[0], evil);
+    let controls = |text: &str| text.chars().filter(|c| c.is_control() && *c != '\n').count();
+    for name in ["report.html", "README.md", "figures/km.svg", "figures/c_index.svg"] {
+        assert_eq!(controls(&read(name)), 0, "{name}");
+    }
+    assert!(!read("report.html").contains("<b>"));
+    let card = read("README.md");
+    assert!(card.contains("# CrossFusion on A\u{fffd}\\]0;title\u{fffd}"), "{card}");
+    // but in the commands, which are code
+    assert!(card.lines().all(|line| line.starts_with("    ") || !line.contains("<b>")), "{card}");
+}
+
+/// The headings of a model card, its numbers, and somebody else's README left alone.
+#[test]
+fn the_card_says_what_the_model_is_and_is_not() {
+    let predictions = cohort(160, 2);
+    let mut summary = summary(&predictions, 2);
+    summary.warnings.push("It is upside down.".into());
+    let folder = tempfile::tempdir().unwrap();
+    report::write(folder.path(), &about(), &summary, &predictions, &[]).unwrap();
+    let path = folder.path().join("README.md");
+    let card = std::fs::read_to_string(&path).unwrap();
+    keep("card.md", &card);
+    let headings: Vec<&str> = card.lines().filter(|line| line.starts_with('#')).collect();
+    let want = [
+        "# CrossFusion on TCGA-BLCA",
+        "## Model details",
+        "## Uses",
+        "## Data",
+        "## Evaluation",
+        "### Protocol",
+        "### Results",
+        "## Bias, risks and limitations",
+        "## How to use it again",
+        "## Files",
+    ];
+    assert_eq!(headings, want);
+    let pooled = summary.by_slide.c_index_pooled.text();
+    let events = summary.events;
+    for part in [
+        "Not for clinical use".to_string(),
+        format!("160 slides ({events} with an event) of 160 patients ({events} with an event)"),
+        format!("| C-index, all folds pooled | {pooled} |"),
+        "**Warning.** It is upside down.".into(),
+        "    cf-eval runs/blca".into(),
+        summary.risk_groups[0].hazard_ratio.text(),
+    ] {
+        assert!(card.contains(&part), "{part}: {card}");
+    }
+    // replaced by the next evaluation, but not if it is somebody else's
+    report::write(folder.path(), &about(), &summary, &predictions, &[]).unwrap();
+    assert!(!folder.path().join("MODEL_CARD.md").exists());
+    std::fs::write(&path, "# Mine\n").unwrap();
+    report::write(folder.path(), &about(), &summary, &predictions, &[]).unwrap();
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "# Mine\n");
+    assert!(folder.path().join("MODEL_CARD.md").is_file());
+}
+
+#[test]
+fn the_version_names_the_commit_of_a_checkout() {
+    let version = report::VERSION;
+    let plain = env!("CARGO_PKG_VERSION");
+    assert!(version == plain || version.starts_with(&format!("{plain} (")) && version.ends_with(')'), "{version}");
 }

@@ -8,6 +8,8 @@ mod concordance;
 mod cox;
 #[path = "survival/curves.rs"]
 mod curves;
+#[path = "survival/hazard_ratio.rs"]
+mod hazard_ratio;
 #[path = "survival/time_dependent.rs"]
 mod time_dependent;
 #[path = "survival/uncertainty.rs"]

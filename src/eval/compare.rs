@@ -11,6 +11,7 @@ use crate::{
     report::{
         self, Resampling, SlideResult,
         accuracy::{Columns, Estimate, by_patient, draws},
+        figure::Screen,
         forest::{self, Forest},
         p_text,
         plots::{Plot, table},
@@ -259,7 +260,7 @@ fn signed(estimate: &Estimate) -> String {
     match (estimate.estimate, estimate.interval) {
         (Some(estimate), Some([lower, upper])) => format!("{estimate:+.4} ({lower:+.4} to {upper:+.4})"),
         (Some(estimate), None) => format!("{estimate:+.4}"),
-        _ => "undefined".into(),
+        _ => "-".into(),
     }
 }
 
@@ -307,7 +308,8 @@ fn plot(comparison: &Comparison) -> Result<Plot> {
     Ok(Plot {
         name: "compare".into(),
         title: "",
-        figure: forest::figure(&forest, &rows),
+        figure: forest::figure(&forest, &rows, Screen::Page),
+        phone: None,
         csv: table(&heads, comparison.rows.iter().map(cells).collect())?,
         caption: String::new(),
     })

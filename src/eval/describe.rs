@@ -8,9 +8,9 @@ use std::{
 use super::Checkpoint;
 use crate::{
     Error, Result,
-    data::dataset::Fold,
+    data::dataset::{Fold, Source},
     model::Fusion,
-    report::About,
+    report::{About, VERSION},
     train::{config::RunConfig, fold::EpochMetrics, run::metrics_path, step::Engine},
 };
 
@@ -33,8 +33,10 @@ pub fn run(
         facts.push(fact("Slides", "test parts of the folds"));
     }
     if let Ok(modified) = std::fs::metadata(metrics_path(run)).and_then(|file| file.modified()) {
-        facts.push(fact("Trained", format!("{}, in {}", date(modified), duration(seconds))));
+        facts.push(fact("Trained", format!("{}, in {} of wall time", date(modified), duration(seconds))));
     }
+    facts.extend(source_facts(&config.source(), engine));
+    facts.push(fact("Folds", config.splits.display()));
     let folder = quote(&run.display().to_string());
     Ok(About {
         title: cohort_name(&config.clinical),
@@ -50,6 +52,7 @@ pub fn checkpoint(checkpoint: &Checkpoint, part: Option<&Fold>, engine: &Engine<
     let source = &checkpoint.source;
     let mut facts = model_facts(source.backbone, engine);
     facts.push(fact("Checkpoint", checkpoint.path.display()));
+    facts.extend(source_facts(source, engine));
     let mut arguments = vec![("--checkpoint", checkpoint.path.display().to_string())];
     arguments.push(("--clinical", source.clinical.display().to_string()));
     if !source.columns.are_usual() {
@@ -78,6 +81,16 @@ fn fact(name: &str, value: impl std::fmt::Display) -> (String, String) {
     (name.to_string(), value.to_string())
 }
 
+/// Where the data came from, and what it was evaluated on.
+fn source_facts(source: &Source, engine: &Engine<f32>) -> Vec<(String, String)> {
+    vec![
+        fact("Evaluated on", engine.device.description()),
+        fact("Clinical table", source.clinical.display()),
+        fact("Manifest", source.manifest.map_or("none".to_string(), |path| path.display().to_string())),
+        fact("Features", source.pt_dir.join(source.backbone).display()),
+    ]
+}
+
 fn model_facts(backbone: &str, engine: &Engine<f32>) -> Vec<(String, String)> {
     let fusion = match engine.model.config.fusion {
         Fusion::Conv2d => "conv2d",
@@ -87,6 +100,7 @@ fn model_facts(backbone: &str, engine: &Engine<f32>) -> Vec<(String, String)> {
     vec![
         fact("Backbone", format!("{backbone}, {} features", engine.model.config.features)),
         fact("Model", format!("CrossFusion {fusion}, {millions:.1} M parameters")),
+        fact("Program", format!("CrossFusion {VERSION}")),
     ]
 }
 

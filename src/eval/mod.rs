@@ -150,6 +150,7 @@ pub fn evaluate_run(
                 .push(format!("No epoch of fold {fold} could be chosen by its C-index; the last one's model is used."));
         }
     }
+    notes.extend(report::best_epoch_note(&metrics, config.warmup_epochs, config.num_epochs));
     if folds.is_empty() {
         return Err(Error::Usage(format!("{}: has no trained fold yet", run.display())));
     }

@@ -11,7 +11,7 @@ use crate::{
     Error, Result,
     survival::{
         Bootstrap, CensoringDistribution, Limits, Patients, bootstrap, brier_score, concordance_index,
-        concordance_index_ipcw, concordance_permutation_test, dynamic_auc, fold_mean, kaplan_meier,
+        concordance_index_ipcw, concordance_permutation_test, dynamic_auc, fold_mean_in_unit, kaplan_meier, short,
     },
 };
 
@@ -44,12 +44,18 @@ impl Estimate {
         }
     }
 
-    /// "0.8425 (0.7801 to 0.8912)", or what there is of it.
+    /// The interval cut to where the statistic lies: weights for censoring can carry a resampled Brier score past 1.
+    fn within(mut self, low: f64, high: f64) -> Self {
+        self.interval = self.interval.map(|ends| ends.map(|end| end.clamp(low, high)));
+        self
+    }
+
+    /// "0.8425 (0.7801 to 0.8912)", or what there is of it; "-" where there is nothing.
     pub fn text(&self) -> String {
         match (self.estimate, self.interval) {
             (Some(estimate), Some([lower, upper])) => format!("{estimate:.4} ({lower:.4} to {upper:.4})"),
             (Some(estimate), None) => format!("{estimate:.4}"),
-            _ => "undefined".into(),
+            _ => "-".into(),
         }
     }
 }
@@ -93,7 +99,7 @@ pub struct Accuracy {
     pub events: usize,
     /// Harrell's C of each fold, in the order of the folds.
     pub c_index_by_fold: Vec<Estimate>,
-    /// Mean over the folds that have a C-index, with Student's t interval over folds.
+    /// Mean over the folds that have a C-index, with Student's t interval over folds on the logit scale; none of two folds.
     pub c_index_fold_mean: Estimate,
     /// Harrell's C of all rows, pairs across folds included.
     pub c_index_pooled: Estimate,
@@ -253,7 +259,11 @@ fn mean_over_folds(c: &[f64], level: f64) -> Estimate {
             let note = "one fold has no spread".to_string();
             Estimate { estimate: Some(*c), interval: None, note: Some(note) }
         }
-        _ => match fold_mean(c, 1, level) {
+        [a, b] => {
+            let note = "two folds are too few for an interval over folds, which has one degree of freedom".to_string();
+            Estimate { estimate: Some(0.5 * (a + b)), interval: None, note: Some(note) }
+        }
+        _ => match fold_mean_in_unit(c, 1, level) {
             Ok(mean) => Estimate { estimate: Some(mean.mean), interval: Some([mean.lower, mean.upper]), note: None },
             Err(e) => Estimate::undefined(reason(&e)),
         },
@@ -300,6 +310,7 @@ fn auc_times(rows: &[SlideResult], horizon: f64) -> Result<Vec<f64>, String> {
     };
     let start = quantile(&events, 0.1).max(fifth);
     if start >= horizon {
+        let [start, horizon] = [start, horizon].map(short);
         return Err(format!("its curve begins after {start} months, and a tenth are followed beyond {horizon}"));
     }
     let step = (horizon - start) / (AUC_TIMES - 1) as f64;
@@ -312,6 +323,7 @@ fn brier(rows: &[SlideResult], cohort: &Columns, folds: &[Fold], patients: &Pati
         let (first, last) = cohort.time.iter().fold((f64::MAX, f64::MIN), |(a, b), &t| (a.min(t), b.max(t)));
         times.retain(|&t| first <= t && t < last); // elsewhere a score is not defined
         if times.len() < 2 {
+            let [first, last] = [first, last].map(short);
             return Err(format!("fewer than two ends of time bins lie in follow-up, from {first} to {last} months"));
         }
         let predicted = survival_at(rows, folds, &times)?;
@@ -323,7 +335,7 @@ fn brier(rows: &[SlideResult], cohort: &Columns, folds: &[Fold], patients: &Pati
         };
         let all = cohort.time.len();
         let whole = score(&(0..all).collect::<Vec<_>>()).map_err(|e| reason(&e))?;
-        let integrated = Estimate::resampled(patients, all, plan, |rows| score(rows)?.integrated());
+        let integrated = Estimate::resampled(patients, all, plan, |rows| score(rows)?.integrated()).within(0.0, 1.0);
         let kaplan_meier = brier_of_kaplan_meier(cohort, &times).ok();
         Ok(Brier { times: times.clone(), score: whole.score, integrated, kaplan_meier })
     };

@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::{
     Fold, SlideResult,
     accuracy::{edge_times, quantile, survival_at},
-    figure::{Anchor, Axis, Figure},
+    figure::{Anchor, Axis, Figure, Screen, nice_step, tick_label},
 };
 use crate::survival::{Limits, kaplan_meier};
 
@@ -56,8 +56,6 @@ pub fn calibration(rows: &[SlideResult], folds: &[Fold]) -> Result<Vec<Calibrati
             let events: Vec<bool> = members.iter().map(|&row| rows[row].event).collect();
             let curve = kaplan_meier(&times, &events, Limits::Log, 0.95).map_err(|e| e.to_string())?;
             let observed = curve.survival_at(time);
-            let step = curve.steps.iter().rfind(|step| step.time <= time);
-            let limits = step.map_or(Some((1.0, 1.0)), |step| step.limits);
             points.push(CalibrationPoint {
                 time,
                 group,
@@ -65,7 +63,7 @@ pub fn calibration(rows: &[SlideResult], folds: &[Fold]) -> Result<Vec<Calibrati
                 events: events.iter().zip(&times).filter(|(event, t)| **event && **t <= time).count(),
                 predicted: members.iter().map(|&row| predicted[row]).sum::<f64>() / members.len() as f64,
                 observed,
-                interval: observed.and(limits).map(|(lower, upper)| [lower, upper]),
+                interval: curve.limits_at(time).map(|(lower, upper)| [lower, upper]),
             });
         }
     }
@@ -83,31 +81,42 @@ const PANEL: f64 = 208.0;
 const LEFT: f64 = 58.0;
 const SPACE: f64 = 72.0;
 const TOP: f64 = 30.0;
+/// A panel shows at least this much of survival.
+const LEAST_SPAN: f64 = 0.1;
 
-/// A panel a time, predicted survival to the right and observed upwards; on the diagonal they agree. None without points.
-pub fn figure(points: &[CalibrationPoint]) -> Option<Figure> {
+/// A panel a time, predicted survival to the right and observed upwards; on the diagonal they agree. Each panel shows the part
+/// of 0 to 1 that its points and limits take. None without points.
+pub fn figure(points: &[CalibrationPoint], screen: Screen) -> Option<Figure> {
     let panels: Vec<&[CalibrationPoint]> = points.chunk_by(|a, b| a.time == b.time).collect();
     let count = panels.len() as f64;
     if panels.is_empty() {
         return None;
     }
-    let width = LEFT + count * PANEL + (count - 1.0) * SPACE + 16.0;
-    let bottom = TOP + PANEL;
-    let mut figure = Figure::new(width, bottom + 46.0, "Calibration: predicted and observed survival");
+    let (columns, rows) = screen.pick((count, 1.0), (1.0, count));
+    let panel_size = screen.pick(PANEL, 290.0);
+    let below = 46.0 + TOP;
+    let width = screen.pick(LEFT + columns * PANEL + (columns - 1.0) * SPACE + 16.0, screen.width());
+    let height = rows * (panel_size + below);
+    let mut figure = Figure::new(width, height, "Calibration: predicted and observed survival");
     for (i, panel) in panels.iter().enumerate() {
-        let left = LEFT + i as f64 * (PANEL + SPACE);
-        let x = Axis::new((0.0, 1.0), (left, left + PANEL));
-        let y = Axis::new((0.0, 1.0), (bottom, TOP));
-        figure.text("strong", Anchor::Start, (left, 14.0), &format!("{:.1} months", panel[0].time));
-        for tick in [0.0, 0.25, 0.5, 0.75, 1.0] {
-            figure.line("grid", (left, y.at(tick)), (left + PANEL, y.at(tick)));
+        let (column, row) = screen.pick((i as f64, 0.0), (0.0, i as f64));
+        let left = LEFT + column * (PANEL + SPACE);
+        let top = TOP + row * (panel_size + below);
+        let (right, bottom) = (left + panel_size, top + panel_size);
+        let (low, high, step) = range(panel);
+        let x = Axis::new((low, high), (left, right));
+        let y = Axis::new((low, high), (bottom, top));
+        figure.text("strong", Anchor::Start, (left, top - 16.0), &format!("{:.1} months", panel[0].time));
+        for tick in x.ticks(step) {
+            let label = tick_label(tick, step);
+            figure.line("grid", (left, y.at(tick)), (right, y.at(tick)));
             figure.line("axis", (x.at(tick), bottom), (x.at(tick), bottom + 5.0));
-            figure.text("muted small", Anchor::Middle, (x.at(tick), bottom + 19.0), &format!("{tick}"));
-            figure.text("muted small", Anchor::End, (left - 8.0, y.at(tick) + 4.0), &format!("{tick}"));
+            figure.text("muted small", Anchor::Middle, (x.at(tick), bottom + 19.0), &label);
+            figure.text("muted small", Anchor::End, (left - 8.0, y.at(tick) + 4.0), &label);
         }
-        figure.line("axis", (left, bottom), (left + PANEL, bottom));
-        figure.line("guide", (x.at(0.0), y.at(0.0)), (x.at(1.0), y.at(1.0)));
-        figure.text("muted small", Anchor::Middle, (left + PANEL / 2.0, bottom + 37.0), "Predicted survival");
+        figure.line("axis", (left, bottom), (right, bottom));
+        figure.line("guide", (left, bottom), (right, top));
+        figure.text("muted small", Anchor::Middle, ((left + right) / 2.0, bottom + 37.0), "Predicted survival");
         figure.group("c0", |figure| {
             for point in *panel {
                 let at = x.at(point.predicted);
@@ -119,7 +128,25 @@ pub fn figure(points: &[CalibrationPoint]) -> Option<Figure> {
                 }
             }
         });
+        if column == 0.0 {
+            figure.vertical_text("muted small", (14.0, (top + bottom) / 2.0), "Observed survival");
+        }
     }
-    figure.vertical_text("muted small", (14.0, TOP + PANEL / 2.0), "Observed survival");
     Some(figure)
+}
+
+/// The axes' ends, and the space between their ticks.
+fn range(panel: &[CalibrationPoint]) -> (f64, f64, f64) {
+    let values = || {
+        let of = |p: &CalibrationPoint| {
+            [Some(p.predicted), p.observed].into_iter().flatten().chain(p.interval.into_iter().flatten())
+        };
+        panel.iter().flat_map(of)
+    };
+    let (low, high) = (values().fold(1.0, f64::min), values().fold(0.0, f64::max));
+    let middle = (0.5 * (low + high)).clamp(LEAST_SPAN / 2.0, 1.0 - LEAST_SPAN / 2.0);
+    let (low, high) = (low.min(middle - LEAST_SPAN / 2.0), high.max(middle + LEAST_SPAN / 2.0));
+    let step = nice_step(high - low, 5);
+    let (low, high) = (((low / step) + 1e-9).floor() * step, ((high / step) - 1e-9).ceil() * step);
+    (low.max(0.0), high.min(1.0), step)
 }

@@ -28,6 +28,29 @@ pub const PALETTE: [(&str, &str, &str); 12] = [
     ("--c2", "#2b8a6b", "#5fd0a8"),
     ("--c3", "#8a4fa8", "#cf9df0"),
 ];
+/// What a figure is drawn for. The page holds both, and shows what fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Screen {
+    /// A page, 854 pixels wide, and the files.
+    Page,
+    /// 400 pixels wide.
+    Phone,
+}
+
+impl Screen {
+    /// One of two numbers.
+    pub fn pick<T>(self, page: T, phone: T) -> T {
+        match self {
+            Self::Page => page,
+            Self::Phone => phone,
+        }
+    }
+
+    pub fn width(self) -> f64 {
+        self.pick(854.0, 400.0)
+    }
+}
+
 /// Classes c0, c1, ...
 pub const SERIES: usize = 4;
 
@@ -109,11 +132,11 @@ impl Figure {
         );
     }
 
-    /// For the page, which holds [`page_style`].
-    pub fn inline(&self) -> String {
+    /// For the page, which holds [`page_style`]; `class` says on which screens.
+    pub fn inline(&self, class: &str) -> String {
         let (width, height, label) = (self.width, self.height, escape(&self.label));
         format!(
-            "<svg class=\"plot\" viewBox=\"0 0 {width} {height}\" style=\"max-width:{width}px\" role=\"img\" \
+            "<svg class=\"plot {class}\" viewBox=\"0 0 {width} {height}\" style=\"max-width:{width}px\" role=\"img\" \
              aria-label=\"{label}\">\n{}</svg>",
             self.body
         )
@@ -213,6 +236,9 @@ pub fn nice_step(span: f64, most: usize) -> f64 {
 
 /// A tick's label with as many decimals as its step needs, and a real minus sign.
 pub fn tick_label(value: f64, step: f64) -> String {
+    if value.abs() >= 1e7 {
+        return format!("{value:.0e}").replace('-', "\u{2212}");
+    }
     let decimals = (-(step.log10() + 1e-9).floor()).max(0.0) as usize;
     let value = if value.abs() < step * 1e-6 { 0.0 } else { value };
     format!("{value:.decimals$}").replace('-', "\u{2212}")

@@ -1,23 +1,29 @@
 //! What an evaluation leaves on disk.
 
-use std::{io::Write, path::Path};
+use std::{collections::HashMap, io::Write, path::Path};
 
 use rayon::prelude::*;
 
 use super::{
-    About, SlideResult, Summary, html,
-    plots::{Plot, Plots},
+    About, SlideResult, Summary,
+    accuracy::Unit,
+    card,
+    groups::LABELS,
+    html,
+    plots::{Plot, Plots, table},
 };
 use crate::{Error, Result, data::atomic::write_atomically, train::fold::EpochMetrics};
 
 /// Pixels of a PNG for one CSS pixel: 2562 across, 300 a printed inch at 22 cm.
 const PNG_SCALE: f64 = 3.0;
 
+const PATIENTS: &str = "predictions_patients.csv";
+
 /// Plots, in the folder of a report.
 pub const FIGURES: &str = "figures";
 
-/// Writes predictions.csv, summary.json and report.html into `folder`, and every plot as SVG, PNG and CSV into its folder
-/// `figures`, each of them whole or not at all.
+/// Writes predictions.csv, predictions_patients.csv, summary.json, report.html and the model card README.md into `folder`,
+/// and every plot as SVG, PNG and CSV into its folder `figures`, each of them whole or not at all.
 pub fn write(
     folder: &Path,
     about: &About,
@@ -25,23 +31,46 @@ pub fn write(
     slides: &[SlideResult],
     epochs: &[EpochMetrics],
 ) -> Result<()> {
-    let plots = Plots::new(summary, slides, epochs)?;
+    let plots = Plots::new(summary, epochs)?;
     let mut files = vec![
         ("predictions.csv".into(), predictions_csv(slides)?),
+        (card_name(folder).into(), card::card(about, summary).into_bytes()),
         ("summary.json".into(), serde_json::to_vec_pretty(summary).map_err(|e| Error::file(folder, e))?),
         ("report.html".into(), html::page(about, summary, slides, &plots)?.into_bytes()),
     ];
+    let by_patient = (summary.unit == Unit::Patient).then(|| predictions_patients_csv(summary, slides)).transpose()?;
+    let without_patients = by_patient.is_none();
+    files.extend(by_patient.map(|table| (PATIENTS.into(), table)));
     let drawn: Vec<&Plot> = plots.all().collect();
     files.par_extend(drawn.into_par_iter().map(files_of).collect::<Result<Vec<_>>>()?.into_par_iter().flatten());
     let figures = folder.join(FIGURES);
     std::fs::create_dir_all(&figures).map_err(|e| Error::file(&figures, format!("cannot be made: {e}")))?;
     save(folder, &files)?;
+    if without_patients {
+        let path = folder.join(PATIENTS);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::file(&path, format!("an earlier evaluation's cannot be removed: {e}")));
+            }
+            _ => {}
+        }
+    }
     remove_stale(&figures, &plots)
+}
+
+/// README.md, unless somebody else's stands there.
+fn card_name(folder: &Path) -> &'static str {
+    const NAME: &str = "README.md";
+    match std::fs::read(folder.join(NAME)) {
+        Ok(text) if !text.starts_with(card::MARK.as_bytes()) => "MODEL_CARD.md",
+        _ => NAME,
+    }
 }
 
 /// Removes the plots that an earlier evaluation drew and this one could not.
 fn remove_stale(figures: &Path, plots: &Plots) -> Result<()> {
-    const NAMES: [&str; 7] = ["km", "km_tertiles", "km_learnt_cut", "c_index", "auc", "calibration", "risk"];
+    const NAMES: [&str; 8] =
+        ["km", "km_tertiles", "km_one_cut", "km_learnt_cut", "c_index", "auc", "calibration", "risk"];
     let failed = |e| Error::file(figures, format!("cannot be tidied up: {e}"));
     for entry in std::fs::read_dir(figures).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
@@ -89,6 +118,31 @@ pub fn predictions_csv(slides: &[SlideResult]) -> Result<Vec<u8>> {
         table.write_record(row).map_err(|e| failed(&e))?;
     }
     table.into_inner().map_err(|e| failed(&e))
+}
+
+/// A row a patient and fold: case_id, fold, slides, time (months), event (1 = observed), risk (the mean of the slides'), a
+/// column for each grouping with the patient's group, survival_0.. (means, too); numbers in full.
+pub fn predictions_patients_csv(summary: &Summary, slides: &[SlideResult]) -> Result<Vec<u8>> {
+    let mut counts: HashMap<_, usize> = HashMap::new();
+    slides.iter().for_each(|slide| *counts.entry(summary.row_of(slide)).or_default() += 1);
+    let bins = summary.rows.iter().map(|row| row.survival.len()).max().unwrap_or(0);
+    let groups = summary.risk_groups.iter().map(|grouping| format!("group_{}", grouping.name));
+    let survival = (0..bins).map(|bin| format!("survival_{bin}"));
+    let first = ["case_id", "fold", "slides", "time", "event", "risk"].map(String::from);
+    let heads: Vec<String> = first.into_iter().chain(groups).chain(survival).collect();
+    let row = |(i, row): (usize, &SlideResult)| {
+        let slides = counts.get(&summary.row_of(row)).copied().unwrap_or(0);
+        let event = u8::from(row.event).to_string();
+        let first = [row.case_id.clone(), row.fold.to_string(), slides.to_string(), row.time.to_string(), event];
+        let groups = summary.risk_groups.iter().map(|grouping| {
+            let label = LABELS[grouping.patients.len()][grouping.group[i]];
+            label.split(' ').next().unwrap_or(label).to_lowercase()
+        });
+        let survival = row.survival.iter().map(f64::to_string);
+        first.into_iter().chain([row.risk.to_string()]).chain(groups).chain(survival).collect()
+    };
+    let heads: Vec<&str> = heads.iter().map(String::as_str).collect();
+    table(&heads, summary.rows.iter().enumerate().map(row).collect())
 }
 
 /// A predictions.csv again; hazards and survival are read where it has them.

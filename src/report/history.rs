@@ -42,6 +42,33 @@ pub fn csv(epochs: &[EpochMetrics]) -> Result<Vec<u8>> {
     table(&heads, epochs.iter().map(row).collect())
 }
 
+/// A sentence where no fold's best epoch lies between the first that may be chosen, which follows `warmup` others, and the
+/// last of `most`: the choice then was made by the ends of training and not by the validation.
+pub fn best_epoch_note(epochs: &[EpochMetrics], warmup: usize, most: usize) -> Option<String> {
+    let (mut first, mut last) = (0, 0);
+    for fold in epochs.chunk_by(|a, b| a.fold == b.fold) {
+        let best = fold.iter().rfind(|epoch| epoch.best)?.epoch;
+        match best {
+            best if best <= warmup => first += 1,
+            best if best + 1 >= most => last += 1,
+            _ => return None,
+        }
+    }
+    let folds = |n: usize| if n == 1 { "1 fold".to_string() } else { format!("{n} folds") };
+    let of_first = format!(
+        "the first that may be chosen, epoch {}, in {}: no later epoch had a higher validation C-index",
+        warmup + 1,
+        folds(first)
+    );
+    let of_last = format!("the last, epoch {most}, in {}: the validation C-index may still be rising", folds(last));
+    match (first, last) {
+        (0, 0) => None,
+        (_, 0) => Some(format!("Every best epoch is {of_first}.")),
+        (0, _) => Some(format!("Every best epoch is {of_last}.")),
+        _ => Some(format!("Every best epoch is at an end of training: {of_first}; {of_last}.")),
+    }
+}
+
 fn one_fold(epochs: &[EpochMetrics], last: usize, ranges: [(f64, f64); 2]) -> Figure {
     let fold = epochs[0].fold;
     let bottom = TOPS[1] + PANEL;

@@ -3,13 +3,14 @@
 use std::fmt::Write;
 
 use super::{
-    figure::{Anchor, Axis, Figure, SERIES, month_step, tick_label},
+    figure::{Anchor, Axis, Figure, SERIES, Screen, month_step, tick_label},
+    groups::HazardRatioResult,
     p_text,
     plots::{cell, table},
 };
 use crate::{
     Result,
-    survival::{KaplanMeier, Limits, kaplan_meier, number_at_risk},
+    survival::{KaplanMeier, Limits, kaplan_meier, number_at_risk, short},
 };
 
 /// One curve's cohort: months of follow-up, and whether the event was observed.
@@ -20,16 +21,24 @@ pub struct Group {
     pub event: Vec<bool>,
 }
 
+/// What is tested of the groups.
+#[derive(Clone, Debug, Default)]
+pub struct Tests {
+    /// Of the log-rank test, where it is defined.
+    pub p: Option<f64>,
+    pub hazard_ratio: Option<HazardRatioResult>,
+}
+
 /// Confidence level of the bands (log limits, as R's `survfit`).
 const LEVEL: f64 = 0.95;
-const WIDTH: f64 = 854.0;
-const PLOT_HEIGHT: f64 = 340.0;
+/// The time axis ends where fewer patients are left, and a group's curve is pale from where it has fewer: what is drawn of a
+/// handful looks like a finding. Groups of fewer than twice as many are drawn whole.
+pub const LEAST_AT_RISK: usize = 10;
 const ROW: f64 = 19.0;
-const LEFT: f64 = 104.0;
 const RIGHT: f64 = 20.0;
 
-/// The figure of these groups in the order given; empty ones are left out. `p` is the log-rank test's, where it is defined.
-pub fn figure(groups: &[Group], p: Option<f64>) -> Result<Figure> {
+/// The figure of these groups in the order given; empty ones are left out.
+pub fn figure(groups: &[Group], tests: &Tests, screen: Screen) -> Result<Figure> {
     let groups: Vec<(String, &Group)> = groups
         .iter()
         .enumerate()
@@ -40,58 +49,96 @@ pub fn figure(groups: &[Group], p: Option<f64>) -> Result<Figure> {
         .iter()
         .map(|(_, group)| kaplan_meier(&group.time, &group.event, Limits::Log, LEVEL))
         .collect::<Result<Vec<_>>>()?;
+    let (width, left) = (screen.width(), screen.pick(104.0, 100.0));
+    let legend_left = screen.pick(left, 8.0);
+    let phone = screen == Screen::Phone;
     let rows = groups.len() as f64;
-    let top = 24.0 + ROW * rows;
-    let bottom = top + PLOT_HEIGHT;
+    let mut results = Vec::new();
+    if groups.len() > 1 {
+        results.push(("strong", format!("log-rank {}", tests.p.map_or("\u{2013}".into(), p_text))));
+        if let Some(ratio) = &tests.hazard_ratio {
+            let step = if groups.len() > 2 { " a group" } else { "" };
+            results.push(("strong", ratio.text().replace(" -", " \u{2013}") + step));
+            if ratio.reversed {
+                results.push(("strong tint", "Reversed: the high-risk group lives longer".to_string()));
+            }
+        }
+    }
+    // The results stand below the legend, in one line; on a phone, where the legend takes two lines a group, in several.
+    let legend_lines = screen.pick(rows, 2.0 * rows);
+    let result_lines = if phone { results.len() } else { results.len().min(1) };
+    let top = 24.0 + ROW * (legend_lines + result_lines as f64);
+    let bottom = screen.pick(24.0 + ROW * rows + 340.0, top + 260.0);
     let height = bottom + 78.0 + ROW * rows;
     let names: Vec<&str> = groups.iter().map(|(_, group)| group.label.as_str()).collect();
-    let mut figure = Figure::new(WIDTH, height, format!("Kaplan-Meier curves: {}", names.join(", ")));
+    let mut figure = Figure::new(width, height, format!("Kaplan-Meier curves: {}", names.join(", ")));
 
-    let times = || groups.iter().flat_map(|(_, group)| &group.time).copied();
-    let (first, last) = (times().fold(0.0, f64::min), times().fold(0.0, f64::max));
+    let times: Vec<f64> = groups.iter().flat_map(|(_, group)| &group.time).copied().collect();
+    let (first, last) = (times.iter().copied().fold(0.0, f64::min), last_time(&times));
     let step = month_step(last - first);
-    let x = Axis::new((first, last), (LEFT, WIDTH - RIGHT));
+    let x = Axis::new((first, last), (left, width - RIGHT));
     let y = Axis::new((0.0, 1.0), (bottom, top));
 
     for value in [0.0, 0.25, 0.5, 0.75, 1.0] {
         let class = if value == 0.5 { "guide" } else { "grid" };
-        figure.line(class, (LEFT, y.at(value)), (WIDTH - RIGHT, y.at(value)));
-        figure.text("muted", Anchor::End, (LEFT - 10.0, y.at(value) + 4.0), &format!("{value}"));
+        figure.line(class, (left, y.at(value)), (width - RIGHT, y.at(value)));
+        figure.text("muted", Anchor::End, (left - 10.0, y.at(value) + 4.0), &format!("{value}"));
     }
-    figure.vertical_text("muted", (LEFT - 52.0, (top + bottom) / 2.0), "Survival probability");
-    figure.line("axis", (LEFT, bottom), (WIDTH - RIGHT, bottom));
+    figure.vertical_text("muted", (left - 52.0, (top + bottom) / 2.0), "Survival probability");
+    figure.line("axis", (left, bottom), (width - RIGHT, bottom));
     let ticks = x.ticks(step);
     for &tick in &ticks {
         figure.line("axis", (x.at(tick), bottom), (x.at(tick), bottom + 5.0));
         figure.text("muted", Anchor::Middle, (x.at(tick), bottom + 19.0), &tick_label(tick, step));
     }
-    figure.text("muted", Anchor::Middle, ((LEFT + WIDTH - RIGHT) / 2.0, bottom + 38.0), "Months");
-    figure.text("strong", Anchor::End, (LEFT - 24.0, bottom + 58.0), "At risk");
+    figure.text("muted", Anchor::Middle, ((left + width - RIGHT) / 2.0, bottom + 38.0), "Months");
+    let label_end = left - screen.pick(24.0, 18.0);
+    figure.text("strong", Anchor::End, (label_end, bottom + 58.0), "At risk");
 
     // Bands first, so that no band lies over another group's curve.
     for ((colour, _), curve) in groups.iter().zip(&curves) {
-        figure.group(colour, |figure| figure.path("band", &band_path(curve, x, y)));
+        figure.group(colour, |figure| figure.path("band", &band_path(curve, last, x, y)));
     }
     for (i, ((colour, group), curve)) in groups.iter().zip(&curves).enumerate() {
-        let legend = 14.0 + ROW * i as f64;
+        let legend = 14.0 + ROW * i as f64 * screen.pick(1.0, 2.0);
         let at_risk = bottom + 58.0 + ROW * (i + 1) as f64;
+        let pale = last_time(&group.time).min(last);
         figure.group(colour, |figure| {
-            figure.path("curve", &curve_path(curve, x, y));
-            figure.path("mark", &censor_path(curve, x, y));
-            figure.line("curve", (LEFT, legend), (LEFT + 22.0, legend));
-            figure.text("strong tint", Anchor::End, (LEFT - 24.0, at_risk), &group.label);
+            figure.path("curve", &curve_path(curve, (0.0, pale), x, y));
+            if curve.steps.last().is_some_and(|step| step.time > pale) && last > pale {
+                figure.path("curve pale", &curve_path(curve, (pale, last), x, y));
+            }
+            figure.path("mark", &censor_path(curve, last, x, y));
+            figure.line("curve", (legend_left, legend), (legend_left + 22.0, legend));
+            figure.text("strong tint", Anchor::End, (label_end, at_risk), &group.label);
         });
-        let pieces = [("strong", group.label.as_str()), ("muted", &describe(group, curve))];
-        figure.texts(Anchor::Start, (LEFT + 31.0, legend + 4.0), &pieces);
+        let (counts, median) = describe(group, curve);
+        let label = ("strong", group.label.as_str());
+        if phone {
+            figure.texts(Anchor::Start, (legend_left + 31.0, legend + 4.0), &[label, ("muted", &counts)]);
+            figure.text("muted", Anchor::Start, (legend_left + 31.0, legend + ROW + 2.0), &median);
+        } else {
+            let text = format!("{counts}, {median}");
+            figure.texts(Anchor::Start, (legend_left + 31.0, legend + 4.0), &[label, ("muted", &text)]);
+        }
         for (&tick, count) in ticks.iter().zip(number_at_risk(&group.time, &ticks)?) {
             figure.text("", Anchor::Middle, (x.at(tick), at_risk), &count.to_string());
         }
     }
-    if groups.len() > 1 {
-        let text = p.map_or("log-rank test undefined".to_string(), |p| format!("log-rank {}", p_text(p)));
-        figure.text("strong", Anchor::End, (WIDTH - RIGHT, 18.0), &text);
+    let results: Vec<(&str, &str)> = results.iter().map(|(class, text)| (*class, text.as_str())).collect();
+    for (i, line) in results.chunks(screen.pick(results.len().max(1), 1)).enumerate() {
+        let at = (legend_left + 31.0, 18.0 + ROW * (legend_lines + i as f64));
+        figure.group("c1", |figure| figure.texts(Anchor::Start, at, line));
     }
     Ok(figure)
+}
+
+/// The last time at which enough patients are at risk; of few patients, the last of all.
+pub fn last_time(time: &[f64]) -> f64 {
+    let mut sorted = time.to_vec();
+    sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+    let place = if time.len() < 2 * LEAST_AT_RISK { 0 } else { LEAST_AT_RISK - 1 };
+    sorted.get(place).map_or(0.0, |&time| time.max(0.0))
 }
 
 /// Low risk is blue and high risk orange, whatever lies between.
@@ -114,51 +161,57 @@ pub fn csv(groups: &[Group]) -> Result<Vec<u8>> {
     table(&["group", "time", "at_risk", "events", "censored", "survival", "lower", "upper"], rows)
 }
 
-fn describe(group: &Group, curve: &KaplanMeier) -> String {
+/// How many, and the median.
+fn describe(group: &Group, curve: &KaplanMeier) -> (String, String) {
     let events = group.event.iter().filter(|&&event| event).count();
+    let counts = format!("n = {}, {events} {}", group.time.len(), if events == 1 { "event" } else { "events" });
     let median = curve.median();
-    let mut text = format!("n = {}, {events} {}", group.time.len(), if events == 1 { "event" } else { "events" });
-    match median.estimate {
-        None => text.push_str(", median not reached"),
-        Some(estimate) => {
-            let limit = |limit: Option<f64>| limit.map_or("not reached".to_string(), |limit| format!("{limit:.1}"));
-            let (lower, upper) = (limit(median.lower), limit(median.upper));
-            let _ = write!(text, ", median {estimate:.1} months (95% CI {lower} to {upper})");
-        }
-    }
-    text
+    let Some(estimate) = median.estimate else { return (counts, "median not reached".into()) };
+    let months = |time: f64| if time < 1e6 { format!("{time:.1}") } else { short(time) };
+    let limit = |limit: Option<f64>| limit.map_or("not reached".to_string(), months);
+    let (lower, upper) = (limit(median.lower), limit(median.upper));
+    (counts, format!("median {} months (95% CI {lower} to {upper})", months(estimate)))
 }
 
-fn curve_path(curve: &KaplanMeier, x: Axis, y: Axis) -> String {
-    let mut d = format!("M{:.1} {:.1}", x.at(0.0), y.at(1.0));
-    for step in curve.steps.iter().filter(|step| step.events > 0) {
+/// The curve between two times.
+fn curve_path(curve: &KaplanMeier, (from, to): (f64, f64), x: Axis, y: Axis) -> String {
+    let before = curve.steps.iter().rfind(|step| step.time <= from && from > 0.0);
+    let mut d = format!("M{:.1} {:.1}", x.at(from), y.at(before.map_or(1.0, |step| step.survival)));
+    for step in
+        curve.steps.iter().filter(|step| step.events > 0 && (step.time > from || from == 0.0) && step.time <= to)
+    {
         let _ = write!(d, "H{:.1}V{:.1}", x.at(step.time), y.at(step.survival));
     }
     if let Some(last) = curve.steps.last() {
-        let _ = write!(d, "H{:.1}", x.at(last.time));
+        let _ = write!(d, "H{:.1}", x.at(last.time.min(to)));
     }
     d
 }
 
-/// Up to where the variance is known: a curve that falls to zero has no limits from there.
-fn band_path(curve: &KaplanMeier, x: Axis, y: Axis) -> String {
-    let Some(last) = curve.steps.iter().find(|step| step.limits.is_none()).or(curve.steps.last()) else {
+/// From the first event, before which both limits are 1, up to where the variance is known: a curve that falls to zero has
+/// no limits from there.
+fn band_path(curve: &KaplanMeier, to: f64, x: Axis, y: Axis) -> String {
+    let Some(end) = curve.steps.iter().find(|step| step.limits.is_none()).or(curve.steps.last()) else {
         return String::new();
     };
-    let known = curve.steps.iter().filter(|step| step.events > 0);
+    let known = curve.steps.iter().filter(|step| step.events > 0 && step.time < to);
     let known: Vec<_> = known.map_while(|step| step.limits.map(|limits| (step.time, limits))).collect();
-    let mut d = format!("M{:.1} {:.1}", x.at(0.0), y.at(1.0));
+    let mut d = String::new();
     for &(time, (_, upper)) in &known {
-        let _ = write!(d, "H{:.1}V{:.1}", x.at(time), y.at(upper));
+        let start = if d.is_empty() { format!("M{:.1} {:.1}", x.at(time), y.at(upper)) } else { String::new() };
+        let _ = write!(d, "{start}H{:.1}V{:.1}", x.at(time), y.at(upper));
     }
-    let _ = write!(d, "H{:.1}", x.at(last.time));
+    if d.is_empty() {
+        return d;
+    }
+    let _ = write!(d, "H{:.1}", x.at(end.time.min(to)));
     for &(time, (lower, _)) in known.iter().rev() {
         let _ = write!(d, "V{:.1}H{:.1}", y.at(lower), x.at(time));
     }
     d + "Z"
 }
 
-fn censor_path(curve: &KaplanMeier, x: Axis, y: Axis) -> String {
-    let marks = curve.steps.iter().filter(|step| step.censored > 0);
+fn censor_path(curve: &KaplanMeier, to: f64, x: Axis, y: Axis) -> String {
+    let marks = curve.steps.iter().filter(|step| step.censored > 0 && step.time <= to);
     marks.map(|step| format!("M{:.1} {:.1}v8", x.at(step.time), y.at(step.survival) - 4.0)).collect()
 }

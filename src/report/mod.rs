@@ -5,6 +5,7 @@
 pub mod accuracy;
 pub mod auc;
 pub mod calibration;
+mod card;
 pub mod figure;
 mod files;
 pub mod forest;
@@ -19,7 +20,11 @@ mod table;
 
 use crate::Error;
 
+/// Of this program: "0.1.0 (a1b2c3d)", the commit where it was built from a git checkout.
+pub const VERSION: &str = env!("CROSSFUSION_VERSION");
+
 pub use files::{FIGURES, files_of, predictions_csv, read_predictions, save, write};
+pub use history::best_epoch_note;
 pub use summary::{Fold, FoldResult, RESAMPLING, Resampling, SlideResult, Summary};
 pub use table::{Cell, StatisticRow};
 

@@ -1,15 +1,15 @@
 //! All plots of an evaluation, each with its numbers and a caption: on the page, and as SVG, PNG and CSV files.
 
 use super::{
-    SlideResult, Summary,
-    accuracy::{Accuracy, Estimate},
+    Summary,
+    accuracy::{Accuracy, Estimate, Unit},
     auc, calibration,
-    figure::Figure,
+    figure::{Figure, Screen},
     forest::{self, Forest},
     groups::Grouping,
     history, km, risk,
 };
-use crate::{Error, Result, train::fold::EpochMetrics};
+use crate::{Error, Result, survival::short, train::fold::EpochMetrics};
 
 pub struct Plot {
     /// Of its files, without an extension.
@@ -17,6 +17,8 @@ pub struct Plot {
     /// Above the plot where its section holds several.
     pub title: &'static str,
     pub figure: Figure,
+    /// The same for a narrow screen; None where the figure is narrow enough.
+    pub phone: Option<Figure>,
     /// The numbers that are drawn.
     pub csv: Vec<u8>,
     pub caption: String,
@@ -35,16 +37,21 @@ pub struct Plots {
 }
 
 impl Plots {
-    /// From the numbers, the predictions that they are of, and the run's epochs (none for a lone checkpoint).
-    pub fn new(summary: &Summary, predictions: &[SlideResult], epochs: &[EpochMetrics]) -> Result<Self> {
+    /// From the numbers and the run's epochs (none for a lone checkpoint).
+    pub fn new(summary: &Summary, epochs: &[EpochMetrics]) -> Result<Self> {
         let survival = summary.risk_groups.iter().map(|grouping| survival(summary, grouping)).collect::<Result<_>>()?;
-        let risk = risk::Histogram::new(predictions, summary.median_risk).map(|histogram| {
+        let whose = match summary.unit {
+            Unit::Patient => "Patients",
+            Unit::Slide => "Slides",
+        };
+        let risk = risk::Histogram::new(&summary.rows, summary.median_risk).map(|histogram| {
             Ok(Plot {
                 name: "risk".into(),
                 title: "",
-                figure: risk::figure(&histogram),
+                figure: risk::figure(&histogram, whose, Screen::Page),
+                phone: Some(risk::figure(&histogram, whose, Screen::Phone)),
                 csv: histogram.csv()?,
-                caption: "Slides by predicted risk and outcome.".into(),
+                caption: format!("{whose} by predicted risk and outcome; the cut is the median of all."),
             })
         });
         let training =
@@ -53,6 +60,7 @@ impl Plots {
                     name: format!("training_fold_{}", epochs[0].fold),
                     title: "",
                     figure,
+                    phone: None,
                     csv: history::csv(epochs)?,
                     caption: String::new(),
                 })
@@ -84,7 +92,9 @@ fn c_index(summary: &Summary) -> Result<Plot> {
         row(format!("Fold {}", fold.fold), false, &|unit| unit.c_index_by_fold[i].clone())
     };
     let mut rows: Vec<forest::Row> = summary.folds.iter().enumerate().map(fold).collect();
-    if rows.len() > 1 {
+    if let [only] = &mut rows[..] {
+        only.label = "C-index".into();
+    } else {
         rows.push(row("Mean of folds".into(), true, &|unit| unit.c_index_fold_mean.clone()));
         rows.push(row("All folds pooled".into(), true, &|unit| unit.c_index_pooled.clone()));
     }
@@ -108,7 +118,7 @@ fn c_index(summary: &Summary) -> Result<Plot> {
         "Harrell\u{2019}s C with {percent:.0}% intervals: percentiles of {n} bootstrap cohorts, in which whole patients are drawn, within folds."
     );
     if summary.folds.len() > 1 {
-        caption += " The mean\u{2019}s is Student\u{2019}s t interval over folds, which says how folds vary and is too \
+        caption += " The mean\u{2019}s is Student\u{2019}s t interval over folds on the logit scale, which says how folds vary and is too \
                     narrow for new patients, as folds share training patients. Pooled, patients of different folds are \
                     compared too. The dotted line is chance.";
     }
@@ -116,83 +126,129 @@ fn c_index(summary: &Summary) -> Result<Plot> {
         name: "c_index".into(),
         title: "",
         csv: table(&["row", "unit", "estimate", "lower", "upper", "note"], cells.collect())?,
-        figure: forest::figure(&forest, &rows),
+        figure: forest::figure(&forest, &rows, Screen::Page),
+        phone: Some(forest::figure(&forest, &rows, Screen::Phone)),
         caption,
     })
 }
 
 fn survival(summary: &Summary, grouping: &Grouping) -> Result<Plot> {
     let groups = grouping.groups(&summary.rows);
-    let who = if summary.rows.len() == summary.patients { "patient" } else { "slide" };
-    let which = if summary.folds.len() > 1 { "validation patients of all folds" } else { "evaluated patients" };
+    let who = who(summary);
+    let which =
+        if summary.folds.len() > 1 { format!("validation {who}s of all folds") } else { format!("evaluated {who}s") };
     let cuts = |cuts: &[f64]| {
         cuts.iter().map(|cut| format!("{cut:.3}")).collect::<Vec<_>>().join(" and ").replace('-', "\u{2212}")
     };
-    let first = &grouping.cuts[0];
-    let apart = match summary.folds.len() {
-        0 | 1 => "",
-        _ => {
-            " One cut for all folds, whose models need not share a scale of risk: where they do not, it parts folds and not patients."
-        }
+    let by_fold = |cut: &dyn Fn(&[f64]) -> String| {
+        let known = summary.folds.iter().zip(&grouping.cuts).filter(|(_, cuts)| !cuts.is_empty());
+        known.map(|(fold, cuts)| format!("{} in fold {}", cut(cuts), fold.fold)).collect::<Vec<_>>().join(", ")
     };
-    let (title, how) = match grouping.name {
+    let how = match grouping.name {
+        "fold_median" => format!(
+            "A {who} is of high risk when its predicted risk is at or above the median of its fold: {}. The folds\u{2019} models \
+             need not share a scale of risk, so each fold is cut by itself.",
+            by_fold(&cuts)
+        ),
+        "fold_tertiles" => {
+            format!("Thirds of each fold\u{2019}s predicted risks; a {who} on a cut belongs above it.")
+        }
         "median" => {
-            let text = format!(
+            let apart = if summary.folds.len() > 1 {
+                " This is one cut for all folds, whose models need not share a scale of risk: where they do not, it parts folds \
+                 and not patients."
+            } else {
+                ""
+            };
+            format!(
                 "A {who} is of high risk when its predicted risk is at or above the median, {}.{apart}",
-                cuts(first)
-            );
-            ("Two groups, cut at the median", text)
+                cuts(&grouping.cuts[0])
+            )
         }
         "tertiles" => {
-            let text = format!(
-                "Thirds of the predicted risks, cut at {}; a {who} on a cut belongs above it.{apart}",
-                cuts(first)
-            );
-            ("Three groups, cut at the tertiles", text)
+            format!(
+                "Thirds of the predicted risks, cut at {}; a {who} on a cut belongs above it.",
+                cuts(&grouping.cuts[0])
+            )
         }
         _ => {
             let share = |cut: &[f64]| cut.iter().map(|cut| format!("{:.0}%", 100.0 * cut)).collect::<String>();
-            let list: Vec<String> = summary
-                .folds
-                .iter()
-                .zip(&grouping.cuts)
-                .map(|(fold, cut)| format!("{} of fold {}", share(cut), fold.fold))
-                .collect();
-            let text = format!(
+            format!(
                 "Each fold is cut at a rank that the other folds teach: the share of low risk at which the log-rank statistic of \
-                 their patients, each ranked by risk in validation within its own fold, is greatest, with a fifth of them or \
+                 their {who}s, each ranked by risk in validation within its own fold, is greatest, with a fifth of them or \
                  more on either side. That makes the low-risk share {}. No outcome of a fold has a say in its cut; the other folds\u{2019} \
-                 models were trained on its patients.",
-                list.join(", ")
-            );
-            ("Two groups, cut where the other folds part best", text)
+                 models were trained on its {who}s.",
+                by_fold(&share)
+            )
         }
     };
+    let times: Vec<f64> = summary.rows.iter().map(|row| row.time).collect();
+    let (end, last) = (km::last_time(&times), times.iter().copied().fold(0.0, f64::max));
+    let axis = if end < last {
+        format!(
+            " The time axis ends at {} months, beyond which fewer than {} are at risk, and a group\u{2019}s curve is pale where \
+             it has fewer; the CSV has all.",
+            short(end),
+            km::LEAST_AT_RISK
+        )
+    } else {
+        String::new()
+    };
+    // What is true of every grouping stands below the first.
+    let said_once = if grouping.name == summary.risk_groups[0].name {
+        format!(
+            " Kaplan-Meier curves of the {which}, with 95% confidence bands; small strokes mark censored {who}s.{axis} The \
+             hazard ratio (HR) is of a Cox model whose one covariate is the number of the group."
+        )
+    } else {
+        String::new()
+    };
+    let tests = km::Tests {
+        p: grouping.log_rank.as_ref().map(|test| test.p_value),
+        hazard_ratio: Some(grouping.hazard_ratio.clone()),
+    };
+    let why = [("log-rank test", &grouping.note), ("hazard ratio", &grouping.hazard_ratio.note)];
+    let why: String =
+        why.iter().filter_map(|(what, note)| Some(format!(" There is no {what}: {}.", note.as_ref()?))).collect();
     Ok(Plot {
-        name: if grouping.name == "median" { "km".into() } else { format!("km_{}", grouping.name) },
-        title,
-        figure: km::figure(&groups, grouping.log_rank.as_ref().map(|test| test.p_value))?,
+        name: match grouping.name {
+            name if name == summary.risk_groups[0].name => "km".into(),
+            "fold_tertiles" => "km_tertiles".into(),
+            "median" => "km_one_cut".into(),
+            name => format!("km_{name}"),
+        },
+        title: grouping.title(),
+        figure: km::figure(&groups, &tests, Screen::Page)?,
+        phone: Some(km::figure(&groups, &tests, Screen::Phone)?),
         csv: km::csv(&groups)?,
-        caption: format!(
-            "Kaplan-Meier curves of the {which}, with 95% confidence bands; small strokes mark censored {who}s. {how}"
-        ),
+        caption: how + &said_once + &why,
     })
+}
+
+/// What a row of the groups, the calibration and the histogram is.
+fn who(summary: &Summary) -> &'static str {
+    match summary.unit {
+        Unit::Patient => "patient",
+        Unit::Slide => "slide",
+    }
 }
 
 fn auc_plot(summary: &Summary) -> Result<Option<Plot>> {
     let accuracy = summary.of_patients();
-    let Some(figure) = auc::figure(&accuracy.auc) else { return Ok(None) };
+    let Some(figure) = auc::figure(&accuracy.auc, Screen::Page) else { return Ok(None) };
     let row = |(t, auc): (&f64, &Estimate)| std::iter::once(t.to_string()).chain(auc.cells()).collect();
     let rows = accuracy.auc.times.iter().zip(&accuracy.auc.auc).map(row).collect();
     Ok(Some(Plot {
         name: "auc".into(),
         title: "",
         figure,
+        phone: auc::figure(&accuracy.auc, Screen::Phone),
         csv: table(&["time", "auc", "lower", "upper", "note"], rows)?,
         caption: format!(
-            "Cumulative/dynamic AUC: how well the risk tells who has had an event by then from who has not, weighted for \
+            "Cumulative/dynamic AUC by {}: how well the risk tells who has had an event by then from who has not, weighted for \
              censoring, with pointwise {:.0}% bootstrap intervals; up to {:.1} months, beyond which a tenth are followed. \
              The dotted line is chance.",
+            who(summary),
             100.0 * summary.resampling.level,
             accuracy.horizon
         ),
@@ -200,7 +256,7 @@ fn auc_plot(summary: &Summary) -> Result<Option<Plot>> {
 }
 
 fn calibration_plot(summary: &Summary) -> Result<Option<Plot>> {
-    let Some(figure) = calibration::figure(&summary.calibration) else { return Ok(None) };
+    let Some(figure) = calibration::figure(&summary.calibration, Screen::Page) else { return Ok(None) };
     let rows = summary.calibration.iter().map(|point| {
         let counts =
             [point.time.to_string(), point.group.to_string(), point.patients.to_string(), point.events.to_string()];
@@ -213,11 +269,14 @@ fn calibration_plot(summary: &Summary) -> Result<Option<Plot>> {
         name: "calibration".into(),
         title: "",
         figure,
+        phone: calibration::figure(&summary.calibration, Screen::Phone),
         csv: table(&heads, rows.collect())?,
-        caption: "Calibration at the ends of time bins: patients in groups of equal size by predicted survival; the mean \
-                  prediction of each against its Kaplan-Meier survival, with 95% limits. On the dotted line both agree. \
-                  A group that was not followed so long is left out."
-            .into(),
+        caption: format!(
+            "Calibration at the ends of time bins: {}s in groups of equal size by predicted survival; the mean \
+             prediction of each against its Kaplan-Meier survival, with 95% limits. On the dotted line both agree. \
+             A group that was not followed so long is left out. The axes show the range of the points.",
+            who(summary)
+        ),
     }))
 }
 

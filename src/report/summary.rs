@@ -1,6 +1,6 @@
 //! The numbers of an evaluation.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use serde::Serialize;
 
@@ -52,7 +52,10 @@ pub struct FoldResult {
     pub train_slides: Option<usize>,
     pub slides: usize,
     pub patients: usize,
+    /// Slides whose patient had an event.
     pub events: usize,
+    /// Patients that had an event.
+    pub patient_events: usize,
     pub best_epoch: Option<usize>,
     /// Harrell's C of the slides; None where it is undefined.
     pub c_index: Option<f64>,
@@ -80,27 +83,36 @@ pub struct Summary {
     pub c_index_std: Option<f64>,
     pub slides: usize,
     pub patients: usize,
+    /// Slides whose patient had an event.
     pub events: usize,
+    /// Patients that had an event.
+    pub patient_events: usize,
     pub resampling: Resampling,
     pub by_slide: Accuracy,
     /// None where every patient has one slide, which `by_slide` then is about.
     pub by_patient: Option<Accuracy>,
-    /// A patient of this risk or more is of high risk.
+    /// Of all patients, whatever their fold.
     pub median_risk: f64,
-    /// High risk against low risk, cut at the median. None where the test is undefined; `notes` says why.
+    /// High risk against low risk, cut at `median_risk`. None where the test is undefined; `notes` says why.
     pub log_rank: Option<LogRankResult>,
-    /// Patients grouped at the median, in tertiles, and at a learnt cut where there is one.
+    /// The ways to group patients, the leading one first: by rank within folds where there are several; at one cut over all;
+    /// and at a learnt cut where there is one.
     pub risk_groups: Vec<Grouping>,
     /// Predicted against observed survival, empty where it is undefined.
     pub calibration: Vec<CalibrationPoint>,
     /// How each fold's epoch was chosen, in a sentence; empty where that is not known.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub protocol: String,
+    /// Sentences without which these numbers would mislead.
+    pub warnings: Vec<String>,
     /// Sentences that a reader of these numbers should know.
     pub notes: Vec<String>,
     /// What `risk_groups` and `calibration` are made of: a row a patient, or a slide where patients cannot be told.
     #[serde(skip)]
     pub rows: Vec<SlideResult>,
+    /// What a row of `rows` is.
+    #[serde(skip)]
+    pub unit: Unit,
 }
 
 /// What the tool draws unless it is told otherwise.
@@ -120,10 +132,13 @@ impl Summary {
             )));
         }
         let mut notes = Vec::new();
-        let rows = by_patient(predictions).unwrap_or_else(|e| {
-            notes.push(format!("Nothing is reported by patient: {e}."));
-            predictions.to_vec()
-        });
+        let (unit, rows) = match by_patient(predictions) {
+            Ok(rows) => (Unit::Patient, rows),
+            Err(e) => {
+                notes.push(format!("Nothing is reported by patient: {e}."));
+                (Unit::Slide, predictions.to_vec())
+            }
+        };
         let times = Horizon::new(&rows);
         let by_slide = Accuracy::new(Unit::Slide, predictions, folds, &times, plan)?;
         let results: Vec<FoldResult> = folds
@@ -140,7 +155,7 @@ impl Summary {
         if !c.is_empty() && c.len() < folds.len() {
             notes.push(format!("The mean is over the {} of {} folds that have a C-index.", c.len(), folds.len()));
         }
-        let patients = patients(predictions.iter());
+        let patients = patients_of(predictions.iter());
         let several = rows.len() < predictions.len();
         let by_patient = several.then(|| Accuracy::new(Unit::Patient, &rows, folds, &times, plan)).transpose()?;
         if several {
@@ -152,16 +167,21 @@ impl Summary {
         } else if predictions.iter().map(|p| (&p.case_id, p.fold)).collect::<BTreeSet<_>>().len() > patients {
             notes.push("Some patients are validated in several folds and count once in each.".into());
         }
-        let mut risk_groups = vec![Grouping::median(&rows), Grouping::tertiles(&rows)];
+        let one_cut = Grouping::median(&rows);
+        let (median_risk, log_rank) = (one_cut.cuts[0][0], one_cut.log_rank.clone());
+        let mut risk_groups = match folds.len() {
+            0 | 1 => vec![one_cut, Grouping::tertiles(&rows)],
+            _ => vec![Grouping::fold_median(&rows, folds), Grouping::fold_tertiles(&rows, folds), one_cut],
+        };
         match Grouping::learnt_cut(&rows, folds) {
             Ok(grouping) => risk_groups.push(grouping),
             Err(e) if folds.len() > 1 => notes.push(format!("There is no learnt cut: {}.", reason(&e))),
             Err(_) => {}
         }
-        let log_rank = risk_groups[0].log_rank.clone();
         if let Some(why) = &risk_groups[0].note {
             notes.push(format!("There is no log-rank test: {why}."));
         }
+        let warnings = [below_chance(&by_slide, by_patient.as_ref()), reversed_groups(&risk_groups)];
         let calibration = calibration(&rows, folds).unwrap_or_else(|why| {
             notes.push(format!("There is no calibration: {why}."));
             Vec::new()
@@ -173,17 +193,31 @@ impl Summary {
             slides: predictions.len(),
             patients,
             events: predictions.iter().filter(|p| p.event).count(),
+            patient_events: patients_of(predictions.iter().filter(|p| p.event)),
             resampling: Resampling { replicates: plan.replicates, seed: plan.seed, level: plan.level },
             by_slide,
             by_patient,
-            median_risk: risk_groups[0].cuts[0][0],
+            median_risk,
             log_rank,
             risk_groups,
             calibration,
             protocol: String::new(),
+            warnings: warnings.into_iter().flatten().collect(),
             notes,
             rows,
+            unit,
         })
+    }
+
+    /// Which row of `rows` a slide belongs to: the patient and fold, or the slide itself where patients cannot be told.
+    pub fn row_of<'a>(&self, slide: &'a SlideResult) -> (&'a str, &'a str, usize) {
+        let id = if self.unit == Unit::Patient { "" } else { slide.slide_id.as_str() };
+        (&slide.case_id, id, slide.fold)
+    }
+
+    /// The group of each row, by [`Self::row_of`], in the leading grouping.
+    pub fn leading_groups(&self) -> HashMap<(&str, &str, usize), usize> {
+        self.rows.iter().map(|row| self.row_of(row)).zip(self.risk_groups[0].group.iter().copied()).collect()
     }
 
     /// The statistics of patients, whatever they are called.
@@ -204,8 +238,9 @@ impl FoldResult {
             fold: fold.fold,
             train_slides: fold.train_slides,
             slides: of_fold.len(),
-            patients: patients(of_fold.iter().copied()),
+            patients: patients_of(of_fold.iter().copied()),
             events: of_fold.iter().filter(|p| p.event).count(),
+            patient_events: patients_of(of_fold.iter().copied().filter(|p| p.event)),
             best_epoch: fold.best_epoch,
             c_index: c_index.estimate,
             note: c_index.note.clone(),
@@ -213,6 +248,40 @@ impl FoldResult {
     }
 }
 
-fn patients<'a>(predictions: impl Iterator<Item = &'a SlideResult>) -> usize {
+/// That higher risks go with longer lives.
+fn below_chance(by_slide: &Accuracy, by_patient: Option<&Accuracy>) -> Option<String> {
+    let below = |accuracy: &Accuracy, unit: &str| {
+        let folds = accuracy.c_index_by_fold.len();
+        let estimates =
+            [("mean of folds", &accuracy.c_index_fold_mean), ("all folds pooled", &accuracy.c_index_pooled)];
+        let text = |(name, estimate): (&str, &Estimate)| {
+            let c = estimate.estimate.filter(|&c| c < 0.5)?;
+            let name = if folds > 1 { format!(", {name}") } else { String::new() };
+            Some(format!("{c:.3} by {unit}{name}"))
+        };
+        estimates.into_iter().skip(usize::from(folds < 2)).filter_map(text).collect::<Vec<_>>()
+    };
+    let list = [below(by_slide, "slide"), by_patient.map_or(Vec::new(), |unit| below(unit, "patient"))].concat();
+    (!list.is_empty()).then(|| {
+        format!(
+            "The C-index is below 0.5 ({}): those of higher predicted risk live longer, and chance would order them better.",
+            list.join("; ")
+        )
+    })
+}
+
+/// That groups of higher risk live longer.
+fn reversed_groups(groupings: &[Grouping]) -> Option<String> {
+    let text = |grouping: &Grouping| {
+        let title = grouping.title().to_lowercase();
+        grouping.hazard_ratio.reversed.then(|| format!("{title}: {}", grouping.hazard_ratio.text()))
+    };
+    let list: Vec<String> = groupings.iter().filter_map(text).collect();
+    (!list.is_empty()).then(|| {
+        format!("The high-risk group lives longer ({}): the model is reversed on these patients.", list.join("; "))
+    })
+}
+
+fn patients_of<'a>(predictions: impl Iterator<Item = &'a SlideResult>) -> usize {
     predictions.map(|p| p.case_id.as_str()).collect::<BTreeSet<_>>().len()
 }

@@ -1,6 +1,6 @@
 //! Cumulative/dynamic AUC.
 
-use super::cohort::{check_cohort, check_column, order_by, undefined};
+use super::cohort::{check_cohort, check_column, order_by, short, undefined};
 use super::concordance::RISK_TIE;
 use super::ipcw::CensoringDistribution;
 use super::kaplan_meier::{Limits, kaplan_meier};
@@ -46,7 +46,7 @@ pub fn dynamic_auc(
         weighted += auc * (before - survival);
         before = survival;
     }
-    let mean = if times.len() == 1 { auc[0] } else { weighted / (1.0 - before) };
+    let mean = if times.len() == 1 { auc[0] } else { (weighted / (1.0 - before)).min(1.0) };
     Ok(DynamicAuc { times: times.to_vec(), auc, mean })
 }
 
@@ -61,9 +61,9 @@ fn auc_at(t: f64, time: &[f64], weight: &[f64], risk: &[f64], by_risk: &[usize])
         controls += new_controls;
     }
     if cases == 0.0 {
-        return Err(undefined(NAME, format!("nobody had an event by time {t}")));
+        return Err(undefined(NAME, format!("nobody had an event by time {}", short(t))));
     }
-    Ok(area / (cases * controls)) // t < max(time), so there are controls
+    Ok((area / (cases * controls)).min(1.0)) // t < max(time), so there are controls; rounding may pass 1
 }
 
 /// At least one time, strictly ascending, within the follow-up; returns the last.
@@ -73,11 +73,17 @@ pub(super) fn check_times(statistic: &'static str, time: &[f64], times: &[f64]) 
         return Err(undefined(statistic, "no times are given"));
     };
     if let Some(pair) = times.windows(2).find(|pair| pair[0] >= pair[1]) {
-        return Err(undefined(statistic, format!("its times do not ascend: {} is followed by {}", pair[0], pair[1])));
+        return Err(undefined(
+            statistic,
+            format!("its times do not ascend: {} is followed by {}", short(pair[0]), short(pair[1])),
+        ));
     }
     let (min, max) = time.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &t| (a.min(t), b.max(t)));
     match times.iter().find(|&&t| t < min || t >= max) {
-        Some(t) => Err(undefined(statistic, format!("time {t} is outside the follow-up, from {min} to before {max}"))),
+        Some(&t) => {
+            let [t, min, max] = [t, min, max].map(short);
+            Err(undefined(statistic, format!("time {t} is outside the follow-up, from {min} to before {max}")))
+        }
         None => Ok(last),
     }
 }

@@ -1,7 +1,7 @@
 //! Brier score of predicted survival, over time.
 
 use super::auc::check_times;
-use super::cohort::{check_cohort, undefined};
+use super::cohort::{check_cohort, short, undefined};
 use super::ipcw::CensoringDistribution;
 use crate::Result;
 
@@ -37,7 +37,10 @@ pub fn brier_score(
     }
     if let Some(i) = survival.iter().position(|s| !(0.0..=1.0).contains(s)) {
         let (row, t) = (i / times.len(), times[i % times.len()]);
-        return Err(undefined(NAME, format!("patient {row} survives time {t} with probability {}", survival[i])));
+        return Err(undefined(
+            NAME,
+            format!("patient {row} survives time {} with probability {}", short(t), survival[i]),
+        ));
     }
 
     let mut weight = vec![0.0; time.len()];

@@ -35,6 +35,16 @@ pub fn number_at_risk(time: &[f64], at: &[f64]) -> Result<Vec<usize>> {
     Ok(at.iter().map(|&t| time.len() - sorted.partition_point(|&other| other < t)).collect())
 }
 
+/// A number for a sentence: six digits that count, without the noise of binary fractions or hundreds of zeros.
+pub(crate) fn short(value: f64) -> String {
+    let rounded: f64 = format!("{value:.5e}").parse().unwrap_or(value);
+    if rounded == 0.0 || (1e-4..1e9).contains(&rounded.abs()) || !rounded.is_finite() {
+        rounded.to_string()
+    } else {
+        format!("{rounded:e}")
+    }
+}
+
 pub(super) fn undefined(statistic: &'static str, reason: impl Into<String>) -> Error {
     Error::Statistic { statistic, reason: reason.into() }
 }

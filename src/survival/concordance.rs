@@ -1,6 +1,6 @@
 //! Harrell's C and Uno's C by one O(n log n) count of pairs.
 
-use super::cohort::{check_cohort, check_column, order_by, undefined};
+use super::cohort::{check_cohort, check_column, order_by, short, undefined};
 use super::ipcw::CensoringDistribution;
 use crate::Result;
 
@@ -69,7 +69,7 @@ pub fn concordance_index_ipcw(
         return Ok(score / comparable);
     }
     if event.iter().any(|&e| e) && !weight.iter().any(|&w| w > 0.0) {
-        return Err(undefined(NAME, format!("no event came before tau = {tau}")));
+        return Err(undefined(NAME, format!("no event came before tau = {}", short(tau))));
     }
     Err(no_comparable_pairs(NAME, event))
 }

@@ -34,3 +34,27 @@ pub fn fold_mean(values: &[f64], ddof: usize, level: f64) -> Result<FoldMean> {
     let margin = student_two_sided(level, folds - 1) * (squares / (n - 1.0) / n).sqrt();
     Ok(FoldMean { mean, sd, ddof, lower: mean - margin, upper: mean + margin, level })
 }
+
+/// The same for a statistic that lies in 0..1, as a C-index does: the limits are those of the mean's logit,
+/// `logit(mean) -+ t(folds - 1) * s / sqrt(folds) / (mean (1 - mean))`, turned back, so that they lie in 0..1, too
+/// (the delta method; what Stata's `proportion` prints). Where all folds agree both limits are the mean.
+///
+/// An error of fewer than three folds: Student's t of one degree of freedom is 12.7, which says nothing.
+pub fn fold_mean_in_unit(values: &[f64], ddof: usize, level: f64) -> Result<FoldMean> {
+    const NAME: &str = "the mean over folds";
+    if let Some(row) = values.iter().position(|value| !(0.0..=1.0).contains(value)) {
+        return Err(undefined(NAME, format!("entry {row} of `values` is {}, not in 0..1", values[row])));
+    }
+    if values.len() < 3 {
+        return Err(undefined(NAME, format!("{} folds are too few for an interval, which needs 3", values.len())));
+    }
+    let plain = fold_mean(values, ddof, level)?;
+    let (mean, margin) = (plain.mean, plain.upper - plain.mean);
+    if margin == 0.0 || mean == 0.0 || mean == 1.0 {
+        return Ok(FoldMean { lower: mean, upper: mean, ..plain });
+    }
+    let logit = (mean / (1.0 - mean)).ln();
+    let width = margin / (mean * (1.0 - mean));
+    let back = |x: f64| 1.0 / (1.0 + (-x).exp());
+    Ok(FoldMean { lower: back(logit - width), upper: back(logit + width), ..plain })
+}

@@ -1,6 +1,6 @@
 //! Inverse probability of censoring weights.
 
-use super::cohort::{risk_sets, undefined};
+use super::cohort::{risk_sets, short, undefined};
 use crate::Result;
 
 /// G(t) = P(a patient is still uncensored after t), the Kaplan-Meier estimate with the roles of event and censoring
@@ -45,14 +45,16 @@ impl CensoringDistribution {
     pub(super) fn weight(&self, statistic: &'static str, t: f64) -> Result<f64> {
         match self.uncensored_at(t) {
             Some(g) if g > 0.0 => Ok(1.0 / g),
-            Some(_) => {
-                Err(undefined(statistic, format!("everyone was censored by time {t}, so its weight is infinite")))
-            }
+            Some(_) => Err(undefined(
+                statistic,
+                format!("everyone was censored by time {}, so its weight is infinite", short(t)),
+            )),
             None => Err(undefined(
                 statistic,
                 format!(
-                    "time {t} lies beyond {}, the last time of the patients that the censoring distribution was fitted to",
-                    self.time[self.time.len() - 1]
+                    "time {} lies beyond {}, the last time of the patients that the censoring distribution was fitted to",
+                    short(t),
+                    short(self.time[self.time.len() - 1])
                 ),
             )),
         }

@@ -99,6 +99,15 @@ impl KaplanMeier {
         }
     }
 
+    /// The limits of S(t), which are those of the last step until then; (1, 1) before the first.
+    pub fn limits_at(&self, t: f64) -> Option<(f64, f64)> {
+        self.survival_at(t)?;
+        match self.steps.partition_point(|step| step.time <= t) {
+            0 => Some((1.0, 1.0)),
+            i => self.steps[i - 1].limits,
+        }
+    }
+
     /// Median survival with limits, as R prints it (Brookmeyer & Crowley, Biometrics 1982): where the curve and
     /// its two limits cross 1/2.
     pub fn median(&self) -> Quantile {

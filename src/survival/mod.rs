@@ -27,6 +27,7 @@ mod concordance;
 mod cox;
 mod distributions;
 mod fold_mean;
+mod hazard_ratio;
 mod ipcw;
 mod kaplan_meier;
 mod log_rank;
@@ -40,10 +41,12 @@ pub use bootstrap::{
     concordance_permutation_test,
 };
 pub use brier::{BrierScore, brier_score};
+pub(crate) use cohort::short;
 pub use cohort::{RiskSet, number_at_risk, risk_sets};
 pub use concordance::{Concordance, RISK_TIE, concordance_index, concordance_index_ipcw};
 pub use cox::{CoxCohort, Scalar, Ties, cox_loglik_and_gradient};
-pub use fold_mean::{FoldMean, fold_mean};
+pub use fold_mean::{FoldMean, fold_mean, fold_mean_in_unit};
+pub use hazard_ratio::{HazardRatio, hazard_ratio};
 pub use ipcw::CensoringDistribution;
 pub use kaplan_meier::{KaplanMeier, Limits, Quantile, Step, kaplan_meier};
 pub use log_rank::{LogRank, log_rank};

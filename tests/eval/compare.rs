@@ -163,3 +163,19 @@ fn an_unfinished_run_is_not_compared() {
     let out = cf_eval(&["compare", "one"], &at);
     assert_eq!(out.status.code(), Some(2));
 }
+
+/// Of a handful of patients, whose resampled C-indices are 0 and 1 often.
+#[test]
+fn intervals_stay_where_the_statistic_can_be() {
+    for seed in 0..6 {
+        let wave = |factor: f64| patients(move |i| (i * factor + f64::from(seed)).sin());
+        let comparison = compare(&wave(1.3)[..9], &wave(2.9)[..9]).unwrap();
+        for row in &comparison.rows {
+            for (estimate, low) in [(&row.a, 0.0), (&row.b, 0.0), (&row.difference, -1.0)] {
+                let ends = estimate.interval.into_iter().flatten().chain(estimate.estimate);
+                assert!(ends.clone().count() > 0, "{row:?}");
+                ends.for_each(|end| assert!((low..=1.0).contains(&end), "{row:?}"));
+            }
+        }
+    }
+}

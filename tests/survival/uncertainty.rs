@@ -165,3 +165,43 @@ fn fold_mean_equals_r() {
     assert!(reason(fold_mean(&[0.6], 0, 0.95)).contains("1 folds are too few"));
     assert!(reason(fold_mean(&[0.6, f64::NAN], 0, 0.95)).contains("entry 1 of `values` is NaN"));
 }
+
+/// scipy: m, e = mean(x), sem(x); l, d = logit(m), t.ppf(0.975, k - 1) * e / (m (1 - m)); expit(l - d), expit(l + d).
+#[test]
+fn a_mean_of_shares_stays_between_0_and_1() {
+    for (values, mean, lower, upper) in [
+        (&[1.0 / 3.0, 2.0 / 3.0, 1.0][..], 0.6666666666666666, 0.04595450879588535, 0.9881012726738516),
+        (&[0.61, 0.66, 0.58, 0.70, 0.63], 0.636, 0.5770098373090009, 0.6911666164506176),
+        (&[0.9, 0.95, 0.99, 1.0], 0.96, 0.784866111603806, 0.9937060656540985),
+    ] {
+        let got = fold_mean_in_unit(values, 0, 0.95).unwrap();
+        for (got, want) in [(got.mean, mean), (got.lower, lower), (got.upper, upper)] {
+            assert_relative_eq!(got, want, max_relative = 1e-12);
+        }
+        assert_eq!(got.sd, fold_mean(values, 0, 0.95).unwrap().sd);
+    }
+    for same in [0.0, 0.5, 1.0] {
+        let got = fold_mean_in_unit(&[same; 3], 1, 0.95).unwrap();
+        assert_eq!((got.mean, got.lower, got.upper), (same, same, same));
+    }
+    let random = &mut Random(5);
+    for folds in 3..9 {
+        let values: Vec<f64> = (0..folds).map(|_| random.below(1001) as f64 / 1000.0).collect();
+        let got = fold_mean_in_unit(&values, 1, 0.95).unwrap();
+        assert!(0.0 <= got.lower && got.lower <= got.mean && got.mean <= got.upper && got.upper <= 1.0, "{got:?}");
+    }
+    assert!(reason(fold_mean_in_unit(&[0.6, 0.7], 0, 0.95)).contains("2 folds are too few"));
+    assert!(reason(fold_mean_in_unit(&[0.6, 0.7, 1.1], 0, 0.95)).contains("entry 2 of `values` is 1.1"));
+}
+
+#[test]
+fn numbers_in_sentences_are_short() {
+    let why = reason(concordance_index_ipcw(
+        &CensoringDistribution::fit(&[50.0, 60.0], &[true, true]).unwrap(),
+        &[50.0, 60.0],
+        &[true, true],
+        &[0.0, 1.0],
+        Some(41.114000000000004),
+    ));
+    assert_eq!(why, "no event came before tau = 41.114");
+}
