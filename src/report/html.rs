@@ -278,11 +278,11 @@ fn statistics(page: &mut String, summary: &Summary) {
     }
     page.push_str("</tbody>\n</table>\n");
     notes.write(page);
-    let _ = write!(
+    let _ = writeln!(
         page,
         "<p class=\"caption\">Intervals are percentiles of {} bootstrap cohorts (seed {}); \
          the mean of folds has Student\u{2019}s t interval on the logit scale. Weights for censoring come from the evaluated cohort itself. \
-         Lower Brier scores are better. The permutation test deals risks anew within folds, one-sided.</p>\n",
+         Lower Brier scores are better. The permutation test deals risks anew within folds, one-sided.</p>",
         summary.resampling.replicates, summary.resampling.seed
     );
 }
