@@ -4,7 +4,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crossfusion::{Error, Result, bench, cli};
 
 #[derive(Parser)]
-#[command(name = "cf-bench", version, about = "Measures CrossFusion on this machine")]
+#[command(name = "cf-bench", version = crossfusion::report::VERSION, about = "Measures CrossFusion on this machine")]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,

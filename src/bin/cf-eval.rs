@@ -29,7 +29,7 @@ Examples:
 
 /// Evaluates a run's folds, or one checkpoint on any cohort: C-index, Kaplan-Meier curves, predictions and a report
 #[derive(Parser)]
-#[command(name = "cf-eval", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = EXAMPLES)]
+#[command(name = "cf-eval", version = crossfusion::report::VERSION, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = EXAMPLES)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,

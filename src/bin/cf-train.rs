@@ -39,7 +39,7 @@ Examples:
       repeats a run with another seed";
 
 #[derive(Parser)]
-#[command(name = "cf-train", version, about = "Trains CrossFusion on a cohort, fold by fold", after_help = EXAMPLES)]
+#[command(name = "cf-train", version = crossfusion::report::VERSION, about = "Trains CrossFusion on a cohort, fold by fold", after_help = EXAMPLES)]
 struct Arguments {
     /// Write a small synthetic cohort, train two folds on it and report, in about half a minute
     #[arg(long, conflicts_with_all = ["resume", "config"])]
