@@ -509,7 +509,7 @@ fn a_nested_cox_run_from_settings_to_report() {
     let settings = (resolved.n_classes, resolved.cox_batch, resolved.protocol, resolved.loss_fn);
     assert_eq!(settings, (1, BatchSize::AtMost(8), Protocol::Nested, Loss::CoxSurv));
     let stdout = String::from_utf8_lossy(&out.stdout);
-    assert!(stdout.contains("to choose the epoch by, 14 to evaluate at the end"), "{stdout}");
+    assert!(stdout.contains("to choose the epoch by;\n        14 to evaluate at the end"), "{stdout}");
     for file in ["report.html", "summary.json"] {
         let text = std::fs::read_to_string(run.join(file)).unwrap();
         assert!(text.contains("Nested: each fold\u{2019}s epoch was chosen"), "{file}");

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crossfusion::{
-    data::demo,
+    data::{demo, features::FeatureFile, torch::write_pt},
     train::{fold::EpochMetrics, run},
 };
 
@@ -84,15 +84,22 @@ fn a_run_whose_stream_fails_can_be_resumed() {
     let budget = ["--loss-fn", "cox_surv", "--memory-budget", least.as_str(), "--out"];
     stdout(&cf_train(folder, &[&budget[..], &["whole"]].concat()));
 
-    // the header still says what it said: only the numbers are broken
+    // the header still says what it said: only a number is not one
     let path = folder.join("features/synthetic/x20/pt_files/DEMO-007-A.pt");
     let good = std::fs::read(&path).unwrap();
-    let mut bad = good.clone();
-    let middle = bad.len() / 2 / 4 * 4;
-    bad[middle..middle + 8].fill(0xff); // NaN
-    std::fs::write(&path, bad).unwrap();
+    let mut values = FeatureFile::open(&path).unwrap().read().unwrap();
+    let middle = values.nrows() / 2;
+    values[(middle, 5)] = f32::NAN;
+    write_pt(&path, values.view()).unwrap();
     let error = stderr(&cf_train(folder, &[&budget[..], &["broken"]].concat()), 1);
     assert!(error.contains("DEMO-007-A.pt: patch ") && error.contains("expected a finite number"), "{error}");
+
+    // other bytes than the file's own checksum is of
+    let mut bad = good.clone();
+    bad[good.len() / 2] ^= 1;
+    std::fs::write(&path, bad).unwrap();
+    let error = stderr(&cf_train(folder, &[&budget[..], &["damaged"]].concat()), 1);
+    assert!(error.contains("DEMO-007-A.pt: is damaged: its member"), "{error}");
 
     std::fs::write(&path, good).unwrap();
     let output = Command::new(env!("CARGO_BIN_EXE_cf-train")).args(["--resume", "broken"]).current_dir(folder).output();

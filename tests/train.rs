@@ -583,7 +583,7 @@ fn what_a_run_shows_fits_a_terminal() {
     let settings = write_config(folder.path(), &RunConfig { num_epochs: 2, folds: Some(2), ..config() });
     let out = cf_train(&["--config", settings.to_str().unwrap(), "--out", "run"], folder.path());
     let stdout = String::from_utf8(out.stdout).unwrap();
-    let training: Vec<&str> = stdout.lines().take_while(|line| !line.contains("slides  patients")).collect();
+    let training: Vec<&str> = stdout.lines().take_while(|line| !line.contains("- slides -")).collect();
     let rows = training.iter().filter(|line| line.contains("/2  ")).count();
     assert_eq!(rows, 4, "{stdout}");
     assert!(training.iter().all(|line| line.chars().count() <= 80), "{stdout}");
