@@ -57,8 +57,9 @@ pub fn figure(groups: &[Group], tests: &Tests, screen: Screen) -> Result<Figure>
     if groups.len() > 1 {
         results.push(("strong", format!("log-rank {}", tests.p.map_or("\u{2013}".into(), p_text))));
         if let Some(ratio) = &tests.hazard_ratio {
-            let step = if groups.len() > 2 { " a group" } else { "" };
-            results.push(("strong", ratio.text().replace(" -", " \u{2013}") + step));
+            let text = ratio.text();
+            let step = if groups.len() > 2 && !text.ends_with('-') { " a group" } else { "" };
+            results.push(("strong", text.replace(" -", " \u{2013}") + step));
             if ratio.reversed {
                 results.push(("strong tint", "Reversed: the high-risk group lives longer".to_string()));
             }

@@ -134,9 +134,10 @@ fn group_lines(grouping: &Grouping) -> Vec<String> {
         format!("{name:<14}{:>10}{:>8}{survival}", counts[0], counts[1])
     };
     let p = grouping.log_rank.as_ref().map_or("-".into(), |test| p_text(test.p_value));
-    let step = if grouping.patients.len() > 2 { " a group" } else { "" };
+    let ratio = grouping.hazard_ratio.text();
+    let step = if grouping.patients.len() > 2 && !ratio.ends_with('-') { " a group" } else { "" };
     let mut lines = vec![
-        format!("{}: log-rank {p}, {}{step}", grouping.title().replace('\u{2019}', "'"), grouping.hazard_ratio.text()),
+        format!("{}: log-rank {p}, {ratio}{step}", grouping.title().replace('\u{2019}', "'")),
         line("", ["patients", "events"], &times),
     ];
     for (g, label) in LABELS[grouping.patients.len()].iter().enumerate() {
