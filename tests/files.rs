@@ -431,6 +431,47 @@ fn a_flipped_bit_gives_an_error_or_the_same_numbers() {
     assert_eq!(files, 32);
 }
 
+/// Counts what becomes of every bit of every good fixture: the table of docs/fuzzing.md.
+#[test]
+#[ignore = "takes about seven minutes; the test above holds one bit of each marked byte"]
+fn every_flipped_bit_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let expected = Array2::from_shape_fn((13, 6), |(i, j)| value(i, j));
+    let good = fixtures().join("good");
+    // files, flips, noticed, harmless, silent
+    let mut counts: BTreeMap<String, [usize; 5]> = BTreeMap::new();
+    for name in names(&good) {
+        let sound = std::fs::read(good.join(&name)).unwrap();
+        let kind = match name.rsplit('.').next() {
+            Some("pt") if sound.starts_with(b"PK") => ".pt, zip".into(),
+            Some("pt") => ".pt, legacy".into(),
+            Some("safetensors") => ".safetensors".into(),
+            _ => name.clone(),
+        };
+        let count = counts.entry(kind).or_default();
+        count[0] += 1;
+        for bit in 0..8 * sound.len() {
+            let mut flipped = sound.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let path = folder.path().join(format!("{bit}-{name}"));
+            let bag = if name.ends_with(".h5") {
+                std::fs::write(&path, &flipped).unwrap();
+                let bag = FeatureFile::open(&path).and_then(|file| file.read());
+                std::fs::remove_file(&path).unwrap();
+                bag
+            } else {
+                FeatureFile::from_bytes(&path, flipped).and_then(|file| file.read())
+            };
+            count[1] += 1;
+            count[bag.map_or(2, |bag| if bag == expected { 3 } else { 4 })] += 1;
+        }
+    }
+    for (kind, [files, flips, noticed, harmless, silent]) in &counts {
+        println!("| {kind} | {files} | {flips} | {noticed} | {harmless} | {silent} |");
+    }
+    assert_eq!((counts[".pt, zip"][4], counts["fletcher32_latest.h5"][4]), (0, 0));
+}
+
 #[test]
 fn the_wrong_room_is_an_error() {
     let path = fixtures().join("good/f32.pt");

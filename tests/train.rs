@@ -420,6 +420,7 @@ fn wrong_input_is_refused_in_a_sentence() {
         (vec!["--config", "broken.toml"], 2, "broken.toml: line 1, `learning_rate =`: "),
         (vec!["--config", "type.toml"], 2, "type.toml: line 2, `seed = \"a\"`: invalid type"),
         (vec!["--config", "missing.toml"], 2, "missing.toml: cannot be read"),
+        (vec!["--config", "/dev/zero"], 2, "/dev/zero: cannot be read: it is larger than 1 MiB"),
         (vec!["--config", good, "--clinical", "no.csv"], 1, "no.csv: cannot be read"),
         (vec!["--config", good, "--backbone", "resnet"], 1, "is not a folder"),
         (vec!["--config", good, "--splits", "splits"], 1, "row 2, column `val`: case `NOBODY`"),

@@ -218,7 +218,7 @@ fn fold_table(page: &mut String, summary: &Summary) {
     let percent = 100.0 * summary.resampling.level;
     let _ = write!(
         page,
-        "<table class=\"fold-table\">\n<thead><tr><th></th><th>Training</th><th colspan=\"2\">Validation slides</th>\
+        "<table class=\"fold-table\">\n<thead><tr><th></th><th>Training</th><th colspan=\"2\">Evaluated slides</th>\
          <th colspan=\"2\">Patients</th><th>Best</th><th colspan=\"2\">C-index by slide</th></tr>\n\
          <tr><th>Fold</th><th>slides</th><th>n</th><th>events</th><th>n</th><th>events</th><th>epoch</th><th></th>\
          <th>{percent:.0}% interval</th></tr></thead>\n<tbody>\n",

@@ -136,7 +136,7 @@ fn survival(summary: &Summary, grouping: &Grouping) -> Result<Plot> {
     let groups = grouping.groups(&summary.rows);
     let who = who(summary);
     let which =
-        if summary.folds.len() > 1 { format!("validation {who}s of all folds") } else { format!("evaluated {who}s") };
+        if summary.folds.len() > 1 { format!("evaluated {who}s of all folds") } else { format!("evaluated {who}s") };
     let cuts = |cuts: &[f64]| {
         cuts.iter().map(|cut| format!("{cut:.3}")).collect::<Vec<_>>().join(" and ").replace('-', "\u{2212}")
     };

@@ -3,6 +3,8 @@
 //! Names and defaults are those of the published script where it has the setting; its spellings of the paths, and `--loss`, are aliases.
 
 use std::{
+    fs::File,
+    io::{self, Read},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -222,6 +224,17 @@ impl Precision {
     }
 }
 
+/// A text of settings; it may come through a pipe, but not from a device without an end.
+fn read_text(path: &Path) -> io::Result<String> {
+    const MOST: u64 = 1 << 20;
+    let mut text = String::new();
+    File::open(path)?.take(MOST + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MOST {
+        return Err(io::Error::other("it is larger than 1 MiB, expected settings"));
+    }
+    Ok(text)
+}
+
 /// What is wrong with a TOML text, and where.
 fn in_line(text: &str, e: &toml::de::Error) -> String {
     let start = e.span().map_or(0, |span| span.start).min(text.len());
@@ -260,15 +273,14 @@ impl RunConfig {
 
     /// The table in a TOML file.
     pub fn read_table(path: &Path) -> Result<toml::Table> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| Error::Usage(format!("{}: cannot be read: {e}", path.display())))?;
+        let text = read_text(path).map_err(|e| Error::Usage(format!("{}: cannot be read: {e}", path.display())))?;
         // read as settings too, for the line of one that is unknown or of another type
         let table = toml::from_str::<Self>(&text).and_then(|_| toml::from_str(&text));
         table.map_err(|e| Error::Usage(format!("{}: {}", path.display(), in_line(&text, &e))))
     }
 
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+        let text = read_text(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
         toml::from_str(&text).map_err(|e| Error::file(path, in_line(&text, &e)))
     }
 
