@@ -56,7 +56,7 @@ pub struct ModelCard {
 }
 
 /// Slides and patients that a model has seen, each as the digest of its name
-/// ([`id_digest`](crate::data::digest::id_digest)), sorted.
+/// ([`id_digest`]), sorted.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Seen {
     pub slides: Vec<String>,
