@@ -18,10 +18,12 @@ use crossfusion::{
     },
     device::Device,
     eval::{self, Checkpoint, Moved, predict},
+    loss::Loss,
     report::Summary,
     survival::Bootstrap,
     train::{
         config::RunConfig,
+        protocol::Protocol,
         run::{self, Run},
     },
 };
@@ -194,7 +196,12 @@ fn cf_eval(arguments: &[&str], folder: &Path) -> Output {
 fn an_edited_clinical_table_is_noticed() {
     let (run, mut config) = copy_of_trained("edited");
     let about_cohort = |summary: &Summary| {
-        summary.notes.iter().filter(|note| note.contains("other than it was trained for")).cloned().collect::<Vec<_>>()
+        summary
+            .warnings
+            .iter()
+            .filter(|text| text.contains("other than it was trained for"))
+            .cloned()
+            .collect::<Vec<_>>()
     };
     assert_eq!(about_cohort(evaluated()), [""; 0]);
     let text = std::fs::read_to_string(&config.clinical).unwrap();
@@ -305,7 +312,7 @@ fn a_run_predicts_as_the_mean_of_its_folds() {
     let all = predict(run, None);
     assert_eq!((all.slides.len(), all.models.len(), all.left_out.len()), (172, 2, 0));
     let note = all.notes.join("\n");
-    assert!(note.contains("the model was trained on 86 of these 172 slides"), "{note}");
+    assert!(note.contains("The model was trained on 86 of these 172 slides"), "{note}");
     let some = predict(run, Some(&table));
     assert_eq!(some.left_out.iter().map(|slide| slide.slide_id.as_str()).collect::<Vec<_>>(), ["NOT-THERE"]);
 
@@ -362,15 +369,15 @@ fn slides_of_the_training_are_counted() {
     let path = run.join("fold_0/best.safetensors");
     let of = |split: Option<(&Path, usize)>| {
         let checkpoint = Checkpoint { path: &path, source: config.source(), split, heads: None };
-        eval::evaluate_checkpoint(&checkpoint, &out, device(), None, PLAN).unwrap().notes.join("\n")
+        eval::evaluate_checkpoint(&checkpoint, &out, device(), None, PLAN).unwrap().warnings.join("\n")
     };
     let own = of(Some((&config.splits, 0)));
     assert!(!own.contains("was trained on"), "{own}");
     let other = of(Some((&config.splits, 1)));
-    assert!(other.contains("WARNING: the model was trained on 86 of these 86 slides"), "{other}");
+    assert!(other.contains("The model was trained on 86 of these 86 slides"), "{other}");
     let all = of(None);
     assert!(all.contains("trained on 86 of these 172 slides, and its epoch was chosen by 86 of them"), "{all}");
-    assert!(evaluated().notes.iter().all(|note| !note.contains("WARNING: the model")), "{:?}", evaluated().notes);
+    assert!(evaluated().warnings.iter().all(|text| !text.contains("trained on")), "{:?}", evaluated().warnings);
 
     // the other slide of a patient who was trained on
     let table = out.join("other.csv");
@@ -390,8 +397,8 @@ fn slides_of_the_training_are_counted() {
     let pt_dir = out.join("features");
     let source = Source { clinical: &table, pt_dir: &pt_dir, ..config.source() };
     let checkpoint = Checkpoint { path: &path, source, split: None, heads: None };
-    let notes = eval::evaluate_checkpoint(&checkpoint, &out, device(), None, PLAN).unwrap().notes.join("\n");
-    assert!(notes.contains("it was trained on other slides of 2 of these patients"), "{notes}");
+    let notes = eval::evaluate_checkpoint(&checkpoint, &out, device(), None, PLAN).unwrap().warnings.join("\n");
+    assert!(notes.contains("The model was trained on other slides of 2 of these patients"), "{notes}");
 }
 
 /// The card says what the heads are; a flag that says otherwise is not ignored. A run whose data has moved.
@@ -435,7 +442,8 @@ fn changed_features_and_another_c_index_are_noticed() {
     config.pt_dir.clone_from(&pt_dir);
     std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
     let warnings = |summary: Summary| -> Vec<String> {
-        summary.notes.into_iter().filter(|note| note.contains("WARNING")).collect()
+        let about_inputs = |text: &String| text.contains("inputs") || text.contains("was recorded");
+        summary.warnings.into_iter().filter(about_inputs).collect()
     };
     let same = warnings(eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap());
     assert_eq!(same, [""; 0], "a copy of the features is the same features");
@@ -453,4 +461,34 @@ fn changed_features_and_another_c_index_are_noticed() {
         "{changed:?}"
     );
     assert!(changed.iter().any(|note| note.contains("was recorded when its model was chosen")), "{changed:?}");
+}
+
+/// The model and its checkpoint say what it was trained by; an edited config.toml is not believed over them.
+#[test]
+fn a_run_is_evaluated_by_the_settings_of_its_training_alone() {
+    let (run, config) = copy_of_trained("settings");
+    let said = || eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap_err().to_string();
+    for (edit, expected) in [
+        (RunConfig { loss_fn: Loss::CoxSurv, ..config.clone() }, "loss_fn = \"nll_surv\", but config.toml now says"),
+        (RunConfig { protocol: Protocol::Nested, ..config.clone() }, "protocol = \"published\", but config.toml"),
+        (RunConfig { num_heads: 4, ..config.clone() }, "num_heads = 2, but config.toml now says 4"),
+        (RunConfig { seed: 8, ..config.clone() }, "seed = 7, but config.toml now says 8"),
+    ] {
+        std::fs::write(run.join("config.toml"), edit.to_toml().unwrap()).unwrap();
+        assert!(said().contains(expected), "{}\nexpected: {expected}", said());
+    }
+    // without the checkpoint the model's own card is left
+    let edit = RunConfig { num_heads: 4, ..config.clone() };
+    std::fs::write(run.join("config.toml"), edit.to_toml().unwrap()).unwrap();
+    let checkpoint = std::fs::read(run.join("fold_0/checkpoint.safetensors")).unwrap();
+    std::fs::remove_file(run.join("fold_0/checkpoint.safetensors")).unwrap();
+    assert!(said().contains("best.safetensors: is of another model than config.toml describes"), "{}", said());
+
+    // a finished fold whose model is gone is not left out
+    std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
+    std::fs::write(run.join("fold_0/checkpoint.safetensors"), checkpoint).unwrap();
+    std::fs::remove_file(run.join("fold_0/best.safetensors")).unwrap();
+    assert!(said().contains("best.safetensors: is gone, though its fold is trained to its end"), "{}", said());
+    let resumed = Run::open(config.clone()).unwrap().train(&run, &AtomicBool::new(false)).unwrap_err().to_string();
+    assert!(resumed.contains("is gone, though its fold"), "{resumed}");
 }

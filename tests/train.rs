@@ -700,6 +700,17 @@ fn a_check_lists_what_is_wrong_and_skip_bad_leaves_it_out() {
     }
     assert!(!folder.path().join("runs").exists());
 
+    // a slide without a file is said, and not counted among what was read
+    let gone = bag("x10", "DEMO-013-A");
+    std::fs::rename(&gone, folder.path().join("gone.pt")).unwrap();
+    let stdout = cf_train(&["--config", settings, "--check"], folder.path()).stdout;
+    let stdout = String::from_utf8_lossy(&stdout);
+    assert!(
+        stdout.contains("171 slides, 513 feature files") && stdout.contains("1 of 169 slides left out"),
+        "{stdout}"
+    );
+    std::fs::rename(folder.path().join("gone.pt"), &gone).unwrap();
+
     let out = cf_train(&["--config", settings, "--skip-bad", "--out", "run"], folder.path());
     assert!(out.status.success(), "{out:?}");
     let run = folder.path().join("run");

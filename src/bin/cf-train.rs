@@ -94,13 +94,12 @@ fn resumed(settings: &RunConfig, matches: &ArgMatches, folder: &Path) -> Result<
     Ok(config)
 }
 
-/// Reads the whole cohort, with a bar on a terminal, and shows what is wrong with it.
+/// Reads the whole cohort, with a bar on a terminal.
 fn check(config: &RunConfig) -> Result<Checked> {
     let style = ProgressStyle::with_template("checking {wide_bar:.cyan/blue} {bytes} in {elapsed}, {bytes_per_sec}");
     let bar = ProgressBar::new_spinner().with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let checked = data::check::check(&config.source(), |bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
-    crossfusion::say(checked.table(&config.pt_dir));
     Ok(checked)
 }
 
@@ -163,8 +162,16 @@ fn train() -> Result<()> {
         let mut config = settings.resolve(&matches, &name, table.unwrap_or_default())?;
         let device = Device::from_name(&config.device, config.threads)?;
         let mut reasons = HashMap::new();
+        let mut nothing_wrong = None;
         if arguments.check || arguments.skip_bad {
             let checked = check(&config)?;
+            let table = checked.table(&config.pt_dir);
+            // good news waits until folds and bins are known to be right, too
+            if checked.problems.is_empty() {
+                nothing_wrong = Some(table)
+            } else {
+                crossfusion::say(table)
+            }
             reasons = checked.bad_slides();
             config.skip_slides.extend(reasons.keys().cloned());
             config.skip_slides.sort();
@@ -172,6 +179,10 @@ fn train() -> Result<()> {
         let backbone = config.backbone.clone();
         let mut run = Run::open(config)?;
         run.explain(&reasons);
+        if arguments.check {
+            run.notes().iter().for_each(|note| crossfusion::say(format!("note: {note}")));
+        }
+        nothing_wrong.into_iter().for_each(crossfusion::say);
         if arguments.check {
             return match reasons.len() {
                 0 => Ok(()),

@@ -101,16 +101,21 @@ pub fn evaluate_run(
     }
     let mut config = RunConfig::read(&path)?;
     moved.apply(&mut config);
+    for fold in config.fold_numbers() {
+        let folder = run::fold_folder(run, fold);
+        FoldTrainer::check_settings(&config, &folder)?;
+        FoldTrainer::check_model(&folder)?;
+    }
     let dataset = Dataset::open(&config.source())?;
     let metrics = run::read_metrics(run)?;
     let mut engine = Engine::new(device, &config.model(dataset.features), config.seed)?;
     engine.set_memory(Memory::new(budget.or(config.memory_budget)));
-    let (mut folds, mut slides, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut folds, mut slides, mut notes, mut warnings) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut recorded = BTreeMap::new();
     if let Some(before) = Inputs::load(run)?
         && let Some(what) = before.changes(&Inputs::read(&config, &dataset)?).sentence()
     {
-        notes.push(format!("WARNING: the inputs are not those of the training: {what}."));
+        warnings.push(format!("The inputs are not those of the training: {what}."));
     }
     let mut tested = false;
     for fold in config.fold_numbers() {
@@ -124,7 +129,10 @@ pub fn evaluate_run(
         let card = read_card(&path)?;
         load(&mut engine, &path, &read_state_dict(&path)?)?;
         if let Some(card) = &card {
-            notes.extend(overlap(card, &dataset, part.reported()).map(|what| format!("Fold {fold}: {what}")));
+            if card.model != engine.model.config {
+                return Err(Error::file(&path, "is of another model than config.toml describes"));
+            }
+            warnings.extend(overlap(card, &dataset, part.reported()).map(|what| format!("Fold {fold}: {what}")));
             if part.reported() == part.val && config.protocol == Protocol::Published {
                 recorded.insert(fold, card.c_index);
             }
@@ -137,7 +145,7 @@ pub fn evaluate_run(
         };
         folds.push(Fold { fold, train_slides: trained, ..of_card(card) });
         if let Err(change) = unchanged(&config, &dataset, (fold, &part), &folder) {
-            notes.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
+            warnings.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
         }
         if !part.without_outcome.is_empty() {
             notes.push(format!("Fold {fold} names {} cases whose outcome is not known.", part.without_outcome.len()));
@@ -163,7 +171,8 @@ pub fn evaluate_run(
     }
     let mut summary = Summary::new(&folds, &slides, plan)?;
     summary.notes.extend(notes);
-    summary.notes.extend(unlike_training(&summary, &recorded));
+    warnings.extend(unlike_training(&summary, &recorded));
+    summary.warnings.extend(warnings);
     let of_folds = data::folds::notes(&config.splits, &config.fold_numbers());
     summary.notes.extend(of_folds.into_iter().chain(dataset.notes()).map(|sentence| sentence + "."));
     let about = describe::run(run, &config, tested, &engine, &metrics)?;
@@ -195,14 +204,14 @@ pub fn evaluate_checkpoint(
     let order = part.as_ref().map_or_else(|| (0..dataset.slides.len()).collect(), |part| part.reported().to_vec());
     let mut engine = network.engine(path, device, budget)?;
     let slides = predict_slides(&mut engine, &dataset, &order, fold)?;
-    let seen = match &network.card {
-        Some(card) => overlap(card, &dataset, &order),
-        None => {
-            Some("The model file does not say which slides it was trained on: some of these may be among them.".into())
-        }
-    };
+    let seen = network.card.as_ref().map(|card| overlap(card, &dataset, &order));
     let mut summary = Summary::new(&[Fold { fold, ..of_card(network.card) }], &slides, plan)?;
-    summary.notes.extend(seen);
+    match seen {
+        Some(seen) => summary.warnings.extend(seen),
+        None => summary.notes.push(
+            "The model file does not say which slides it was trained on: some of these may be among them.".into(),
+        ),
+    }
     summary.notes.extend(dataset.notes().into_iter().map(|sentence| sentence + "."));
     tidy(out)?;
     report::write(out, &describe::checkpoint(checkpoint, part.as_ref(), &engine)?, &summary, &slides, &[])?;
@@ -273,10 +282,11 @@ fn overlap(card: &ModelCard, dataset: &Dataset, order: &[usize]) -> Option<Strin
     let chosen = slides().filter(|slide| card.chosen_on.has_slide(slide)).count();
     let mut parts = Vec::new();
     if trained > 0 {
-        parts.push(format!("the model was trained on {trained} of these {all} slides"));
+        parts.push(format!("The model was trained on {trained} of these {all} slides"));
     }
     if !patients.is_empty() {
-        parts.push(format!("it was trained on other slides of {} of these patients", patients.len()));
+        let subject = if parts.is_empty() { "The model" } else { "it" };
+        parts.push(format!("{subject} was trained on other slides of {} of these patients", patients.len()));
     }
     if parts.is_empty() {
         return None; // that an epoch was chosen by these slides is the protocol's to say
@@ -285,7 +295,7 @@ fn overlap(card: &ModelCard, dataset: &Dataset, order: &[usize]) -> Option<Strin
         parts.push(format!("its epoch was chosen by {chosen} of them"));
     }
     let what = parts.join(", and ");
-    Some(format!("WARNING: {what}: these figures say nothing of its accuracy on new patients."))
+    Some(format!("{what}: these figures say nothing of its accuracy on new patients."))
 }
 
 /// A C-index may differ by this much between machines, whose instruction sets round differently.
@@ -297,7 +307,7 @@ fn unlike_training(summary: &Summary, recorded: &BTreeMap<usize, Option<f64>>) -
         let (now, before) = (fold.c_index?, (*recorded.get(&fold.fold)?)?);
         ((now - before).abs() > SAME_C_INDEX).then(|| {
             format!(
-                "WARNING: fold {} has a C-index of {now:.4}, but {before:.4} was recorded when its model was chosen: the \
+                "Fold {} has a C-index of {now:.4}, but {before:.4} was recorded when its model was chosen: the \
                  model, the features or the tables are not the same.",
                 fold.fold
             )

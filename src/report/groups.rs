@@ -31,7 +31,8 @@ pub struct HazardRatioResult {
     pub ratio: Option<f64>,
     /// 95 %.
     pub interval: Option<[f64; 2]>,
-    /// Whether the groups of higher risk live longer: the model orders patients the wrong way round.
+    /// Whether the groups of higher risk live longer by more than chance: the interval lies below 1 or,
+    /// where there is none, the log-rank test is below 0.05.
     pub reversed: bool,
     pub note: Option<String>,
 }
@@ -229,12 +230,13 @@ fn ratio(rows: &[SlideResult], group: &[usize], test: Option<&LogRank>) -> Hazar
         Ok(found) => HazardRatioResult {
             ratio: Some(found.ratio),
             interval: Some([found.lower, found.upper]),
-            reversed: found.ratio < 1.0,
+            reversed: found.upper < 1.0,
             note: None,
         },
         // groups that are apart: who had fewer events than expected lives longer
         Err(e) => {
-            let highest = test.and_then(|test| Some((*test.observed.last()? as f64, *test.expected.last()?)));
+            let clear = test.filter(|test| test.p_value < 1.0 - LEVEL);
+            let highest = clear.and_then(|test| Some((*test.observed.last()? as f64, *test.expected.last()?)));
             let reversed = highest.is_some_and(|(observed, expected)| observed < expected);
             HazardRatioResult { reversed, note: Some(reason(&e)), ..HazardRatioResult::default() }
         }

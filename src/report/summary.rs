@@ -8,7 +8,7 @@ use super::{
     accuracy::{Accuracy, Estimate, Horizon, Unit, by_patient},
     calibration::{CalibrationPoint, calibration},
     groups::{Grouping, LogRankResult},
-    reason,
+    p_text, reason,
 };
 use crate::{
     Error, Result,
@@ -181,7 +181,9 @@ impl Summary {
         if let Some(why) = &risk_groups[0].note {
             notes.push(format!("There is no log-rank test: {why}."));
         }
-        let warnings = [below_chance(&by_slide, by_patient.as_ref()), reversed_groups(&risk_groups)];
+        let main = by_patient.as_ref().unwrap_or(&by_slide);
+        let warnings =
+            [below_chance(&by_slide, by_patient.as_ref()), reversed_groups(&risk_groups[0]), worse_than_no_model(main)];
         let calibration = calibration(&rows, folds).unwrap_or_else(|why| {
             notes.push(format!("There is no calibration: {why}."));
             Vec::new()
@@ -270,15 +272,27 @@ fn below_chance(by_slide: &Accuracy, by_patient: Option<&Accuracy>) -> Option<St
     })
 }
 
-/// That groups of higher risk live longer.
-fn reversed_groups(groupings: &[Grouping]) -> Option<String> {
-    let text = |grouping: &Grouping| {
-        let title = grouping.title().to_lowercase();
-        grouping.hazard_ratio.reversed.then(|| format!("{title}: {}", grouping.hazard_ratio.text()))
+/// That the predicted survival is further from what happened than one curve for everybody.
+fn worse_than_no_model(accuracy: &Accuracy) -> Option<String> {
+    let (model, nobody) = (accuracy.brier.integrated.estimate?, accuracy.brier.kaplan_meier?);
+    (model > nobody).then(|| {
+        format!(
+            "The Brier score, {model:.4}, is worse than that of one Kaplan-Meier curve for everybody, {nobody:.4}: the \
+             predicted probabilities of survival are off, and only the order of the risks is of use."
+        )
+    })
+}
+
+/// That the groups of higher risk live longer, in the leading grouping: one cut over all folds may part
+/// folds and not patients.
+fn reversed_groups(leading: &Grouping) -> Option<String> {
+    let title = leading.title().to_lowercase();
+    let evidence = match (leading.hazard_ratio.ratio, &leading.log_rank) {
+        (None, Some(test)) => format!("log-rank {}", p_text(test.p_value)),
+        _ => leading.hazard_ratio.text(),
     };
-    let list: Vec<String> = groupings.iter().filter_map(text).collect();
-    (!list.is_empty()).then(|| {
-        format!("The high-risk group lives longer ({}): the model is reversed on these patients.", list.join("; "))
+    leading.hazard_ratio.reversed.then(|| {
+        format!("The high-risk group lives longer ({title}: {evidence}): the model is reversed on these patients.")
     })
 }
 

@@ -118,24 +118,32 @@ impl Origin {
 
     /// An error that says in what the checkpoint at `path` differs from `now`.
     pub fn check(&self, path: &Path, now: &Self) -> Result<()> {
-        if self.format != now.format {
-            let message = format!("has format {}, expected {}: another version wrote it", self.format, now.format);
-            return Err(Error::file(path, message));
-        }
-        if self.settings != now.settings {
-            let keys = |origin: &Self| toml::Table::try_from(&origin.settings).unwrap_or_default();
-            let (before, now) = (keys(self), keys(now));
-            let changed = before.keys().chain(now.keys()).find(|key| before.get(*key) != now.get(*key));
-            let key = changed.map_or("", String::as_str);
-            let of = |table: &toml::Table| table.get(key).map_or("absent".into(), toml::Value::to_string);
-            let message = format!("was written with {key} = {}, but config.toml now says {}", of(&before), of(&now));
-            return Err(Error::file(path, message));
-        }
+        self.check_settings(path, &now.settings)?;
         if self.slides != now.slides {
             return Err(Error::file(
                 path,
                 "was written for other slides: a table, a fold or the features have changed",
             ));
+        }
+        Ok(())
+    }
+
+    /// An error if the checkpoint at `path` was written by other settings, but for those of the machine
+    /// and of the data's place.
+    pub fn check_settings(&self, path: &Path, now: &RunConfig) -> Result<()> {
+        let now = now.without_machine().without_paths();
+        if self.format != FORMAT {
+            let message = format!("has format {}, expected {FORMAT}: another version wrote it", self.format);
+            return Err(Error::file(path, message));
+        }
+        if self.settings != now {
+            let keys = |settings: &RunConfig| toml::Table::try_from(settings).unwrap_or_default();
+            let (before, now) = (keys(&self.settings), keys(&now));
+            let changed = before.keys().chain(now.keys()).find(|key| before.get(*key) != now.get(*key));
+            let key = changed.map_or("", String::as_str);
+            let of = |table: &toml::Table| table.get(key).map_or("absent".into(), toml::Value::to_string);
+            let message = format!("was written with {key} = {}, but config.toml now says {}", of(&before), of(&now));
+            return Err(Error::file(path, message));
         }
         Ok(())
     }

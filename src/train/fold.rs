@@ -156,6 +156,24 @@ impl FoldTrainer<'_> {
         Ok(record.map_or((0, false), |record| (record.progress.epoch, record.progress.finished)))
     }
 
+    /// An error if the fold's checkpoint, if any, was written by other settings than these.
+    pub fn check_settings(config: &RunConfig, folder: &Path) -> Result<()> {
+        let path = Self::checkpoint_path(folder);
+        let record = checkpoint::read_state::<Record>(&path)?;
+        record.map_or(Ok(()), |record| record.origin.check_settings(&path, config))
+    }
+
+    /// An error if the fold is trained to its end and its model is gone.
+    pub fn check_model(folder: &Path) -> Result<()> {
+        let path = Self::best_path(folder);
+        if path.is_file() || !Self::epochs_done(folder)?.1 {
+            return Ok(());
+        }
+        let message = "is gone, though its fold is trained to its end; put it back, or remove the fold's folder and train \
+                       it again with cf-train --resume";
+        Err(Error::file(path, message))
+    }
+
     /// An error if the fold's checkpoint, if any, was written with other settings or for other slides than these.
     pub fn check(config: &RunConfig, dataset: &Dataset, bins: &Bins, slides: &Fold, folder: &Path) -> Result<()> {
         let path = Self::checkpoint_path(folder);

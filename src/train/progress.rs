@@ -16,12 +16,7 @@ use super::{
     fold::{EpochMetrics, SlideDone},
     protocol::Part,
 };
-use crate::{
-    Result,
-    data::{dataset::Dataset, folds},
-    loss::Loss,
-    survival::concordance_index,
-};
+use crate::{Result, data::dataset::Dataset, loss::Loss, survival::concordance_index};
 
 /// Where output is piped, a long epoch says this often that it is alive.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
@@ -49,13 +44,13 @@ pub struct Display<'a> {
 }
 
 impl<'a> Display<'a> {
-    /// Says what the run works on, and how many slides it leaves out.
+    /// Says what the run works on, and the notes about it.
     pub fn new(
         run: &Path,
         config: &RunConfig,
         dataset: &Dataset,
         parts: &[Part],
-        left_out: usize,
+        notes: &[String],
         interrupted: &'a AtomicBool,
     ) -> Result<Self> {
         crate::say(format!("run folder {}", run.display()));
@@ -65,12 +60,7 @@ impl<'a> Display<'a> {
             dataset.slides.len(),
             dataset.features
         ));
-        let of_folds = parts.iter().flat_map(|part| part.slides.notes.iter().cloned());
-        let notes = folds::notes(&config.splits, &config.fold_numbers()).into_iter().chain(dataset.notes());
-        notes.chain(of_folds).for_each(|note| crate::say(format!("note: {note}")));
-        if left_out > 0 {
-            crate::say(format!("note: {left_out} slides or cases are not used, for reasons that left_out.csv lists"));
-        }
+        notes.iter().for_each(|note| crate::say(format!("note: {note}")));
         for part in parts {
             crate::say(describe(config, dataset, part)?);
         }

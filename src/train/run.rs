@@ -191,6 +191,18 @@ impl Run {
         Ok(run)
     }
 
+    /// Sentences on folds and cohort that a user should know before training.
+    pub fn notes(&self) -> Vec<String> {
+        let of_folds = folds::notes(&self.config.splits, &self.config.fold_numbers());
+        let mut notes: Vec<String> = of_folds.into_iter().chain(self.dataset.notes()).collect();
+        notes.extend(self.parts.iter().flat_map(|part| part.slides.notes.iter().cloned()));
+        if !self.left_out.is_empty() {
+            let n = self.left_out.len();
+            notes.push(format!("{n} slides or cases are not used, for reasons that the left_out.csv of a run lists"));
+        }
+        notes
+    }
+
     /// Says more exactly why slides are left out: reasons by slide id.
     pub fn explain(&mut self, reasons: &HashMap<String, String>) {
         for left_out in &mut self.left_out {
@@ -275,13 +287,14 @@ impl Run {
             std::fs::create_dir_all(&files).map_err(|e| Error::file(&files, format!("cannot be made: {e}")))?;
             remove_leftovers(&files, &[])?;
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
+            FoldTrainer::check_model(&files)?;
         }
         if begun {
             self.check_inputs(folder)?;
         }
         trim_metrics(folder, self.config.fold_numbers())?;
-        let left_out = self.left_out.len();
-        let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, left_out, interrupted)?;
+        let notes = self.notes();
+        let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, &notes, interrupted)?;
         for part in &self.parts {
             let files = fold_folder(folder, part.fold);
             if FoldTrainer::epochs_done(&files)?.1 {

@@ -402,6 +402,17 @@ fn a_reversed_model_is_no_success() {
     assert_eq!((ratio.ratio, ratio.reversed), (None, true));
     assert!(ratio.note.as_ref().unwrap().contains("it is zero"), "{ratio:?}");
     assert!(apart.warnings[1].contains("lives longer"), "{:?}", apart.warnings);
+    assert!(!apart.warnings[1].contains("HR -"), "{:?}", apart.warnings);
+
+    // of eight patients every second is of high risk and dies a month later: no more than chance
+    let mut even = cohort(8, 1);
+    for (i, p) in even.iter_mut().enumerate() {
+        (p.time, p.event, p.risk) = ((i + 1) as f64, true, (i % 2) as f64);
+    }
+    let even = summary(&even, 1);
+    let ratio = &even.risk_groups[0].hazard_ratio;
+    assert!(ratio.ratio.unwrap() < 1.0 && ratio.interval.unwrap()[1] > 1.0 && !ratio.reversed, "{ratio:?}");
+    assert!(even.warnings.iter().all(|warning| !warning.contains("reversed")), "{:?}", even.warnings);
 }
 
 /// fault-11: three slides a patient, of 6 patients 3 with an event; 18 slides, 9 of them of such a patient.
