@@ -1,5 +1,7 @@
 //! What the command lines of the programs share: shell completions, manual pages, signals.
 
+use std::io::Write;
+
 use clap::{Args, Command};
 use clap_complete::Shell;
 
@@ -25,14 +27,31 @@ impl Documentation {
             let name = command.get_name().to_string();
             clap_complete::generate(shell, &mut command, name, &mut text);
         } else if self.man {
-            clap_mangen::Man::new(command).render(&mut text).map_err(|e| crate::Error::Device(e.to_string()))?;
+            manual(command, &mut text).map_err(|e| crate::Error::Device(e.to_string()))?;
         } else {
             return Ok(false);
         }
-        // a closed pipe behind it is the reader's choice
-        let _ = std::io::Write::write_all(&mut std::io::stdout(), &text);
+        crate::say_bytes(&text);
         Ok(true)
     }
+}
+
+/// A manual page: clap_mangen's, but for the synopsis, where that has flags without their values.
+fn manual(mut command: Command, page: &mut Vec<u8>) -> std::io::Result<()> {
+    let usage = command.render_usage().to_string();
+    let usage = usage.trim_start_matches("Usage: ").replace("       ", "").replace('-', r"\-");
+    let with_subcommands = command.has_subcommands();
+    let man = clap_mangen::Man::new(command);
+    man.render_title(page)?;
+    man.render_name_section(page)?;
+    writeln!(page, ".SH SYNOPSIS\n.nf\n{usage}\n.fi")?;
+    man.render_description_section(page)?;
+    man.render_options_section(page)?;
+    if with_subcommands {
+        man.render_subcommands_section(page)?;
+    }
+    man.render_extra_section(page)?;
+    man.render_version_section(page)
 }
 
 /// Ends the program at Ctrl-C, SIGTERM or SIGHUP, with the shell's exit code for it and without the

@@ -59,15 +59,40 @@ pub mod train;
 
 pub use error::{Error, Result};
 
-/// Prints lines for a person. A closed pipe or a full disk behind it must not end a run.
-pub fn say(lines: impl std::fmt::Display) {
-    let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", printable(&lines.to_string())));
+use std::{
+    fmt::Display,
+    io::{ErrorKind, Write},
+    sync::OnceLock,
+};
+
+/// Why a line that was said is lost.
+static LOST: OnceLock<String> = OnceLock::new();
+
+/// Prints lines for a person. A closed pipe or a full disk behind it must not end a run; [`said`] tells
+/// of the latter when it is over.
+pub fn say(lines: impl Display) {
+    say_bytes(format!("{}\n", printable(&lines.to_string())).as_bytes());
+}
+
+/// Prints bytes as they are, as [`say`] does.
+fn say_bytes(bytes: &[u8]) {
+    let mut output = std::io::stdout();
+    if let Err(e) = output.write_all(bytes).and_then(|()| output.flush())
+        && e.kind() != ErrorKind::BrokenPipe
+    {
+        LOST.get_or_init(|| e.to_string());
+    }
+}
+
+/// An error if something that was said could not be written. A closed pipe is its reader's choice.
+pub fn said() -> Result<()> {
+    LOST.get().map_or(Ok(()), |e| Err(Error::Device(format!("standard output: cannot be written: {e}"))))
 }
 
 /// Prints a program's error as one line on standard error.
 pub fn complain(program: &str, error: &Error) {
     let line = printable(&error.to_string()).replace('\n', "\\n");
-    let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{program}: {line}\n"));
+    let _ = writeln!(std::io::stderr(), "{program}: {line}");
 }
 
 /// Text with its control characters escaped, but for ends of lines: what a file holds must not steer

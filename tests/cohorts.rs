@@ -136,7 +136,7 @@ fn slides_that_share_a_file_are_refused() {
     for (ids, expected) in [
         (
             ["a", "b", "a.svs"],
-            "x5/pt_files/a.pt: is the feature file of two slides of the clinical table, `a` (row 2) and `a.svs` (row 4)",
+            "x5/pt_files/a.pt: is the feature file of two slides, `a` (row 2 of the clinical table) and `a.svs` (row 4 of the clinical table)",
         ),
         (["b", "a.svs", "a.SVS"], "two slides of the clinical table, `a.svs` (row 3) and `a.SVS` (row 4)"),
         (["b", "a.svs", "a.tif"], "two slides of the clinical table, `a.svs` (row 3) and `a.tif` (row 4)"),
@@ -436,7 +436,7 @@ fn every_slide_left_out_is_listed() {
              patients, and are 10; case_id should name the patient"
                 .into(),
             format!(
-                "1 of 11 slides left out, without features (0 at x5, 1 at x10, 0 at x20); the first is `S4.ndpi`, looked for as \
+                "1 of the other 11 slides left out, without features (0 at x5, 1 at x10, 0 at x20); the first is `S4.ndpi`, looked for as \
                  {looked_for}"
             ),
         ]

@@ -23,7 +23,7 @@ use crossfusion::{
     survival::Bootstrap,
     train::{
         config::RunConfig,
-        protocol::Protocol,
+        protocol::{Protocol, Reported},
         run::{self, Run},
     },
 };
@@ -297,6 +297,47 @@ fn what_cannot_be_evaluated_is_said() {
     assert!(!run.join("out").exists(), "nothing is left behind");
 }
 
+/// Files of one fold that tell of different epochs: each edit is named in a warning.
+#[test]
+fn files_of_a_fold_that_do_not_belong_together_are_told() {
+    let (run, _) = copy_of_trained("unlike");
+    let path = run.join("metrics.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let warnings = |edited: &str| {
+        std::fs::write(&path, edited).unwrap();
+        let summary = eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap();
+        summary.warnings.into_iter().filter(|warning| warning.contains("belong together")).collect::<Vec<_>>()
+    };
+    assert_eq!(warnings(&text), [""; 0]);
+    let lines: Vec<&str> = text.lines().filter(|line| line.contains("\"fold\":0")).collect();
+    let without_last = lines[..lines.len() - 1].join("\n") + "\n";
+    let [warning] = &warnings(&without_last)[..] else { panic!("expected one warning") };
+    assert!(warning.contains("metrics.jsonl has 2 epochs of it, its checkpoint 3"), "{warning}");
+    let without_best = text.replace("\"best\":true", "\"best\":false");
+    let [warning] = &warnings(&without_best)[..] else { panic!("expected one warning") };
+    assert!(warning.contains("metrics.jsonl has none as the best, its checkpoint epoch"), "{warning}");
+
+    // a file without an end is no table, in a run and where it is compared
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+    let error = eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap_err().to_string();
+    assert!(error.contains("metrics.jsonl: is larger than 1.0 GiB"), "{error}");
+}
+
+/// No two of the slides that should choose the epoch can be compared, in one fold or in both.
+#[test]
+fn the_protocol_does_not_speak_of_a_choice_that_was_none() {
+    let sentence = |unchosen: &[usize]| {
+        let reported = Reported { loss: Loss::NllSurv, tested: false, folds: 2, unchosen };
+        Protocol::Published.sentence(&reported)
+    };
+    assert!(sentence(&[]).ends_with("an optimistic estimate. Epochs count from 1."));
+    let one = sentence(&[1]);
+    assert!(one.contains("optimistic estimate. Of fold 1 the last epoch is shown, since no two"), "{one}");
+    let all = sentence(&[0, 1]);
+    assert!(all.starts_with("The last epoch of each fold is shown") && !all.contains("optimistic"), "{all}");
+}
+
 /// The mean of a run's folds on slides whose outcome nobody gave, against the folds' models one by one.
 #[test]
 fn a_run_predicts_as_the_mean_of_its_folds() {
@@ -350,6 +391,19 @@ fn a_run_predicts_as_the_mean_of_its_folds() {
     ];
     let told = cf_eval(&arguments, &out);
     assert!(told.status.success(), "{told:?}");
+    let said = String::from_utf8(told.stdout).unwrap();
+    assert!(
+        said.contains("2 slides predicted by the mean of 2 models\n1 slide left out, which left_out.csv"),
+        "{said}"
+    );
+    assert!(std::fs::read_to_string(out.join("told/left_out.csv")).unwrap().contains("NOT-THERE"));
+    let again = cf_eval(&arguments, &out);
+    let refused = String::from_utf8(again.stderr).unwrap();
+    assert!(again.status.code() == Some(2) && refused.contains("--out told: holds told/predictions.csv"), "{refused}");
+    std::fs::write(&table, "slide_id\n").unwrap();
+    let arguments = [&arguments[..8], &["--out", "empty"]].concat();
+    let refused = String::from_utf8(cf_eval(&arguments, &out).stderr).unwrap();
+    assert!(refused.contains("slides.csv: has no row") && !out.join("empty").exists(), "{refused}");
     let json: serde_json::Value =
         serde_json::from_slice(&std::fs::read(out.join("told/predictions.json")).unwrap()).unwrap();
     assert_eq!(json["slides"][1]["slide_id"], "DEMO-000-B");

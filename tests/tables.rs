@@ -343,6 +343,7 @@ fn columns_of_other_names_are_read_and_said() {
         ("age=x", "`age`, expected case_id, slide_id, time, censorship or event"),
         ("time=a,time=b", "`time` is given twice"),
         ("time=:days", "`time` names no column"),
+        ("time=OS:weeks", "`weeks` in `time=OS:weeks`, expected the unit days, months or years"),
         ("censorship=a,event=b", "censorship and event are both given"),
     ] {
         let message = columns.parse::<Columns>().unwrap_err();
@@ -474,6 +475,13 @@ fn folds_are_counted_by_their_files() {
     write("splits_4.csv");
     assert!(message(choose(None)).contains("has splits_1.csv to splits_4.csv, but no splits_3.csv"));
     assert_eq!(choose(Some(2)).unwrap(), 1..3);
+    let error = message(choose(Some(3)));
+    assert!(
+        error.contains("--folds 3: ") && error.contains("holds splits_1.csv, splits_2.csv, splits_4.csv"),
+        "{error}"
+    );
+    let error = message(folds::require(path, 0));
+    assert!(error.contains("--fold 0: ") && folds::require(path, 4).is_ok(), "{error}");
     assert_eq!(folds::notes(path, &(1..3)), ["The folder of folds holds 3, of which --folds takes 2"]);
     write("splits_3_bool.csv");
     assert_eq!(choose(None).unwrap(), 1..5);

@@ -420,13 +420,13 @@ fn wrong_input_is_refused_in_a_sentence() {
         (vec!["--config", "broken.toml"], 2, "broken.toml: line 1, `learning_rate =`: "),
         (vec!["--config", "type.toml"], 2, "type.toml: line 2, `seed = \"a\"`: invalid type"),
         (vec!["--config", "missing.toml"], 2, "missing.toml: cannot be read"),
-        (vec!["--config", "/dev/zero"], 2, "/dev/zero: cannot be read: it is larger than 1 MiB"),
+        (vec!["--config", "/dev/zero"], 2, "/dev/zero: is larger than 1.0 MiB, the most that is read"),
         (vec!["--config", good, "--clinical", "no.csv"], 1, "no.csv: cannot be read"),
         (vec!["--config", good, "--backbone", "resnet"], 1, "is not a folder"),
         (vec!["--config", good, "--splits", "splits"], 1, "row 2, column `val`: case `NOBODY`"),
         (vec!["--config", good, "--es-patience", "0"], 2, "--es-patience 0: expected at least 1"),
         (vec!["--config", good, "--backbone-dim", "65"], 2, "the features of synthetic have width 64"),
-        (vec!["--config", good, "--folds", "9"], 1, "splits_2.csv: cannot be read"),
+        (vec!["--config", good, "--folds", "9"], 2, "--folds 9: "),
         (vec!["--config", good, "--eta-min", "0.5"], 2, "--eta-min 0.5: expected at most --learning-rate 0.001"),
         (vec!["--config", good, "--num-epochs", "5", "--warmup-epochs", "5"], 2, "--num-epochs 5: the first 5 epochs"),
         (vec!["--config", good, "--ffn-dropout", "1"], 2, "--ffn-dropout 1: expected a rate from 0 to 0.95"),
@@ -659,7 +659,19 @@ fn completions_and_manual_pages_are_printed() {
             String::from_utf8(out.stdout).unwrap()
         };
         assert!(print(&["--completions", "bash"]).contains(&format!("-o default {program}\n")), "{program}");
-        assert!(print(&["--man"]).contains(&format!(".TH {program}")), "{program}");
+        let page = print(&["--man"]);
+        assert!(page.contains(&format!(".TH {program}")) && page.contains(".SH SYNOPSIS\n.nf\n"), "{program}");
+        // what cannot be written is an error; a pipe that is closed is not
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let out = Command::new(path).arg("--man").stdout(full).output().unwrap();
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(
+            out.status.code() == Some(1) && said.contains("standard output: cannot be written"),
+            "{program}: {said}"
+        );
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        assert!(Command::new(path).arg("--man").stdout(writer).status().unwrap().success(), "{program}");
         assert!(print(&["--help"]).contains("--completions <SHELL>"), "{program}");
     }
 }
@@ -692,9 +704,16 @@ fn a_check_lists_what_is_wrong_and_skip_bad_leaves_it_out() {
     write_pt(&bag("x20", "DEMO-009-A"), ndarray::Array2::zeros((5, 8)).view()).unwrap();
     let cut = std::fs::read(bag("x5", "DEMO-011-A")).unwrap();
     std::fs::write(bag("x5", "DEMO-011-A"), &cut[..cut.len() / 2]).unwrap();
+    // what has a feature file's name and is none
+    std::fs::remove_file(bag("x20", "DEMO-011-A")).unwrap();
+    std::os::unix::fs::symlink("/nowhere", bag("x20", "DEMO-011-A")).unwrap();
+    std::fs::remove_file(bag("x20", "DEMO-004-A")).unwrap();
+    std::fs::create_dir(bag("x20", "DEMO-004-A")).unwrap();
     let out = cf_train(&["--config", settings, "--check"], folder.path());
     let stdout = String::from_utf8_lossy(&out.stdout);
     assert_eq!(out.status.code(), Some(1), "{out:?}");
+    assert!(stdout.contains("DEMO-004-A.pt  is a folder, expected a file"), "{stdout}");
+    assert!(stdout.contains("DEMO-011-A.pt  cannot be read: No such file"), "{stdout}");
     for part in ["patch 49, feature 3 is inf", "width 8, expected 64", "x5/pt_files/DEMO-011-A.pt", "3 slides cannot"] {
         assert!(stdout.contains(part), "{stdout}");
     }
@@ -706,7 +725,7 @@ fn a_check_lists_what_is_wrong_and_skip_bad_leaves_it_out() {
     let stdout = cf_train(&["--config", settings, "--check"], folder.path()).stdout;
     let stdout = String::from_utf8_lossy(&stdout);
     assert!(
-        stdout.contains("171 slides, 513 feature files") && stdout.contains("1 of 169 slides left out"),
+        stdout.contains("171 slides, 513 feature files") && stdout.contains("1 of the other 169 slides left out"),
         "{stdout}"
     );
     std::fs::rename(folder.path().join("gone.pt"), &gone).unwrap();

@@ -25,7 +25,7 @@ enum Command {
 }
 
 fn main() {
-    if let Err(error) = measure(Arguments::parse()) {
+    if let Err(error) = measure(Arguments::parse()).and_then(|()| crossfusion::said()) {
         crossfusion::complain("cf-bench", &error);
         std::process::exit(error.exit_code());
     }

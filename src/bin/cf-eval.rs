@@ -27,9 +27,15 @@ Examples:
   cf-eval predict runs/resnet50-1 --pt-dir new_features --backbone resnet50
       risks and survival curves of slides whose outcome is not known";
 
+const USAGE: &str = "\
+cf-eval [OPTIONS] <RUN>
+       cf-eval [OPTIONS] --checkpoint <F> --clinical <F> --pt-dir <DIR> --backbone <NAME>
+       cf-eval compare [OPTIONS] <RUN_A> <RUN_B>
+       cf-eval predict [OPTIONS] --pt-dir <DIR> --backbone <NAME> <MODEL>";
+
 /// Evaluates a run's folds, or one checkpoint on any cohort: C-index, Kaplan-Meier curves, predictions and a report
 #[derive(Parser)]
-#[command(name = "cf-eval", version = crossfusion::report::VERSION, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = EXAMPLES)]
+#[command(name = "cf-eval", version = crossfusion::report::VERSION, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, override_usage = USAGE, after_help = EXAMPLES)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
@@ -42,7 +48,7 @@ struct Arguments {
     #[arg(long, value_name = "F", requires_all = ["clinical", "pt_dir", "backbone"])]
     checkpoint: Option<PathBuf>,
     /// Folder for the results of --checkpoint; a run's go into its own folder [default: runs/eval-BACKBONE-NUMBER]
-    #[arg(long, value_name = "DIR", requires = "checkpoint")]
+    #[arg(long, value_name = "DIR", conflicts_with = "run")]
     out: Option<PathBuf>,
     #[command(flatten)]
     data: Data,
@@ -62,7 +68,7 @@ struct Data {
     #[arg(long, value_name = "F")]
     clinical: Option<PathBuf>,
     /// Columns of other names, as of cf-train
-    #[arg(long, value_name = "KEY=COLUMN,...", requires = "checkpoint", default_value = "", hide_default_value = true)]
+    #[arg(long, value_name = "KEY=COLUMN,...", conflicts_with = "run", default_value = "", hide_default_value = true)]
     columns: Columns,
     /// GDC manifest; slides that it does not list are left out
     #[arg(long, value_name = "F")]
@@ -71,18 +77,18 @@ struct Data {
     #[arg(long, value_name = "DIR")]
     pt_dir: Option<PathBuf>,
     /// Name of the feature extractor, a folder in --pt-dir
-    #[arg(long, value_name = "NAME", requires = "checkpoint")]
+    #[arg(long, value_name = "NAME", conflicts_with = "run")]
     backbone: Option<String>,
     /// Folder of splits_0.csv, splits_1.csv, ...; of --checkpoint, only --fold's test slides are
     /// evaluated, or else its validation slides
     #[arg(long, value_name = "DIR")]
     splits: Option<PathBuf>,
     /// The fold of --splits whose slides --checkpoint is evaluated on
-    #[arg(long, value_name = "K", requires_all = ["splits", "checkpoint"])]
+    #[arg(long, value_name = "K", requires = "splits", conflicts_with = "run")]
     fold: Option<usize>,
     /// Attention heads of a --checkpoint that does not say, as published ones; other sizes are read off its tensors
     /// [default: 4]
-    #[arg(long, value_name = "N", requires = "checkpoint")]
+    #[arg(long, value_name = "N", conflicts_with = "run")]
     num_heads: Option<usize>,
 }
 
@@ -158,7 +164,7 @@ impl Resampling {
 }
 
 fn main() {
-    if let Err(error) = evaluate(Arguments::parse()) {
+    if let Err(error) = evaluate(Arguments::parse()).and_then(|()| crossfusion::said()) {
         crossfusion::complain("cf-eval", &error);
         std::process::exit(error.exit_code());
     }
@@ -180,6 +186,7 @@ fn evaluate(arguments: Arguments) -> Result<()> {
         Some(Command::Predict { model, pt_dir, backbone, slides, num_heads, out, machine }) => {
             let device = Device::from_name(&machine.device, machine.threads)?;
             let out = out.unwrap_or_else(|| run::fresh_folder(&format!("predict-{backbone}")));
+            predict::check_folder(&out)?;
             let request = predict::Request {
                 model: &model,
                 heads: num_heads,

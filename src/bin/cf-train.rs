@@ -66,7 +66,7 @@ struct Arguments {
 }
 
 fn main() {
-    if let Err(error) = train() {
+    if let Err(error) = train().and_then(|()| crossfusion::said()) {
         crossfusion::complain("cf-train", &error);
         std::process::exit(match (&error, SIGNAL.load(Ordering::Relaxed)) {
             (Error::Interrupted(_), signal @ 1..) => 128 + signal,

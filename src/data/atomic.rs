@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -88,6 +88,26 @@ fn sync_folder(path: &Path) -> io::Result<()> {
         File::open(folder)?.sync_all()?;
     }
     Ok(())
+}
+
+/// The most bytes of a file that these programs wrote, and read again.
+pub const MOST: u64 = 1 << 30;
+
+/// The content of a file of at most so many bytes. It may come through a pipe, but not from a device
+/// without an end.
+pub fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let failed = |e: io::Error| Error::file(path, format!("cannot be read: {e}"));
+    let mut bytes = Vec::new();
+    File::open(path).and_then(|file| file.take(most + 1).read_to_end(&mut bytes)).map_err(failed)?;
+    if bytes.len() as u64 > most {
+        return Err(Error::file(path, format!("is larger than {}, the most that is read", bytesize::ByteSize(most))));
+    }
+    Ok(bytes)
+}
+
+/// [`read_bytes`] of text.
+pub fn read_text(path: &Path, most: u64) -> Result<String> {
+    String::from_utf8(read_bytes(path, most)?).map_err(|e| Error::file(path, format!("is not UTF-8 text: {e}")))
 }
 
 /// [`write_atomically`] for text.

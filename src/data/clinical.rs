@@ -106,8 +106,11 @@ impl FromStr for Columns {
             let mut name = name.to_string();
             if *key == "time"
                 && let Some((column, unit)) = name.rsplit_once(':')
-                && let Some((_, unit)) = Unit::ALL.iter().find(|(known, _)| *known == unit)
+                && unit.bytes().all(|b| b.is_ascii_alphabetic())
             {
+                let Some((_, unit)) = Unit::ALL.iter().find(|(known, _)| *known == unit) else {
+                    return Err(format!("`{unit}` in `{part}`, expected the unit days, months or years"));
+                };
                 (columns.unit, name) = (Some(*unit), column.to_string());
             }
             if name.is_empty() {

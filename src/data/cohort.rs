@@ -6,6 +6,7 @@ use std::{
 };
 
 use super::{
+    atomic::write_text,
     clinical::{Clinical, Columns},
     table::Table,
 };
@@ -67,8 +68,25 @@ pub struct LeftOut {
     pub reason: String,
 }
 
+/// The table of the slides left out, in the folder of a run or of an evaluation.
+pub const LEFT_OUT: &str = "left_out.csv";
+
+/// Writes [`LEFT_OUT`] into a folder; there is none where nothing is left out.
+pub fn write_left_out(folder: &Path, left_out: &[LeftOut]) -> Result<()> {
+    let path = folder.join(LEFT_OUT);
+    if !left_out.is_empty() {
+        return write_text(&path, &left_out_csv(left_out)?);
+    }
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::file(&path, format!("an earlier one cannot be removed: {e}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Slides left out, as a table: case_id, slide_id, reason.
-pub fn left_out_csv(left_out: &[LeftOut]) -> Result<String> {
+fn left_out_csv(left_out: &[LeftOut]) -> Result<String> {
     let failed = |e: &dyn std::fmt::Display| Error::Usage(format!("the slides left out cannot be listed: {e}"));
     let mut writer = csv::Writer::from_writer(Vec::new());
     writer.write_record(["case_id", "slide_id", "reason"]).map_err(|e| failed(&e))?;
@@ -244,7 +262,8 @@ impl Cohort {
             self.skipped.push(LeftOut { slide_id: slide.slide_id, case_id: slide.case_id, reason });
         }
         if let Some(first) = ids.first() {
-            self.notes.push(format!("{} slides left out by skip_slides; the first is `{first}`", ids.len()));
+            let total = self.slides.len() + ids.len();
+            self.notes.push(format!("{} of {total} slides left out by skip_slides; the first is `{first}`", ids.len()));
         }
         Ok(())
     }

@@ -139,7 +139,7 @@ impl Dataset {
     /// Slides whose outcome is not known: those of a table's column `slide_id`, or all that have
     /// features. Nothing is to be made of their `months` and `censored`. Says which were left out.
     pub fn without_outcomes(pt_dir: &Path, backbone: &str, table: Option<&Path>) -> Result<(Self, Vec<LeftOut>)> {
-        let names = match table {
+        let names: Vec<String> = match table {
             Some(path) => {
                 let sheet = Sheet::open(path)?;
                 let place = sheet.find("slide_id")?.ok_or_else(|| sheet.lacks("slide_id"))?;
@@ -147,6 +147,9 @@ impl Dataset {
             }
             None => slides_with_features(pt_dir, backbone)?,
         };
+        if let Some(path) = table.filter(|_| names.is_empty()) {
+            return Err(Error::file(path, "has no row, expected a slide in each"));
+        }
         let mut seen = HashSet::new();
         let mut slides = Vec::new();
         for slide_id in names {
@@ -181,7 +184,7 @@ impl Dataset {
         let counts: Vec<_> = MAGNIFICATIONS.iter().zip(by_magnification).map(|(x, n)| format!("{n} at {x}")).collect();
         let without_features = slides.first().map(|slide| {
             format!(
-                "{} of {} slides left out, without features ({}); the first is `{}`, looked for as {}",
+                "{} of the other {} slides left out, without features ({}); the first is `{}`, looked for as {}",
                 slides.len(),
                 self.slides.len() + slides.len(),
                 counts.join(", "),
@@ -192,9 +195,14 @@ impl Dataset {
         self.cohort.notes.iter().cloned().chain(without_features).collect()
     }
 
+    /// Every slide of the study that cannot be used, with the reason.
+    pub fn unusable(&self) -> Vec<LeftOut> {
+        [&self.cohort.unlisted[..], &self.cohort.skipped, &self.missing.slides].concat()
+    }
+
     /// Every slide of the study that a run of these folds does not use, with the reason.
     pub fn left_out<'a>(&self, folds: impl Iterator<Item = &'a Fold>) -> Vec<LeftOut> {
-        let mut left_out = [&self.cohort.unlisted[..], &self.cohort.skipped, &self.missing.slides].concat();
+        let mut left_out = self.unusable();
         let (mut used, mut without_outcome) = (HashSet::new(), BTreeSet::new());
         for fold in folds {
             [&fold.train, &fold.val, &fold.test].into_iter().flatten().for_each(|&slide| _ = used.insert(slide));

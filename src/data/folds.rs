@@ -75,8 +75,39 @@ pub fn choose(folder: &Path, wanted: Option<usize>) -> Result<Range<usize>> {
             let message = format!("has splits_{first}.csv to splits_{last}.csv, but no splits_{gap}.csv");
             Err(Error::file(folder, message))
         }
-        _ => Ok(first..first.saturating_add(wanted.unwrap_or(numbers.len()))),
+        (_, gap, _) => {
+            let there = first..gap.unwrap_or(first + numbers.len());
+            let wanted = wanted.unwrap_or(there.len());
+            if wanted > there.len() {
+                return Err(Error::Usage(format!("--folds {wanted}: {} {}", folder.display(), holds(&numbers))));
+            }
+            Ok(first..first + wanted)
+        }
     }
+}
+
+/// "holds splits_0.csv to splits_4.csv"
+fn holds(numbers: &[usize]) -> String {
+    match numbers {
+        [] => "holds no fold".into(),
+        [one] => format!("holds splits_{one}.csv alone"),
+        [first, .., last] if last - first + 1 == numbers.len() => {
+            format!("holds splits_{first}.csv to splits_{last}.csv")
+        }
+        several => {
+            let names: Vec<String> = several.iter().map(|number| format!("splits_{number}.csv")).collect();
+            format!("holds {}", names.join(", "))
+        }
+    }
+}
+
+/// An error if a folder has no table of a fold, which says of which it has.
+pub fn require(folder: &Path, fold: usize) -> Result<()> {
+    let numbers = numbers(folder)?;
+    if numbers.contains(&fold) {
+        return Ok(());
+    }
+    Err(Error::Usage(format!("--fold {fold}: {} {}", folder.display(), holds(&numbers))))
 }
 
 /// Sentences about folds that a run of `chosen` leaves out.

@@ -96,7 +96,7 @@ pub fn slides_with_features(pt_dir: &Path, backbone: &str) -> Result<Vec<String>
             for entry in std::fs::read_dir(folder.join(kind)).into_iter().flatten().flatten() {
                 let path = entry.path();
                 let stem = path.file_stem().and_then(|stem| stem.to_str());
-                let of_place = path.extension().is_some_and(|found| found == extension) && path.is_file();
+                let of_place = path.extension().is_some_and(|found| found == extension);
                 names.extend(stem.filter(|_| of_place).map(String::from));
             }
         }
@@ -143,11 +143,15 @@ fn is_stamp(name: &str, backbone: &str) -> bool {
     name.strip_prefix(backbone).is_some_and(|rest| rest.is_empty() || rest.strip_prefix('-').is_some_and(is_hash))
 }
 
-/// The slide's file in the folder of a magnification, named by the whole slide id or by its stem.
+/// The slide's file in the folder of a magnification, named by the whole slide id or by its stem. What has
+/// its name but is no file is found too, and refused by whoever opens it.
 fn file_in(folder: &Path, slide: &Slide) -> Option<PathBuf> {
     let names = [slide.slide_id.as_str(), slide.name()];
     let path = |name: &str, (kind, extension): &(&str, &str)| folder.join(kind).join(format!("{name}.{extension}"));
-    names.iter().flat_map(|name| PLACES.iter().map(move |place| path(name, place))).find(|path| path.is_file())
+    names
+        .iter()
+        .flat_map(|name| PLACES.iter().map(move |place| path(name, place)))
+        .find(|path| path.symlink_metadata().is_ok())
 }
 
 /// An error if two slides have one file, by the same name, through links or as hard links.
@@ -160,18 +164,19 @@ fn refuse_shared(found: &[(Slide, BagFiles)], rows: &HashMap<String, usize>) -> 
     let mut owners: HashMap<Identity, &str> = HashMap::new();
     for (slide, files) in found {
         for file in files {
-            let unreadable = |e| Error::file(file, format!("cannot be read: {e}"));
-            let (path, about) = (file.canonicalize().map_err(unreadable)?, file.metadata().map_err(unreadable)?);
+            // one that cannot be found is for its reader to refuse
+            let (Ok(path), Ok(about)) = (file.canonicalize(), file.metadata()) else { continue };
             // some file systems invent inode numbers, but not for files that have no second name
             let inode = (about.nlink() > 1).then(|| Identity::Inode(about.dev(), about.ino()));
             for identity in inode.into_iter().chain([Identity::Path(path)]) {
                 let owner = *owners.entry(identity).or_insert(&slide.slide_id);
                 if owner != slide.slide_id {
                     let [a, b] = [owner, &slide.slide_id].map(|id| {
-                        let row = rows.get(id).map_or(String::new(), |row| format!(" (row {row})"));
+                        let row =
+                            rows.get(id).map_or(String::new(), |row| format!(" (row {row} of the clinical table)"));
                         format!("`{id}`{row}")
                     });
-                    let message = format!("is the feature file of two slides of the clinical table, {a} and {b}");
+                    let message = format!("is the feature file of two slides, {a} and {b}");
                     return Err(Error::file(file, message));
                 }
             }

@@ -80,7 +80,7 @@ fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
         let numbers = RunConfig::read(&config)?.fold_numbers();
         let folds = numbers.len();
         for fold in numbers.clone() {
-            if !FoldTrainer::epochs_done(&run::fold_folder(folder, fold))?.1 {
+            if !FoldTrainer::progress(&run::fold_folder(folder, fold))?.finished {
                 let message = format!(
                     "is not finished, fold {fold} of {folds} is not trained to its end; go on with cf-train --resume {}",
                     super::quote(&folder.display().to_string())
@@ -91,7 +91,7 @@ fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
         if !path.is_file() {
             return Err(Error::file(folder, format!("has no predictions.csv yet; run {command}")));
         }
-        let slides = report::read_predictions(&path)?;
+        let slides = report::read_evaluation(folder)?;
         if let Some(fold) = numbers.clone().find(|&fold| slides.iter().all(|slide| slide.fold != fold)) {
             let message = format!("has no prediction of fold {fold}, which was trained after it; run {command}");
             return Err(Error::file(&path, message));
@@ -101,7 +101,7 @@ fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
     if !path.is_file() {
         return Err(Error::file(folder, "is neither a run nor an evaluation, it has no predictions.csv"));
     }
-    by_patient(&report::read_predictions(&path)?).map_err(|e| Error::file(&path, e))
+    by_patient(&report::read_evaluation(folder)?).map_err(|e| Error::file(&path, e))
 }
 
 /// The comparison of two runs' patients, each with the folder that it is named by.

@@ -11,14 +11,14 @@ use crate::{
     data::dataset::{Fold, Source},
     model::Fusion,
     report::{About, VERSION},
-    train::{config::RunConfig, fold::EpochMetrics, run::metrics_path, step::Engine},
+    train::{config::RunConfig, fold::EpochMetrics, protocol::Reported, run::metrics_path, step::Engine},
 };
 
-/// Of a run; `tested` where its folds have test slides.
+/// Of a run.
 pub fn run(
     run: &Path,
     config: &RunConfig,
-    tested: bool,
+    reported: &Reported,
     engine: &Engine<f32>,
     metrics: &[EpochMetrics],
 ) -> Result<About> {
@@ -29,7 +29,7 @@ pub fn run(
         clap::ValueEnum::to_possible_value(&config.loss_fn).map_or_else(String::new, |v| v.get_name().into()),
     ));
     facts.push(fact("Seed", config.seed));
-    if tested {
+    if reported.tested {
         facts.push(fact("Slides", "test parts of the folds"));
     }
     if let Ok(modified) = std::fs::metadata(metrics_path(run)).and_then(|file| file.modified()) {
@@ -41,7 +41,7 @@ pub fn run(
     Ok(About {
         title: cohort_name(&config.clinical),
         facts,
-        protocol: config.protocol.sentence(config.loss_fn, tested),
+        protocol: config.protocol.sentence(reported),
         config: config.to_toml()?,
         commands: format!("cf-train --config {folder}/config.toml --out NEW_RUN\ncf-eval {folder}"),
     })
@@ -96,12 +96,16 @@ fn model_facts(backbone: &str, engine: &Engine<f32>) -> Vec<(String, String)> {
         Fusion::Conv2d => "conv2d",
         Fusion::Conv1d => "conv1d",
     };
-    let millions = engine.model.layout.parameters() as f64 / 1e6;
     vec![
         fact("Backbone", format!("{backbone}, {} features", engine.model.config.features)),
-        fact("Model", format!("CrossFusion {fusion}, {millions:.1} M parameters")),
+        fact("Model", format!("CrossFusion {fusion}, {} parameters", count(engine.model.layout.parameters()))),
         fact("Program", format!("CrossFusion {VERSION}")),
     ]
+}
+
+/// "9.3 M", or in full where that would say little.
+fn count(parameters: usize) -> String {
+    if parameters < 1_000_000 { parameters.to_string() } else { format!("{:.1} M", parameters as f64 / 1e6) }
 }
 
 /// The table's file name without its extensions.

@@ -24,6 +24,7 @@ use crate::{
     data::{
         self,
         atomic::remove_leftovers,
+        cohort::write_left_out,
         dataset::{Dataset, Reading, Source},
         torch::{StateDict, read_state_dict},
     },
@@ -35,9 +36,9 @@ use crate::{
     train::{
         checkpoint::{ModelCard, read_card, read_state},
         config::RunConfig,
-        fold::FoldTrainer,
+        fold::{Done, EpochMetrics, FoldTrainer},
         inputs::Inputs,
-        protocol::{self, Protocol},
+        protocol::{self, Protocol, Reported},
         run,
         step::{Engine, Memory},
     },
@@ -117,7 +118,7 @@ pub fn evaluate_run(
     {
         warnings.push(format!("The inputs are not those of the training: {what}."));
     }
-    let mut tested = false;
+    let (mut tested, mut unchosen) = (false, Vec::new());
     for fold in config.fold_numbers() {
         let folder = run::fold_folder(run, fold);
         let path = FoldTrainer::best_path(&folder);
@@ -127,6 +128,7 @@ pub fn evaluate_run(
         }
         let part = dataset.fold(&config.splits, fold)?;
         let card = read_card(&path)?;
+        let epoch = card.as_ref().map(|card| card.epoch);
         load(&mut engine, &path, &read_state_dict(&path)?)?;
         if let Some(card) = &card {
             if card.model != engine.model.config {
@@ -151,11 +153,13 @@ pub fn evaluate_run(
             notes.push(format!("Fold {fold} names {} cases whose outcome is not known.", part.without_outcome.len()));
         }
         notes.extend(part.notes.into_iter().map(|note| note + "."));
-        if !FoldTrainer::epochs_done(&folder)?.1 {
+        let epochs: Vec<&EpochMetrics> = metrics.iter().filter(|epoch| epoch.fold == fold).collect();
+        let done = FoldTrainer::progress(&folder)?;
+        if done.finished {
+            warnings.extend(unlike_checkpoint(fold, &done, &epochs, epoch));
+            unchosen.extend(done.best.is_none().then_some(fold));
+        } else {
             notes.push(format!("Fold {fold} is not trained to its end; this is its best model so far."));
-        } else if !metrics.iter().any(|epoch| epoch.fold == fold && epoch.best) {
-            notes
-                .push(format!("No epoch of fold {fold} could be chosen by its C-index; the last one's model is used."));
         }
     }
     notes.extend(report::best_epoch_note(&metrics, config.warmup_epochs, config.num_epochs));
@@ -175,7 +179,8 @@ pub fn evaluate_run(
     summary.warnings.extend(warnings);
     let of_folds = data::folds::notes(&config.splits, &config.fold_numbers());
     summary.notes.extend(of_folds.into_iter().chain(dataset.notes()).map(|sentence| sentence + "."));
-    let about = describe::run(run, &config, tested, &engine, &metrics)?;
+    let reported = Reported { loss: config.loss_fn, tested, folds: folds.len(), unchosen: &unchosen };
+    let about = describe::run(run, &config, &reported, &engine, &metrics)?;
     summary.protocol.clone_from(&about.protocol);
     tidy(run)?;
     report::write(run, &about, &summary, &slides, &metrics)?;
@@ -199,7 +204,8 @@ pub fn evaluate_checkpoint(
     let network = Network::read(path, checkpoint.heads)?;
     let dataset = Dataset::open(&checkpoint.source)?;
     network.check_width(path, &dataset, checkpoint.source.backbone)?;
-    let part = checkpoint.split.map(|(splits, fold)| dataset.fold(splits, fold)).transpose()?;
+    let fold_of = |(splits, fold)| data::folds::require(splits, fold).and_then(|()| dataset.fold(splits, fold));
+    let part = checkpoint.split.map(fold_of).transpose()?;
     let fold = checkpoint.split.map_or(0, |(_, fold)| fold);
     let order = part.as_ref().map_or_else(|| (0..dataset.slides.len()).collect(), |part| part.reported().to_vec());
     let mut engine = network.engine(path, device, budget)?;
@@ -215,6 +221,8 @@ pub fn evaluate_checkpoint(
     summary.notes.extend(dataset.notes().into_iter().map(|sentence| sentence + "."));
     tidy(out)?;
     report::write(out, &describe::checkpoint(checkpoint, part.as_ref(), &engine)?, &summary, &slides, &[])?;
+    let left_out = part.map_or_else(|| dataset.unusable(), |part| dataset.left_out(std::iter::once(&part)));
+    write_left_out(out, &left_out)?;
     Ok(summary)
 }
 
@@ -314,6 +322,24 @@ fn unlike_training(summary: &Summary, recorded: &BTreeMap<usize, Option<f64>>) -
         })
     };
     summary.folds.iter().filter_map(differs).collect()
+}
+
+/// A sentence on what metrics.jsonl, or the epoch of the model's card, says otherwise than the fold's checkpoint.
+fn unlike_checkpoint(fold: usize, done: &Done, epochs: &[&EpochMetrics], of_model: Option<usize>) -> Option<String> {
+    let chosen = |best: Option<usize>| best.map_or("none".into(), |epoch| format!("epoch {}", epoch + 1));
+    let best = done.best.map(|best| best.epoch);
+    let in_metrics = epochs.iter().rfind(|epoch| epoch.best).map(|epoch| epoch.epoch);
+    let kept = best.unwrap_or(done.epochs.saturating_sub(1));
+    let what = if epochs.len() != done.epochs {
+        format!("metrics.jsonl has {} epochs of it, its checkpoint {}", epochs.len(), done.epochs)
+    } else if in_metrics != best {
+        format!("metrics.jsonl has {} as the best, its checkpoint {}", chosen(in_metrics), chosen(best))
+    } else if of_model.is_some_and(|epoch| epoch != kept) {
+        format!("its model is of {}, its checkpoint kept {}", chosen(of_model), chosen(Some(kept)))
+    } else {
+        return None;
+    };
+    Some(format!("The files of fold {fold} do not belong together: {what}."))
 }
 
 /// Shifts the risks of each fold so that their median is 0.

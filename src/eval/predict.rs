@@ -8,7 +8,11 @@ use serde::Serialize;
 use super::{Network, load, of_card, overlap, predict_slides};
 use crate::{
     Error, Result,
-    data::{atomic::write_text, cohort::LeftOut, dataset::Dataset},
+    data::{
+        atomic::write_text,
+        cohort::{LEFT_OUT, LeftOut, write_left_out},
+        dataset::Dataset,
+    },
     device::Device,
     report::{
         Fold, SlideResult,
@@ -71,12 +75,15 @@ pub fn predict(request: &Request, device: Device, budget: Option<ByteSize>) -> R
     let (dataset, left_out) = Dataset::without_outcomes(request.pt_dir, request.backbone, request.slides)?;
     let order: Vec<usize> = (0..dataset.slides.len()).collect();
     let (mut folds, mut rows, mut notes) = (Vec::new(), Vec::new(), Vec::new());
-    let first = Network::read(&models[0], request.heads)?;
-    first.check_width(&models[0], &dataset, request.backbone)?;
-    let mut engine = first.engine(&models[0], device, budget)?;
-    for (i, path) in models.iter().enumerate() {
-        let network = Network::read(path, request.heads)?;
-        if network.config != first.config {
+    let mut networks = models.iter().map(|path| Ok::<_, Error>((path, Network::read(path, request.heads)?)));
+    let Some((path, first)) = networks.next().transpose()? else {
+        return Err(Error::file(request.model, "has no model"));
+    };
+    first.check_width(path, &dataset, request.backbone)?;
+    let mut engine = first.engine(path, device, budget)?;
+    for (i, network) in std::iter::once(Ok((path, first))).chain(networks).enumerate() {
+        let (path, network) = network?;
+        if network.config != engine.model.config {
             return Err(Error::file(path, format!("is of other settings than {}", models[0].display())));
         }
         load(&mut engine, path, &network.tensors)?;
@@ -108,7 +115,7 @@ fn models(model: &Path) -> Result<Vec<PathBuf>> {
     folds
         .map(|fold| {
             let folder = run::fold_folder(model, fold);
-            if !FoldTrainer::epochs_done(&folder)?.1 {
+            if !FoldTrainer::progress(&folder)?.finished {
                 let message = format!("is not finished: fold {fold} is not trained to its end");
                 return Err(Error::file(model, message));
             }
@@ -168,18 +175,22 @@ fn median(survival: &[f64], edges: &[f64]) -> Option<f64> {
     Some(edges[bin] + share * (edges[bin + 1] - edges[bin]))
 }
 
+/// An error if a folder holds a run or predictions, which those of another request would replace.
+pub fn check_folder(folder: &Path) -> Result<()> {
+    let taken = [run::config_path(folder), folder.join(CSV), folder.join(JSON)].into_iter().find(|path| path.exists());
+    taken.map_or(Ok(()), |path| {
+        Err(Error::Usage(format!("--out {}: holds {} already; choose another", folder.display(), path.display())))
+    })
+}
+
 impl Predictions {
-    /// Writes `predictions.csv` and `predictions.json` into a folder.
+    /// Writes `predictions.csv`, `predictions.json` and, where slides are left out, `left_out.csv` into a folder
+    /// that has none yet.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        if run::config_path(folder).exists() {
-            let message = format!(
-                "{} is a run's folder, whose own predictions would be replaced; choose another --out",
-                folder.display()
-            );
-            return Err(Error::Usage(message));
-        }
+        check_folder(folder)?;
         std::fs::create_dir_all(folder).map_err(|e| Error::file(folder, format!("cannot be made: {e}")))?;
         let json = serde_json::to_string_pretty(self).map_err(|e| Error::file(folder, e))?;
+        write_left_out(folder, &self.left_out)?;
         write_text(&folder.join(CSV), &self.csv()?)?;
         write_text(&folder.join(JSON), &json)
     }
@@ -213,11 +224,12 @@ impl Predictions {
     pub fn sentences(&self) -> String {
         let models = self.models.len();
         let by = if models == 1 { "1 model".to_string() } else { format!("the mean of {models} models") };
-        let mut lines = vec![format!("{} slides predicted by {by}", self.slides.len())];
+        let slides = |n: usize| format!("{n} slide{}", if n == 1 { "" } else { "s" });
+        let mut lines = vec![format!("{} predicted by {by}", slides(self.slides.len()))];
         if let Some(first) = self.left_out.first() {
             lines.push(format!(
-                "{} slides left out; the first is `{}`: {}",
-                self.left_out.len(),
+                "{} left out, which {LEFT_OUT} lists; the first is `{}`: {}",
+                slides(self.left_out.len()),
                 first.slide_id,
                 first.reason
             ));

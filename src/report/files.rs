@@ -3,6 +3,7 @@
 use std::{collections::HashMap, io::Write, path::Path};
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use super::{
     About, SlideResult, Summary,
@@ -12,12 +13,36 @@ use super::{
     html,
     plots::{Plot, Plots, table},
 };
-use crate::{Error, Result, data::atomic::write_atomically, train::fold::EpochMetrics};
+use crate::{
+    Error, Result,
+    data::{
+        atomic::{MOST, read_bytes, write_atomically},
+        digest::sha256,
+    },
+    train::fold::EpochMetrics,
+};
 
 /// Pixels of a PNG for one CSS pixel: 2562 across, 300 a printed inch at 22 cm.
 const PNG_SCALE: f64 = 3.0;
 
+const PREDICTIONS: &str = "predictions.csv";
 const PATIENTS: &str = "predictions_patients.csv";
+const SUMMARY: &str = "summary.json";
+
+/// summary.json: the numbers, and the table that they were made from.
+#[derive(Serialize)]
+struct SummaryFile<'a> {
+    #[serde(flatten)]
+    summary: &'a Summary,
+    predictions_sha256: String,
+}
+
+/// What is read back of it.
+#[derive(Deserialize)]
+struct Origin {
+    /// None in a file of version 0.1.
+    predictions_sha256: Option<String>,
+}
 
 /// Plots, in the folder of a report.
 pub const FIGURES: &str = "figures";
@@ -32,10 +57,12 @@ pub fn write(
     epochs: &[EpochMetrics],
 ) -> Result<()> {
     let plots = Plots::new(summary, epochs)?;
+    let predictions = predictions_csv(slides)?;
+    let file = SummaryFile { summary, predictions_sha256: sha256(&predictions) };
     let mut files = vec![
-        ("predictions.csv".into(), predictions_csv(slides)?),
         (card_name(folder).into(), card::card(about, summary).into_bytes()),
-        ("summary.json".into(), serde_json::to_vec_pretty(summary).map_err(|e| Error::file(folder, e))?),
+        (SUMMARY.into(), serde_json::to_vec_pretty(&file).map_err(|e| Error::file(folder, e))?),
+        (PREDICTIONS.into(), predictions),
         ("report.html".into(), html::page(about, summary, slides, &plots)?.into_bytes()),
     ];
     let by_patient = (summary.unit == Unit::Patient).then(|| predictions_patients_csv(summary, slides)).transpose()?;
@@ -61,7 +88,7 @@ pub fn write(
 /// README.md, unless somebody else's stands there.
 fn card_name(folder: &Path) -> &'static str {
     const NAME: &str = "README.md";
-    match std::fs::read(folder.join(NAME)) {
+    match read_bytes(&folder.join(NAME), MOST) {
         Ok(text) if !text.starts_with(card::MARK.as_bytes()) => "MODEL_CARD.md",
         _ => NAME,
     }
@@ -145,9 +172,26 @@ pub fn predictions_patients_csv(summary: &Summary, slides: &[SlideResult]) -> Re
     table(&heads, summary.rows.iter().enumerate().map(row).collect())
 }
 
+/// The predictions of an evaluation's folder. An error if they are not those that its summary.json was
+/// made from.
+pub fn read_evaluation(folder: &Path) -> Result<Vec<SlideResult>> {
+    let (path, summary) = (folder.join(PREDICTIONS), folder.join(SUMMARY));
+    if summary.exists() {
+        let origin: Origin = serde_json::from_slice(&read_bytes(&summary, MOST)?)
+            .map_err(|e| Error::file(&summary, format!("is damaged: {e}")))?;
+        let now = sha256(&read_bytes(&path, MOST)?);
+        if origin.predictions_sha256.is_some_and(|before| before != now) {
+            let message = "has changed since the evaluation wrote it and summary.json; evaluate again";
+            return Err(Error::file(&path, message));
+        }
+    }
+    read_predictions(&path)
+}
+
 /// A predictions.csv again; hazards and survival are read where it has them.
 pub fn read_predictions(path: &Path) -> Result<Vec<SlideResult>> {
-    let mut table = csv::Reader::from_path(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+    let bytes = read_bytes(path, MOST)?;
+    let mut table = csv::Reader::from_reader(&bytes[..]);
     let heads = table.headers().map_err(|e| Error::file(path, e))?.clone();
     let place = |name: &str| {
         let missing = || Error::file(path, format!("has no column `{name}`; it is no predictions.csv of cf-eval"));

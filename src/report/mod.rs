@@ -23,7 +23,7 @@ use crate::Error;
 /// Of this program: "0.1.0 (a1b2c3d)", the commit where it was built from a git checkout.
 pub const VERSION: &str = env!("CROSSFUSION_VERSION");
 
-pub use files::{FIGURES, files_of, predictions_csv, read_predictions, save, write};
+pub use files::{FIGURES, files_of, predictions_csv, read_evaluation, read_predictions, save, write};
 pub use history::best_epoch_note;
 pub use summary::{Fold, FoldResult, RESAMPLING, Resampling, SlideResult, Summary};
 pub use table::{Cell, StatisticRow};

@@ -148,8 +148,8 @@ impl Summary {
             .collect();
         let c: Vec<f64> = results.iter().filter_map(|fold| fold.c_index).collect();
         let of = |f: &FoldResult| {
-            let note = f.note.as_ref().filter(|_| f.c_index.is_none())?;
-            Some(format!("Fold {} has no C-index: {note}.", f.fold))
+            let lacks = if f.c_index.is_none() { "C-index" } else { "interval of its C-index" };
+            f.note.as_ref().map(|note| format!("Fold {} has no {lacks}: {note}.", f.fold))
         };
         notes.extend(results.iter().filter_map(of));
         if !c.is_empty() && c.len() < folds.len() {

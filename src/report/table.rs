@@ -115,6 +115,8 @@ impl Summary {
         for grouping in &self.risk_groups {
             lines.push(String::new());
             lines.extend(group_lines(grouping));
+            let title = grouping.title().replace('\u{2019}', "'");
+            notes.extend(grouping.hazard_ratio.note.iter().map(|note| format!("note: {title}: {note}.")));
         }
         if !notes.is_empty() || !self.notes.is_empty() {
             lines.push(String::new());

@@ -3,8 +3,6 @@
 //! Names and defaults are those of the published script where it has the setting; its spellings of the paths, and `--loss`, are aliases.
 
 use std::{
-    fs::File,
-    io::{self, Read},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -20,7 +18,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    data::{clinical::Columns, dataset::Source},
+    data::{atomic::read_text, clinical::Columns, dataset::Source},
     device::{Device, Storage},
     loss::Loss,
     model::{self, Fusion},
@@ -224,16 +222,8 @@ impl Precision {
     }
 }
 
-/// A text of settings; it may come through a pipe, but not from a device without an end.
-fn read_text(path: &Path) -> io::Result<String> {
-    const MOST: u64 = 1 << 20;
-    let mut text = String::new();
-    File::open(path)?.take(MOST + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MOST {
-        return Err(io::Error::other("it is larger than 1 MiB, expected settings"));
-    }
-    Ok(text)
-}
+/// Bytes of settings that nobody writes.
+const MOST_SETTINGS: u64 = 1 << 20;
 
 /// What is wrong with a TOML text, and where.
 fn in_line(text: &str, e: &toml::de::Error) -> String {
@@ -273,14 +263,14 @@ impl RunConfig {
 
     /// The table in a TOML file.
     pub fn read_table(path: &Path) -> Result<toml::Table> {
-        let text = read_text(path).map_err(|e| Error::Usage(format!("{}: cannot be read: {e}", path.display())))?;
+        let text = read_text(path, MOST_SETTINGS).map_err(|e| Error::Usage(e.to_string()))?;
         // read as settings too, for the line of one that is unknown or of another type
         let table = toml::from_str::<Self>(&text).and_then(|_| toml::from_str(&text));
         table.map_err(|e| Error::Usage(format!("{}: {}", path.display(), in_line(&text, &e))))
     }
 
     pub fn read(path: &Path) -> Result<Self> {
-        let text = read_text(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+        let text = read_text(path, MOST_SETTINGS)?;
         toml::from_str(&text).map_err(|e| Error::file(path, in_line(&text, &e)))
     }
 

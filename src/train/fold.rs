@@ -55,6 +55,17 @@ struct Record {
     progress: Progress,
 }
 
+/// How far a fold's checkpoint has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Done {
+    /// Epochs that it has seen to their end.
+    pub epochs: usize,
+    /// Whether that was all.
+    pub finished: bool,
+    /// None where no epoch could be chosen, so far.
+    pub best: Option<Best>,
+}
+
 /// The best epoch so far.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
@@ -150,10 +161,14 @@ impl FoldTrainer<'_> {
         folder.join("best.safetensors")
     }
 
-    /// Epochs that a fold's checkpoint has seen to their end, and whether that was all.
-    pub fn epochs_done(folder: &Path) -> Result<(usize, bool)> {
+    /// How far the fold in this folder has come; nothing is done where there is no checkpoint.
+    pub fn progress(folder: &Path) -> Result<Done> {
         let record = checkpoint::read_state::<Record>(&Self::checkpoint_path(folder))?;
-        Ok(record.map_or((0, false), |record| (record.progress.epoch, record.progress.finished)))
+        Ok(record.map_or(Done::default(), |Record { progress, .. }| Done {
+            epochs: progress.epoch,
+            finished: progress.finished,
+            best: progress.best,
+        }))
     }
 
     /// An error if the fold's checkpoint, if any, was written by other settings than these.
@@ -166,7 +181,7 @@ impl FoldTrainer<'_> {
     /// An error if the fold is trained to its end and its model is gone.
     pub fn check_model(folder: &Path) -> Result<()> {
         let path = Self::best_path(folder);
-        if path.is_file() || !Self::epochs_done(folder)?.1 {
+        if path.is_file() || !Self::progress(folder)?.finished {
             return Ok(());
         }
         let message = "is gone, though its fold is trained to its end; put it back, or remove the fold's folder and train \

@@ -13,7 +13,11 @@ use serde::{Deserialize, Serialize};
 use super::config::RunConfig;
 use crate::{
     Error, Result,
-    data::{atomic::write_text, dataset::Dataset, digest, folds},
+    data::{
+        atomic::{MOST, read_bytes, write_text},
+        dataset::Dataset,
+        digest, folds,
+    },
 };
 
 /// The fingerprints of a run's inputs, by name: the role of a table, and a feature file's path within
@@ -66,6 +70,7 @@ pub fn path(run: &Path) -> PathBuf {
 impl Inputs {
     /// The inputs as they are now. Feature files are read in parallel, about 100 KB of each.
     pub fn read(config: &RunConfig, dataset: &Dataset) -> Result<Self> {
+        // of tables that have been read before, so that they have an end
         let table = |path: &Path| std::fs::read(path).map(|bytes| digest::sha256(&bytes));
         let mut tables = BTreeMap::new();
         let roles = [("clinical", Some(&config.clinical)), ("manifest", config.manifest.as_ref())];
@@ -93,12 +98,11 @@ impl Inputs {
     /// Those that a run was begun with; None where it has no `inputs.json`.
     pub fn load(run: &Path) -> Result<Option<Self>> {
         let path = path(run);
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::file(&path, format!("cannot be read: {e}"))),
-        };
-        serde_json::from_str(&text).map(Some).map_err(|e| Error::file(&path, format!("is damaged: {e}")))
+        if !path.exists() {
+            return Ok(None);
+        }
+        let bytes = read_bytes(&path, MOST)?;
+        serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::file(&path, format!("is damaged: {e}")))
     }
 
     /// What has changed between `self` and `now`.

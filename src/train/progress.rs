@@ -71,9 +71,11 @@ impl<'a> Display<'a> {
                 config.warmup_epochs, config.es_patience, config.num_epochs
             ));
         }
+        if parts.iter().any(|part| can_choose(dataset, part)) {
+            crate::say(format!("* the best validation C-index so far, from epoch {first} on; its weights are kept."));
+        }
         crate::say(format!(
-            "* the best validation C-index so far, from epoch {first} on; its weights are kept.\n\
-             Times left are the most it can be: a fold ends {} epochs after its best one.",
+            "Times left are the most it can be: a fold ends {} epochs after its best one.",
             config.es_patience
         ));
         let bar = std::io::stderr().is_terminal().then(|| {

@@ -33,26 +33,52 @@ const INNER_SHARE: f64 = 0.2;
 /// Sets the inner split's draws apart from the epochs'.
 const INNER_EPOCH: usize = usize::MAX;
 
+/// What a report's sentence on the protocol depends on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Reported<'a> {
+    pub loss: Loss,
+    /// Whether the folds have test slides, which the results then are of.
+    pub tested: bool,
+    pub folds: usize,
+    /// The folds none of whose epochs could be chosen.
+    pub unchosen: &'a [usize],
+}
+
 impl Protocol {
-    /// What a report says of it; `tested` where the folds have test slides.
-    pub fn sentence(self, loss: Loss, tested: bool) -> String {
+    /// What a report says of it.
+    pub fn sentence(self, reported: &Reported) -> String {
+        let Reported { loss, tested, folds, unchosen } = *reported;
         let bins = |of: &str| {
             if loss == Loss::CoxSurv { String::new() } else { format!(", and label bins were cut over {of}") }
         };
+        let no_choice = "no two of the slides meant to choose it can be compared";
+        if unchosen.len() == folds {
+            return format!("The last epoch of each fold is shown: {no_choice}. Epochs count from 1.");
+        }
+        let mut text = self.rule(tested, bins);
+        if !unchosen.is_empty() {
+            let numbers: Vec<String> = unchosen.iter().map(usize::to_string).collect();
+            let several = if numbers.len() == 1 { "" } else { "s" };
+            text += &format!(" Of fold{several} {} the last epoch is shown, since {no_choice}.", numbers.join(", "));
+        }
+        text + " Epochs count from 1."
+    }
+
+    fn rule(self, tested: bool, bins: impl Fn(&str) -> String) -> String {
         match (self, tested) {
             (Self::Published, false) => format!(
                 "As published, each fold\u{2019}s epoch was chosen by the C-index on the validation slides that it is shown for{}: \
-                 an optimistic estimate. Epochs count from 1.",
+                 an optimistic estimate.",
                 bins("all slides")
             ),
             (Self::Nested, false) => format!(
                 "Nested: each fold\u{2019}s epoch was chosen by the C-index on a fifth of its training patients, which were held out of training{}; \
-                 the validation slides were used once, for the result shown. Epochs count from 1.",
+                 the validation slides were used once, for the result shown.",
                 bins("the training slides")
             ),
             (_, true) => format!(
                 "The results are of the folds\u{2019} test slides, which were used once: each fold\u{2019}s epoch was chosen by the C-index on its \
-                 validation slides{}. Epochs count from 1.",
+                 validation slides{}.",
                 bins(if self == Self::Nested { "the training slides" } else { "all slides but the test slides" })
             ),
         }

@@ -32,8 +32,8 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        atomic::{remove_leftovers, write_text},
-        cohort::{LeftOut, left_out_csv},
+        atomic::{MOST, read_text, remove_leftovers, write_text},
+        cohort::{LeftOut, write_left_out},
         dataset::{Dataset, Fold},
         folds,
     },
@@ -93,7 +93,7 @@ pub fn is_finished(run: &Path, folds: Range<usize>) -> Result<bool> {
         return Ok(false);
     }
     for fold in folds {
-        if !FoldTrainer::epochs_done(&fold_folder(run, fold))?.1 {
+        if !FoldTrainer::progress(&fold_folder(run, fold))?.finished {
             return Ok(false);
         }
     }
@@ -114,11 +114,10 @@ fn lock(run: &Path) -> Result<File> {
 /// A run's epochs so far, in order.
 pub fn read_metrics(run: &Path) -> Result<Vec<EpochMetrics>> {
     let path = metrics_path(run);
-    let text = match std::fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::file(&path, format!("cannot be read: {e}"))),
-    };
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = read_text(&path, MOST)?;
     // a last line without an end was cut off by a crash
     let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
     let parse = |(i, line)| serde_json::from_str(line).map_err(|e| Error::file(&path, format!("line {}: {e}", i + 1)));
@@ -128,7 +127,7 @@ pub fn read_metrics(run: &Path) -> Result<Vec<EpochMetrics>> {
 /// Drops the lines of epochs that no checkpoint has seen to their end, which will be run again.
 fn trim_metrics(run: &Path, folds: Range<usize>) -> Result<()> {
     let mut kept = String::new();
-    let done = folds.map(|fold| Ok((fold, FoldTrainer::epochs_done(&fold_folder(run, fold))?.0)));
+    let done = folds.map(|fold| Ok((fold, FoldTrainer::progress(&fold_folder(run, fold))?.epochs)));
     let done = done.collect::<Result<BTreeMap<usize, usize>>>()?;
     for metrics in read_metrics(run)? {
         if done.get(&metrics.fold).is_some_and(|&epochs| metrics.epoch < epochs) {
@@ -237,9 +236,7 @@ impl Run {
     /// folder; from then on it can be resumed.
     pub fn save_config(&self, folder: &Path) -> Result<()> {
         Inputs::read(&self.config, &self.dataset)?.save(folder)?;
-        if !self.left_out.is_empty() {
-            write_text(&folder.join("left_out.csv"), &left_out_csv(&self.left_out)?)?;
-        }
+        write_left_out(folder, &self.left_out)?;
         write_text(&config_path(folder), &self.config.to_toml()?)
     }
 
@@ -297,11 +294,11 @@ impl Run {
         let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, &notes, interrupted)?;
         for part in &self.parts {
             let files = fold_folder(folder, part.fold);
-            if FoldTrainer::epochs_done(&files)?.1 {
+            if FoldTrainer::progress(&files)?.finished {
                 continue;
             }
             let events = match self.config.tensorboard {
-                true => Some(Events::begin(folder, part.fold, FoldTrainer::epochs_done(&files)?.0)?),
+                true => Some(Events::begin(folder, part.fold, FoldTrainer::progress(&files)?.epochs)?),
                 false => None,
             };
             let mut log = Log { path: metrics_path(folder), events, display: &mut display };

@@ -164,6 +164,27 @@ fn an_unfinished_run_is_not_compared() {
     assert_eq!(out.status.code(), Some(2));
 }
 
+/// A digit changed by hand after the evaluation, in a copy of the evaluated run.
+#[test]
+fn predictions_are_those_of_the_evaluation() {
+    evaluated();
+    let (run, _) = trained();
+    let edited = folder("compare edited");
+    for name in ["predictions.csv", "summary.json"] {
+        std::fs::copy(run.join(name), edited.join(name)).unwrap();
+    }
+    let compare = || compare_runs(run, &edited, &edited.join("out"), PLAN);
+    assert_eq!(compare().unwrap().rows[0].difference.estimate, Some(0.0));
+    let path = edited.join("predictions.csv");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replacen(",-0.", ",-0.1", 1).replacen(",-1.", ",-1.1", 1)).unwrap();
+    assert_ne!(std::fs::read_to_string(&path).unwrap(), text);
+    let error = compare().unwrap_err().to_string();
+    assert!(error.contains("predictions.csv: has changed since the evaluation wrote it"), "{error}");
+    std::fs::remove_file(edited.join("summary.json")).unwrap();
+    assert!(compare().is_ok(), "a table of other origin has nothing to be compared with");
+}
+
 /// Of a handful of patients, whose resampled C-indices are 0 and 1 often.
 #[test]
 fn intervals_stay_where_the_statistic_can_be() {
