@@ -5,16 +5,15 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use crossfusion::{
     bench::cases::{self, Product},
     device::{Arena, Device},
-    train::step::BagSizes,
 };
 
-const BAGS: BagSizes = BagSizes { x5: 800, x10: 3000, x20: 12000 };
+const BAGS: [usize; 3] = [800, 3000, 12000];
 
 fn ops(c: &mut Criterion) {
     let device = Device::from_name("cpu", 0).expect("a CPU");
     let mut arena = Arena::new(&device, cases::ARENA).expect("memory");
     let mut keep = Vec::new();
-    let cases = cases::cases::<f32>(&device, BAGS, 2048, 24_500_000, &mut keep).expect("cases");
+    let cases = cases::cases::<f32>(&device, BAGS.into(), 2048, 24_500_000, &mut keep).expect("cases");
     for case in &cases {
         let mut group = c.benchmark_group(case.op);
         let work = if case.flop > 0.0 { case.flop } else { case.bytes };

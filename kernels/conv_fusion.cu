@@ -6,7 +6,7 @@
 // reduce    partial, mix_partial -> the parameters' gradients (f32) +=
 //
 // Channels 2j and 2j + 1 make output j, so that a group's kernel is two depthwise ones. F_j is the factor of column j in row 0.
-// "_sequence": grid height 1, kernels of 7, 5, 3, 1 taps. blockIdx = (tile, or part of the tiles in backward; 32 channels).
+// "_single": one stream and no mix, so that mixed is the stream. "_sequence": grid height 1, kernels of 7, 5, 3, 1 taps. blockIdx = (tile, or part of the tiles in backward; 32 channels).
 // d / 2 is a multiple of 16 bytes. The streams are mixed as they are loaded and kept in f32: that rounds nothing and what
 // shared memory costs is not what limits the kernel.
 #include "depthwise.cuh"
@@ -35,11 +35,20 @@ struct FusionGrad {
   float *partial, *mix_partial;
 };
 
+// What the streams are weighed by: for a single one nothing.
+template <int STREAMS> struct Mix {
+  float weight[STREAMS], offset = 0.f;
+  GPU_FN explicit Mix(const Fusion& p) {
+    for (int s = 0; s < STREAMS; s++) weight[s] = STREAMS == kStreams ? float(p.mix_weight[s]) : 1.f;
+    if (STREAMS == kStreams) offset = float(p.mix_bias[0]);
+  }
+};
+
 GPU_FN float channel_factor(const Dropout& dropout, int j) {
   return dropout.threshold == 0 ? 1.f : dropout_factor(dropout, 0, uint32_t(j));
 }
 
-template <int TALL> GPU_FN void forward(const Fusion& p) {
+template <int TALL, int STREAMS> GPU_FN void forward(const Fusion& p) {
   using T = Tiling<TALL>;
   constexpr int kPieces = kChannels / kRealsPerPack;
   const int d = p.streams[0].cols, channel0 = int(blockIdx.y) * kChannels;
@@ -47,18 +56,16 @@ template <int TALL> GPU_FN void forward(const Fusion& p) {
   SharedMemory shared;
   float* window = shared.take<float>(T::kWindow * kChannels);
   float* merged = shared.take<float>(T::kTaps * kMergedStride);
-  float weight[kStreams];
-  for (int s = 0; s < kStreams; s++) weight[s] = float(p.mix_weight[s]);
-  const float offset = float(p.mix_bias[0]);
+  const Mix<STREAMS> mix(p);
   // outside the grid is zero and not w_0
   tile.template each<kPieces, 4>([&](int at, int piece, int token) {
     const int channel = channel0 + piece * kRealsPerPack;
     float mixed[kRealsPerPack] = {};
     if (token >= 0 && channel < d) {
-      for (int e = 0; e < kRealsPerPack; e++) mixed[e] = offset;
-      for (int s = 0; s < kStreams; s++) {
+      for (int e = 0; e < kRealsPerPack; e++) mixed[e] = mix.offset;
+      for (int s = 0; s < STREAMS; s++) {
         const auto x = load<kRealsPerPack>(p.streams[s].row(token) + channel);
-        for (int e = 0; e < kRealsPerPack; e++) mixed[e] += weight[s] * float(x.v[e]);
+        for (int e = 0; e < kRealsPerPack; e++) mixed[e] += mix.weight[s] * float(x.v[e]);
       }
     }
     for (int e = 0; e < kRealsPerPack; e += 4)
@@ -90,7 +97,7 @@ template <int TALL> GPU_FN void forward(const Fusion& p) {
   }
 }
 
-template <int TALL> GPU_FN void backward(const FusionGrad& grad) {
+template <int TALL, int STREAMS> GPU_FN void backward(const FusionGrad& grad) {
   using T = Tiling<TALL>;
   constexpr int kPieces = kOutputs / kRealsPerPack;
   const Fusion& p = grad.forward;
@@ -105,12 +112,10 @@ template <int TALL> GPU_FN void backward(const FusionGrad& grad) {
   if (int(threadIdx.x) < kOutputs) factors[threadIdx.x] = channel_factor(p.dropout, channel0 / 2 + int(threadIdx.x));
   merge<TALL, true>(merged, p.kernels, channel0, d);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, channel = channel0 + lane;
-  float weight[kStreams];
-  for (int s = 0; s < kStreams; s++) weight[s] = float(p.mix_weight[s]);
-  const float offset = float(p.mix_bias[0]);
+  const Mix<STREAMS> mix(p);
 
   Gradient<TALL> gradient;
-  float dmix[kStreams + 1] = {};
+  float dmix[STREAMS + 1] = {};
   for (int t = part; t < tiles; t += step) {
     const Tile<TALL> tile(p.height, p.width, t);
     __syncthreads();  // the factors are there, the window is free
@@ -138,10 +143,10 @@ template <int TALL> GPU_FN void backward(const FusionGrad& grad) {
         for (int c = 0; c < T::kPatchCols; c++) {
           mixed[r][c] = 0.f;
           if (!tile.has(row + r, col + c)) continue;
-          mixed[r][c] = offset;
+          mixed[r][c] = mix.offset;
 #pragma unroll
-          for (int s = 0; s < kStreams; s++)
-            mixed[r][c] += weight[s] * float(p.streams[s].row(tile.token(row + r, col + c))[channel]);
+          for (int s = 0; s < STREAMS; s++)
+            mixed[r][c] += mix.weight[s] * float(p.streams[s].row(tile.token(row + r, col + c))[channel]);
         }
       }
       convolve_back<TALL, kOutputs>(dmixed, gradient, mixed, window + tile.window(patch) * kOutputs + lane / 2, merged + lane);
@@ -152,22 +157,24 @@ template <int TALL> GPU_FN void backward(const FusionGrad& grad) {
           if (!tile.has(row + r, col + c)) continue;
           const int token = tile.token(row + r, col + c);
 #pragma unroll
-          for (int s = 0; s < kStreams; s++) {
+          for (int s = 0; s < STREAMS; s++) {
             dmix[s] += dmixed[r][c] * float(p.streams[s].row(token)[channel]);  // read again, from L1
-            grad.dstreams[s].row(token)[channel] = real(weight[s] * dmixed[r][c]);
+            grad.dstreams[s].row(token)[channel] = real(mix.weight[s] * dmixed[r][c]);
           }
-          dmix[kStreams] += dmixed[r][c];
+          dmix[STREAMS] += dmixed[r][c];
         }
       }
     }
   }
+  if constexpr (STREAMS == kStreams) {
 #pragma unroll
-  for (int s = 0; s <= kStreams; s++) {
-    const float sum = warp_sum(dmix[s]);
-    if (lane == 0) mix_sums[warp * (kStreams + 1) + s] = sum;
+    for (int s = 0; s <= kStreams; s++) {
+      const float sum = warp_sum(dmix[s]);
+      if (lane == 0) mix_sums[warp * (kStreams + 1) + s] = sum;
+    }
   }
   __syncthreads();  // also: the window is free for the sums
-  if (int(threadIdx.x) <= kStreams) {
+  if (STREAMS == kStreams && int(threadIdx.x) <= kStreams) {
     float total = 0.f;
     for (int w = 0; w < kWarps; w++) total += mix_sums[w * (kStreams + 1) + int(threadIdx.x)];
     grad.mix_partial[(int64_t(part) * gridDim.y + blockIdx.y) * (kStreams + 1) + threadIdx.x] = total;
@@ -175,14 +182,14 @@ template <int TALL> GPU_FN void backward(const FusionGrad& grad) {
   store_partial<TALL>(gradient, window, grad.partial, part, channel0, d);
 }
 
-// The last block sums the mix's gradients, a warp each: kWarps = kStreams + 1.
-template <int TALL> GPU_FN void reduce(const FusionGrad& grad) {
+// The last block sums the mix's gradients, where there is one, a warp each: kWarps = kStreams + 1.
+template <int TALL, int STREAMS> GPU_FN void reduce(const FusionGrad& grad) {
   static_assert(kWarps == kStreams + 1);
   using T = Tiling<TALL>;
   const Fusion& p = grad.forward;
   const int d = p.streams[0].cols, i = int(blockIdx.x) * kThreads + int(threadIdx.x);
   const int count = parts<TALL>(p.height, p.width);
-  if (blockIdx.x == gridDim.x - 1) {
+  if (STREAMS == kStreams && blockIdx.x == gridDim.x - 1) {
     const int lane = int(threadIdx.x) % 32, s = int(threadIdx.x) / 32, blocks = count * ((d + kChannels - 1) / kChannels);
     float sum = 0.f;
     for (int b = lane; b < blocks; b += 32) sum += grad.mix_partial[int64_t(b) * (kStreams + 1) + s];
@@ -201,9 +208,15 @@ template <int TALL> GPU_FN void reduce(const FusionGrad& grad) {
 }
 }  // namespace
 
-KERNEL(conv_fusion_forward, kThreads, const Fusion p) { forward<7>(p); }
-KERNEL(conv_fusion_forward_sequence, kThreads, const Fusion p) { forward<1>(p); }
-KERNEL(conv_fusion_backward, kThreads, const FusionGrad p) { backward<7>(p); }
-KERNEL(conv_fusion_backward_sequence, kThreads, const FusionGrad p) { backward<1>(p); }
-KERNEL(conv_fusion_reduce, kThreads, const FusionGrad p) { reduce<7>(p); }
-KERNEL(conv_fusion_reduce_sequence, kThreads, const FusionGrad p) { reduce<1>(p); }
+KERNEL(conv_fusion_forward, kThreads, const Fusion p) { forward<7, kStreams>(p); }
+KERNEL(conv_fusion_forward_sequence, kThreads, const Fusion p) { forward<1, kStreams>(p); }
+KERNEL(conv_fusion_forward_single, kThreads, const Fusion p) { forward<7, 1>(p); }
+KERNEL(conv_fusion_forward_single_sequence, kThreads, const Fusion p) { forward<1, 1>(p); }
+KERNEL(conv_fusion_backward, kThreads, const FusionGrad p) { backward<7, kStreams>(p); }
+KERNEL(conv_fusion_backward_sequence, kThreads, const FusionGrad p) { backward<1, kStreams>(p); }
+KERNEL(conv_fusion_backward_single, kThreads, const FusionGrad p) { backward<7, 1>(p); }
+KERNEL(conv_fusion_backward_single_sequence, kThreads, const FusionGrad p) { backward<1, 1>(p); }
+KERNEL(conv_fusion_reduce, kThreads, const FusionGrad p) { reduce<7, kStreams>(p); }
+KERNEL(conv_fusion_reduce_sequence, kThreads, const FusionGrad p) { reduce<1, kStreams>(p); }
+KERNEL(conv_fusion_reduce_single, kThreads, const FusionGrad p) { reduce<7, 1>(p); }
+KERNEL(conv_fusion_reduce_single_sequence, kThreads, const FusionGrad p) { reduce<1, 1>(p); }

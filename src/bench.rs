@@ -22,12 +22,12 @@ use tempfile::TempDir;
 
 use crate::{
     Error, Result,
-    data::dataset::Bag,
+    data::dataset::SlideFeatures,
     device::{Device, Element},
     loss::{Loss, Target},
-    model::{Bags, Config},
+    model::{BagSizes, Bags, Config, ModelName, Scale, Scales},
     ops::{Draw, adam::Adam, head::SlideLoss},
-    train::step::{BagSizes, Engine, Memory},
+    train::step::{Engine, Memory},
 };
 
 #[derive(Args)]
@@ -38,6 +38,9 @@ pub struct StepArguments {
     /// Threads; 0 is one for each core
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Which model
+    #[arg(long, value_enum, default_value_t = ModelName::CrossFusion)]
+    model: ModelName,
     /// Patches at 5x, 10x and 20x
     #[arg(long, default_value = "800,3000,12000", value_parser = parse_bags)]
     bags: BagSizes,
@@ -97,7 +100,7 @@ fn parse_bags(text: &str) -> Result<BagSizes, String> {
     let counts: Result<Vec<usize>, _> = text.split(',').map(|n| n.trim().parse()).collect();
     match counts.as_deref() {
         Ok(&[x5, x10, x20]) if [x5, x10, x20].iter().all(|n| (1..=MOST_PATCHES).contains(n)) => {
-            Ok(BagSizes { x5, x10, x20 })
+            Ok([x5, x10, x20].into())
         }
         _ => Err("expected three patch counts M5,N,M20 from 1 to 2^31".into()),
     }
@@ -120,7 +123,9 @@ impl Seconds {
 #[derive(Serialize)]
 struct StepReport {
     device: String,
-    bags: [usize; 3],
+    model: ModelName,
+    /// Patches at each scale that the model reads.
+    bags: Vec<usize>,
     features: usize,
     dropout: Switch,
     precision: Precision,
@@ -141,7 +146,7 @@ struct StepReport {
     fma_peak_gflops: Option<f64>,
     /// Kernels launched by forward and backward; 0 on a CPU.
     launches: usize,
-    /// Operations of the model as published, the convention of model FLOP utilisation.
+    /// Operations of the published model as it was published, the convention of model FLOP utilisation; of another those of its plan.
     step_gflop: f64,
     /// Operations that were done: the last layer computes the class token's row alone.
     executed_gflop: f64,
@@ -170,26 +175,25 @@ fn print_json(report: &impl Serialize) -> Result<()> {
 
 /// What a step is measured on: random numbers in memory, or under a budget files, as in training.
 enum Slide<T> {
-    Memory([Vec<T>; 3], usize),
-    Files(Bag<T>, TempDir),
+    Memory(Scales<Vec<T>>, usize),
+    Files(SlideFeatures<T>, TempDir),
 }
 
 impl<T: Element<Sum = f32>> Slide<T> {
-    fn new(arguments: &StepArguments, streamed: bool) -> Result<Self> {
-        let BagSizes { x5, x10, x20 } = arguments.bags;
+    fn new(arguments: &StepArguments, sizes: BagSizes, streamed: &[Scale]) -> Result<Self> {
         if arguments.memory_budget.is_none() {
-            let bag = |patches: usize| random(patches * arguments.features).into_iter().map(T::from_sum).collect();
-            return Ok(Self::Memory([x5, x10, x20].map(bag), arguments.features));
+            let bag = |_, patches: usize| random(patches * arguments.features).into_iter().map(T::from_sum).collect();
+            return Ok(Self::Memory(sizes.map(bag), arguments.features));
         }
         let folder = tempfile::tempdir().map_err(|e| Error::Device(format!("no folder for temporary files: {e}")))?;
-        let files = slide::write(folder.path(), arguments.bags, arguments.features, slide::Format::Safetensors)?;
-        Ok(Self::Files(Bag::read(&files, streamed)?, folder))
+        let files = slide::write(folder.path(), sizes, arguments.features, slide::Format::Safetensors)?;
+        Ok(Self::Files(SlideFeatures::read(&files, streamed)?, folder))
     }
 
     fn bags(&self) -> Result<Bags<'_, T>> {
         match self {
-            Self::Memory(bags, features) => Bags::new(bags.each_ref().map(Vec::as_slice), *features),
-            Self::Files(bag, _folder) => bag.views(),
+            Self::Memory(bags, features) => Bags::new(bags.as_ref().map(|_, bag| &bag[..]), *features),
+            Self::Files(features, _folder) => features.bags(),
         }
     }
 }
@@ -198,12 +202,14 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
     arguments.precision.check(&device)?;
     let name = device.description();
     let peak_before = ceilings::peak::<T>(&device)?;
-    let mut engine = Engine::<T>::new(device, &Config::new(arguments.features), 1)?;
+    let config = Config { model: arguments.model, ..Config::new(arguments.features) };
+    let mut engine = Engine::<T>::new(device, &config, 1)?;
     engine.set_memory(Memory::new(arguments.memory_budget));
-    engine.reserve([arguments.bags], true)?;
-    let BagSizes { x5, x10, x20 } = arguments.bags;
-    let plan = engine.plan(arguments.bags, true)?;
-    let slide = Slide::new(arguments, plan.policy.stream.is_some())?;
+    let sizes = arguments.bags.only(arguments.model.scales());
+    engine.reserve([sizes], true)?;
+    let plan = engine.plan(sizes, true)?;
+    let streamed = if plan.policy.stream.is_some() { arguments.model.streamed() } else { &[] };
+    let slide = Slide::new(arguments, sizes, streamed)?;
     let bags = slide.bags()?;
     // the published optimizer
     let adam = Adam { learning_rate: 1e-4, weight_decay: 4e-6, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
@@ -234,10 +240,14 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
     }
     let peak = peak_before.zip(ceilings::peak::<T>(&engine.device)?).map(|(before, after)| before.max(after) / 1e9);
     let [forward_s, backward_s, optimizer_s, step_s] = times.map(Seconds::of);
-    let step_gflop = published_step_flop(arguments.bags, arguments.features) / 1e9;
+    let step_gflop = match arguments.model {
+        ModelName::CrossFusion => published_step_flop(sizes, arguments.features) / 1e9,
+        _ => plan.step_flop / 1e9,
+    };
     Ok(StepReport {
         device: name,
-        bags: [x5, x10, x20],
+        model: arguments.model,
+        bags: sizes.values().copied().collect(),
         features: arguments.features,
         dropout: arguments.dropout,
         precision: arguments.precision,
@@ -288,8 +298,7 @@ fn in_flight<T: Element<Sum = f32>>(
 }
 
 fn print(report: &StepReport) {
-    let [x5, x10, x20] = report.bags;
-    crate::say(format!("{}; bags {x5}, {x10}, {x20} of {} features", report.device, report.features));
+    crate::say(headline(&report.device, report.model, &report.bags, report.features));
     crate::say(format!("{:<12}{:>10}{:>10}", "", "min", "median"));
     let rows = [
         ("forward", &report.forward_s),
@@ -316,6 +325,13 @@ fn print(report: &StepReport) {
     ));
 }
 
+/// "cpu, AVX-512, 2 threads; bags 800, 3000, 12000 of 2048 features"
+fn headline(device: &str, model: ModelName, bags: &[usize], features: usize) -> String {
+    let model = if model == ModelName::CrossFusion { String::new() } else { format!("; {model}") };
+    let bags: Vec<String> = bags.iter().map(usize::to_string).collect();
+    format!("{device}{model}; bags {} of {features} features", bags.join(", "))
+}
+
 fn mib(bytes: f64) -> f64 {
     bytes / 1048576.0
 }
@@ -323,7 +339,8 @@ fn mib(bytes: f64) -> f64 {
 /// Operations of one step of the published model (d = 512, one layer), products and convolutions only: twice the forward for the input
 /// projection (its input needs no gradient), three times for the rest, 3.5 times for attention, which recomputes its scores.
 fn published_step_flop(bags: BagSizes, features: usize) -> f64 {
-    let (x5, x10, x20, f, d) = (bags.x5 as f64, bags.x10 as f64, bags.x20 as f64, features as f64, 512.0);
+    let [x5, x10, x20] = Scale::ALL.map(|scale| bags.get(scale).copied().unwrap_or(0) as f64);
+    let (f, d) = (features as f64, 512.0);
     let side = x10.sqrt().ceil();
     let n = side * side;
     let input = if features == 512 { 0.0 } else { 2.0 * f * d * (x5 + x10 + x20) };

@@ -17,6 +17,7 @@ use crossfusion::{
     },
     device::Device,
     eval::{self, Checkpoint, Moved},
+    model::Scale,
     report::{self, SlideResult, Summary},
     survival::Bootstrap,
     train::{
@@ -42,9 +43,9 @@ fn files(folder: &Path, backbone: &str, ids: &[&str]) -> Result<Vec<[String; 3]>
     let slides = ids.iter().map(|id| slide(id)).collect();
     let rows: HashMap<String, usize> = ids.iter().enumerate().map(|(i, id)| (id.to_string(), i + 2)).collect();
     let relative = |path: &PathBuf| path.strip_prefix(folder).unwrap().display().to_string();
-    match find_features(slides, &rows, folder, backbone) {
+    match find_features(slides, &rows, folder, backbone, &Scale::ALL) {
         Ok((found, missing)) if missing.slides.is_empty() => {
-            Ok(found.iter().map(|(_, files)| files.each_ref().map(relative)).collect())
+            Ok(found.iter().map(|(_, files)| Scale::ALL.map(|scale| relative(files.get(scale).unwrap()))).collect())
         }
         Ok((_, missing)) => Err(missing.slides[0].reason.clone()),
         Err(e) => Err(e.to_string()),
@@ -70,7 +71,11 @@ fn slide_files_extensions_are_left_out_of_names() {
     let expected = x("x5", "pt_files/z.pt");
     assert_eq!(error, format!("no features at x5, x10, x20, looked for the likes of {}", expected.display()));
     let error = files(folder.path(), "enc", &["z.ndpi"]).unwrap_err();
-    assert!(error.contains("of none of the 1 slides (1 lack x5, 1 x10, 1 x20)") && error.contains("z.pt"), "{error}");
+    assert!(
+        error.contains("at x5, x10 and x20 of none of the 1 slides (1 lack x5, 1 lack x10, 1 lack x20)")
+            && error.contains("z.pt"),
+        "{error}"
+    );
     assert!(
         files(folder.path(), "other", &["a"])
             .unwrap_err()
@@ -138,7 +143,7 @@ fn slides_that_share_a_file_are_refused() {
             ["a", "b", "a.svs"],
             "x5/pt_files/a.pt: is the feature file of two slides, `a` (row 2 of the clinical table) and `a.svs` (row 4 of the clinical table)",
         ),
-        (["b", "a.svs", "a.SVS"], "two slides of the clinical table, `a.svs` (row 3) and `a.SVS` (row 4)"),
+        (["b", "a.svs", "a.SVS"], "two slides, `a.svs` (row 3 of the clinical table) and `a.SVS` (row 4 of the clinical table)"),
         (["b", "a.svs", "a.tif"], "two slides of the clinical table, `a.svs` (row 3) and `a.tif` (row 4)"),
     ] {
         let error = files(folder.path(), "enc", &ids).unwrap_err();

@@ -259,6 +259,7 @@ fn published_checkpoints_predict() {
         manifest: None,
         pt_dir: &folder,
         backbone: "backbone",
+        scales: &[],
         skip: &[],
     };
     let [plain, parallel] = files.map(|path| {

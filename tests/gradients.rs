@@ -7,7 +7,7 @@ use common::{Law, fill};
 use crossfusion::{
     device::{Cpu, Device, Real},
     loss::{Loss, Target},
-    model::{Bags, Config, Fusion},
+    model::{BagGrads, Bags, Config, Fusion, ModelName},
     ops::Draw,
     train::step::{Engine, State},
 };
@@ -37,8 +37,8 @@ impl<T: Real> Slide<T> {
         Bags::new(self.data.each_ref().map(Vec::as_slice), self.features).unwrap()
     }
 
-    fn bags_mut(&mut self) -> Bags<'_, T> {
-        Bags::new_mut(self.data.each_mut().map(Vec::as_mut_slice), self.features).unwrap()
+    fn grads(&mut self) -> BagGrads<'_, T> {
+        BagGrads::new(self.data.each_mut().map(Vec::as_mut_slice), self.features).unwrap()
     }
 }
 
@@ -46,7 +46,7 @@ impl<T: Real> Slide<T> {
 fn engine<T: Real>(device: Device, config: &Config) -> Engine<T> {
     let mut engine = Engine::new(device, config, 3).unwrap();
     let mut params: Vec<T> = engine.read_state(State::Params).unwrap();
-    for entry in engine.model.layout.entries() {
+    for entry in engine.model.layout().entries() {
         let law =
             if entry.shape.len() == 1 { Law { offset: 0.5, scale: 0.4 } } else { Law { offset: 0.0, scale: 1.0 } };
         for (p, x) in params[entry.offset..].iter_mut().zip(fill(&entry.name, entry.len(), law)) {
@@ -73,7 +73,7 @@ fn check_finite_differences(config: &Config, patches: [usize; 3], draw: Option<D
     let mut slide = Slide::new(patches, config.features);
     let mut dslide = slide.zeros_like();
     engine
-        .accumulate(slide.bags(), draw, Some(dslide.bags_mut()), |logits| Loss::NllSurv.evaluate(logits, TARGET, 0.2).1)
+        .accumulate(slide.bags(), draw, Some(dslide.grads()), |logits| Loss::NllSurv.evaluate(logits, TARGET, 0.2).1)
         .unwrap();
     let params = engine.read_state(State::Params).unwrap();
     let grads = engine.read_state(State::Grads).unwrap();
@@ -86,7 +86,7 @@ fn check_finite_differences(config: &Config, patches: [usize; 3], draw: Option<D
             "{patches:?} {name}: backward {analytic:e}, differences {numeric:e}"
         );
     };
-    for entry in engine.model.layout.entries().to_vec() {
+    for entry in engine.model.layout().entries().to_vec() {
         let direction = fill(&format!("direction {}", entry.name), entry.len(), Law { offset: 0.0, scale: 1.0 });
         let range = entry.offset..entry.offset + entry.len();
         let analytic: f64 = grads[range.clone()].iter().zip(&direction).map(|(g, d)| g * f64::from(*d)).sum();
@@ -131,6 +131,18 @@ fn conv1d_with_dropout() {
 #[test]
 fn two_layers_and_no_projection() {
     check_finite_differences(&config(12, 12, 3, 2, Fusion::Conv2d), [2, 9, 17], Some(DRAW));
+}
+
+/// The ablations; the one that reads x20 alone has no gradient of the other bags.
+#[test]
+fn other_models() {
+    for model in [ModelName::CrossFusionConcat, ModelName::CrossFusionSingle] {
+        let small = Config { model, ..config(6, 8, 2, 1, Fusion::Conv2d) };
+        check_finite_differences(&small, [3, 7, 11], Some(DRAW));
+        check_finite_differences(&Config { model, ..config(12, 12, 3, 2, Fusion::Conv2d) }, [2, 9, 17], None);
+    }
+    let sequence = Config { model: ModelName::CrossFusionSingle, ..config(6, 8, 2, 1, Fusion::Conv1d) };
+    check_finite_differences(&sequence, [3, 7, 11], Some(DRAW));
 }
 
 #[test]
@@ -195,7 +207,8 @@ fn nan_reaches_the_logits() {
     let mut engine = engine::<f32>(Device::from_name("cpu", 1).unwrap(), &config);
     let slide = Slide::new([3, 7, 11], 6);
     assert!(engine.evaluate(slide.bags()).unwrap().iter().all(|x| x.is_finite()));
-    let entry = engine.model.layout.entries().iter().find(|entry| entry.name == "s_lin_proj.0.weight").unwrap().offset;
+    let entry =
+        engine.model.layout().entries().iter().find(|entry| entry.name == "s_lin_proj.0.weight").unwrap().offset;
     let mut params = engine.read_state(State::Params).unwrap();
     params[entry] = f32::NAN;
     engine.write_state(State::Params, &params).unwrap();
@@ -211,7 +224,7 @@ fn a_refused_checkpoint_changes_nothing() {
     let before = engine.read_state(State::Params).unwrap();
     let mut tensors: crossfusion::data::torch::StateDict = engine
         .model
-        .layout
+        .layout()
         .entries()
         .iter()
         .map(|entry| {

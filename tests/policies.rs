@@ -10,9 +10,9 @@ use crossfusion::{
     Error, Result,
     device::{Device, Element, Real},
     loss::{Loss, Target},
-    model::{Bags, Config, Policy, ReadPatches},
+    model::{BagGrads, BagSizes, Bags, Config, Features, ModelName, Policy, ReadPatches, Scale},
     ops::{Draw, adam::Adam, head::SlideLoss},
-    train::step::{BagSizes, Engine, Memory, State},
+    train::step::{Engine, Memory, State},
 };
 
 const FEATURES: usize = 48;
@@ -44,10 +44,15 @@ fn config(projected: bool) -> Config {
     Config { dim, heads, layers, ..Config::new(FEATURES) }
 }
 
+/// The same of every model.
+fn configs(projected: bool) -> [Config; 3] {
+    ModelName::ALL.map(|model| Config { model, ..config(projected) })
+}
+
 fn engine<T: Element<Sum: Real>>(device: Device, config: &Config) -> Engine<T> {
     let mut engine = Engine::new(device, config, 3).unwrap();
     let mut params = engine.read_state(State::Params).unwrap();
-    for entry in engine.model.layout.entries() {
+    for entry in engine.model.layout().entries() {
         // small weights would keep the bags' influence on the logits below rounding
         let law =
             if entry.shape.len() == 1 { Law { offset: 0.5, scale: 0.4 } } else { Law { offset: 0.0, scale: 0.5 } };
@@ -77,14 +82,14 @@ struct Step<T> {
 fn step<T: Element<Sum: Real>>(engine: &mut Engine<T>, slide: &[Rows<T>; 3], streamed: bool) -> Result<Step<T::Sum>> {
     let zeros = vec![T::Sum::ZERO; engine.read_state(State::Grads)?.len()];
     engine.write_state(State::Grads, &zeros)?;
-    let [x5, x10, x20] = slide;
-    let bags = if streamed {
-        Bags::streamed(x5, &x10.values, x20, FEATURES)?
-    } else {
-        Bags::new([&x5.values, &x10.values, &x20.values], FEATURES)?
+    let files = if streamed { engine.model.streamed() } else { &[] };
+    let features = |i: usize| match Scale::ALL[i] {
+        scale if files.contains(&scale) => Features::Reader(&slide[i]),
+        _ => Features::Memory(&slide[i].values),
     };
+    let bags = Bags::of([0, 1, 2].map(features), FEATURES)?;
     let mut dbags = slide.each_ref().map(|rows| vec![T::default(); rows.values.len()]);
-    let inputs = Bags::new_mut(dbags.each_mut().map(Vec::as_mut_slice), FEATURES)?;
+    let inputs = BagGrads::new(dbags.each_mut().map(Vec::as_mut_slice), FEATURES)?;
     let target = Target { label: 1, censored: false };
     let draw = Some(Draw { seed: 7, step: 3 });
     let logits = engine.accumulate(bags, draw, Some(inputs), |logits| Loss::NllSurv.evaluate(logits, target, 0.2).1)?;
@@ -102,7 +107,7 @@ fn relative<T: Real>(a: &[T], b: &[T]) -> f64 {
 /// whole.
 fn check_tensors<T: Element>(engine: &Engine<T>, got: &[T::Sum], expected: &[T::Sum], tolerance: f64, what: &str) {
     let mut checked = Vec::new();
-    for entry in engine.model.layout.entries() {
+    for entry in engine.model.layout().entries() {
         let range = entry.offset..entry.offset + entry.len();
         let (got, expected) = (&got[range.clone()], &expected[range]);
         if expected.iter().map(|g| g.f64().powi(2)).sum::<f64>() > 1e-12 {
@@ -111,7 +116,20 @@ fn check_tensors<T: Element>(engine: &Engine<T>, got: &[T::Sum], expected: &[T::
             checked.push(entry.name.as_str());
         }
     }
-    for name in ["c_cross_attn.v_proj.weight", "f_cross_attn.v_proj.weight", "s_transformer.ppeg.proj.weight"] {
+    let names = match engine.model.config().model {
+        ModelName::CrossFusion => {
+            ["c_cross_attn.v_proj.weight", "f_cross_attn.v_proj.weight", "s_transformer.ppeg.proj.weight"]
+        }
+        ModelName::CrossFusionConcat => {
+            ["coarse_cross_attn.v_proj.weight", "fine_cross_attn.v_proj.weight", "source_transformer.ppeg.proj.weight"]
+        }
+        ModelName::CrossFusionSingle => [
+            "source_transformer.pre_layers.layers.0.1.v_proj.weight",
+            "source_transformer.ppeg.proj.weight",
+            "conv_processor.linear.0.weight",
+        ],
+    };
+    for name in names {
         assert!(checked.contains(&name), "{name} hardly has a gradient: this test shows nothing");
     }
 }
@@ -161,7 +179,7 @@ fn check_all<T: Element<Sum: Real>>(device: impl Fn() -> Device, config: &Config
             check_tensors(&engine, &got.grads, &expected.grads, if size_of::<T>() == 8 { 1e-11 } else { 2e-4 }, &what);
             // a bag in the CPU's memory needs no buffer; kernels write the bags' gradients into memory on top of the plan
             if !engine.device.runs_kernels() && (streamed || policy.stream.is_none()) {
-                let plan = engine.plan(BagSizes { x5, x10, x20 }, true).unwrap();
+                let plan = engine.plan(BagSizes::from([x5, x10, x20]), true).unwrap();
                 assert_eq!(engine.arena_peak(), plan.arena_bytes, "{policy}, streamed {streamed}");
             }
         }
@@ -171,7 +189,7 @@ fn check_all<T: Element<Sum: Real>>(device: impl Fn() -> Device, config: &Config
 #[test]
 fn all_policies_agree_in_f32() {
     for (projected, sizes) in [(true, [9, 21, 130]), (false, [64, 16, 1]), (true, [1, 1, 300])] {
-        check_all::<f32>(device, &config(projected), sizes, 1e-6);
+        configs(projected).iter().for_each(|config| check_all::<f32>(device, config, sizes, 1e-6));
     }
 }
 
@@ -179,7 +197,9 @@ fn all_policies_agree_in_f32() {
 #[test]
 fn all_policies_agree_in_f64() {
     for (projected, sizes) in [(true, [70, 33, 257]), (false, [5, 10, 65])] {
-        check_all::<f64>(|| Device::from_name("cpu", 2).unwrap(), &config(projected), sizes, 1e-13);
+        for config in configs(projected) {
+            check_all::<f64>(|| Device::from_name("cpu", 2).unwrap(), &config, sizes, 1e-13);
+        }
     }
 }
 
@@ -194,12 +214,12 @@ fn slides_in_flight_do_not_meet() {
             engine.set_memory(Memory::Policy(policy));
             // growing memory waits for everything
             let sizes = slides.each_ref().map(|slide| slide.each_ref().map(|rows| rows.values.len() / FEATURES));
-            engine.reserve(sizes.map(|[x5, x10, x20]| BagSizes { x5, x10, x20 }), true).unwrap();
+            engine.reserve(sizes.map(|[x5, x10, x20]| BagSizes::from([x5, x10, x20])), true).unwrap();
             let (mut pending, mut losses) = (VecDeque::new(), Vec::new());
             for (i, slide) in slides.iter().enumerate() {
                 // what was read is gone when the slide has been started
                 let [x5, x10, x20] = slide.each_ref().map(|rows| rows.values.clone());
-                let bags = Bags::new([&x5, &x10, &x20], FEATURES).unwrap();
+                let bags = Bags::new([&x5[..], &x10, &x20], FEATURES).unwrap();
                 let target = Target { label: i, censored: i == 2 };
                 let loss = SlideLoss { loss: Loss::NllSurv, target, alpha: 0.2, share: 0.5 };
                 let draw = Some(Draw { seed: 7, step: i as u32 });
@@ -229,7 +249,7 @@ fn slides_that_fit_one_by_one_are_held_one_by_one() {
     let slides = [[300, 40, 2], [5, 150, 5]].map(slide::<f32>);
     let sizes = slides.each_ref().map(|slide| {
         let [x5, x10, x20] = slide.each_ref().map(|rows| rows.values.len() / FEATURES);
-        BagSizes { x5, x10, x20 }
+        BagSizes::from([x5, x10, x20])
     });
     let mut free = engine::<f32>(device(), &config);
     let plans = sizes.map(|sizes| free.plan(sizes, true).unwrap());
@@ -266,7 +286,7 @@ fn evaluation_holds_less_and_finds_the_same() {
     let bags = Bags::new(slide.each_ref().map(|rows| rows.values.as_slice()), FEATURES).unwrap();
     let mut engine = engine::<f32>(device(), &config);
     let expected = engine.accumulate(bags, None, None, |logits| vec![0.0; logits.len()]).unwrap();
-    let sizes = BagSizes { x5: 9, x10: 21, x20: 130 };
+    let sizes = BagSizes::from([9, 21, 130]);
     let (training, evaluation) = (engine.plan(sizes, true).unwrap(), engine.plan(sizes, false).unwrap());
     assert!(2 * evaluation.arena_bytes < training.arena_bytes, "{evaluation:?}");
     for (policy, _) in policies() {
@@ -289,7 +309,7 @@ fn a_read_error_in_mid_slide_ends_the_step() {
 
 #[test]
 fn a_budget_takes_the_policy_of_the_fewest_operations_that_fits() {
-    let sizes = BagSizes { x5: 2000, x10: 400, x20: 60_000 };
+    let sizes = BagSizes::from([2000, 400, 60_000]);
     let mut engine = Engine::<f32>::new(Device::from_name("cpu", 1).unwrap(), &Config::new(64), 1).unwrap();
     let keep = engine.plan(sizes, true).unwrap();
     assert_eq!(keep.policy, Policy::KEEP);

@@ -17,6 +17,7 @@ use crossfusion::{
         labels::Bins,
         torch::{StateDict, read_state_dict, write_pt},
     },
+    model::Scale,
     train::{
         checkpoint::read_card,
         config::RunConfig,
@@ -300,7 +301,7 @@ fn a_damaged_run_says_so_and_goes_on_when_mended() {
         assert_eq!(out.status.code(), Some(1), "{arguments:?}: {stderr}");
         assert!(expected.iter().all(|part| stderr.contains(part)), "{stderr}\nexpected: {expected:?}");
     };
-    let patches = dataset.sizes[slide].x20;
+    let patches = *dataset.sizes[slide].get(Scale::X20).unwrap();
     write_pt(&bag, ndarray::Array2::from_elem((patches, 64), f32::NAN).view()).unwrap();
     refused(&["--config", settings, "--out", "run"], &[bag.to_str().unwrap(), "NaN"]);
     std::fs::write(&bag, &good).unwrap();

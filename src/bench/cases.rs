@@ -3,6 +3,7 @@
 use crate::{
     Result,
     device::{Arena, Buffer, Device, Element, Matrix, Real, Storage, View, on_cpu},
+    model::{BagSizes, Scale},
     ops::{
         Draw, Dropout,
         adam::{self, Adam, Arenas},
@@ -13,7 +14,6 @@ use crate::{
         matmul::{self, Epilogue, Matmul, WeightGrad},
         ppeg::{self, Ppeg, PpegGrad},
     },
-    train::step::BagSizes,
 };
 
 type Run = dyn Fn(&Device, &mut Arena) -> Result<()> + Send + Sync;
@@ -119,16 +119,16 @@ pub fn cases<T: Element>(
     keep: &mut Vec<Buffer>,
 ) -> Result<Vec<Case>> {
     let make = &mut Maker { device, keep };
-    let side = (1..).find(|side| side * side >= bags.x10).unwrap_or(1);
+    let [m5, m10, m20] = Scale::ALL.map(|scale| bags.get(scale).copied().unwrap_or(0));
+    let side = (1..).find(|side| side * side >= m10).unwrap_or(1);
     let n = side * side;
     let mut cases = Vec::new();
-    products::<T>(make, bags, features, n, &mut cases)?;
+    products::<T>(make, [m5, m20, m10], features, n, &mut cases)?;
     for (name, rate) in [("", 0.0), (", dropout 0.2", 0.2)] {
         attentions::<T>(make, &format!("3 x {n} x {n}{name}"), &[(n, n); 3], rate, &mut cases)?;
     }
-    let (m5, m20) = (bags.x5, bags.x20);
-    let cross = format!("{} x {m5} and {m20}", bags.x10);
-    attentions::<T>(make, &cross, &[(bags.x10, m5), (bags.x10, m20)], 0.0, &mut cases)?;
+    let cross = format!("{m10} x {m5} and {m20}");
+    attentions::<T>(make, &cross, &[(m10, m5), (m10, m20)], 0.0, &mut cases)?;
     convolutions::<T>(make, side, &mut cases)?;
     rowwise::<T>(make, n, parameters, &mut cases)?;
     Ok(cases)
@@ -136,12 +136,11 @@ pub fn cases<T: Element>(
 
 fn products<T: Element>(
     make: &mut Maker,
-    bags: BagSizes,
+    input: [usize; 3],
     features: usize,
     n: usize,
     cases: &mut Vec<Case>,
 ) -> Result<()> {
-    let input = [bags.x5, bags.x20, bags.x10];
     let groups = [
         ("input", input.to_vec(), D, features),
         ("3 branches, kv", vec![n; 3], 2 * D, D),
@@ -352,7 +351,7 @@ fn fusion_weights<T: Element>(make: &mut Maker) -> Result<Weights<T>> {
         kernels.push(make.matrix(D / 2, 2 * side * side)?);
     }
     Ok(Weights {
-        mix: (make.matrix(1, 3)?, make.matrix(1, 1)?),
+        mix: Some((make.matrix(1, 3)?, make.matrix(1, 1)?)),
         kernels: [kernels[0], kernels[1], kernels[2], kernels[3]],
         biases: make.rows(D / 2)?,
     })

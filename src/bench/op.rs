@@ -10,9 +10,8 @@ use super::{Precision, cases, cases::Case, ceilings, cox, parse_bags, peer};
 use crate::{
     Error, Result,
     device::{Arena, Device, Element},
-    model::{Config, CrossFusion},
+    model::{BagSizes, Config, Model, Scale},
     survival::Ties,
-    train::step::BagSizes,
 };
 
 #[derive(Args)]
@@ -156,7 +155,7 @@ fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Repor
     arguments.precision.check(device)?;
     let mut arena = Arena::new(device, cases::ARENA)?;
     let (peak, copy) = (ceilings::peak::<T>(device)?, ceilings::copy_rate(device)?);
-    let parameters = CrossFusion::new(&Config::new(arguments.features))?.layout.len();
+    let parameters = Model::new(&Config::new(arguments.features))?.layout().len();
     let mut keep = Vec::new();
     let mut cases = cases::cases::<T>(device, arguments.bags, arguments.features, parameters, &mut keep)?;
     let wanted = |case: &Case| arguments.all || arguments.ops.iter().any(|op| case.op.starts_with(op.as_str()));
@@ -210,7 +209,7 @@ fn peer_rows(python: &str, arguments: &OpArguments) -> Result<Vec<PeerRow>> {
     struct Peer {
         ops: Vec<PeerRow>,
     }
-    let BagSizes { x5, x10, x20 } = arguments.bags;
+    let [x5, x10, x20] = Scale::ALL.map(|scale| arguments.bags.get(scale).copied().unwrap_or(0));
     let precision = arguments.precision.to_possible_value().map_or(String::new(), |value| value.get_name().into());
     let (features, repeat) = (arguments.features.to_string(), arguments.repeat.to_string());
     let bags = format!("{x5},{x10},{x20}");

@@ -9,8 +9,8 @@ use super::{Precision, ceilings, mib, parse_bags};
 use crate::{
     Result,
     device::{Device, Dry, Element},
-    model::{Config, CrossFusion, Policy},
-    train::step::{self, BagSizes, Parts},
+    model::{BagSizes, Config, Model, ModelName, Policy},
+    train::plan::{self, Parts},
 };
 
 #[derive(Args)]
@@ -21,6 +21,9 @@ pub struct PlanArguments {
     /// Threads; 0 is one for each core
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Which model
+    #[arg(long, value_enum, default_value_t = ModelName::CrossFusion)]
+    model: ModelName,
     /// Patches at 5x, 10x and 20x
     #[arg(long, default_value = "800,3000,12000", value_parser = parse_bags)]
     bags: BagSizes,
@@ -44,7 +47,9 @@ const FRACTION_OF_PEAK: f64 = 0.7;
 #[derive(Serialize)]
 struct PlanReport {
     device: String,
-    bags: [usize; 3],
+    model: ModelName,
+    /// Patches at each scale that the model reads.
+    bags: Vec<usize>,
     features: usize,
     precision: Precision,
     budget_bytes: Option<u64>,
@@ -74,8 +79,7 @@ pub fn plan(arguments: &PlanArguments) -> Result<()> {
     if arguments.json {
         return super::print_json(&report);
     }
-    let [x5, x10, x20] = report.bags;
-    crate::say(format!("{}; bags {x5}, {x10}, {x20} of {} features", report.device, report.features));
+    crate::say(super::headline(&report.device, report.model, &report.bags, report.features));
     crate::say(format!("policy: {}", report.policy));
     let Parts { parameters, gradients, moments, bags, stream, saved, scratch } = report.parts;
     for (name, bytes) in [
@@ -102,11 +106,11 @@ pub fn plan(arguments: &PlanArguments) -> Result<()> {
 }
 
 fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Result<PlanReport> {
-    let (sizes, features) = (arguments.bags, arguments.features);
-    let model = CrossFusion::new(&Config::new(features))?;
-    let keep = step::plan::<T>(device, &model, sizes, true, Policy::KEEP)?;
+    let (sizes, features) = (arguments.bags.only(arguments.model.scales()), arguments.features);
+    let model = Model::new(&Config { model: arguments.model, ..Config::new(features) })?;
+    let keep = plan::plan::<T>(device, &model, sizes, true, Policy::KEEP)?;
     let plan = match arguments.budget {
-        Some(budget) => step::fit::<T>(device, &model, sizes, true, budget.as_u64() as usize)?,
+        Some(budget) => plan::fit::<T>(device, &model, sizes, true, budget.as_u64() as usize)?,
         None => keep,
     };
     let predicted_s = match device {
@@ -115,7 +119,8 @@ fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Re
     };
     Ok(PlanReport {
         device: if let Device::Dry(_) = device { "cuda, not opened".into() } else { device.description() },
-        bags: [sizes.x5, sizes.x10, sizes.x20],
+        model: arguments.model,
+        bags: sizes.values().copied().collect(),
         features,
         precision: arguments.precision,
         budget_bytes: arguments.budget.map(|budget| budget.as_u64()),

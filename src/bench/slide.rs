@@ -12,7 +12,7 @@ use super::parse_bags;
 use crate::{
     Error, Result,
     data::{atomic::write_atomically, features::DType, patches::PatchReader, torch::write_pt_numbers},
-    train::step::BagSizes,
+    model::{BagSizes, Scales},
 };
 
 #[derive(Args)]
@@ -40,15 +40,15 @@ pub enum Format {
 pub fn slide(arguments: &SlideArguments) -> Result<()> {
     let out = &arguments.out;
     std::fs::create_dir_all(out).map_err(|e| Error::file(out, format!("cannot be made: {e}")))?;
-    for reader in write(out, arguments.bags, arguments.features, arguments.format)? {
+    for reader in write(out, arguments.bags, arguments.features, arguments.format)?.values() {
         crate::say(format!("{}: {} patches of {} features", reader.path.display(), reader.patches, reader.features));
     }
     Ok(())
 }
 
-/// Writes x5, x10 and x20 into a folder.
-pub fn write(folder: &Path, sizes: BagSizes, features: usize, format: Format) -> Result<[PatchReader; 3]> {
-    let bag = |name: &str, patches: usize| {
+/// Writes a file a scale into a folder.
+pub fn write(folder: &Path, sizes: BagSizes, features: usize, format: Format) -> Result<Scales<PatchReader>> {
+    sizes.try_map(|name, patches| {
         let shape = [patches, features];
         let extension = if matches!(format, Format::Pt) { "pt" } else { "safetensors" };
         let path = folder.join(format!("{name}.{extension}"));
@@ -56,9 +56,8 @@ pub fn write(folder: &Path, sizes: BagSizes, features: usize, format: Format) ->
             Format::Pt => write_pt_numbers(&path, DType::BF16, shape, |file| numbers(patches * features, file))?,
             Format::Safetensors => write_safetensors(&path, shape)?,
         }
-        Ok::<_, Error>(PatchReader { path, patches, features })
-    };
-    Ok([bag("x5", sizes.x5)?, bag("x10", sizes.x10)?, bag("x20", sizes.x20)?])
+        Ok(PatchReader { path, patches, features })
+    })
 }
 
 /// One tensor `features`; the crate's own writer would take it whole.

@@ -240,7 +240,8 @@ fn evaluate_models(arguments: &Arguments) -> Result<()> {
                 }
                 (None, _) => None,
             };
-            let source = Source { clinical, columns, manifest: manifest.as_deref(), pt_dir, backbone, skip: &[] };
+            let source =
+                Source { clinical, columns, manifest: manifest.as_deref(), pt_dir, backbone, scales: &[], skip: &[] };
             let out = out.clone().unwrap_or_else(|| run::fresh_folder(&format!("eval-{backbone}")));
             let checkpoint = Checkpoint { path, source, split, heads: *num_heads };
             (eval::evaluate_checkpoint(&checkpoint, &out, device, budget, plan)?, out)

@@ -35,10 +35,10 @@ pub struct Problem {
 pub fn check(source: &Source, each: impl Fn(u64) + Sync) -> Result<Checked> {
     let mut cohort = Cohort::read(source.clinical, source.columns, source.manifest)?;
     cohort.leave_out(source.skip)?;
-    let (found, _) = find_features(cohort.slides.clone(), &cohort.rows, source.pt_dir, source.backbone)?;
+    let (found, _) = find_features(cohort.slides.clone(), &cohort.rows, source.pt_dir, source.backbone, source.scales)?;
     let files: Vec<(&str, &Path)> = found
         .iter()
-        .flat_map(|(slide, files)| files.iter().map(|file| (slide.slide_id.as_str(), file.as_path())))
+        .flat_map(|(slide, files)| files.values().map(|file| (slide.slide_id.as_str(), file.as_path())))
         .collect();
     let read: Vec<(u64, Result<usize>)> = files
         .par_iter()

@@ -12,7 +12,7 @@ use super::{
     features::FeatureFile,
     folds,
     labels::Bins,
-    layout::{MAGNIFICATIONS, Missing, find_features, slides_with_features},
+    layout::{Missing, find_features, slides_with_features},
     patches::PatchReader,
     table::Sheet,
 };
@@ -20,8 +20,8 @@ use crate::{
     Error, Result,
     device::Element,
     loss::Target,
-    model::{Bags, ReadPatches},
-    train::step::{BagSizes, Engine},
+    model::{BagSizes, Bags, Features, ReadPatches, Scale, Scales},
+    train::step::Engine,
 };
 
 /// Where a cohort lies on disk.
@@ -32,12 +32,14 @@ pub struct Source<'a> {
     pub manifest: Option<&'a Path>,
     pub pt_dir: &'a Path,
     pub backbone: &'a str,
+    /// What the model reads.
+    pub scales: &'a [Scale],
     /// Ids of slides to leave out.
     pub skip: &'a [String],
 }
 
 pub struct Dataset {
-    /// Slides that have features at all three magnifications.
+    /// Slides that have features at all scales that are read.
     pub slides: Vec<Slide>,
     pub sizes: Vec<BagSizes>,
     /// Width of the patch features.
@@ -45,8 +47,7 @@ pub struct Dataset {
     pub cohort: Cohort,
     /// Slides without features.
     pub missing: Missing,
-    /// x5, x10, x20.
-    readers: Vec<[PatchReader; 3]>,
+    readers: Vec<Scales<PatchReader>>,
 }
 
 /// One fold's slides, as indices into the dataset.
@@ -70,40 +71,44 @@ impl Fold {
     }
 }
 
-/// A slide's features: x10 in memory, x5 and x20 too or still in their files.
-pub struct Bag<T> {
-    x5: Features<T>,
-    x10: Vec<T>,
-    x20: Features<T>,
+/// A slide's features, in memory or still in their files.
+pub struct SlideFeatures<T> {
+    bags: Scales<Stored<T>>,
+    /// Width.
     features: usize,
 }
 
-enum Features<T> {
+enum Stored<T> {
     Memory(Vec<T>),
     File(PatchReader),
 }
 
-impl<T: Element<Sum = f32>> Bag<T> {
-    /// Reads x5, x10 and x20, rounded to `T`; `streamed` leaves x5 and x20 in their files.
-    pub fn read(readers: &[PatchReader; 3], streamed: bool) -> Result<Self> {
-        let whole = |reader: &PatchReader| {
+impl<T: Element<Sum = f32>> Stored<T> {
+    fn features(&self) -> Features<'_, T> {
+        match self {
+            Self::Memory(values) => Features::Memory(values),
+            Self::File(reader) => Features::Reader(reader),
+        }
+    }
+}
+
+impl<T: Element<Sum = f32>> SlideFeatures<T> {
+    /// Reads the bags, rounded to `T`, but for those of the scales that are `streamed`, which stay in their files.
+    pub fn read(readers: &Scales<PatchReader>, streamed: &[Scale]) -> Result<Self> {
+        let features = readers.values().next().map_or(0, |reader| reader.features);
+        let bags = readers.as_ref().try_map(|scale, reader| {
+            if streamed.contains(&scale) {
+                return Ok(Stored::File(reader.clone()));
+            }
             let mut values = vec![T::default(); reader.patches * reader.features];
             reader.read(0..reader.patches, &mut values)?;
-            Ok::<_, Error>(values)
-        };
-        let context = |reader: &PatchReader| {
-            Ok::<_, Error>(if streamed { Features::File(reader.clone()) } else { Features::Memory(whole(reader)?) })
-        };
-        let [x5, x10, x20] = readers;
-        Ok(Self { x5: context(x5)?, x10: whole(x10)?, x20: context(x20)?, features: x10.features })
+            Ok::<_, Error>(Stored::Memory(values))
+        })?;
+        Ok(Self { bags, features })
     }
 
-    pub fn views(&self) -> Result<Bags<'_, T>> {
-        match (&self.x5, &self.x20) {
-            (Features::File(x5), Features::File(x20)) => Bags::streamed(x5, &self.x10, x20, self.features),
-            (Features::Memory(x5), Features::Memory(x20)) => Bags::new([x5, &self.x10, x20], self.features),
-            _ => Err(Error::Usage("a slide is held whole, or its x5 and x20 both stay in their files".into())),
-        }
+    pub fn bags(&self) -> Result<Bags<'_, T>> {
+        Bags::of(self.bags.as_ref().map(|_, bag| bag.features()), self.features)
     }
 }
 
@@ -111,25 +116,23 @@ impl Dataset {
     /// Reads the tables and the headers of all feature files.
     pub fn open(source: &Source) -> Result<Self> {
         let cohort = Cohort::read(source.clinical, source.columns, source.manifest)?;
-        Self::of_cohort(cohort, source.pt_dir, source.backbone, source.skip)
+        Self::of_cohort(cohort, source.pt_dir, source.backbone, source.scales, source.skip)
     }
 
     /// Finds the slides' features and reads their headers, but for the slides of `skip`.
-    fn of_cohort(mut cohort: Cohort, pt_dir: &Path, backbone: &str, skip: &[String]) -> Result<Self> {
+    fn of_cohort(mut cohort: Cohort, pt_dir: &Path, backbone: &str, scales: &[Scale], skip: &[String]) -> Result<Self> {
         cohort.leave_out(skip)?;
-        let (found, missing) = find_features(cohort.slides.clone(), &cohort.rows, pt_dir, backbone)?;
+        let (found, missing) = find_features(cohort.slides.clone(), &cohort.rows, pt_dir, backbone, scales)?;
         let mut dataset =
             Self { slides: Vec::new(), sizes: Vec::new(), features: 0, cohort, missing, readers: Vec::new() };
         for (slide, files) in found {
-            let mut reader = |path: PathBuf| {
+            let reader = |_, path: PathBuf| {
                 let file = FeatureFile::open(&path)?;
                 dataset.check_width(&path, file.features())?;
                 Ok::<_, Error>(PatchReader { path, patches: file.patches(), features: file.features() })
             };
-            let [x5, x10, x20] = files;
-            let readers = [reader(x5)?, reader(x10)?, reader(x20)?];
-            let [x5, x10, x20] = readers.each_ref().map(|reader| reader.patches);
-            dataset.sizes.push(BagSizes { x5, x10, x20 });
+            let readers = files.try_map(reader)?;
+            dataset.sizes.push(readers.as_ref().map(|_, reader| reader.patches));
             dataset.slides.push(slide);
             dataset.readers.push(readers);
         }
@@ -138,14 +141,19 @@ impl Dataset {
 
     /// Slides whose outcome is not known: those of a table's column `slide_id`, or all that have
     /// features. Nothing is to be made of their `months` and `censored`. Says which were left out.
-    pub fn without_outcomes(pt_dir: &Path, backbone: &str, table: Option<&Path>) -> Result<(Self, Vec<LeftOut>)> {
+    pub fn without_outcomes(
+        pt_dir: &Path,
+        backbone: &str,
+        scales: &[Scale],
+        table: Option<&Path>,
+    ) -> Result<(Self, Vec<LeftOut>)> {
         let names: Vec<String> = match table {
             Some(path) => {
                 let sheet = Sheet::open(path)?;
                 let place = sheet.find("slide_id")?.ok_or_else(|| sheet.lacks("slide_id"))?;
                 sheet.table(&[place])?.rows().map(|(_, cells)| cells[0].clone()).collect()
             }
-            None => slides_with_features(pt_dir, backbone)?,
+            None => slides_with_features(pt_dir, backbone, scales)?,
         };
         if let Some(path) = table.filter(|_| names.is_empty()) {
             return Err(Error::file(path, "has no row, expected a slide in each"));
@@ -157,14 +165,14 @@ impl Dataset {
                 slides.push(Slide { case_id: slide_id.clone(), slide_id, months: 0.0, censored: true });
             }
         }
-        let dataset = Self::of_cohort(Cohort::of_slides(slides), pt_dir, backbone, &[])?;
+        let dataset = Self::of_cohort(Cohort::of_slides(slides), pt_dir, backbone, scales, &[])?;
         let left_out = dataset.missing.slides.clone();
         Ok((dataset, left_out))
     }
 
-    /// The feature files of all slides, each slide's x5, x10 and x20.
+    /// The feature files of all slides.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.readers.iter().flatten().map(|reader| reader.path.as_path())
+        self.readers.iter().flat_map(Scales::values).map(|reader| reader.path.as_path())
     }
 
     fn check_width(&mut self, path: &Path, features: usize) -> Result<()> {
@@ -180,8 +188,8 @@ impl Dataset {
 
     /// Sentences about the cohort that a user should know before training: columns, outcomes, and what was left out.
     pub fn notes(&self) -> Vec<String> {
-        let Missing { slides, by_magnification, first } = &self.missing;
-        let counts: Vec<_> = MAGNIFICATIONS.iter().zip(by_magnification).map(|(x, n)| format!("{n} at {x}")).collect();
+        let Missing { slides, by_scale, first } = &self.missing;
+        let counts: Vec<_> = by_scale.iter().map(|(scale, n)| format!("{n} at {scale}")).collect();
         let without_features = slides.first().map(|slide| {
             format!(
                 "{} of the other {} slides left out, without features ({}); the first is `{}`, looked for as {}",
@@ -285,9 +293,12 @@ impl Dataset {
         &self,
         order: &[usize],
         reading: &Reading,
-        mut work: impl FnMut(usize, Bag<T>) -> Result<bool>,
+        mut work: impl FnMut(usize, SlideFeatures<T>) -> Result<bool>,
     ) -> Result<()> {
-        let read = |slide: usize| Bag::read(&self.readers[slide], reading.streamed.contains(&slide));
+        let read = |slide: usize| {
+            let streamed = if reading.streamed.contains(&slide) { reading.scales } else { &[] };
+            SlideFeatures::read(&self.readers[slide], streamed)
+        };
         if reading.ahead == 0 {
             for &slide in order {
                 if !work(slide, read(slide)?)? {
@@ -321,8 +332,9 @@ impl Dataset {
 pub struct Reading {
     /// Slides that a thread of its own reads ahead of the one in use; 0 reads each when it is wanted.
     pub ahead: usize,
-    /// Slides whose x5 and x20 stay in their files.
+    /// Slides some of whose bags stay in their files: those of `scales`.
     pub streamed: HashSet<usize>,
+    pub scales: &'static [Scale],
 }
 
 impl Reading {
@@ -333,7 +345,7 @@ impl Reading {
         slides: &[(usize, bool)],
         ahead: usize,
     ) -> Result<Self> {
-        let mut reading = Self { ahead, streamed: HashSet::new() };
+        let mut reading = Self { ahead, streamed: HashSet::new(), scales: engine.model.streamed() };
         for &(slide, training) in slides {
             let Ok(plan) = engine.plan(dataset.sizes[slide], training) else {
                 return Err(refusal(engine, dataset, slides));

@@ -13,60 +13,63 @@ use std::{
 };
 
 use super::cohort::{LeftOut, Slide};
-use crate::{Error, Result};
-
-/// The magnifications, and the published folders that hold their features.
-pub const MAGNIFICATIONS: [&str; 3] = ["x5", "x10", "x20"];
+use crate::{
+    Error, Result,
+    model::{Scale, Scales},
+};
 
 /// Where features may lie in the folder of a magnification, in the order searched.
 const PLACES: [(&str, &str); 6] =
     [("pt_files", "pt"), ("pt_files", "safetensors"), ("h5_files", "h5"), ("", "h5"), ("", "pt"), ("", "safetensors")];
 
-/// A slide's feature files at 5x, 10x and 20x.
-pub type BagFiles = [PathBuf; 3];
+/// A slide's feature files, by scale.
+pub type BagFiles = Scales<PathBuf>;
 
-/// Slides left out because a magnification has no file; a slide may lack several.
+/// Slides left out because a scale has no file; a slide may lack several.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Missing {
     pub slides: Vec<LeftOut>,
-    pub by_magnification: [usize; 3],
+    pub by_scale: Scales<usize>,
     /// The file that was looked for in vain for the first of them.
     pub first: PathBuf,
 }
 
-/// Pairs each slide with its files and leaves out those that lack one. `rows` are the slides' rows in the clinical table, for messages.
+/// Pairs each slide with its files at these scales and leaves out those that lack one. `rows` are the slides' rows in the clinical table, for messages.
 pub fn find_features(
     slides: Vec<Slide>,
     rows: &HashMap<String, usize>,
     pt_dir: &Path,
     backbone: &str,
+    scales: &[Scale],
 ) -> Result<(Vec<(Slide, BagFiles)>, Missing)> {
     let published = pt_dir.join(backbone);
-    let mut folders = Vec::new();
-    for x in MAGNIFICATIONS {
-        folders.push(folder(pt_dir, backbone, x)?);
-    }
-    if folders.iter().all(Option::is_none) && !published.is_dir() {
+    let folders = scales.iter().map(|&scale| Ok((scale, folder(pt_dir, backbone, scale)?)));
+    let folders = folders.collect::<Result<Vec<_>>>()?;
+    if folders.iter().all(|(_, folder)| folder.is_none()) && !published.is_dir() {
         let message = "is not a folder; features are looked for in <pt-dir>/<backbone>/x{5,10,20}/pt_files, in TRIDENT's \
                        <pt-dir>/{5,10,20}x_*px_*px_overlap/features_<backbone> and in STAMP's <pt-dir>/x{5,10,20}/<backbone>";
         return Err(Error::file(&published, message));
     }
-    let (mut found, mut missing): (Vec<(Slide, BagFiles)>, _) = (Vec::new(), Missing::default());
+    let by_scale = scales.iter().map(|&scale| (scale, 0)).collect();
+    let (mut found, mut missing) = (Vec::new(), Missing { by_scale, ..Missing::default() });
     let total = slides.len();
     for slide in slides {
-        let files: Vec<_> = folders.iter().map(|folder| folder.as_ref().and_then(|f| file_in(f, &slide))).collect();
-        if let [Some(x5), Some(x10), Some(x20)] = &files[..] {
-            let files = [x5.clone(), x10.clone(), x20.clone()];
+        let file = |folder: &Option<PathBuf>| folder.as_ref().and_then(|folder| file_in(folder, &slide));
+        let lacking: Vec<_> = folders.iter().filter(|(_, folder)| file(folder).is_none()).collect();
+        let Some((first, folder)) = lacking.first() else {
+            let files = folders.iter().filter_map(|(scale, folder)| Some((*scale, file(folder)?))).collect();
             found.push((slide, files));
             continue;
+        };
+        for (scale, _) in &lacking {
+            let before = missing.by_scale.get(*scale).copied().unwrap_or(0);
+            missing.by_scale.insert(*scale, before + 1);
         }
-        let lacking: Vec<usize> = (0..3).filter(|&i| files[i].is_none()).collect();
-        lacking.iter().for_each(|&i| missing.by_magnification[i] += 1);
-        let names: Vec<&str> = lacking.iter().map(|&i| MAGNIFICATIONS[i]).collect();
-        let likely = match &folders[lacking[0]] {
+        let names: Vec<&str> = lacking.iter().map(|(scale, _)| scale.name()).collect();
+        let likely = match folder {
             Some(folder) if !folder.join("pt_files").is_dir() => folder.join(format!("{}.h5", slide.name())),
             Some(folder) => folder.join(format!("pt_files/{}.pt", slide.name())),
-            None => published.join(format!("{}/pt_files/{}.pt", names[0], slide.name())),
+            None => published.join(format!("{first}/pt_files/{}.pt", slide.name())),
         };
         let reason = format!("no features at {}, looked for the likes of {}", names.join(", "), likely.display());
         if missing.slides.is_empty() {
@@ -75,10 +78,12 @@ pub fn find_features(
         missing.slides.push(LeftOut { slide_id: slide.slide_id, case_id: slide.case_id, reason });
     }
     if found.is_empty() {
-        let [x5, x10, x20] = missing.by_magnification;
+        let lack: Vec<String> = missing.by_scale.iter().map(|(scale, n)| format!("{n} lack {scale}")).collect();
+        let names: Vec<&str> = scales.iter().map(|scale| scale.name()).collect();
         let message = format!(
-            "has features at all three magnifications of none of the {total} slides ({x5} lack x5, {x10} x10, {x20} x20); \
-             looked for the likes of {}",
+            "has features at {} of none of the {total} slides ({}); looked for the likes of {}",
+            and(&names),
+            lack.join(", "),
             missing.first.display()
         );
         return Err(Error::file(if published.is_dir() { &published } else { pt_dir }, message));
@@ -87,11 +92,19 @@ pub fn find_features(
     Ok((found, missing))
 }
 
-/// The names of all slides that have a feature file at some magnification, sorted.
-pub fn slides_with_features(pt_dir: &Path, backbone: &str) -> Result<Vec<String>> {
+/// "x5, x10 and x20"
+fn and(names: &[&str]) -> String {
+    match names {
+        [first @ .., last] if !first.is_empty() => format!("{} and {last}", first.join(", ")),
+        all => all.concat(),
+    }
+}
+
+/// The names of all slides that have a feature file at one of these scales, sorted.
+pub fn slides_with_features(pt_dir: &Path, backbone: &str, scales: &[Scale]) -> Result<Vec<String>> {
     let mut names = BTreeSet::new();
-    for x in MAGNIFICATIONS {
-        let Some(folder) = folder(pt_dir, backbone, x)? else { continue };
+    for &scale in scales {
+        let Some(folder) = folder(pt_dir, backbone, scale)? else { continue };
         for (kind, extension) in PLACES {
             for entry in std::fs::read_dir(folder.join(kind)).into_iter().flatten().flatten() {
                 let path = entry.path();
@@ -104,8 +117,9 @@ pub fn slides_with_features(pt_dir: &Path, backbone: &str) -> Result<Vec<String>
     Ok(names.into_iter().collect())
 }
 
-/// The folder of a magnification's features; an error where several could be meant.
-fn folder(pt_dir: &Path, backbone: &str, x: &str) -> Result<Option<PathBuf>> {
+/// The folder of a scale's features; an error where several could be meant.
+fn folder(pt_dir: &Path, backbone: &str, scale: Scale) -> Result<Option<PathBuf>> {
+    let x = scale.name();
     let names_in = |folder: &Path| -> Vec<String> {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
         let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -163,7 +177,7 @@ fn refuse_shared(found: &[(Slide, BagFiles)], rows: &HashMap<String, usize>) -> 
     }
     let mut owners: HashMap<Identity, &str> = HashMap::new();
     for (slide, files) in found {
-        for file in files {
+        for file in files.values() {
             // one that cannot be found is for its reader to refuse
             let (Ok(path), Ok(about)) = (file.canonicalize(), file.metadata()) else { continue };
             // some file systems invent inode numbers, but not for files that have no second name

@@ -9,7 +9,7 @@ use super::Checkpoint;
 use crate::{
     Error, Result,
     data::dataset::{Fold, Source},
-    model::Fusion,
+    model::{self, Fusion, ModelName},
     report::{About, VERSION},
     train::{config::RunConfig, fold::EpochMetrics, protocol::Reported, run::metrics_path, step::Engine},
 };
@@ -66,13 +66,13 @@ pub fn checkpoint(checkpoint: &Checkpoint, part: Option<&Fold>, engine: &Engine<
         facts.push(fact("Slides", format!("{side} part of fold {fold}")));
         arguments.extend([("--splits", splits.display().to_string()), ("--fold", fold.to_string())]);
     }
-    arguments.push(("--num-heads", engine.model.config.heads.to_string()));
+    arguments.push(("--num-heads", engine.model.config().heads.to_string()));
     let arguments: Vec<String> = arguments.iter().map(|(flag, value)| format!("{flag} {}", quote(value))).collect();
     Ok(About {
         title: cohort_name(source.clinical),
         facts,
         protocol: String::new(),
-        config: toml::to_string(&engine.model.config).map_err(|e| Error::Usage(e.to_string()))?,
+        config: toml::to_string(&engine.model.config()).map_err(|e| Error::Usage(e.to_string()))?,
         commands: format!("cf-eval {}", arguments.join(" \\\n  ")),
     })
 }
@@ -92,15 +92,26 @@ fn source_facts(source: &Source, engine: &Engine<f32>) -> Vec<(String, String)> 
 }
 
 fn model_facts(backbone: &str, engine: &Engine<f32>) -> Vec<(String, String)> {
-    let fusion = match engine.model.config.fusion {
-        Fusion::Conv2d => "conv2d",
-        Fusion::Conv1d => "conv1d",
+    let model::Config { model, fusion, features, .. } = engine.model.config();
+    let fusion = match (model, fusion) {
+        (ModelName::CrossFusionConcat, _) => "",
+        (_, Fusion::Conv2d) => " conv2d",
+        (_, Fusion::Conv1d) => " conv1d",
     };
     vec![
-        fact("Backbone", format!("{backbone}, {} features", engine.model.config.features)),
-        fact("Model", format!("CrossFusion {fusion}, {} parameters", count(engine.model.layout.parameters()))),
+        fact("Backbone", format!("{backbone}, {features} features")),
+        fact("Model", format!("{}{fusion}, {} parameters", title(*model), count(engine.model.layout().parameters()))),
         fact("Program", format!("CrossFusion {VERSION}")),
     ]
+}
+
+/// A model's name as papers write it.
+fn title(model: ModelName) -> &'static str {
+    match model {
+        ModelName::CrossFusion => "CrossFusion",
+        ModelName::CrossFusionConcat => "CrossFusionConcat (ablation)",
+        ModelName::CrossFusionSingle => "CrossFusionSingle (ablation)",
+    }
 }
 
 /// "9.3 M", or in full where that would say little.

@@ -3,7 +3,7 @@
 use crate::{
     Error, Result,
     data::torch::StateDict,
-    model::{Config, Fusion},
+    model::{Config, Fusion, ModelName},
 };
 
 /// The model of these tensors. The number of attention heads leaves no trace in them, so it is given.
@@ -15,19 +15,31 @@ pub fn config(tensors: &StateDict, heads: usize) -> Result<Config> {
         None => Err(Error::Usage(format!("there is no tensor `{name}`, so this is not a CrossFusion checkpoint"))),
     };
     let dim = shape("cls_token", "[1, 1, dim]", &[3])?[2];
-    let features = match tensors.contains_key("s_lin_proj.0.weight") {
-        true => shape("s_lin_proj.0.weight", "[dim, features]", &[2])?[1],
+    // what only one of the models has, and what its projection and its transformer of the source are called
+    let has = |name: &str| tensors.contains_key(name);
+    let (model, projection, transformer) = if has("pre_final_linear.0.weight") {
+        (ModelName::CrossFusionConcat, "source_pre_cross_attn", "source_transformer")
+    } else if has("source_ln.weight") {
+        (ModelName::CrossFusionSingle, "source_pre_cross_attn", "source_transformer")
+    } else {
+        (ModelName::CrossFusion, "s_lin_proj", "s_transformer")
+    };
+    let projection = format!("{projection}.0.weight");
+    let features = match has(&projection) {
+        true => shape(&projection, "[dim, features]", &[2])?[1],
         false => dim, // features as wide as the model are not projected
     };
     let convolution = "conv_processor.conv_block.0.proj.weight";
-    let fusion = match shape(convolution, "[dim / 2, 2, 7, 7] or [dim / 2, 2, 7]", &[3, 4])?.len() {
-        4 => Fusion::Conv2d,
-        _ => Fusion::Conv1d,
+    let fusion = match model {
+        ModelName::CrossFusionConcat => Fusion::Conv2d,
+        _ => match shape(convolution, "[dim / 2, 2, 7, 7] or [dim / 2, 2, 7]", &[3, 4])?.len() {
+            4 => Fusion::Conv2d,
+            _ => Fusion::Conv1d,
+        },
     };
-    let layers =
-        (0..).take_while(|i| tensors.contains_key(&format!("s_transformer.pre_layers.layers.{i}.0.weight"))).count();
+    let layers = (0..).take_while(|i| has(&format!("{transformer}.pre_layers.layers.{i}.0.weight"))).count();
     let n_classes = shape("mlp_head.0.weight", "[n_classes, dim]", &[2])?[0];
-    let config = Config { dim, heads, layers, n_classes, fusion, ..Config::new(features) };
+    let config = Config { model, dim, heads, layers, n_classes, fusion, ..Config::new(features) };
     config.check()?;
     Ok(config)
 }
@@ -35,12 +47,12 @@ pub fn config(tensors: &StateDict, heads: usize) -> Result<Config> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{data::torch::Parameter, model::CrossFusion};
+    use crate::{data::torch::Parameter, model::Model};
 
     fn tensors(config: &Config) -> StateDict {
-        let model = CrossFusion::new(config).unwrap();
+        let model = Model::new(config).unwrap();
         model
-            .layout
+            .layout()
             .entries()
             .iter()
             .map(|entry| (entry.name.clone(), Parameter { shape: entry.shape.clone(), values: Vec::new() }))
@@ -56,8 +68,12 @@ mod tests {
             small.clone(),
             Config { layers: 3, n_classes: 1, fusion: Fusion::Conv1d, ..small },
         ];
-        for expected in configs {
-            assert_eq!(config(&tensors(&expected), expected.heads).unwrap(), expected);
+        for expected in
+            configs.into_iter().flat_map(|config| ModelName::ALL.map(|model| Config { model, ..config.clone() }))
+        {
+            if expected.check().is_ok() {
+                assert_eq!(config(&tensors(&expected), expected.heads).unwrap(), expected);
+            }
         }
     }
 

@@ -25,7 +25,7 @@ use crate::{
         self,
         atomic::remove_leftovers,
         cohort::write_left_out,
-        dataset::{Dataset, Reading, Source},
+        dataset::{Dataset, Reading, SlideFeatures, Source},
         torch::{StateDict, read_state_dict},
     },
     device::Device,
@@ -52,6 +52,7 @@ const AHEAD: usize = 3;
 pub struct Checkpoint<'a> {
     /// `best.safetensors` of a run, or a published `best_model.pt`.
     pub path: &'a Path,
+    /// Its scales are taken from the model.
     pub source: Source<'a>,
     /// Folder of splits and a fold's number: its test slides alone, or its validation slides where it has none. None evaluates all slides.
     pub split: Option<(&'a Path, usize)>,
@@ -109,7 +110,7 @@ pub fn evaluate_run(
     }
     let dataset = Dataset::open(&config.source())?;
     let metrics = run::read_metrics(run)?;
-    let mut engine = Engine::new(device, &config.model(dataset.features), config.seed)?;
+    let mut engine = Engine::new(device, &config.model_config(dataset.features), config.seed)?;
     engine.set_memory(Memory::new(budget.or(config.memory_budget)));
     let (mut folds, mut slides, mut notes, mut warnings) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut recorded = BTreeMap::new();
@@ -131,7 +132,7 @@ pub fn evaluate_run(
         let epoch = card.as_ref().map(|card| card.epoch);
         load(&mut engine, &path, &read_state_dict(&path)?)?;
         if let Some(card) = &card {
-            if card.model != engine.model.config {
+            if card.model != *engine.model.config() {
                 return Err(Error::file(&path, "is of another model than config.toml describes"));
             }
             warnings.extend(overlap(card, &dataset, part.reported()).map(|what| format!("Fold {fold}: {what}")));
@@ -202,7 +203,7 @@ pub fn evaluate_checkpoint(
         return Err(Error::Usage(message));
     }
     let network = Network::read(path, checkpoint.heads)?;
-    let dataset = Dataset::open(&checkpoint.source)?;
+    let dataset = Dataset::open(&Source { scales: network.config.model.scales(), ..checkpoint.source.clone() })?;
     network.check_width(path, &dataset, checkpoint.source.backbone)?;
     let fold_of = |(splits, fold)| data::folds::require(splits, fold).and_then(|()| dataset.fold(splits, fold));
     let part = checkpoint.split.map(fold_of).transpose()?;
@@ -400,9 +401,9 @@ fn predict_slides(
     let bar = ProgressBar::new(order.len() as u64).with_message(fold.to_string()); // hidden where output is piped
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut slides = Vec::new();
-    dataset.for_each(order, &reading, |i, bag: data::dataset::Bag<f32>| {
+    dataset.for_each(order, &reading, |i, bag: SlideFeatures<f32>| {
         let slide = &dataset.slides[i];
-        let Prediction { hazards, survival, risk } = Prediction::from_logits(&engine.evaluate(bag.views()?)?);
+        let Prediction { hazards, survival, risk } = Prediction::from_logits(&engine.evaluate(bag.bags()?)?);
         slides.push(SlideResult {
             case_id: slide.case_id.clone(),
             slide_id: slide.slide_id.clone(),

@@ -72,18 +72,19 @@ pub struct SlidePrediction {
 /// Predicts slides. Nothing is written; [`Predictions::write`] does that.
 pub fn predict(request: &Request, device: Device, budget: Option<ByteSize>) -> Result<Predictions> {
     let models = models(request.model)?;
-    let (dataset, left_out) = Dataset::without_outcomes(request.pt_dir, request.backbone, request.slides)?;
-    let order: Vec<usize> = (0..dataset.slides.len()).collect();
-    let (mut folds, mut rows, mut notes) = (Vec::new(), Vec::new(), Vec::new());
     let mut networks = models.iter().map(|path| Ok::<_, Error>((path, Network::read(path, request.heads)?)));
     let Some((path, first)) = networks.next().transpose()? else {
         return Err(Error::file(request.model, "has no model"));
     };
+    let scales = first.config.model.scales();
+    let (dataset, left_out) = Dataset::without_outcomes(request.pt_dir, request.backbone, scales, request.slides)?;
+    let order: Vec<usize> = (0..dataset.slides.len()).collect();
+    let (mut folds, mut rows, mut notes) = (Vec::new(), Vec::new(), Vec::new());
     first.check_width(path, &dataset, request.backbone)?;
     let mut engine = first.engine(path, device, budget)?;
     for (i, network) in std::iter::once(Ok((path, first))).chain(networks).enumerate() {
         let (path, network) = network?;
-        if network.config != engine.model.config {
+        if network.config != *engine.model.config() {
             return Err(Error::file(path, format!("is of other settings than {}", models[0].display())));
         }
         load(&mut engine, path, &network.tensors)?;

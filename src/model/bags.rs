@@ -2,6 +2,7 @@
 
 use std::{marker::PhantomData, ops::Range};
 
+use super::scale::{BagSizes, Scale, Scales};
 use crate::{
     Error, Result,
     device::{ALIGNMENT, Buffer, Device, Element, Fence, View, copy_by_all_threads},
@@ -110,49 +111,93 @@ impl<T: Element> Bag<'_, T> {
     }
 }
 
-/// A slide's features at 5x, 10x and 20x, `[M5, F]`, `[N, F]`, `[M20, F]`, borrowed.
+/// A slide's patch features at each of its scales, borrowed.
 #[derive(Clone, Copy)]
 pub struct Bags<'a, T> {
-    pub(crate) x5: Bag<'a, T>,
-    pub(crate) x10: View<T>,
-    pub(crate) x20: Bag<'a, T>,
+    bags: Scales<Bag<'a, T>>,
     owner: PhantomData<&'a [T]>,
 }
 
+/// Features of one scale, as [`Bags::of`] takes them.
+#[derive(Clone, Copy)]
+pub enum Features<'a, T> {
+    /// Row-major, all patches.
+    Memory(&'a [T]),
+    /// Read part by part, twice in a training step.
+    Reader(&'a dyn ReadPatches<T>),
+}
+
 impl<'a, T: Element> Bags<'a, T> {
-    /// Row-major features of x5, x10 and x20, `features` values a patch.
-    pub fn new(bags: [&'a [T]; 3], features: usize) -> Result<Self> {
-        let [x5, x10, x20] = bags.map(|x| view(x, features));
-        Ok(Self::of_views(x5?, x10?, x20?))
+    /// Row-major features of each scale, `features` values a patch.
+    pub fn new(bags: impl Into<Scales<&'a [T]>>, features: usize) -> Result<Self> {
+        Self::of(bags.into().map(|_, bag| Features::Memory(bag)), features)
     }
 
-    /// x5 and x20 are read part by part, twice in a training step; x10 is in memory.
-    pub fn streamed(
-        x5: &'a dyn ReadPatches<T>,
-        x10: &'a [T],
-        x20: &'a dyn ReadPatches<T>,
-        features: usize,
-    ) -> Result<Self> {
-        Ok(Self { x5: Bag::Reader(x5), x10: view(x10, features)?, x20: Bag::Reader(x20), owner: PhantomData })
+    /// The same, wherever they lie.
+    pub fn of(bags: impl Into<Scales<Features<'a, T>>>, features: usize) -> Result<Self> {
+        let bag = |_, bag: Features<'a, T>| {
+            Ok::<_, Error>(match bag {
+                // SAFETY: `owner` keeps the slice borrowed as long as the view can be reached.
+                Features::Memory(x) => Bag::Memory(unsafe { View::of_slice(x, patches(x, features)?, features) }),
+                Features::Reader(reader) => Bag::Reader(reader),
+            })
+        };
+        Ok(Self::of_bags(bags.into().try_map(bag)?))
     }
 
-    /// Memory that receives the bags' gradients.
-    pub fn new_mut(bags: [&'a mut [T]; 3], features: usize) -> Result<Self> {
-        // SAFETY: `owner` keeps the slices borrowed as long as the views can be reached.
-        let view = |x: &mut [T]| Ok::<_, Error>(unsafe { View::of_slice_mut(x, patches(x, features)?, features) });
-        let [x5, x10, x20] = bags;
-        Ok(Self::of_views(view(x5)?, view(x10)?, view(x20)?))
+    /// Views that the caller keeps alive, and readers.
+    pub(crate) fn of_bags(bags: Scales<Bag<'a, T>>) -> Self {
+        Self { bags, owner: PhantomData }
     }
 
-    /// Views that the caller keeps alive.
-    pub(crate) fn of_views(x5: View<T>, x10: View<T>, x20: View<T>) -> Self {
-        Self { x5: Bag::Memory(x5), x10, x20: Bag::Memory(x20), owner: PhantomData }
+    pub fn sizes(&self) -> BagSizes {
+        self.bags.map(|_, bag| bag.patches())
+    }
+
+    /// Whether a scale's features, if there are any, are in memory.
+    pub(crate) fn is_held(&self, scale: Scale) -> bool {
+        self.bags.get(scale).is_none_or(|bag| bag.view().is_some())
+    }
+
+    /// The bag of a scale; an error unless it has patches of so many features.
+    pub(super) fn get(&self, scale: Scale, features: usize) -> Result<Bag<'a, T>> {
+        let Some(&bag) = self.bags.get(scale) else {
+            return Err(Error::Usage(format!("the slide has no features at {scale}, which the model reads")));
+        };
+        let (patches, width) = (bag.patches(), bag.view().map_or(features, |view| view.cols()));
+        if patches == 0 || width != features {
+            let (got, expected) = (vec![patches, width], vec![patches.max(1), features]);
+            return Err(Error::Shape { op: "the model", tensor: scale.name().into(), got, expected });
+        }
+        Ok(bag)
     }
 }
 
-fn view<T: Element>(x: &[T], features: usize) -> Result<View<T>> {
-    // SAFETY: the caller's `Bags` keeps the slice borrowed as long as the view can be reached.
-    Ok(unsafe { View::of_slice(x, patches(x, features)?, features) })
+/// Memory that receives the gradients of a slide's bags.
+pub struct BagGrads<'a, T> {
+    bags: Scales<View<T>>,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T: Element> BagGrads<'a, T> {
+    /// As long as the features of [`Bags::new`].
+    pub fn new(bags: impl Into<Scales<&'a mut [T]>>, features: usize) -> Result<Self> {
+        let view = |_, x: &'a mut [T]| {
+            let rows = patches(x, features)?;
+            // SAFETY: `owner` keeps the slice borrowed as long as the view can be reached.
+            Ok::<_, Error>(unsafe { View::of_slice_mut(x, rows, features) })
+        };
+        Ok(Self { bags: bags.into().try_map(view)?, owner: PhantomData })
+    }
+
+    /// Where the gradient of a scale's bag goes, which has to be of these sizes.
+    pub(super) fn get(&self, scale: Scale, patches: usize, features: usize) -> Result<View<T>> {
+        let Some(&view) = self.bags.get(scale) else {
+            return Err(Error::Usage(format!("there is no memory for the gradient at {scale}")));
+        };
+        view.check("the model", &format!("gradient of {scale}"), &[patches, features])?;
+        Ok(view)
+    }
 }
 
 /// Rows of `features` values in a bag.

@@ -661,11 +661,12 @@ impl SelfLayer {
         Ok((saved.collect(), outs))
     }
 
-    /// `gradient` holds dout in its first rows (as many as forward's queries) and afterwards dx in its first n0.
+    /// dout is in the first rows, as many as forward's queries; `gradient` has dx in its first n0 afterwards. They may be one.
     pub fn backward<T: Element>(
         ctx: &mut Context,
         layers: &[&Self],
         saved: Vec<SavedSelf<T>>,
+        dout: &[View<T>],
         gradient: &[View<T>],
     ) -> Result<()> {
         let mark = ctx.arena.mark();
@@ -679,7 +680,7 @@ impl SelfLayer {
             grads.push(LayerGrad {
                 x: y.rows_range(queries.clone()),
                 context: y,
-                dout: gradient[g].rows_range(queries.clone()),
+                dout: dout[g].rows_range(queries.clone()),
                 dx: dy.rows_range(queries),
                 dcontext: dy,
             });

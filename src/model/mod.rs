@@ -1,20 +1,34 @@
 //! The model: its parameters, its parts, and how they are put together.
 
 mod bags;
+mod cross;
 mod crossfusion;
+mod crossfusion_concat;
+mod crossfusion_single;
+mod encoder;
+mod fusion;
 mod layer;
+mod network;
 mod params;
 mod policy;
-mod streamed;
+mod projection;
+mod readout;
+mod scale;
+mod stream;
 mod transformer;
 
 pub(crate) use bags::Bag;
-pub use bags::{Bags, ReadPatches, Room};
-pub use crossfusion::{CrossFusion, Saved, Start};
+pub use bags::{BagGrads, Bags, Features, ReadPatches, Room};
+pub use crossfusion::CrossFusion;
+pub use crossfusion_concat::CrossFusionConcat;
+pub use crossfusion_single::CrossFusionSingle;
+pub use network::{Model, ModelName};
+pub(crate) use network::{Network, each};
 pub use params::{Entry, Layout, Param};
 pub use policy::Policy;
+pub use scale::{BagSizes, Scale, Scales};
 use serde::{Deserialize, Serialize};
-pub(crate) use streamed::STREAM_BUFFERS;
+pub(crate) use stream::STREAM_BUFFERS;
 
 use crate::{
     Error, Result,
@@ -37,6 +51,8 @@ pub enum Fusion {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    #[serde(default)]
+    pub model: ModelName,
     /// Width of the patch features.
     pub features: usize,
     /// Width of the model.
@@ -62,6 +78,7 @@ impl Config {
     /// The published model for features of this width.
     pub fn new(features: usize) -> Self {
         Self {
+            model: ModelName::CrossFusion,
             features,
             dim: 512,
             heads: 4,
@@ -92,6 +109,9 @@ impl Config {
                 self.dim, self.heads
             )));
         }
+        if self.model == ModelName::CrossFusionConcat && self.fusion != Fusion::Conv2d {
+            return Err(Error::Usage(format!("fusion = conv1d: {} has no convolution to fuse by", self.model)));
+        }
         for (name, rate) in [
             ("ffn_dropout", self.ffn_dropout),
             ("attention_dropout", self.attention_dropout),
@@ -103,6 +123,17 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// The side of the smallest square that holds so many tokens.
+fn square_side(tokens: usize) -> usize {
+    (1..).find(|side| side * side >= tokens).unwrap_or(tokens)
+}
+
+/// The first of so many dropout sites, which are then taken.
+fn dropout_sites(next: &mut u32, sites: u32) -> u32 {
+    *next += sites;
+    *next - sites
 }
 
 /// Logits that the head's kernels hold in shared memory.

@@ -95,18 +95,20 @@ impl PadTransformer {
         Ok((SavedTransformer { pre, post, x: ppeg_x, before_ppeg }, x))
     }
 
-    /// `gradient` `[rows, d]` holds dout in its first `queries` rows and is overwritten. Returns dx in the first n0 rows of matrices `[rows, d]`
-    /// that this takes from the scratch stack: the caller releases them.
+    /// From dout `[queries, d]`. `gradient` `[rows, d]` is overwritten, and may hold dout in its first rows. Returns dx in the
+    /// first n0 rows of matrices `[rows, d]` that this takes from the scratch stack: the caller releases them.
     pub fn backward<T: Element>(
         ctx: &mut Context,
         group: &[&Self],
         saved: SavedTransformer<T>,
         side: usize,
+        dout: &[View<T>],
         gradient: &[View<T>],
     ) -> Result<Vec<View<T>>> {
+        let last = saved.post.len() - 1;
         for (i, saved) in saved.post.into_iter().enumerate().rev() {
             let layers: Vec<_> = group.iter().map(|t| &t.post[i]).collect();
-            SelfLayer::backward(ctx, &layers, saved, gradient)?;
+            SelfLayer::backward(ctx, &layers, saved, if i == last { dout } else { gradient }, gradient)?;
         }
         let mut problems = Vec::new();
         for (g, transformer) in group.iter().enumerate() {
@@ -125,7 +127,7 @@ impl PadTransformer {
         let gradient: Vec<_> = problems.iter().map(|p| p.dx).collect();
         for (i, saved) in saved.pre.into_iter().enumerate().rev() {
             let layers: Vec<_> = group.iter().map(|t| &t.pre[i]).collect();
-            SelfLayer::backward(ctx, &layers, saved, &gradient)?;
+            SelfLayer::backward(ctx, &layers, saved, &gradient, &gradient)?;
         }
         Ok(gradient)
     }

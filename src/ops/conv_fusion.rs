@@ -29,14 +29,15 @@ pub const SIDES: [usize; 4] = [7, 5, 3, 1];
 /// The op's parameters, or their gradients.
 #[derive(Clone, Copy)]
 pub struct Weights<T> {
-    /// Weight `[1, 3]` and bias `[1, 1]`.
-    pub mix: (View<T>, View<T>),
+    /// Weight `[1, 3]` and bias `[1, 1]`; None of a single stream.
+    pub mix: Option<(View<T>, View<T>)>,
     pub kernels: [View<T>; 4],
     pub biases: [View<T>; 4],
 }
 
 #[derive(Clone, Copy)]
 pub struct ConvFusion<T> {
+    /// Without a mix there is one, and it stands thrice.
     pub streams: [View<T>; 3],
     pub weights: Weights<T>,
     pub grid: TokenGrid,
@@ -62,8 +63,10 @@ fn check<T: Element, P: Element>(op: &'static str, p: &ConvFusion<T>, weights: &
         x.check(op, "stream", &[n, d])?;
     }
     p.out.check(op, "out", &[n, d / 2])?;
-    weights.mix.0.check(op, "mix weight", &[1, 3])?;
-    weights.mix.1.check(op, "mix bias", &[1, 1])?;
+    if let Some((weight, bias)) = weights.mix {
+        weight.check(op, "mix weight", &[1, 3])?;
+        bias.check(op, "mix bias", &[1, 1])?;
+    }
     for (i, &side) in SIDES.iter().enumerate() {
         weights.kernels[i].check(op, "kernel", &[d / 2, 2 * p.grid.taps_of(side)])?;
         weights.biases[i].check(op, "bias", &[1, d / 2])?;
@@ -222,7 +225,10 @@ fn mix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, mixed: View<T>) {
             // SAFETY: the views are live, and each row of `mixed` is one task's.
             unsafe {
                 let to = mixed.row_mut(t);
-                let (weight, bias) = p.weights.mix;
+                let Some((weight, bias)) = p.weights.mix else {
+                    to.copy_from_slice(p.streams[0].row(t));
+                    return;
+                };
                 to.fill(bias.row(0)[0]);
                 for (x, &w) in p.streams.iter().zip(weight.row(0)) {
                     for (to, &x) in to.iter_mut().zip(x.row(t)) {
@@ -238,6 +244,15 @@ fn mix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, mixed: View<T>) {
 fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[View<T>], grads: &Weights<T>) {
     const STREAMS: usize = 3;
     let n = dmixed.rows();
+    let (Some((weight, _)), Some((dweight, dbias))) = (p.weights.mix, grads.mix) else {
+        return for_rows(
+            cpu,
+            n,
+            #[inline(always)]
+            // SAFETY: the views are live, and each row is one task's.
+            |t| unsafe { dstreams[0].row_mut(t).copy_from_slice(dmixed.row(t)) },
+        );
+    };
     cpu.with_panels(n * (STREAMS + 1), |sums: View<T>| {
         let sums = sums.reshape(n, STREAMS + 1);
         for_rows(
@@ -249,7 +264,7 @@ fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[Vie
                 unsafe {
                     let (g, sums) = (dmixed.row(t), sums.row_mut(t));
                     for s in 0..STREAMS {
-                        let w = p.weights.mix.0.row(0)[s];
+                        let w = weight.row(0)[s];
                         let x = p.streams[s].row(t);
                         let dx = dstreams[s].row_mut(t);
                         for j in 0..g.len() {
@@ -269,7 +284,6 @@ fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[Vie
                 }
             },
         );
-        let (dweight, dbias) = grads.mix;
         column_sums(cpu, &[(sums.cols_range(0..STREAMS), dweight), (sums.cols_range(STREAMS..STREAMS + 1), dbias)]);
     });
 }

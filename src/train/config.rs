@@ -21,7 +21,7 @@ use crate::{
     data::{atomic::read_text, clinical::Columns, dataset::Source},
     device::{Device, Storage},
     loss::Loss,
-    model::{self, Fusion},
+    model::{self, Fusion, ModelName},
     ops::adam::Adam,
     survival::Ties,
 };
@@ -79,6 +79,9 @@ pub struct RunConfig {
     #[arg(help_heading = PROTOCOL, long, value_enum, default_value_t = Protocol::Published)]
     pub protocol: Protocol,
 
+    /// The published model, or an ablation of its repository
+    #[arg(help_heading = MODEL, long, value_enum, default_value_t = ModelName::CrossFusion)]
+    pub model: ModelName,
     /// Width of the model
     #[arg(help_heading = MODEL, long, default_value_t = 512)]
     pub embed_dim: usize,
@@ -373,7 +376,7 @@ impl RunConfig {
         if let Some((flag, rate)) = rates.iter().find(|(_, rate)| !(0.0..=model::MOST_DROPOUT).contains(rate)) {
             return usage(format!("{flag} {rate}: expected a rate from 0 to {}", model::MOST_DROPOUT));
         }
-        self.model(1).check()
+        self.model_config(1).check()
     }
 
     /// How its engines use memory.
@@ -382,8 +385,9 @@ impl RunConfig {
     }
 
     /// The model for features of this width.
-    pub fn model(&self, features: usize) -> model::Config {
+    pub fn model_config(&self, features: usize) -> model::Config {
         model::Config {
+            model: self.model,
             features,
             dim: self.embed_dim,
             heads: self.num_heads,
@@ -421,6 +425,7 @@ impl RunConfig {
             manifest: self.manifest.as_deref(),
             pt_dir: &self.pt_dir,
             backbone: &self.backbone,
+            scales: self.model.scales(),
             skip: &self.skip_slides,
         }
     }

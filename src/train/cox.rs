@@ -18,7 +18,7 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        dataset::{Bag, Dataset, Fold},
+        dataset::{Dataset, Fold, SlideFeatures},
         sampler::shuffled,
     },
     device::Element,
@@ -236,8 +236,8 @@ impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
             let reading = self.reading.clone();
             let show = |work: &mut Work<'_, T>| {
                 let (mut i, mut stopped) = (0, ControlFlow::Continue(()));
-                dataset.for_each(&slides, &reading, |slide, bag: Bag<T>| {
-                    let risk = work(i, bag.views()?)?;
+                dataset.for_each(&slides, &reading, |slide, bag: SlideFeatures<T>| {
+                    let risk = work(i, bag.bags()?)?;
                     Self::check_finite(dataset, (fold, epoch), slide, risk)?;
                     i += 1;
                     shown += 1;
@@ -257,7 +257,7 @@ impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
                 Ok(stopped)
             };
             let Some((loss, risks)) = accumulate(&mut self.engine, &cohort, draw, show)? else {
-                self.engine.write_state(State::Grads, &vec![0.0; self.engine.model.layout.len()])?;
+                self.engine.write_state(State::Grads, &vec![0.0; self.engine.model.layout().len()])?;
                 return Ok(ControlFlow::Break(()));
             };
             if cohort.is_comparable() {

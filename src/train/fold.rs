@@ -18,7 +18,7 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        dataset::{Bag, Dataset, Fold, Reading},
+        dataset::{Dataset, Fold, Reading, SlideFeatures},
         labels::Bins,
         sampler::Sampler,
     },
@@ -208,7 +208,8 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         folder: &Path,
     ) -> Result<Self> {
         let device = Device::from_name(&config.device, config.threads)?;
-        let mut engine = Engine::new(device, &config.model(dataset.features), config.seed.wrapping_add(fold as u64))?;
+        let mut engine =
+            Engine::new(device, &config.model_config(dataset.features), config.seed.wrapping_add(fold as u64))?;
         let path = FoldTrainer::checkpoint_path(folder);
         let origin = Origin::new(config, fingerprint(dataset, bins, slides));
         let mut progress = Progress::default();
@@ -335,12 +336,12 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         let mut stopped = ControlFlow::Continue(());
         let (mut started, mut pending) = (self.progress.position, VecDeque::new());
         let reading = self.reading.clone();
-        dataset.for_each(&order[started..], &reading, |slide, bag: Bag<T>| {
+        dataset.for_each(&order[started..], &reading, |slide, bag: SlideFeatures<T>| {
             let step = (epoch * order.len() + started) as u32;
             let draw = Some(Draw { seed: config.seed ^ (self.fold as u64) << 32, step });
             let target = dataset.target(&self.bins, slide);
             pending
-                .push_back((slide, train_slide(&mut self.engine, config, bag.views()?, target, draw, epoch, started)?));
+                .push_back((slide, train_slide(&mut self.engine, config, bag.bags()?, target, draw, epoch, started)?));
             started += 1;
             // a checkpoint is of slides that are done
             let saves = started.is_multiple_of(config.checkpoint_every);
@@ -398,8 +399,8 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         let (mut loss_sum, mut risks) = (0.0, Vec::new());
         let mut stopped = ControlFlow::Continue(());
         let reading = self.reading.clone();
-        dataset.for_each(&order, &reading, |slide, bag: Bag<T>| {
-            let logits = self.engine.evaluate(bag.views()?)?;
+        dataset.for_each(&order, &reading, |slide, bag: SlideFeatures<T>| {
+            let logits = self.engine.evaluate(bag.bags()?)?;
             loss_sum += self.config.loss_fn.evaluate(&logits, dataset.target(&self.bins, slide), 0.0).0;
             let risk = Prediction::from_logits(&logits).risk;
             Self::check_finite(dataset, (self.fold, self.progress.epoch), slide, risk)?;
@@ -452,7 +453,7 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
 
     fn save_model(&self, epoch: usize, c_index: Option<f64>) -> Result<()> {
         let card = ModelCard {
-            model: self.engine.model.config.clone(),
+            model: self.engine.model.config().clone(),
             fold: self.fold,
             epoch,
             c_index,
@@ -500,7 +501,8 @@ fn fingerprint(dataset: &Dataset, bins: &Bins, fold: &Fold) -> u64 {
     for &i in fold.train.iter().chain(&fold.val) {
         let (slide, sizes) = (&dataset.slides[i], dataset.sizes[i]);
         let outcome = (slide.months.to_bits(), slide.censored);
-        text += &format!("\n{} {outcome:?} {} {} {}", slide.slide_id, sizes.x5, sizes.x10, sizes.x20);
+        text += &format!("\n{} {outcome:?}", slide.slide_id);
+        sizes.values().for_each(|patches| text += &format!(" {patches}"));
     }
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3))
 }

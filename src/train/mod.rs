@@ -5,6 +5,7 @@ pub mod config;
 pub mod cox;
 pub mod fold;
 pub mod inputs;
+pub mod plan;
 mod progress;
 pub mod protocol;
 pub mod run;

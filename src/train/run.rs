@@ -218,7 +218,7 @@ impl Run {
 
     /// How many training slides are computed by each policy; an error naming a slide that does not fit.
     fn policies<T: Element<Sum = f32>>(&self, device: Device) -> Result<BTreeMap<String, usize>> {
-        let mut engine = Engine::<T>::new(device, &self.config.model(self.dataset.features), 0)?;
+        let mut engine = Engine::<T>::new(device, &self.config.model_config(self.dataset.features), 0)?;
         engine.set_memory(self.config.memory());
         let mut slides = BTreeMap::new();
         for part in &self.parts {

@@ -1,0 +1,112 @@
+//! The scales that a slide is cut at, and values by scale.
+
+use std::fmt;
+
+/// A magnification of a slide's patches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scale {
+    X5,
+    X10,
+    X20,
+}
+
+impl Scale {
+    pub const ALL: [Self; 3] = [Self::X5, Self::X10, Self::X20];
+
+    /// As folders of features are called.
+    pub fn name(self) -> &'static str {
+        ["x5", "x10", "x20"][self as usize]
+    }
+}
+
+impl fmt::Display for Scale {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A value for each scale that a model reads, or that a slide has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Scales<V>([Option<V>; 3]);
+
+impl<V> Default for Scales<V> {
+    fn default() -> Self {
+        Self([None, None, None])
+    }
+}
+
+impl<V> Scales<V> {
+    pub fn get(&self, scale: Scale) -> Option<&V> {
+        self.0[scale as usize].as_ref()
+    }
+
+    pub fn insert(&mut self, scale: Scale, value: V) {
+        self.0[scale as usize] = Some(value);
+    }
+
+    /// From the lowest magnification to the highest.
+    pub fn iter(&self) -> impl Iterator<Item = (Scale, &V)> {
+        Scale::ALL.into_iter().filter_map(|scale| Some((scale, self.get(scale)?)))
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (Scale, &mut V)> {
+        Scale::ALL.into_iter().zip(&mut self.0).filter_map(|(scale, value)| Some((scale, value.as_mut()?)))
+    }
+
+    pub fn values(&self) -> impl Iterator<Item = &V> {
+        self.0.iter().flatten()
+    }
+
+    pub fn map<U>(self, mut f: impl FnMut(Scale, V) -> U) -> Scales<U> {
+        self.into_iter().map(|(scale, value)| (scale, f(scale, value))).collect()
+    }
+
+    pub fn try_map<U, E>(self, mut f: impl FnMut(Scale, V) -> Result<U, E>) -> Result<Scales<U>, E> {
+        self.into_iter().map(|(scale, value)| Ok((scale, f(scale, value)?))).collect()
+    }
+
+    pub fn as_ref(&self) -> Scales<&V> {
+        self.iter().collect()
+    }
+
+    /// Of these scales alone.
+    pub fn only(self, scales: &[Scale]) -> Self {
+        self.into_iter().filter(|(scale, _)| scales.contains(scale)).collect()
+    }
+}
+
+/// Of x5, x10 and x20.
+impl<V> From<[V; 3]> for Scales<V> {
+    fn from(values: [V; 3]) -> Self {
+        Self(values.map(Some))
+    }
+}
+
+impl<V> FromIterator<(Scale, V)> for Scales<V> {
+    fn from_iter<I: IntoIterator<Item = (Scale, V)>>(values: I) -> Self {
+        let mut scales = Self::default();
+        values.into_iter().for_each(|(scale, value)| scales.insert(scale, value));
+        scales
+    }
+}
+
+impl<V> IntoIterator for Scales<V> {
+    type Item = (Scale, V);
+    type IntoIter = std::iter::FilterMap<
+        std::iter::Zip<std::array::IntoIter<Scale, 3>, std::array::IntoIter<Option<V>, 3>>,
+        fn((Scale, Option<V>)) -> Option<(Scale, V)>,
+    >;
+
+    fn into_iter(self) -> Self::IntoIter {
+        Scale::ALL.into_iter().zip(self.0).filter_map(|(scale, value)| Some((scale, value?)))
+    }
+}
+
+/// Patches of a slide, by scale.
+pub type BagSizes = Scales<usize>;
+
+impl BagSizes {
+    pub fn total(&self) -> usize {
+        self.values().sum()
+    }
+}

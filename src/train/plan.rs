@@ -1,0 +1,217 @@
+//! What a step on a slide takes: found by running the model's own code on the device that only counts, before there is an
+//! engine or any memory.
+
+use std::ops::Range;
+
+use bytesize::ByteSize;
+use serde::Serialize;
+
+use crate::{
+    Error, Result,
+    device::{Arena, Counts, Device, Element},
+    loss::{Loss, Target},
+    model::{Bag, BagSizes, Bags, Context, Model, Network, Policy, ReadPatches, Room, STREAM_BUFFERS, Scales, each},
+    ops::{
+        Draw,
+        head::{self, SlideLoss},
+    },
+};
+
+/// How an engine decides what a pass keeps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Memory {
+    Policy(Policy),
+    /// The policy of the fewest operations whose [`Plan::peak_bytes`] are at most so many, for each slide.
+    Budget(usize),
+}
+
+impl Memory {
+    /// Within a budget, or keeping everything.
+    pub fn new(budget: Option<ByteSize>) -> Self {
+        budget.map_or(Self::Policy(Policy::KEEP), |bytes| Self::Budget(bytes.as_u64() as usize))
+    }
+}
+
+/// What a step on one slide takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub policy: Policy,
+    pub parts: Parts,
+    /// Exact size of the step's arena.
+    pub arena_bytes: usize,
+    /// Of each of the two rooms that a GPU keeps whole bags in.
+    pub room_bytes: usize,
+    pub forward_flop: f64,
+    /// Forward and backward.
+    pub step_flop: f64,
+    /// Kernels launched, where the device runs kernels.
+    pub launches: usize,
+}
+
+/// Bytes of a step's peak.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Parts {
+    /// With the weights that the ops read.
+    pub parameters: usize,
+    pub gradients: usize,
+    /// Adam's.
+    pub moments: usize,
+    /// Bags that are held whole; on a GPU those of the next slide too.
+    pub bags: usize,
+    /// Parts of the bags that are streamed.
+    pub stream: usize,
+    /// Kept by forward for backward.
+    pub saved: usize,
+    /// What an op or a block takes for itself.
+    pub scratch: usize,
+}
+
+impl Plan {
+    /// What the step holds at most: of a GPU's memory, or of the process's. A process holds some 50 MB besides (docs/giant-bags.md).
+    pub fn peak_bytes(&self) -> usize {
+        let Parts { parameters, gradients, moments, bags, stream, saved, scratch } = self.parts;
+        parameters + gradients + moments + bags + stream + saved + scratch
+    }
+}
+
+/// The plan of a policy, of the bags that the model reads; those that the policy streams are read from files.
+pub fn plan<T: Element>(
+    device: &Device,
+    model: &Model,
+    sizes: BagSizes,
+    training: bool,
+    policy: Policy,
+) -> Result<Plan> {
+    each!(model, network => plan_of::<_, T>(device, network, sizes, training, policy))
+}
+
+fn plan_of<M: Network, T: Element>(
+    device: &Device,
+    model: &M,
+    sizes: BagSizes,
+    training: bool,
+    policy: Policy,
+) -> Result<Plan> {
+    let (device, sizes) = (device.dry(), sizes.only(M::SCALES));
+    let (len, features) = (model.layout().len(), model.config().features);
+    let (params, grads) = (device.alloc(len * size_of::<T>())?, device.alloc(len * size_of::<T::Sum>())?);
+    let mut arena = Arena::unlimited();
+    let bag_bytes = |patches: usize| patches * features * size_of::<T>();
+    let mut parts = Parts {
+        parameters: len * if size_of::<T>() == size_of::<T::Sum>() { 0 } else { size_of::<T>() },
+        gradients: len * size_of::<T::Sum>(),
+        moments: 2 * len * size_of::<T::Sum>(),
+        bags: 0,
+        stream: 0,
+        saved: 0,
+        scratch: 0,
+    };
+    parts.parameters += parts.gradients;
+    let unread = sizes.map(|_, patches| Unread(patches));
+    let buffers = if device.runs_kernels() { STREAM_BUFFERS } else { 1 };
+    let mut bags = Scales::default();
+    for (scale, unread) in unread.iter() {
+        let patches = unread.0;
+        bags.insert(
+            scale,
+            match policy.stream.filter(|_| M::STREAMED.contains(&scale)) {
+                Some(most) => {
+                    parts.stream += buffers * bag_bytes(patches.min(most));
+                    Bag::Reader(unread)
+                }
+                None => {
+                    parts.bags += bag_bytes(patches);
+                    Bag::Memory(device.alloc(bag_bytes(patches))?.view::<T>(0, patches, features))
+                }
+            },
+        );
+    }
+    let mut room = Room::unlimited();
+    let mut ctx = Context {
+        device: &device,
+        arena: &mut arena,
+        room: &mut room,
+        params: &params,
+        grads: &grads,
+        draw: training.then_some(Draw { seed: 0, step: 0 }),
+        training,
+        policy,
+        config: model.config(),
+    };
+    let saved = model.forward(&mut ctx, Bags::of_bags(bags))?;
+    let head = model.head(&saved);
+    if !training {
+        head::forward(ctx.device, &head.forward)?;
+    }
+    let counts = || if let Device::Dry(dry) = &device { dry.counts() } else { Counts::default() };
+    let forward = counts();
+    if training {
+        let loss =
+            SlideLoss { loss: Loss::NllSurv, target: Target { label: 0, censored: false }, alpha: 0.0, share: 1.0 };
+        head::train(ctx.device, ctx.arena, &head, &loss, &device.alloc(0)?)?;
+        model.backward(&mut ctx, saved, None)?;
+    }
+    let step = counts();
+    if device.runs_kernels() {
+        parts.bags = 2 * room.used();
+    }
+    parts.saved = arena.saved_at_peak().saturating_sub(parts.stream); // the buffers lie on the saved stack
+    parts.scratch = arena.peak() - arena.saved_at_peak();
+    Ok(Plan {
+        policy,
+        parts,
+        arena_bytes: arena.peak(),
+        room_bytes: room.used(),
+        forward_flop: forward.flop,
+        step_flop: step.flop,
+        launches: step.launches,
+    })
+}
+
+/// The plan of the fewest operations that fits; of several, the one that reads the largest parts.
+pub fn fit<T: Element>(device: &Device, model: &Model, sizes: BagSizes, training: bool, budget: usize) -> Result<Plan> {
+    let (mut best, mut least): (Option<Plan>, usize) = (None, usize::MAX);
+    for policy in Policy::all() {
+        let plan = plan::<T>(device, model, sizes, training, policy)?;
+        least = least.min(plan.peak_bytes());
+        if plan.peak_bytes() <= budget && best.is_none_or(|best| plan.step_flop < best.step_flop) {
+            best = Some(plan);
+        }
+        if policy == Policy::KEEP && best.is_some() {
+            break; // nothing takes fewer
+        }
+    }
+    best.ok_or_else(|| {
+        let counts: Vec<String> = sizes.only(model.scales()).values().map(usize::to_string).collect();
+        let counts = match &counts[..] {
+            [first @ .., last] if !first.is_empty() => format!("{} and {last}", first.join(", ")),
+            all => all.concat(),
+        };
+        Error::Usage(format!(
+            "{counts} patches of {} features do not fit into a memory budget of {}: the least is {}MiB",
+            model.config().features,
+            ByteSize(budget as u64),
+            least.div_ceil(1 << 20)
+        ))
+    })
+}
+
+/// The smallest budget that a slide of these sizes fits.
+pub fn least<T: Element>(device: &Device, model: &Model, sizes: BagSizes, training: bool) -> Result<usize> {
+    let plans = Policy::all().map(|policy| plan::<T>(device, model, sizes, training, policy));
+    let peaks = plans.map(|plan| Ok(plan?.peak_bytes())).collect::<Result<Vec<_>>>()?;
+    Ok(peaks.into_iter().min().unwrap_or(0))
+}
+
+/// A bag that plans speak of.
+struct Unread(usize);
+
+impl<T> ReadPatches<T> for Unread {
+    fn patches(&self) -> usize {
+        self.0
+    }
+
+    fn read(&self, _: Range<usize>, _: &mut [T]) -> Result<()> {
+        Ok(())
+    }
+}
