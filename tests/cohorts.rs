@@ -143,7 +143,10 @@ fn slides_that_share_a_file_are_refused() {
             ["a", "b", "a.svs"],
             "x5/pt_files/a.pt: is the feature file of two slides, `a` (row 2 of the clinical table) and `a.svs` (row 4 of the clinical table)",
         ),
-        (["b", "a.svs", "a.SVS"], "two slides, `a.svs` (row 3 of the clinical table) and `a.SVS` (row 4 of the clinical table)"),
+        (
+            ["b", "a.svs", "a.SVS"],
+            "two slides, `a.svs` (row 3 of the clinical table) and `a.SVS` (row 4 of the clinical table)",
+        ),
         (["b", "a.svs", "a.tif"], "two slides of the clinical table, `a.svs` (row 3) and `a.tif` (row 4)"),
     ] {
         let error = files(folder.path(), "enc", &ids).unwrap_err();

@@ -1,5 +1,6 @@
 //! Evaluation of a small trained run, and of single checkpoints, against what training itself measured and plain counting of pairs.
 
+mod common;
 #[path = "eval/compare.rs"]
 mod compare;
 
@@ -19,6 +20,7 @@ use crossfusion::{
     device::Device,
     eval::{self, Checkpoint, Moved, predict},
     loss::Loss,
+    model::{Fusion, ModelName},
     report::Summary,
     survival::Bootstrap,
     train::{
@@ -269,6 +271,83 @@ fn published_checkpoints_predict() {
     });
     assert_eq!(plain, parallel);
     assert!(plain.windows(2).all(|pair| pair[0] != pair[1]), "every slide has its own risk: {plain:?}");
+}
+
+/// A published checkpoint of each model, told by its tensors alone, against PyTorch's logits (scripts/make-model-fixtures.py).
+/// The model that reads x20 alone finds no other features.
+#[test]
+fn published_checkpoints_of_each_model_agree_with_pytorch() {
+    #[derive(serde::Deserialize)]
+    struct Expected {
+        features: usize,
+        bags: std::collections::BTreeMap<String, usize>,
+        logits: Vec<f64>,
+    }
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
+    for name in ["CrossFusion", "CrossFusionConcat", "CrossFusionSingle"] {
+        let json = std::fs::read(fixtures.join(format!("{name}.json"))).unwrap();
+        let Expected { features, bags, logits } = serde_json::from_slice(&json).unwrap();
+        let pt_dir = folder(name);
+        for (scale, patches) in &bags {
+            if name == "CrossFusionSingle" && scale != "x20" {
+                continue;
+            }
+            let values = common::fill(scale, patches * features, common::Law { offset: 0.0, scale: 1.7 });
+            let folder = pt_dir.join("backbone").join(scale).join("pt_files");
+            std::fs::create_dir_all(&folder).unwrap();
+            let bag = ndarray::Array2::from_shape_vec((*patches, features), values).unwrap();
+            write_pt(&folder.join("SLIDE.pt"), bag.view()).unwrap();
+        }
+        let model = fixtures.join(format!("{name}.pt"));
+        let request =
+            predict::Request { model: &model, heads: None, pt_dir: &pt_dir, backbone: "backbone", slides: None };
+        let predictions = predict::predict(&request, device(), None).unwrap();
+        let hazards = &predictions.slides[0].hazards;
+        assert_eq!(hazards.len(), logits.len(), "{name}");
+        for (hazard, logit) in hazards.iter().zip(&logits) {
+            approx::assert_abs_diff_eq!(*hazard, 1.0 / (1.0 + (-logit).exp()), epsilon = 2e-6);
+        }
+    }
+}
+
+/// Trained, evaluated and told apart: each model's run says what it is, and the one that reads x20 alone needs no other features.
+#[test]
+fn each_model_is_trained_and_evaluated() {
+    let (trained_run, config) = trained();
+    let cohort = folder("models");
+    let copy = cohort.join("features/synthetic");
+    std::fs::create_dir_all(&copy).unwrap();
+    std::os::unix::fs::symlink(config.pt_dir.join("synthetic/x20"), copy.join("x20")).unwrap();
+    let other_run = run::fold_folder(trained_run, 0).join("best.safetensors");
+    for (model, pt_dir, title) in [
+        (ModelName::CrossFusionConcat, config.pt_dir.clone(), "CrossFusionConcat (ablation), "),
+        (ModelName::CrossFusionSingle, cohort.join("features"), "CrossFusionSingle (ablation) conv2d, "),
+    ] {
+        let out = cohort.join(model.to_string());
+        std::fs::create_dir_all(&out).unwrap();
+        let config = RunConfig { model, pt_dir, folds: Some(1), num_epochs: 2, warmup_epochs: 0, ..config.clone() };
+        let run = Run::open(config.clone()).unwrap();
+        run.save_config(&out).unwrap();
+        run.train(&out, &AtomicBool::new(false)).unwrap();
+        let summary = eval::evaluate_run(&out, &Moved::default(), device(), None, PLAN).unwrap();
+        assert_eq!(summary.slides, 86);
+        let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+        assert!(page.contains(title), "{model}: the report does not say {title}");
+        assert!(std::fs::read_to_string(out.join("config.toml")).unwrap().contains(&format!("model = \"{model}\"")));
+        // another model in its place
+        std::fs::copy(&other_run, out.join("fold_0/best.safetensors")).unwrap();
+        let error = eval::evaluate_run(&out, &Moved::default(), device(), None, PLAN).unwrap_err().to_string();
+        assert!(error.contains("best.safetensors: "), "{error}");
+    }
+    let nowhere = RunConfig { pt_dir: cohort.join("features"), ..config.clone() };
+    let error = Run::open(nowhere).err().unwrap().to_string();
+    assert!(
+        error.contains("at x5, x10 and x20 of none of the 172 slides (172 lack x5, 172 lack x10, 0 lack x20)"),
+        "{error}"
+    );
+    let fusion = RunConfig { model: ModelName::CrossFusionConcat, fusion: Fusion::Conv1d, ..config.clone() };
+    let error = fusion.model_config(8).check().unwrap_err().to_string();
+    assert!(error.contains("crossfusion-concat has no convolution"), "{error}");
 }
 
 #[test]

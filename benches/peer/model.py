@@ -1,4 +1,6 @@
-"""CrossFusion in PyTorch, as published; parameter names are those of the public checkpoints. What peer.py times."""
+"""CrossFusion and its ablations in PyTorch, as published; parameter names are those of the public checkpoints. peer.py times
+the first; scripts/make-bf16-errors.py and scripts/make-model-fixtures.py take them for truth.
+"""
 import math
 
 import torch
@@ -186,6 +188,67 @@ class CrossFusion(nn.Module):
         fine, _ = self.pad_transform("f", self.cross("f", source, fine))
         source, side = self.pad_transform("s", source)
         fused = self.conv_processor([source, fine, coarse], side)
+        fused = torch.cat([self.cls_token.expand(fused.shape[0], -1, -1), fused], dim=1)
+        fused = self.final_transformer(fused, side)
+        return self.mlp_head(self.final_ln(fused)[:, 0])
+
+
+class CrossFusionConcat(nn.Module):
+    """Ablation: the three streams are concatenated and projected instead of convolved."""
+
+    def __init__(self, features, dim=512, heads=4, layers=1, n_classes=4):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        for scale in ("coarse", "source", "fine"):
+            setattr(self, f"{scale}_pre_cross_attn", projection(features, dim))
+            setattr(self, f"{scale}_transformer", PadTransformer(dim, heads, layers))
+            setattr(self, f"{scale}_ln", nn.LayerNorm(dim))
+        for scale in ("coarse", "fine"):
+            setattr(self, f"{scale}_cross_attn", Attention(dim, heads, scale_embedding=True))
+            setattr(self, f"{scale}_cross_attn_ln", nn.LayerNorm(dim))
+            setattr(self, f"{scale}_cross_attn_ffn", FeedForward(dim))
+        self.pre_final_linear = nn.Sequential(nn.Linear(3 * dim, dim), nn.LayerNorm(dim))
+        self.final_transformer = PadTransformer(dim, heads, layers, class_token=True)
+        self.final_ln = nn.LayerNorm(dim)
+        self.mlp_head = nn.Sequential(nn.Linear(dim, n_classes))
+
+    cross = CrossFusion.cross
+
+    def pad_transform(self, scale, x):
+        x, side = square_pad(x)
+        return getattr(self, f"{scale}_ln")(getattr(self, f"{scale}_transformer")(x, side)), side
+
+    def forward(self, x5, x10, x20):
+        coarse, source, fine = (
+            self.coarse_pre_cross_attn(x5), self.source_pre_cross_attn(x10), self.fine_pre_cross_attn(x20)
+        )
+        coarse, _ = self.pad_transform("coarse", self.cross("coarse", source, coarse))
+        fine, _ = self.pad_transform("fine", self.cross("fine", source, fine))
+        source, side = self.pad_transform("source", source)
+        fused = self.pre_final_linear(torch.cat([source, fine, coarse], dim=2))
+        fused = torch.cat([self.cls_token.expand(fused.shape[0], -1, -1), fused], dim=1)
+        fused = self.final_transformer(fused, side)
+        return self.mlp_head(self.final_ln(fused)[:, 0])
+
+
+class CrossFusionSingle(nn.Module):
+    """Ablation: the 20x bag alone."""
+
+    def __init__(self, features, dim=512, heads=4, layers=1, n_classes=4):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.source_pre_cross_attn = projection(features, dim)
+        self.source_transformer = PadTransformer(dim, heads, layers)
+        self.source_ln = nn.LayerNorm(dim)
+        self.final_transformer = PadTransformer(dim, heads, layers, class_token=True)
+        self.final_ln = nn.LayerNorm(dim)
+        self.conv_processor = ConvProcessor(dim, scales=1)
+        self.mlp_head = nn.Sequential(nn.Linear(dim, n_classes))
+
+    def forward(self, x5, x10, x20):
+        x, side = square_pad(self.source_pre_cross_attn(x20))
+        x = self.source_ln(self.source_transformer(x, side))
+        fused = self.conv_processor([x], side)
         fused = torch.cat([self.cls_token.expand(fused.shape[0], -1, -1), fused], dim=1)
         fused = self.final_transformer(fused, side)
         return self.mlp_head(self.final_ln(fused)[:, 0])
