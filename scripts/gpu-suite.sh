@@ -19,13 +19,15 @@ pack() {
   mkdir -p "$folder"
   cargo build --release --features emulator --bins
   cp target/release/cf-train target/release/cf-eval target/release/cf-bench "$folder/"
-  cargo test --release --features emulator --test emulator --test goldens --test policies --test survival --no-run --message-format=json |
+  cargo test --release --features emulator --lib --test goldens --test policies --test survival --no-run --message-format=json |
     python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message.get("target", {}).get("kind") == ["test"]:
-        shutil.copy(message["executable"], sys.argv[1] + "/test-" + message["target"]["name"])' "$folder"
+    target = message.get("target", {})
+    if message.get("executable") and message["profile"]["test"]:
+        name = "unit" if target["kind"] == ["lib"] else target["name"]
+        shutil.copy(message["executable"], sys.argv[1] + "/test-" + name)' "$folder"
   strip "$folder"/cf-* "$folder"/test-*
   cp -r tests/goldens "$folder/goldens"
   mkdir -p "$folder/benches" "$folder/tests/survival"
@@ -55,7 +57,7 @@ step() {
 }
 
 checks() {
-  step kernels ./test-emulator --test-threads=1
+  step kernels ./test-unit emulator_tests:: --test-threads=1
   step goldens ./test-goldens --test-threads=1
   step policies ./test-policies --test-threads=1
   step cox ./test-survival cox --test-threads=1
@@ -72,7 +74,7 @@ sanitizer() {
     return
   fi
   for tool in memcheck racecheck synccheck initcheck; do
-    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 ./test-emulator no_races --test-threads=1
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 ./test-unit no_races --test-threads=1
   done
 }
 

@@ -188,7 +188,7 @@ def count_conflicts():
     totals = {}
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts"
-        command = "cargo test --release --features emulator --test emulator no_races".split()
+        command = "cargo test --release --features emulator --lib no_races".split()
         subprocess.run(command, cwd=ROOT, check=True, env=dict(os.environ, CROSSFUSION_EMULATOR_STATS=str(counts)))
         for line in counts.read_text().splitlines():
             symbol, cycles, extra = line.split()

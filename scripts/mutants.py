@@ -415,10 +415,10 @@ MODES = {
 
 def built():
     """The test binary and the folder with build.rs's objects."""
-    command = "cargo test --release --features emulator --test emulator --no-run --message-format=json"
+    command = "cargo test --release --features emulator --lib --no-run --message-format=json"
     lines = subprocess.run(command.split(), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     messages = [json.loads(line) for line in lines]
-    test = next(m["executable"] for m in messages if m.get("target", {}).get("name") == "emulator" and m.get("executable"))
+    test = next(m["executable"] for m in messages if m.get("target", {}).get("kind") == ["lib"] and m.get("profile", {}).get("test") and m.get("executable"))
     out = next(m["out_dir"] for m in messages if m["reason"] == "build-script-executed" and "CROSSFUSION_EMULATOR_BUILT" in dict(m["env"]))
     return test, Path(out)
 
@@ -452,7 +452,7 @@ def build(kernel, file, source, objects, folder):
 def noticed(test, filters, folder):
     """What the tests say against the mutant, or None."""
     environment = dict(os.environ, CROSSFUSION_EMULATOR=str(folder), RUST_BACKTRACE="0")
-    command = [test, *filters, "--test-threads=1"]
+    command = [test, *(f"emulator_tests::{name}" for name in filters), "--test-threads=1"]
     try:
         done = subprocess.run(command, env=environment, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     except subprocess.TimeoutExpired:
@@ -462,7 +462,8 @@ def noticed(test, filters, folder):
     text = done.stdout
     for pattern in (r"thread \d+: (.*)", r"(a kernel wrote outside[^\"]*)", r"\} (\w+: error .*)", r"(.* gives other bits)"):
         if found := re.search(pattern, text):
-            return re.sub(r" 0x[0-9a-f]+", "", found[1])
+            # without addresses, folders of this machine, and the end of a quoted error
+            return re.sub(r' 0x[0-9a-f]+|/\S*/(?=\w+\.cu)|"\)$', "", found[1])
     return f"crash ({done.returncode})" if done.returncode < 0 else "wrong result"
 
 

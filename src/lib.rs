@@ -110,6 +110,13 @@ pub fn printable(text: &str) -> String {
     out
 }
 
+// Tests that need more of the crate than is public, from the folder of tests.
+#[cfg(test)]
+extern crate self as crossfusion;
+#[cfg(all(test, feature = "emulator"))]
+#[path = "../tests/emulator/mod.rs"]
+mod emulator_tests;
+
 #[cfg(test)]
 mod tests {
     #[test]

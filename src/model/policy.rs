@@ -8,7 +8,7 @@ pub struct Policy {
     /// Of each layer keep only input, attention's output and its log-sum-exp; backward computes the rest again, this many tokens at a
     /// time. None keeps everything.
     pub recompute: Option<usize>,
-    /// Hold at most this many patches of x5 and of x20 on the device: forward and backward read the bags part by part. None
+    /// Hold at most this many patches of each bag that the model can read part by part (`Network::STREAMED`). None
     /// holds the bags whole.
     pub stream: Option<usize>,
 }
@@ -39,7 +39,7 @@ impl std::fmt::Display for Policy {
         }
         match self.stream {
             None => Ok(()),
-            Some(patches) => write!(f, "; stream x5 and x20, {patches} patches at a time"),
+            Some(patches) => write!(f, "; stream bags, {patches} patches at a time"),
         }
     }
 }

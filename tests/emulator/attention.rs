@@ -11,7 +11,7 @@ use crossfusion::{
 
 use half::bf16;
 
-use crate::{
+use super::{
     bed::{Bed, Case, check, check_races},
     common::Law,
 };

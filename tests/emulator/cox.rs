@@ -6,7 +6,7 @@ use crossfusion::{
     survival::{CoxCohort, Ties},
 };
 
-use crate::{
+use super::{
     PLAIN, RACE,
     common::{Law, fill},
     gpu,

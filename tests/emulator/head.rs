@@ -11,7 +11,7 @@ use crossfusion::{
 };
 use serde::Deserialize;
 
-use crate::{
+use super::{
     PLAIN, RACE,
     bed::{Bed, Case, check, check_races},
     common::{self, Law},

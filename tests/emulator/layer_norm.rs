@@ -9,7 +9,7 @@ use crossfusion::{
 };
 use half::bf16;
 
-use crate::{
+use super::{
     Element, Memory, PLAIN, RACE,
     common::{Law, fill},
     error, launch,

@@ -14,7 +14,7 @@ use crossfusion::{
 };
 use half::bf16;
 
-use crate::{
+use super::{
     Memory, PLAIN,
     bed::{Bed, Case, check, check_races},
     common::Law,
@@ -181,7 +181,7 @@ fn wgmma_has_no_races() {
 /// of b and 4 (large tile) or 2 of a per 16 of the depth.
 #[test]
 fn fragments_have_no_bank_conflicts() {
-    if crate::gpu().is_some() {
+    if super::gpu().is_some() {
         return; // nothing counts there
     }
     // 132 large tiles, or one small one; depth 64 is one stage
@@ -196,7 +196,7 @@ fn fragments_have_no_bank_conflicts() {
         problem.b = b.matrix(64, cols);
         let input = kernel::backward_input_launches(Kernels::Mma, Storage::Bf16, &[problem]);
         for launch in forward.iter().chain(&input) {
-            let stats = crate::launch(launch, PLAIN[0]).unwrap();
+            let stats = super::launch(launch, PLAIN[0]).unwrap();
             assert_eq!((stats.ldmatrix, stats.ldmatrix_conflicts), (warps * fragments * 4, 0), "{}", launch.kernel);
         }
     }
@@ -209,7 +209,7 @@ fn fragments_have_no_bank_conflicts() {
         (problem.dy, problem.x) = (dy.matrix(64, side), x.matrix(64, side));
         (problem.dw, problem.db, problem.splits) = (dw.matrix(side, side), db.address(), 1);
         for launch in kernel::backward_weight_launches(Kernels::Mma, Storage::Bf16, &[problem]) {
-            let stats = crate::launch(&launch, PLAIN[0]).unwrap();
+            let stats = super::launch(&launch, PLAIN[0]).unwrap();
             assert_eq!((stats.ldmatrix, stats.ldmatrix_conflicts), (warps * fragments * 4, 0), "{}", launch.kernel);
         }
     }

@@ -6,7 +6,7 @@ use crossfusion::{
     ops::ppeg::{self, Ppeg, PpegGrad, SIDES},
 };
 
-use crate::{
+use super::{
     bed::{Bed, Case, check, check_races},
     common::Law,
 };

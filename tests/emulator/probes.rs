@@ -9,7 +9,7 @@ use crossfusion::{
 };
 use half::bf16;
 
-use crate::{
+use super::{
     Memory, PLAIN, RACE,
     common::{Law, fill},
     gpu, launch,
