@@ -3,22 +3,22 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use crossfusion::{
-    bench::cases::{self, Product},
-    device::{Arena, Device},
+    bench::cases::{Cases, Operand, Product},
+    device::Device,
 };
 
 const BAGS: [usize; 3] = [800, 3000, 12000];
 
 fn ops(c: &mut Criterion) {
     let device = Device::from_name("cpu", 0).expect("a CPU");
-    let mut arena = Arena::new(&device, cases::ARENA).expect("memory");
-    let mut keep = Vec::new();
-    let cases = cases::cases::<f32>(&device, BAGS.into(), 2048, 24_500_000, &mut keep).expect("cases");
-    for case in &cases {
+    let mut cases = Cases::new::<f32>(&device, BAGS.into(), 2048, 24_500_000).expect("cases");
+    for i in 0..cases.cases().len() {
+        let case = &cases.cases()[i];
         let mut group = c.benchmark_group(case.op);
-        let work = if case.flop > 0.0 { case.flop } else { case.bytes };
+        let (work, shape) = (if case.flop > 0.0 { case.flop } else { case.bytes }, case.shape.clone());
         group.throughput(Throughput::Elements(work as u64));
-        group.bench_function(BenchmarkId::new("ours", &case.shape), |b| b.iter(|| case.run(&device, &mut arena)));
+        group.bench_function(BenchmarkId::new("ours", shape), |b| b.iter(|| cases.run(i)));
+        let case = &cases.cases()[i];
         if !case.products.is_empty() {
             group.bench_function(BenchmarkId::new("gemm crate", &case.shape), |b| {
                 b.iter(|| case.products.iter().for_each(gemm_crate))
@@ -28,15 +28,15 @@ fn ops(c: &mut Criterion) {
 }
 
 fn gemm_crate(p: &Product) {
-    let (out, a, b) = (p.out.matrix, p.a.matrix, p.b.matrix);
+    let (out, a, b) = (p.out, p.a, p.b);
     // (column stride, row stride)
-    let strides = |stride: u64, transposed: bool| if transposed { (stride as isize, 1) } else { (1, stride as isize) };
-    let (a_strides, b_strides) = (strides(a.stride, p.a.transposed), strides(b.stride, p.b.transposed));
-    // SAFETY: the cases' matrices, alive as long as `keep`.
+    let strides = |m: Operand| if m.transposed { (m.stride as isize, 1) } else { (1, m.stride as isize) };
+    let (a_strides, b_strides) = (strides(a), strides(b));
+    // SAFETY: the cases' matrices, which are alive, and which nothing else uses now.
     unsafe {
         gemm::gemm(
-            out.rows as usize,
-            out.cols as usize,
+            out.rows,
+            out.cols,
             p.depth,
             out.address as *mut f32,
             1,

@@ -223,10 +223,10 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
             forward = Instant::now();
             Loss::NllSurv.evaluate(logits, TARGET, ALPHA).1
         })?;
-        engine.device.synchronize()?;
+        engine.device().synchronize()?;
         let backward = Instant::now();
         engine.update(&adam)?;
-        engine.device.synchronize()?;
+        engine.device().synchronize()?;
         let end = Instant::now();
         let parts = [forward - start, backward - forward, end - backward, end - start];
         if run > 0 {
@@ -234,11 +234,11 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
         }
     }
     let mut host_s = None;
-    if engine.device.runs_kernels() {
+    if engine.device().runs_kernels() {
         let (steps, host) = in_flight(&mut engine, bags, draw, &adam, arguments.repeat)?;
         (times[3], host_s) = (steps, Some(Seconds::of(host)));
     }
-    let peak = peak_before.zip(ceilings::peak::<T>(&engine.device)?).map(|(before, after)| before.max(after) / 1e9);
+    let peak = peak_before.zip(ceilings::peak::<T>(engine.device())?).map(|(before, after)| before.max(after) / 1e9);
     let [forward_s, backward_s, optimizer_s, step_s] = times.map(Seconds::of);
     let step_gflop = match arguments.model {
         ModelName::CrossFusion => published_step_flop(sizes, arguments.features) / 1e9,
@@ -293,7 +293,7 @@ fn in_flight<T: Element<Sum = f32>>(
             ends.push(Instant::now());
         }
     }
-    engine.device.synchronize()?;
+    engine.device().synchronize()?;
     Ok((ends.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect(), host.split_off(2)))
 }
 

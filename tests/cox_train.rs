@@ -55,7 +55,7 @@ fn model(n_classes: usize) -> Config {
 fn engine<T: Real>(config: &Config) -> Engine<T> {
     let mut engine = Engine::new(Device::from_name("cpu", 1).unwrap(), config, 3).unwrap();
     let mut params: Vec<T> = engine.read_state(State::Params).unwrap();
-    for entry in engine.model.layout().entries() {
+    for entry in engine.model().layout().entries() {
         let law =
             if entry.shape.len() == 1 { Law { offset: 0.5, scale: 0.4 } } else { Law { offset: 0.0, scale: 0.3 } };
         for (p, x) in params[entry.offset..].iter_mut().zip(fill(&entry.name, entry.len(), law)) {
@@ -171,7 +171,7 @@ fn two_passes_equal_all_slides_at_once() {
     for n_classes in [1, 4] {
         let slides = slides::<f32>();
         let mut one_by_one = engine::<f32>(&model(n_classes));
-        let zeros = vec![0.0f32; one_by_one.model.layout().len()];
+        let zeros = vec![0.0f32; one_by_one.model().layout().len()];
         let (mut risks, mut jacobian) = (Vec::new(), Vec::new());
         for (i, slide) in slides.iter().enumerate() {
             let of_risk = |logits: &[f64]| Prediction::from_logits(logits).risk_gradient();

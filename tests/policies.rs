@@ -52,7 +52,7 @@ fn configs(projected: bool) -> [Config; 3] {
 fn engine<T: Element<Sum: Real>>(device: Device, config: &Config) -> Engine<T> {
     let mut engine = Engine::new(device, config, 3).unwrap();
     let mut params = engine.read_state(State::Params).unwrap();
-    for entry in engine.model.layout().entries() {
+    for entry in engine.model().layout().entries() {
         // small weights would keep the bags' influence on the logits below rounding
         let law =
             if entry.shape.len() == 1 { Law { offset: 0.5, scale: 0.4 } } else { Law { offset: 0.0, scale: 0.5 } };
@@ -82,7 +82,7 @@ struct Step<T> {
 fn step<T: Element<Sum: Real>>(engine: &mut Engine<T>, slide: &[Rows<T>; 3], streamed: bool) -> Result<Step<T::Sum>> {
     let zeros = vec![T::Sum::ZERO; engine.read_state(State::Grads)?.len()];
     engine.write_state(State::Grads, &zeros)?;
-    let files = if streamed { engine.model.streamed() } else { &[] };
+    let files = if streamed { engine.model().streamed() } else { &[] };
     let features = |i: usize| match Scale::ALL[i] {
         scale if files.contains(&scale) => Features::Reader(&slide[i]),
         _ => Features::Memory(&slide[i].values),
@@ -107,7 +107,7 @@ fn relative<T: Real>(a: &[T], b: &[T]) -> f64 {
 /// whole.
 fn check_tensors<T: Element>(engine: &Engine<T>, got: &[T::Sum], expected: &[T::Sum], tolerance: f64, what: &str) {
     let mut checked = Vec::new();
-    for entry in engine.model.layout().entries() {
+    for entry in engine.model().layout().entries() {
         let range = entry.offset..entry.offset + entry.len();
         let (got, expected) = (&got[range.clone()], &expected[range]);
         if expected.iter().map(|g| g.f64().powi(2)).sum::<f64>() > 1e-12 {
@@ -116,7 +116,7 @@ fn check_tensors<T: Element>(engine: &Engine<T>, got: &[T::Sum], expected: &[T::
             checked.push(entry.name.as_str());
         }
     }
-    let names = match engine.model.config().model {
+    let names = match engine.model().config().model {
         ModelName::CrossFusion => {
             ["c_cross_attn.v_proj.weight", "f_cross_attn.v_proj.weight", "s_transformer.ppeg.proj.weight"]
         }
@@ -178,7 +178,7 @@ fn check_all<T: Element<Sum: Real>>(device: impl Fn() -> Device, config: &Config
             let what = format!("{policy}, streamed {streamed}");
             check_tensors(&engine, &got.grads, &expected.grads, if size_of::<T>() == 8 { 1e-11 } else { 2e-4 }, &what);
             // a bag in the CPU's memory needs no buffer; kernels write the bags' gradients into memory on top of the plan
-            if !engine.device.runs_kernels() && (streamed || policy.stream.is_none()) {
+            if !engine.device().runs_kernels() && (streamed || policy.stream.is_none()) {
                 let plan = engine.plan(BagSizes::from([x5, x10, x20]), true).unwrap();
                 assert_eq!(engine.arena_peak(), plan.arena_bytes, "{policy}, streamed {streamed}");
             }

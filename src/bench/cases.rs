@@ -41,9 +41,14 @@ pub struct Product {
     pub depth: usize,
 }
 
+/// A matrix of a case's memory, by its address: what a BLAS takes. It is there as long as the [`Cases`].
 #[derive(Clone, Copy)]
 pub struct Operand {
-    pub matrix: Matrix,
+    pub address: u64,
+    pub rows: usize,
+    pub cols: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
     pub transposed: bool,
 }
 
@@ -63,17 +68,44 @@ impl Case {
         Self { products, ..self }
     }
 
-    pub fn run(&self, device: &Device, arena: &mut Arena) -> Result<()> {
+    pub(super) fn run(&self, device: &Device, arena: &mut Arena) -> Result<()> {
         (self.run)(device, arena)
     }
 }
 
-impl Operand {
-    fn plain(matrix: Matrix) -> Self {
-        Self { matrix, transposed: false }
+/// The cases of a slide, in the order of a step, with their memory.
+pub struct Cases<'d> {
+    device: &'d Device,
+    arena: Arena,
+    cases: Vec<Case>,
+    _keep: Vec<Buffer>,
+}
+
+impl<'d> Cases<'d> {
+    /// On random numbers; `parameters` is the size of the model whose Adam step is one of them.
+    pub fn new<T: Element>(device: &'d Device, bags: BagSizes, features: usize, parameters: usize) -> Result<Self> {
+        let mut keep = Vec::new();
+        let cases = cases::<T>(device, bags, features, parameters, &mut keep)?;
+        Ok(Self { device, arena: Arena::new(device, ARENA)?, cases, _keep: keep })
     }
 
-    fn transposed(self) -> Self {
+    pub fn cases(&self) -> &[Case] {
+        &self.cases
+    }
+
+    /// Runs the `i`-th of [`Self::cases`] once.
+    pub fn run(&mut self, i: usize) -> Result<()> {
+        self.cases[i].run(self.device, &mut self.arena)
+    }
+}
+
+impl Operand {
+    pub(super) fn plain(matrix: Matrix) -> Self {
+        let Matrix { address, stride, rows, cols } = matrix;
+        Self { address, rows: rows as usize, cols: cols as usize, stride: stride as usize, transposed: false }
+    }
+
+    pub(super) fn transposed(self) -> Self {
         Self { transposed: true, ..self }
     }
 }
@@ -111,7 +143,7 @@ const D: usize = 512;
 const HEADS: usize = 4;
 
 /// The cases of a slide with these bags, in the order of a step. `keep` holds their memory.
-pub fn cases<T: Element>(
+pub(super) fn cases<T: Element>(
     device: &Device,
     bags: BagSizes,
     features: usize,
@@ -391,4 +423,4 @@ fn rowwise<T: Element>(make: &mut Maker, n: usize, parameters: usize, cases: &mu
 }
 
 /// Scratch enough for any case of a typical slide.
-pub const ARENA: usize = 1 << 30;
+pub(super) const ARENA: usize = 1 << 30;

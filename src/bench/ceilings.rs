@@ -67,7 +67,7 @@ fn product_rate<T: Element>(cuda: &Cuda) -> Result<Option<f64>> {
             cuda.upload(pattern, address(matrix) + start as u64)?;
         }
     }
-    let operand = |slice| Operand { matrix: Matrix::new(address(slice), LARGE, LARGE), transposed: false };
+    let operand = |slice| Operand::plain(Matrix::new(address(slice), LARGE, LARGE));
     let product = Product { a: operand(&a), b: operand(&b), out: operand(&out), depth: LARGE };
     let storage = crate::device::storage::<T>()?;
     let product = library.prepare(&product, storage, storage)?;

@@ -86,7 +86,7 @@ pub fn cox(device: &Device, arguments: &OpArguments) -> Result<()> {
             let unsorted = time(repeat, || {
                 let cohort = CoxCohort::new(&rows.time, &rows.event, None, None)?;
                 let cohort = DeviceCohort::new(device, &cohort)?;
-                cohort.loglik_and_gradient(device, &rows.risk, ties, &mut gradient).map(drop)
+                cohort.loglik_and_gradient(&rows.risk, ties, &mut gradient).map(drop)
             })?;
             (Seconds::of(times), unsorted)
         }

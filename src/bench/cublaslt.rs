@@ -44,8 +44,7 @@ fn failed(e: CublasError) -> Error {
 
 /// Rows, columns and leading dimension of a row-major matrix as a column-major one: its transpose.
 fn column_major(operand: Operand) -> (u64, u64, i64) {
-    let matrix = operand.matrix;
-    (u64::from(matrix.cols), u64::from(matrix.rows), matrix.stride as i64)
+    (operand.cols as u64, operand.rows as u64, operand.stride as i64)
 }
 
 impl<'a> CublasLt<'a> {
@@ -99,7 +98,7 @@ impl Prepared<'_> {
     pub fn run(&self) -> Result<()> {
         let (one, zero) = (1f32, 0f32);
         let Self { library, product, description, layouts: [a, b, d], algorithm } = self;
-        let address = |operand: Operand| operand.matrix.address as *mut c_void;
+        let address = |operand: Operand| operand.address as *mut c_void;
         let stream = library.cuda.stream();
         // SAFETY: the matrices are live device memory of these shapes; the scalars are read before the call returns.
         let status = unsafe {
@@ -151,9 +150,9 @@ mod tests {
     /// x Wᵀ of x [5, 8] (rows 16 apart) and W [3, 8]: outᵀ [3, 5] = W xᵀ, whose memory column-major is W [8, 3] transposed, x [8, 5] as it is.
     #[test]
     fn row_major_products_are_column_major_ones_of_the_transposes() {
-        let x = Operand { matrix: Matrix { stride: 16, ..Matrix::new(0, 5, 8) }, transposed: false };
-        let w = Operand { matrix: Matrix::new(0, 3, 8), transposed: true };
-        let out = Operand { matrix: Matrix::new(0, 5, 3), transposed: false };
+        let x = Operand { stride: 16, ..Operand::plain(Matrix::new(0, 5, 8)) };
+        let w = Operand::plain(Matrix::new(0, 3, 8)).transposed();
+        let out = Operand::plain(Matrix::new(0, 5, 3));
         assert_eq!((column_major(w), w.transposed), ((8, 3, 8), true));
         assert_eq!((column_major(x), x.transposed), ((8, 5, 16), false));
         assert_eq!(column_major(out), (3, 5, 3));

@@ -345,7 +345,7 @@ impl Reading {
         slides: &[(usize, bool)],
         ahead: usize,
     ) -> Result<Self> {
-        let mut reading = Self { ahead, streamed: HashSet::new(), scales: engine.model.streamed() };
+        let mut reading = Self { ahead, streamed: HashSet::new(), scales: engine.model().streamed() };
         for &(slide, training) in slides {
             let Ok(plan) = engine.plan(dataset.sizes[slide], training) else {
                 return Err(refusal(engine, dataset, slides));
@@ -354,7 +354,7 @@ impl Reading {
                 reading.streamed.insert(slide);
             }
         }
-        if engine.has_budget() && engine.device.is_host() {
+        if engine.has_budget() && engine.device().is_host() {
             reading.ahead = 0;
         }
         Ok(reading)

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// Every view starts on a boundary of this many bytes (a GPU's widest access, and a multiple of a cache line).
 pub(crate) const ALIGNMENT: usize = 256;
 
-pub struct Arena {
+pub(crate) struct Arena {
     buffer: Buffer,
     saved: usize,
     scratch: usize,
@@ -20,13 +20,13 @@ pub struct Arena {
 
 /// A height of both stacks, to go back to.
 #[derive(Clone, Copy, Debug)]
-pub struct Mark {
+pub(crate) struct Mark {
     saved: usize,
     scratch: usize,
 }
 
 impl Arena {
-    pub fn new(device: &Device, bytes: usize) -> Result<Self> {
+    pub(crate) fn new(device: &Device, bytes: usize) -> Result<Self> {
         let bytes = bytes.next_multiple_of(ALIGNMENT);
         Ok(Self { buffer: device.alloc(bytes)?, saved: 0, scratch: bytes, peak: 0, saved_at_peak: 0 })
     }
@@ -41,22 +41,22 @@ impl Arena {
         bytes::<T>(rows, cols)
     }
 
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.buffer.bytes()
     }
 
     /// The largest sum of both stacks so far, in bytes: what an arena must hold for the same step.
-    pub fn peak(&self) -> usize {
+    pub(crate) fn peak(&self) -> usize {
         self.peak
     }
 
     /// The saved stack's share of [`Arena::peak`].
-    pub fn saved_at_peak(&self) -> usize {
+    pub(crate) fn saved_at_peak(&self) -> usize {
         self.saved_at_peak
     }
 
     /// A matrix that lives until its mark is released in backward. Its content is whatever was there before.
-    pub fn save<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
+    pub(crate) fn save<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
         let bytes = bytes::<T>(rows, cols)?;
         let at = self.saved;
         self.saved += bytes;
@@ -65,7 +65,7 @@ impl Arena {
     }
 
     /// A matrix that lives until the op or block that took it releases its mark.
-    pub fn scratch<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
+    pub(crate) fn scratch<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
         let bytes = bytes::<T>(rows, cols)?;
         self.scratch = self.scratch.wrapping_sub(bytes);
         self.grown(bytes)?;
@@ -86,24 +86,24 @@ impl Arena {
         Ok(())
     }
 
-    pub fn mark(&self) -> Mark {
+    pub(crate) fn mark(&self) -> Mark {
         Mark { saved: self.saved, scratch: self.scratch }
     }
 
     /// Pops the scratch stack back to the mark; saved matrices stay.
-    pub fn release_scratch(&mut self, mark: Mark) {
+    pub(crate) fn release_scratch(&mut self, mark: Mark) {
         debug_assert!(self.scratch <= mark.scratch);
         self.scratch = mark.scratch;
     }
 
     /// Pops the saved stack back to the mark.
-    pub fn release_saved(&mut self, mark: Mark) {
+    pub(crate) fn release_saved(&mut self, mark: Mark) {
         debug_assert!(self.saved >= mark.saved);
         self.saved = mark.saved;
     }
 
     /// Empties both stacks.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         (self.saved, self.scratch) = (0, self.buffer.bytes());
     }
 }

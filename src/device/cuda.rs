@@ -49,7 +49,7 @@ pub struct Cuda {
 
 impl Cuda {
     /// The first GPU that the driver shows (CUDA_VISIBLE_DEVICES chooses).
-    pub fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         if fatbins().is_empty() {
             return Err(Error::Device(
                 "--device cuda: this program was built without CUDA kernels: run scripts/cuda-toolchain.sh (or set CUDA_HOME to a \
@@ -93,17 +93,17 @@ impl Cuda {
     }
 
     /// The GPU's name, as the driver tells it.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// Its compute capability.
-    pub fn capability(&self) -> (i32, i32) {
+    pub(crate) fn capability(&self) -> (i32, i32) {
         self.capability
     }
 
     /// Zeroed device memory.
-    pub fn alloc(&self, bytes: usize) -> Result<CudaSlice<u8>> {
+    pub(crate) fn alloc(&self, bytes: usize) -> Result<CudaSlice<u8>> {
         self.stream.alloc_zeros(bytes.max(1)).map_err(|e| {
             if e.0 != CUresult::CUDA_ERROR_OUT_OF_MEMORY {
                 return self.failed("allocating memory", e);
@@ -126,7 +126,7 @@ impl Cuda {
     }
 
     /// Starts a kernel.
-    pub fn launch(&self, launch: Launch) -> Result<()> {
+    pub(crate) fn launch(&self, launch: Launch) -> Result<()> {
         let function = self.function(&launch)?;
         self.bind()?;
         let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x, y, z));
@@ -155,8 +155,16 @@ impl Cuda {
             return Ok(function.clone());
         }
         let symbol = launch.symbol();
-        let function = self.modules.iter().find_map(|module| module.load_function(&symbol).ok());
-        let function = function.ok_or_else(|| Error::Device(format!("this build has no kernel `{symbol}`")))?;
+        let mut found = None;
+        for module in &self.modules {
+            match module.load_function(&symbol) {
+                Ok(function) => found = Some(function),
+                Err(e) if e.0 == CUresult::CUDA_ERROR_NOT_FOUND => continue,
+                Err(e) => return Err(self.failed(&format!("looking for kernel {symbol}"), e)),
+            }
+            break;
+        }
+        let function = found.ok_or_else(|| Error::Device(format!("this build has no kernel `{symbol}`")))?;
         // what a block may take beyond 48 KiB has to be asked for
         let attribute = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let fixed = function.shared_size_bytes().unwrap_or(0);
@@ -168,7 +176,7 @@ impl Cuda {
     }
 
     /// Copies to the device, after all work so far; does not wait for it.
-    pub fn upload(&self, from: &[u8], to: u64) -> Result<()> {
+    pub(crate) fn upload(&self, from: &[u8], to: u64) -> Result<()> {
         self.fill(to, from.len(), 1, &self.fence()?, |range, out| {
             copy_by_all_threads(&from[range], out);
             Ok(())
@@ -176,18 +184,18 @@ impl Cuda {
     }
 
     /// The work started so far.
-    pub fn fence(&self) -> Result<CudaEvent> {
+    pub(crate) fn fence(&self) -> Result<CudaEvent> {
         self.stream.record_event(None).map_err(|e| self.failed("recording an event", e))
     }
 
     /// Waits for the work before.
-    pub fn wait(&self, fence: &CudaEvent) -> Result<()> {
+    pub(crate) fn wait(&self, fence: &CudaEvent) -> Result<()> {
         fence.synchronize().map_err(|e| self.failed("waiting for the GPU", e))
     }
 
     /// Copies to the device from wherever `write` takes it: called for ranges of whole `unit`s that follow one another, with host memory to
     /// write them to. The copies wait for the work before `after` alone; work started later waits for them.
-    pub fn fill(
+    pub(crate) fn fill(
         &self,
         to: u64,
         bytes: usize,
@@ -214,7 +222,7 @@ impl Cuda {
     }
 
     /// Copies from the device, after all work so far.
-    pub fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
+    pub(crate) fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
         self.bind()?;
         // SAFETY: as above; the copy has ended when this returns.
         unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }
@@ -223,12 +231,12 @@ impl Cuda {
     }
 
     /// Waits for all work so far, copies included.
-    pub fn synchronize(&self) -> Result<()> {
+    pub(crate) fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(|e| self.failed("waiting for the GPU", e))
     }
 
     /// Seconds that the device takes for what `work` launches, by its own clock.
-    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    pub(crate) fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
         let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
         let event = || self.stream.record_event(flags).map_err(|e| self.failed("recording an event", e));
         let start = event()?;

@@ -22,20 +22,20 @@ impl Dry {
         Self { kernels, counts: Mutex::default() }
     }
 
-    pub fn plans_kernels(&self) -> bool {
+    pub(crate) fn plans_kernels(&self) -> bool {
         self.kernels
     }
 
-    pub fn count(&self, flop: f64) {
+    pub(crate) fn count(&self, flop: f64) {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner).flop += flop;
     }
 
-    pub fn count_launch(&self) {
+    pub(crate) fn count_launch(&self) {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner).launches += 1;
     }
 
     /// All so far.
-    pub fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         *self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -5,18 +5,14 @@
 //! libraries can be named by CROSSFUSION_EMULATOR.
 
 use std::{
-    cell::UnsafeCell,
     collections::VecDeque,
     ffi::{CStr, CString, c_char, c_int, c_void},
     io::Write,
-    marker::PhantomData,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
-use bytemuck::{Pod, Zeroable};
-
-use super::{Launch, Matrix};
+use super::Launch;
 use crate::{Error, Result};
 
 /// Which thread of a block runs next, whenever one waits.
@@ -95,7 +91,7 @@ impl Emulator {
 /// How often things happened in a launch, over all its blocks (`SimtStats` of kernels/emulator/runtime.hpp).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Stats {
+pub(crate) struct Stats {
     pub barriers: u64,
     pub collectives: u64,
     pub switches: u64,
@@ -113,7 +109,7 @@ pub struct Stats {
 /// Runs a kernel to its end. The error is the first thing that went wrong: kernel, block, thread, what and where.
 ///
 /// The launch's addresses must be memory of this process, such as [`Memory`]; in plain mode nothing checks them.
-pub fn launch(launch: &Launch, options: Options) -> Result<Stats> {
+pub(crate) fn launch(launch: &Launch, options: Options) -> Result<Stats> {
     let library = Library::get(options.race)?;
     let symbol = CString::new(launch.symbol()).map_err(|e| Error::Device(format!("emulator: {e}")))?;
     let args: Vec<*const u64> = launch.args.iter().map(|a| a.as_ptr()).collect();
@@ -150,86 +146,16 @@ fn record(launch: &Launch, stats: &Stats) -> Result<()> {
     file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|e| Error::file(Path::new(&path), e))
 }
 
-/// The names of all kernels, storage type included, in alphabetical order.
-pub fn kernels() -> Result<Vec<String>> {
-    let library = Library::get(false)?;
-    // SAFETY: the names are static strings of a library that is never unloaded.
-    let name = |i| unsafe {
-        let name = (library.kernel)(i);
-        (!name.is_null()).then(|| CStr::from_ptr(name).to_string_lossy().into_owned())
-    };
-    Ok((0..).map_while(name).collect())
-}
-
-/// Memory that kernels may touch, to the byte: race mode reports an access outside, [`Memory::read`] a stray write.
-pub struct Memory<T> {
-    /// The first line and all after the last element are guards. Kernels write through their own pointers.
-    lines: Box<[UnsafeCell<Line>]>,
-    len: usize,
-    _range: Registered,
-    element: PhantomData<T>,
-}
-
-/// As aligned as memory of a GPU.
-#[repr(C, align(256))]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Line([u8; 256]);
-
-impl<T: Pod> Memory<T> {
-    pub fn new(data: &[T]) -> Result<Self> {
-        let bytes = size_of_val(data);
-        let lines: Box<[_]> = (0..bytes.div_ceil(256) + 2).map(|_| UnsafeCell::new(Line([0xff; 256]))).collect();
-        let range = Registered::new(lines.as_ptr().wrapping_add(1).cast(), bytes)?;
-        let memory = Self { lines, len: data.len(), _range: range, element: PhantomData };
-        // SAFETY: lines 1.. hold these elements and nobody else knows them yet.
-        unsafe { memory.ptr().copy_from_nonoverlapping(data.as_ptr(), data.len()) };
-        Ok(memory)
-    }
-
-    /// All bits set, which is NaN in every type: to be written by a kernel.
-    pub fn unset(len: usize) -> Result<Self> {
-        let mut data = vec![T::zeroed(); len];
-        bytemuck::cast_slice_mut::<T, u8>(&mut data).fill(0xff);
-        Self::new(&data)
-    }
-
-    pub fn address(&self) -> u64 {
-        self.ptr() as u64
-    }
-
-    /// The elements as a contiguous matrix.
-    pub fn matrix(&self, rows: usize, cols: usize) -> Matrix {
-        assert_eq!(rows * cols, self.len);
-        Matrix::new(self.address(), rows, cols)
-    }
-
-    /// The elements, unless something was written around them.
-    pub fn read(&self) -> Result<Vec<T>> {
-        // SAFETY: no kernel runs: a launch returns when all threads have ended.
-        let lines: Vec<Line> = self.lines.iter().map(|line| unsafe { *line.get() }).collect();
-        let bytes: &[u8] = bytemuck::cast_slice(&lines);
-        let (guard, rest) = bytes.split_at(256);
-        let (data, end) = rest.split_at(self.len * size_of::<T>());
-        if guard.iter().chain(end).any(|&byte| byte != 0xff) {
-            return Err(Error::Device(format!("emulator: a kernel wrote outside a buffer of {} elements", self.len)));
-        }
-        Ok(data.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect())
-    }
-
-    fn ptr(&self) -> *mut T {
-        UnsafeCell::raw_get(self.lines.as_ptr().wrapping_add(1)).cast()
-    }
-}
-
 /// A range of addresses that race mode lets kernels touch, as long as this lives.
 pub(super) struct Registered(*const c_void);
 
 // SAFETY: an address that nobody reads through.
 unsafe impl Send for Registered {}
+// SAFETY: as above.
 unsafe impl Sync for Registered {}
 
 impl Registered {
-    pub fn new(start: *const c_void, bytes: usize) -> Result<Self> {
+    pub(crate) fn new(start: *const c_void, bytes: usize) -> Result<Self> {
         // SAFETY: registers an address range, which Drop removes.
         unsafe { (Library::get(true)?.register)(start, bytes) };
         Ok(Self(start))
@@ -264,6 +190,7 @@ struct Library {
     launch: unsafe extern "C" fn(*const Call, *mut Stats, *mut c_char, usize) -> c_int,
     register: unsafe extern "C" fn(*const c_void, usize),
     unregister: unsafe extern "C" fn(*const c_void),
+    #[cfg(test)]
     kernel: unsafe extern "C" fn(usize) -> *const c_char,
 }
 
@@ -286,10 +213,86 @@ impl Library {
                 launch: *library.get(c"simt_launch").map_err(failed)?,
                 register: *library.get(c"simt_register").map_err(failed)?,
                 unregister: *library.get(c"simt_unregister").map_err(failed)?,
+                #[cfg(test)]
                 kernel: *library.get(c"simt_kernel").map_err(failed)?,
             };
             std::mem::forget(library);
             Ok(loaded)
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) use testing::{Memory, kernels};
+
+/// What the tests of single kernels need.
+#[cfg(test)]
+mod testing {
+    use std::{cell::UnsafeCell, ffi::CStr, marker::PhantomData};
+
+    use bytemuck::{Pod, Zeroable};
+
+    use super::{Library, Registered};
+    use crate::{Error, Result};
+
+    /// The names of all kernels, storage type included, in alphabetical order.
+    pub(crate) fn kernels() -> Result<Vec<String>> {
+        let library = Library::get(false)?;
+        // SAFETY: the names are static strings of a library that is never unloaded.
+        let name = |i| unsafe {
+            let name = (library.kernel)(i);
+            (!name.is_null()).then(|| CStr::from_ptr(name).to_string_lossy().into_owned())
+        };
+        Ok((0..).map_while(name).collect())
+    }
+
+    /// Memory that kernels may touch, to the byte: race mode reports an access outside, [`Memory::read`] a stray write.
+    pub(crate) struct Memory<T> {
+        /// The first line and all after the last element are guards. Kernels write through their own pointers.
+        lines: Box<[UnsafeCell<Line>]>,
+        len: usize,
+        _range: Registered,
+        element: PhantomData<T>,
+    }
+
+    /// As aligned as memory of a GPU.
+    #[repr(C, align(256))]
+    #[derive(Clone, Copy, Pod, Zeroable)]
+    struct Line([u8; 256]);
+
+    impl<T: Pod> Memory<T> {
+        pub(crate) fn new(data: &[T]) -> Result<Self> {
+            let bytes = size_of_val(data);
+            let lines: Box<[_]> = (0..bytes.div_ceil(256) + 2).map(|_| UnsafeCell::new(Line([0xff; 256]))).collect();
+            let range = Registered::new(lines.as_ptr().wrapping_add(1).cast(), bytes)?;
+            let memory = Self { lines, len: data.len(), _range: range, element: PhantomData };
+            // SAFETY: lines 1.. hold these elements and nobody else knows them yet.
+            unsafe { memory.ptr().copy_from_nonoverlapping(data.as_ptr(), data.len()) };
+            Ok(memory)
+        }
+
+        pub(crate) fn address(&self) -> u64 {
+            self.ptr() as u64
+        }
+
+        /// The elements, unless something was written around them.
+        pub(crate) fn read(&self) -> Result<Vec<T>> {
+            // SAFETY: no kernel runs: a launch returns when all threads have ended.
+            let lines: Vec<Line> = self.lines.iter().map(|line| unsafe { *line.get() }).collect();
+            let bytes: &[u8] = bytemuck::cast_slice(&lines);
+            let (guard, rest) = bytes.split_at(256);
+            let (data, end) = rest.split_at(self.len * size_of::<T>());
+            if guard.iter().chain(end).any(|&byte| byte != 0xff) {
+                return Err(Error::Device(format!(
+                    "emulator: a kernel wrote outside a buffer of {} elements",
+                    self.len
+                )));
+            }
+            Ok(data.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect())
+        }
+
+        fn ptr(&self) -> *mut T {
+            UnsafeCell::raw_get(self.lines.as_ptr().wrapping_add(1)).cast()
         }
     }
 }

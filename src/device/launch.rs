@@ -29,7 +29,7 @@ impl Storage {
 }
 
 /// An element type that kernels are compiled for.
-pub trait Stored: Element {
+pub(crate) trait Stored: Element {
     const STORAGE: Storage;
 }
 
@@ -42,7 +42,7 @@ impl Stored for half::bf16 {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct Launch {
+pub(crate) struct Launch {
     /// As the source file spells it; [`Launch::symbol`] adds the storage type.
     pub kernel: &'static str,
     pub storage: Storage,
@@ -55,21 +55,21 @@ pub struct Launch {
 
 impl Launch {
     /// The name of the compiled kernel.
-    pub fn symbol(&self) -> String {
+    pub(crate) fn symbol(&self) -> String {
         format!("{}_{}", self.kernel, self.storage.suffix())
     }
 }
 
 /// One argument of a kernel, by value.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Arg {
+pub(crate) struct Arg {
     words: Vec<u64>,
     bytes: usize,
 }
 
 impl Arg {
     /// `value` has the layout of the kernel's parameter; device memory goes by address.
-    pub fn new<T: Pod>(value: T) -> Self {
+    pub(crate) fn new<T: Pod>(value: T) -> Self {
         const { assert!(align_of::<T>() <= align_of::<u64>()) };
         let bytes = size_of::<T>();
         let mut words = vec![0u64; bytes.div_ceil(8)];
@@ -77,11 +77,12 @@ impl Arg {
         Self { words, bytes }
     }
 
-    pub fn as_ptr(&self) -> *const u64 {
+    pub(crate) fn as_ptr(&self) -> *const u64 {
         self.words.as_ptr()
     }
 
-    pub fn bytes(&self) -> usize {
+    #[cfg(feature = "emulator")]
+    pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 }
@@ -89,7 +90,7 @@ impl Arg {
 /// A row-major matrix in device memory, as kernels take it (`Matrix` of kernels/gpu.cuh).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-pub struct Matrix {
+pub(crate) struct Matrix {
     pub address: u64,
     /// Elements from one row to the next.
     pub stride: u64,
@@ -99,12 +100,12 @@ pub struct Matrix {
 
 impl Matrix {
     /// A contiguous one.
-    pub fn new(address: u64, rows: usize, cols: usize) -> Self {
+    pub(crate) fn new(address: u64, rows: usize, cols: usize) -> Self {
         Self { address, stride: cols as u64, rows: rows as u32, cols: cols as u32 }
     }
 
     /// Whether every row starts at a multiple of `bytes` and holds a whole number of such pieces.
-    pub fn splits_into(&self, bytes: usize, storage: Storage) -> bool {
+    pub(crate) fn splits_into(&self, bytes: usize, storage: Storage) -> bool {
         let size = storage.bytes() as u64;
         let row_ends_well = self.rows <= 1 || (self.stride * size).is_multiple_of(bytes as u64);
         self.address.is_multiple_of(bytes as u64)

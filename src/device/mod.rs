@@ -1,7 +1,9 @@
 //! Where tensors live and ops run.
 //!
-//! A [`Buffer`] owns memory of one device, a [`View`] names a matrix inside it, an [`Arena`] hands out the views of one
-//! training step. Model code is written once over the ops and never asks which device it runs on.
+//! A [`Tensor`] owns a matrix on a device, and the ops' public functions take such matrices, borrowed. The model's own code works on
+//! views, which have no lifetimes: `Buffer` owns memory, `View` names a matrix inside it, `Arena` hands out the views of one training
+//! step. It is written once over the ops; where it asks what a device is, it asks whether that runs kernels, since bags are then
+//! copied to it.
 
 mod arena;
 pub mod cpu;
@@ -13,19 +15,23 @@ pub mod emulator;
 mod fatbins;
 mod launch;
 mod pinned;
+mod tensor;
 mod view;
 
 pub(crate) use arena::ALIGNMENT;
-pub use arena::{Arena, Mark};
+pub(crate) use arena::{Arena, Mark};
 pub use cpu::{Cpu, Real};
 pub use cuda::Cuda;
 pub(crate) use cuda::copy_by_all_threads;
-pub use dry::{Counts, Dry};
+pub(crate) use dry::Counts;
+pub use dry::Dry;
 pub use element::Element;
 pub(crate) use element::{on_cpu, storage};
 pub use fatbins::{NVCC, fatbins};
-pub use launch::{Arg, Launch, Matrix, Storage, Stored};
-pub use view::{Buffer, View};
+pub use launch::Storage;
+pub(crate) use launch::{Arg, Launch, Matrix, Stored};
+pub use tensor::{Mat, MatMut, Tensor, Workspace};
+pub(crate) use view::{Buffer, View};
 
 use std::ops::Range;
 
@@ -131,7 +137,7 @@ impl Device {
     }
 
     /// Runs kernels one after another. The launches' addresses must be this device's memory.
-    pub fn launch(&self, launches: impl IntoIterator<Item = Launch>) -> Result<()> {
+    pub(crate) fn launch(&self, launches: impl IntoIterator<Item = Launch>) -> Result<()> {
         for launch in launches {
             match self {
                 Self::Cpu(_) => {
@@ -147,7 +153,7 @@ impl Device {
     }
 
     /// Zeroed memory.
-    pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
+    pub(crate) fn alloc(&self, bytes: usize) -> Result<Buffer> {
         self.finish_emulated()?;
         match self {
             Self::Cpu(_) => Buffer::host(bytes),
@@ -204,7 +210,7 @@ impl Device {
     }
 
     /// Fills a whole buffer.
-    pub fn write(&self, bytes: &[u8], to: &Buffer) -> Result<()> {
+    pub(crate) fn write(&self, bytes: &[u8], to: &Buffer) -> Result<()> {
         assert_eq!(bytes.len(), to.bytes());
         self.finish_emulated()?;
         match self {
@@ -217,7 +223,7 @@ impl Device {
     }
 
     /// A whole buffer's bytes; zeros on `Dry`.
-    pub fn read(&self, from: &Buffer) -> Result<Vec<u8>> {
+    pub(crate) fn read(&self, from: &Buffer) -> Result<Vec<u8>> {
         self.finish_emulated()?;
         let mut bytes = vec![0; from.bytes()];
         match self {
@@ -230,7 +236,7 @@ impl Device {
     }
 
     /// Copies `data` to the device, row by row.
-    pub fn upload<T: Element>(&self, data: &[T], to: View<T>) -> Result<()> {
+    pub(crate) fn upload<T: Element>(&self, data: &[T], to: View<T>) -> Result<()> {
         if data.len() != to.rows() * to.cols() {
             let (got, expected) = (vec![data.len()], vec![to.rows(), to.cols()]);
             return Err(Error::Shape { op: "upload", tensor: "data".into(), got, expected });
@@ -278,7 +284,7 @@ impl Device {
     }
 
     /// Copies a view back, row by row; zeros on `Dry`.
-    pub fn download<T: Element>(&self, from: View<T>) -> Result<Vec<T>> {
+    pub(crate) fn download<T: Element>(&self, from: View<T>) -> Result<Vec<T>> {
         self.finish_emulated()?;
         Ok(match self {
             Self::Dry(_) => vec![T::default(); from.rows() * from.cols()],

@@ -17,6 +17,7 @@ pub(super) struct PageLocked {
 
 // SAFETY: the memory belongs to this alone and is not bound to a thread.
 unsafe impl Send for PageLocked {}
+// SAFETY: as above.
 unsafe impl Sync for PageLocked {}
 
 impl PageLocked {
@@ -39,7 +40,9 @@ impl Drop for PageLocked {
     fn drop(&mut self) {
         // The process may be going down with a broken device: nothing can be done about an error here.
         let _ = self.context.bind_to_thread();
-        // SAFETY: from `malloc_host`; whoever used it has waited.
+        // A kernel may still write to it: only what is read is waited for elsewhere.
+        let _ = self.context.synchronize();
+        // SAFETY: from `malloc_host`; all work that knew of it has ended, or the device is lost.
         let _ = unsafe { free_host(self.memory.cast()) };
     }
 }

@@ -11,7 +11,7 @@ use super::{Cuda, Element, pinned::PageLocked};
 use crate::{Error, Result};
 
 /// Memory of one device, zeroed when new and freed when dropped.
-pub struct Buffer {
+pub(crate) struct Buffer {
     address: usize,
     bytes: usize,
     _owner: Owner,
@@ -83,12 +83,12 @@ impl Buffer {
         Self { address: 1 << 62, bytes, _owner: Owner::Nobody }
     }
 
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// The `[rows, cols]` matrix of `T` that starts `offset` elements into the buffer.
-    pub fn view<T: Element>(&self, offset: usize, rows: usize, cols: usize) -> View<T> {
+    pub(crate) fn view<T: Element>(&self, offset: usize, rows: usize, cols: usize) -> View<T> {
         let end = rows
             .checked_mul(cols)
             .and_then(|len| len.checked_add(offset))
@@ -98,12 +98,12 @@ impl Buffer {
     }
 
     /// The whole buffer as one row.
-    pub fn flat<T: Element>(&self) -> View<T> {
+    pub(crate) fn flat<T: Element>(&self) -> View<T> {
         self.view(0, 1, self.bytes / size_of::<T>())
     }
 
     /// Where it starts, as kernels take it.
-    pub fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.address as u64
     }
 }
@@ -113,7 +113,7 @@ impl Buffer {
 /// Views carry no lifetime, which keeps model code plain. Ops check shapes; that the memory behind a view is alive and on the op's device, and
 /// that an op's outputs do not overlap its inputs unless the op says so, is the caller's duty.
 #[derive(Clone, Copy, Debug)]
-pub struct View<T> {
+pub(crate) struct View<T> {
     address: usize,
     rows: usize,
     cols: usize,
@@ -131,7 +131,7 @@ impl<T: Element> View<T> {
     ///
     /// # Safety
     /// `data` must stay alive and unwritten as long as the view, or a copy of it, is used, and no op may write through it.
-    pub unsafe fn of_slice(data: &[T], rows: usize, cols: usize) -> Self {
+    pub(crate) unsafe fn of_slice(data: &[T], rows: usize, cols: usize) -> Self {
         assert_eq!(Some(data.len()), rows.checked_mul(cols));
         Self::new(data.as_ptr() as usize, rows, cols)
     }
@@ -140,62 +140,64 @@ impl<T: Element> View<T> {
     ///
     /// # Safety
     /// `data` must stay alive and otherwise untouched as long as the view, or a copy of it, is used.
-    pub unsafe fn of_slice_mut(data: &mut [T], rows: usize, cols: usize) -> Self {
+    pub(crate) unsafe fn of_slice_mut(data: &mut [T], rows: usize, cols: usize) -> Self {
         assert_eq!(Some(data.len()), rows.checked_mul(cols));
         Self::new(data.as_mut_ptr() as usize, rows, cols)
     }
 
-    pub fn rows(self) -> usize {
+    pub(crate) fn rows(self) -> usize {
         self.rows
     }
 
-    pub fn cols(self) -> usize {
+    pub(crate) fn cols(self) -> usize {
         self.cols
     }
 
-    pub fn stride(self) -> usize {
+    pub(crate) fn stride(self) -> usize {
         self.stride
     }
 
-    pub fn rows_range(self, rows: std::ops::Range<usize>) -> Self {
+    pub(crate) fn rows_range(self, rows: std::ops::Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.rows);
         let address = self.address + rows.start * self.stride * size_of::<T>();
         Self { address, rows: rows.len(), ..self }
     }
 
-    pub fn cols_range(self, cols: std::ops::Range<usize>) -> Self {
+    pub(crate) fn cols_range(self, cols: std::ops::Range<usize>) -> Self {
         assert!(cols.start <= cols.end && cols.end <= self.cols);
         Self { address: self.address + cols.start * size_of::<T>(), cols: cols.len(), ..self }
     }
 
     /// The same elements in another shape; the view must be contiguous.
-    pub fn reshape(self, rows: usize, cols: usize) -> Self {
+    pub(crate) fn reshape(self, rows: usize, cols: usize) -> Self {
         assert!(rows * cols == self.rows * self.cols && (self.stride == self.cols || self.rows == 1));
         Self { rows, cols, stride: cols, ..self }
     }
 
     /// Where the first element lies, as kernels take it.
-    pub fn address(self) -> u64 {
+    pub(crate) fn address(self) -> u64 {
         self.address as u64
     }
 
-    pub fn ptr(self) -> *mut T {
+    pub(crate) fn ptr(self) -> *mut T {
         self.address as *mut T
     }
 
     /// # Safety
     /// The view must lie in live host memory that nobody writes meanwhile.
     #[inline(always)]
-    pub unsafe fn row<'a>(self, i: usize) -> &'a [T] {
+    pub(crate) unsafe fn row<'a>(self, i: usize) -> &'a [T] {
         debug_assert!(i < self.rows);
+        // SAFETY: the caller's: live memory; the row lies in the view.
         unsafe { std::slice::from_raw_parts(self.ptr().add(i * self.stride), self.cols) }
     }
 
     /// # Safety
     /// The view must lie in live host memory that nobody else reads or writes meanwhile.
     #[inline(always)]
-    pub unsafe fn row_mut<'a>(self, i: usize) -> &'a mut [T] {
+    pub(crate) unsafe fn row_mut<'a>(self, i: usize) -> &'a mut [T] {
         debug_assert!(i < self.rows);
+        // SAFETY: the caller's: live memory of its own; the row lies in the view.
         unsafe { std::slice::from_raw_parts_mut(self.ptr().add(i * self.stride), self.cols) }
     }
 
@@ -203,8 +205,9 @@ impl<T: Element> View<T> {
     ///
     /// # Safety
     /// As for [`View::row`].
-    pub unsafe fn slice<'a>(self) -> &'a [T] {
+    pub(crate) unsafe fn slice<'a>(self) -> &'a [T] {
         assert!(self.stride == self.cols || self.rows <= 1);
+        // SAFETY: the caller's: live memory; the rows have no gaps.
         unsafe { std::slice::from_raw_parts(self.ptr(), self.rows * self.cols) }
     }
 
@@ -212,16 +215,31 @@ impl<T: Element> View<T> {
     ///
     /// # Safety
     /// As for [`View::row_mut`].
-    pub unsafe fn slice_mut<'a>(self) -> &'a mut [T] {
+    pub(crate) unsafe fn slice_mut<'a>(self) -> &'a mut [T] {
         assert!(self.stride == self.cols || self.rows <= 1);
+        // SAFETY: the caller's: live memory of its own; the rows have no gaps.
         unsafe { std::slice::from_raw_parts_mut(self.ptr(), self.rows * self.cols) }
     }
 
     /// An error naming op and tensor unless the shape is `[rows, cols]`.
-    pub fn check(self, op: &'static str, tensor: &str, expected: &[usize]) -> Result<()> {
+    pub(crate) fn check(self, op: &'static str, tensor: &str, expected: &[usize]) -> Result<()> {
         if [self.rows, self.cols] == expected {
             return Ok(());
         }
         Err(Error::Shape { op, tensor: tensor.into(), got: vec![self.rows, self.cols], expected: expected.to_vec() })
+    }
+
+    /// An error naming op and tensor unless every row begins and ends at 16 bytes, the pieces that most kernels move.
+    pub(crate) fn check_for_kernels(self, op: &'static str, tensor: &str) -> Result<()> {
+        const PIECE: usize = 16;
+        let splits = |elements: usize| (elements * size_of::<T>()).is_multiple_of(PIECE);
+        if self.address.is_multiple_of(PIECE) && splits(self.cols) && (self.rows <= 1 || splits(self.stride)) {
+            return Ok(());
+        }
+        let of = PIECE / size_of::<T>();
+        Err(Error::Usage(format!(
+            "{op}: {tensor} has {} columns, {} apart from row to row: kernels take rows that begin and end at multiples of {of}",
+            self.cols, self.stride
+        )))
     }
 }

@@ -66,13 +66,13 @@ pub fn checkpoint(checkpoint: &Checkpoint, part: Option<&Fold>, engine: &Engine<
         facts.push(fact("Slides", format!("{side} part of fold {fold}")));
         arguments.extend([("--splits", splits.display().to_string()), ("--fold", fold.to_string())]);
     }
-    arguments.push(("--num-heads", engine.model.config().heads.to_string()));
+    arguments.push(("--num-heads", engine.model().config().heads.to_string()));
     let arguments: Vec<String> = arguments.iter().map(|(flag, value)| format!("{flag} {}", quote(value))).collect();
     Ok(About {
         title: cohort_name(source.clinical),
         facts,
         protocol: String::new(),
-        config: toml::to_string(&engine.model.config()).map_err(|e| Error::Usage(e.to_string()))?,
+        config: toml::to_string(&engine.model().config()).map_err(|e| Error::Usage(e.to_string()))?,
         commands: format!("cf-eval {}", arguments.join(" \\\n  ")),
     })
 }
@@ -84,7 +84,7 @@ fn fact(name: &str, value: impl std::fmt::Display) -> (String, String) {
 /// Where the data came from, and what it was evaluated on.
 fn source_facts(source: &Source, engine: &Engine<f32>) -> Vec<(String, String)> {
     vec![
-        fact("Evaluated on", engine.device.description()),
+        fact("Evaluated on", engine.device().description()),
         fact("Clinical table", source.clinical.display()),
         fact("Manifest", source.manifest.map_or("none".to_string(), |path| path.display().to_string())),
         fact("Features", source.pt_dir.join(source.backbone).display()),
@@ -92,7 +92,7 @@ fn source_facts(source: &Source, engine: &Engine<f32>) -> Vec<(String, String)> 
 }
 
 fn model_facts(backbone: &str, engine: &Engine<f32>) -> Vec<(String, String)> {
-    let model::Config { model, fusion, features, .. } = engine.model.config();
+    let model::Config { model, fusion, features, .. } = engine.model().config();
     let fusion = match (model, fusion) {
         (ModelName::CrossFusionConcat, _) => "",
         (_, Fusion::Conv2d) => " conv2d",
@@ -100,7 +100,7 @@ fn model_facts(backbone: &str, engine: &Engine<f32>) -> Vec<(String, String)> {
     };
     vec![
         fact("Backbone", format!("{backbone}, {features} features")),
-        fact("Model", format!("{}{fusion}, {} parameters", title(*model), count(engine.model.layout().parameters()))),
+        fact("Model", format!("{}{fusion}, {} parameters", title(*model), count(engine.model().layout().parameters()))),
         fact("Program", format!("CrossFusion {VERSION}")),
     ]
 }

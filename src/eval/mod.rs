@@ -132,7 +132,7 @@ pub fn evaluate_run(
         let epoch = card.as_ref().map(|card| card.epoch);
         load(&mut engine, &path, &read_state_dict(&path)?)?;
         if let Some(card) = &card {
-            if card.model != *engine.model.config() {
+            if card.model != *engine.model().config() {
                 return Err(Error::file(&path, "is of another model than config.toml describes"));
             }
             warnings.extend(overlap(card, &dataset, part.reported()).map(|what| format!("Fold {fold}: {what}")));

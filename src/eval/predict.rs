@@ -84,7 +84,7 @@ pub fn predict(request: &Request, device: Device, budget: Option<ByteSize>) -> R
     let mut engine = first.engine(path, device, budget)?;
     for (i, network) in std::iter::once(Ok((path, first))).chain(networks).enumerate() {
         let (path, network) = network?;
-        if network.config != *engine.model.config() {
+        if network.config != *engine.model().config() {
             return Err(Error::file(path, format!("is of other settings than {}", models[0].display())));
         }
         load(&mut engine, path, &network.tensors)?;

@@ -10,7 +10,7 @@ use crate::{
 
 /// Where a GPU keeps the bags of a slide that are held whole. A device has two and takes them in turn: one slide's bags arrive while the slide
 /// before is worked on.
-pub struct Room {
+pub(crate) struct Room {
     buffer: Buffer,
     used: usize,
     /// The end of the work that last read it.

@@ -25,7 +25,7 @@ pub struct CrossFusionConcat {
     readout: Readout,
 }
 
-pub struct Saved<'a, T: Element> {
+pub(crate) struct Saved<'a, T: Element> {
     side: usize,
     encoder: SavedEncoder<'a, T>,
     before_norms: Mark,

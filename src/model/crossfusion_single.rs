@@ -28,7 +28,7 @@ pub struct CrossFusionSingle {
     readout: Readout,
 }
 
-pub struct Saved<'a, T: Element> {
+pub(crate) struct Saved<'a, T: Element> {
     side: usize,
     source: Source<'a, T>,
     transformer: SavedTransformer<T>,

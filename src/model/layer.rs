@@ -147,7 +147,7 @@ impl Layer {
     /// Of the rows from `row` on.
     fn ffn_dropout(&self, ctx: &Context, which: u32, row: usize) -> Option<Dropout> {
         let dropout = ctx.dropout(self.site + ctx.config.heads as u32 + which, ctx.config.ffn_dropout);
-        dropout.map(|dropout| dropout.from_row(row))
+        dropout.map(|dropout| dropout.starting_at(row))
     }
 }
 

@@ -18,13 +18,14 @@ mod stream;
 mod transformer;
 
 pub(crate) use bags::Bag;
-pub use bags::{BagGrads, Bags, Features, ReadPatches, Room};
+pub(crate) use bags::Room;
+pub use bags::{BagGrads, Bags, Features, ReadPatches};
 pub use crossfusion::CrossFusion;
 pub use crossfusion_concat::CrossFusionConcat;
 pub use crossfusion_single::CrossFusionSingle;
 pub use network::{Model, ModelName};
 pub(crate) use network::{Network, each};
-pub use params::{Entry, Layout, Param};
+pub use params::{Entry, Layout};
 pub use policy::Policy;
 pub use scale::{BagSizes, Scale, Scales};
 use serde::{Deserialize, Serialize};
@@ -33,7 +34,7 @@ pub(crate) use stream::STREAM_BUFFERS;
 use crate::{
     Error, Result,
     device::{Arena, Buffer, Device, Element, View},
-    ops::{Draw, Dropout},
+    ops::{Draw, Dropout, head},
 };
 
 /// How the three streams are fused (spec, step 4).
@@ -136,9 +137,6 @@ fn dropout_sites(next: &mut u32, sites: u32) -> u32 {
     *next - sites
 }
 
-/// Logits that the head's kernels hold in shared memory.
-const MOST_CLASSES_OF_KERNELS: usize = 32;
-
 impl Config {
     /// An error if the kernels cannot run this model: they move 16 bytes at a time, 8 columns of bf16.
     pub fn check_for_kernels(&self) -> Result<()> {
@@ -146,7 +144,7 @@ impl Config {
         if let Some((name, width, of)) = widths.into_iter().find(|(_, width, of)| !width.is_multiple_of(*of)) {
             return Err(Error::Usage(format!("{name} = {width}: a GPU needs a multiple of {of}; use --device cpu")));
         }
-        let (classes, most) = (self.n_classes, MOST_CLASSES_OF_KERNELS);
+        let (classes, most) = (self.n_classes, head::MOST_CLASSES);
         if classes > most {
             return Err(Error::Usage(format!("n_classes = {classes}: a GPU takes at most {most}; use --device cpu")));
         }
@@ -155,7 +153,7 @@ impl Config {
 }
 
 /// What the parts of a forward or backward pass share.
-pub struct Context<'a> {
+pub(crate) struct Context<'a> {
     pub device: &'a Device,
     pub arena: &'a mut Arena,
     /// Of the bags that are held whole, where the device does not read them in the host's memory.

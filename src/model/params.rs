@@ -40,32 +40,32 @@ enum Init {
 
 /// A matrix of the parameter arena. The same handle names the parameter, its gradient and its moments.
 #[derive(Clone, Copy, Debug)]
-pub struct Param {
+pub(crate) struct Param {
     offset: usize,
     rows: usize,
     cols: usize,
 }
 
 impl Param {
-    pub fn cols(self) -> usize {
+    pub(crate) fn cols(self) -> usize {
         self.cols
     }
 
-    pub fn of<T: Element>(self, arena: &Buffer) -> View<T> {
+    pub(crate) fn of<T: Element>(self, arena: &Buffer) -> View<T> {
         arena.view(self.offset, self.rows, self.cols)
     }
 }
 
 /// y = x Wᵀ + b; weight `[out, in]`, bias `[1, out]`.
 #[derive(Clone, Copy, Debug)]
-pub struct Linear {
+pub(crate) struct Linear {
     pub weight: Param,
     pub bias: Param,
 }
 
 impl Linear {
     /// Some of its outputs.
-    pub fn outputs(self, range: Range<usize>) -> Self {
+    pub(crate) fn outputs(self, range: Range<usize>) -> Self {
         let Self { weight, bias } = self;
         let offset = weight.offset + range.start * weight.cols;
         Self {
@@ -77,7 +77,7 @@ impl Linear {
 
 /// Weight and bias `[1, d]`.
 #[derive(Clone, Copy, Debug)]
-pub struct Norm {
+pub(crate) struct Norm {
     pub weight: Param,
     pub bias: Param,
 }
@@ -114,7 +114,7 @@ impl Layout {
     }
 
     /// Fresh weights, a pure function of the seed and each tensor's name.
-    pub fn initialize<T: Real>(&self, device: &Device, seed: u64, arena: &Buffer) -> Result<()> {
+    pub(crate) fn initialize<T: Real>(&self, device: &Device, seed: u64, arena: &Buffer) -> Result<()> {
         for entry in &self.entries {
             let values: Vec<T> = match entry.init {
                 Init::Constant(value) => vec![T::of(value); entry.len()],

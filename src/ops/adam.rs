@@ -18,7 +18,7 @@ pub struct Adam {
 
 /// The arenas of one model, each `[1, n]`.
 #[derive(Clone, Copy)]
-pub struct Arenas<T: Element> {
+pub(crate) struct Arenas<T: Element> {
     /// What is trained.
     pub params: View<T::Sum>,
     /// What the ops read: the same rounded to `T`, written by every step; the same memory where nothing is rounded.
@@ -30,7 +30,7 @@ pub struct Arenas<T: Element> {
 }
 
 /// One update, the `step`-th (from 1); the gradients are zero afterwards.
-pub fn step<T: Element>(device: &Device, adam: &Adam, arenas: Arenas<T>, step: u64) -> Result<()> {
+pub(crate) fn step<T: Element>(device: &Device, adam: &Adam, arenas: Arenas<T>, step: u64) -> Result<()> {
     const OP: &str = "adam";
     let n = arenas.params.cols();
     for (name, tensor) in [("grads", arenas.grads), ("m", arenas.m), ("v", arenas.v)] {

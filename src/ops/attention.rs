@@ -13,7 +13,7 @@
 //! out = sum_i exp(lse_i - lse) out_i (FlashAttention-2, section 3.1). Backward of a part is [`backward`] with the whole context's out and
 //! lse: its dk and dv are final, its dq is a term of a sum.
 
-pub mod kernel;
+pub(crate) mod kernel;
 
 use kernel::{KernelAttention, KernelAttentionGrad, KernelMerge, Kernels};
 use pulp::Simd;
@@ -22,7 +22,7 @@ use super::{Dropout, dropout, elementwise, for_rows};
 use crate::{
     Error, Result,
     device::{
-        Arena, Device, Element, Launch, Real, Storage, View,
+        Arena, Device, Element, Launch, Mat, MatMut, Real, Storage, View, Workspace,
         cpu::{
             Cpu, Kernel,
             real::sum,
@@ -34,7 +34,7 @@ use crate::{
 };
 
 #[derive(Clone, Copy)]
-pub struct Attention<T: Element> {
+pub(crate) struct Attention<T: Element> {
     pub q: View<T>,
     pub k: View<T>,
     pub v: View<T>,
@@ -47,7 +47,7 @@ pub struct Attention<T: Element> {
 }
 
 #[derive(Clone, Copy)]
-pub struct AttentionGrad<T: Element> {
+pub(crate) struct AttentionGrad<T: Element> {
     /// What forward was given and what it wrote.
     pub forward: Attention<T>,
     pub dout: View<T>,
@@ -76,6 +76,18 @@ impl<T: Element> Attention<T> {
         self.lse.check(op, "lse", &[self.heads, n])
     }
 
+    /// Heads are moved 16 bytes at a time.
+    fn check_for_kernels(&self, op: &'static str) -> Result<()> {
+        if !(self.head_dim() * size_of::<T>()).is_multiple_of(16) {
+            let (of, head) = (16 / size_of::<T>(), self.head_dim());
+            return Err(Error::Usage(format!("{op}: heads of {head} columns: kernels take multiples of {of}")));
+        }
+        for (name, tensor) in [("q", self.q), ("k", self.k), ("v", self.v), ("out", self.out)] {
+            tensor.check_for_kernels(op, name)?;
+        }
+        Ok(())
+    }
+
     fn flop(&self) -> f64 {
         4.0 * (self.q.rows() * self.k.rows()) as f64 * self.q.cols() as f64
     }
@@ -86,13 +98,64 @@ impl<T: Element> Attention<T> {
     }
 }
 
-pub fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
+/// Multi-head attention: out = dropout(softmax(q kᵀ / sqrt(head_dim))) v of each head, and the scores' log-sum-exp.
+///
+/// Shapes: q and out `[n, d]`, k and v `[m, d]` (n and m may differ), lse `[heads, n]`; `heads` divides d.
+/// Source: FlashAttention-2 (Dao 2023, algorithm 1).
+#[derive(Clone, Copy)]
+pub struct AttentionInput<'a, T: Element> {
+    pub q: Mat<'a, T>,
+    pub k: Mat<'a, T>,
+    pub v: Mat<'a, T>,
+    pub heads: usize,
+    /// Of the probabilities; head h draws at its site + h.
+    pub dropout: Option<Dropout>,
+}
+
+impl<'a, T: Element> AttentionInput<'a, T> {
+    fn problem(&self, out: View<T>, lse: View<T::Sum>) -> Attention<T> {
+        let Self { q, k, v, heads, dropout } = *self;
+        Attention { q: q.view(), k: k.view(), v: v.view(), out, lse, heads, dropout }
+    }
+
+    fn devices(&self) -> Vec<&'a Device> {
+        vec![self.q.device(), self.k.device(), self.v.device()]
+    }
+}
+
+/// See [`AttentionInput`].
+pub fn attention<T: Element>(
+    workspace: &mut Workspace,
+    input: &AttentionInput<T>,
+    out: MatMut<T>,
+    lse: MatMut<T::Sum>,
+) -> Result<()> {
+    let on = [input.devices(), vec![out.device(), lse.device()]].concat();
+    let problem = input.problem(out.view(), lse.view());
+    workspace.run("attention", &on, |device, arena| forward(device, arena, &[problem]))
+}
+
+/// dq `[n, d]`, dk and dv `[m, d]` =, from dout `[n, d]` and what [`attention`] wrote. Source: FlashAttention-2, algorithm 2.
+pub fn attention_backward<T: Element>(
+    workspace: &mut Workspace,
+    input: &AttentionInput<T>,
+    (out, lse, dout): (Mat<T>, Mat<T::Sum>, Mat<T>),
+    (dq, dk, dv): (MatMut<T>, MatMut<T>, MatMut<T>),
+) -> Result<()> {
+    let others = [out.device(), lse.device(), dout.device(), dq.device(), dk.device(), dv.device()];
+    let on = [input.devices(), others.to_vec()].concat();
+    let forward = input.problem(out.view(), lse.view());
+    let problem = AttentionGrad { forward, dout: dout.view(), dq: dq.view(), dk: dk.view(), dv: dv.view() };
+    workspace.run("attention backward", &on, |device, arena| backward(device, arena, &[problem]))
+}
+
+pub(crate) fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
     forward_with(device, arena, problems, Kernels::Mma)
 }
 
 /// [`forward`] by Hopper's wgmma, where the device and `T` have it (an H100 and bf16) and heads are wider than 64; elsewhere the same. NOT YET
 /// RUN ON A GPU: training does not take it before it has been measured.
-pub fn forward_wgmma<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
+pub(crate) fn forward_wgmma<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
     let at_hand = device.has_wgmma() && T::KERNELS == Some(Storage::Bf16);
     forward_with(device, arena, problems, if at_hand { Kernels::Wgmma } else { Kernels::Mma })
 }
@@ -103,8 +166,12 @@ fn forward_with<T: Element>(
     problems: &[Attention<T>],
     wanted: Kernels,
 ) -> Result<()> {
+    const OP: &str = "attention forward";
     for p in problems {
-        p.check("attention forward")?;
+        p.check(OP)?;
+        if device.runs_kernels() {
+            p.check_for_kernels(OP)?;
+        }
     }
     problems.iter().for_each(|p| device.count(p.flop()));
     if let Some(cpu) = device.cpu() {
@@ -129,7 +196,7 @@ fn forward_with<T: Element>(
 
 /// Adds the attention to a part of a context to that to the parts before.
 #[derive(Clone, Copy)]
-pub struct Merge<T: Element> {
+pub(crate) struct Merge<T: Element> {
     /// `[n, d]`, of the part alone.
     pub part: View<T>,
     /// `[heads, n]`
@@ -143,7 +210,7 @@ pub struct Merge<T: Element> {
 }
 
 /// out, lse = those of the parts before together with this one.
-pub fn merge<T: Element>(device: &Device, problems: &[Merge<T>]) -> Result<()> {
+pub(crate) fn merge<T: Element>(device: &Device, problems: &[Merge<T>]) -> Result<()> {
     const OP: &str = "attention merge";
     for p in problems {
         let (n, d, heads) = (p.part.rows(), p.part.cols(), p.lse.rows());
@@ -174,17 +241,21 @@ fn cpu_merge<T: Real>(cpu: &Cpu, p: &Merge<T>) {
             // SAFETY: the views are live, and each row, and each column of lse, is one task's.
             let (part, out) = unsafe { (p.part.row(i), p.out.row_mut(i)) };
             for head in 0..heads {
+                // SAFETY: the views are live, and a query's log-sum-exps are one task's.
                 let (lse, part_lse) = unsafe { (p.lse.ptr().add(head * p.lse.stride() + i), p.part_lse.row(head)[i]) };
+                // SAFETY: as above.
                 let before = if p.first { T::of(f64::NEG_INFINITY) } else { unsafe { *lse } };
                 let highest = before.max(part_lse);
                 let columns = head * head_dim..(head + 1) * head_dim;
                 let (out, part) = (&mut out[columns.clone()], &part[columns]);
+                // SAFETY: as above.
                 unsafe { *lse = highest };
                 if highest == T::of(f64::NEG_INFINITY) {
                     out.fill(T::ZERO); // no keys yet
                     continue;
                 }
                 let (a, b) = ((before - highest).f64().exp(), (part_lse - highest).f64().exp());
+                // SAFETY: as above.
                 unsafe { *lse = highest + T::of((a + b).ln()) };
                 let (a, b) = (T::of(a / (a + b)), T::of(b / (a + b)));
                 for (out, &part) in out.iter_mut().zip(part) {
@@ -196,13 +267,17 @@ fn cpu_merge<T: Real>(cpu: &Cpu, p: &Merge<T>) {
 }
 
 /// The same bits on every run. Takes scratch from the arena.
-pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
+pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
     backward_with(device, arena, problems, kernel::backward_launches, |_| 0)
 }
 
 /// [`backward`] with five products instead of the kernels' seven: dq is summed by atomics, over the keys' blocks in another order on
 /// every run. Takes n x d f32 of scratch more for each problem. On a CPU the same as [`backward`].
-pub fn backward_atomic<T: Element>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
+pub(crate) fn backward_atomic<T: Element>(
+    device: &Device,
+    arena: &mut Arena,
+    problems: &[AttentionGrad<T>],
+) -> Result<()> {
     backward_with(device, arena, problems, kernel::backward_atomic_launches, |p| p.dq.rows() * p.dq.cols())
 }
 
@@ -219,6 +294,12 @@ fn backward_with<T: Element>(
         let (n, m, d) = (p.forward.q.rows(), p.forward.k.rows(), p.forward.q.cols());
         for (name, tensor, rows) in [("dout", p.dout, n), ("dq", p.dq, n), ("dk", p.dk, m), ("dv", p.dv, m)] {
             tensor.check(OP, name, &[rows, d])?;
+            if device.runs_kernels() {
+                tensor.check_for_kernels(OP, name)?;
+            }
+        }
+        if device.runs_kernels() {
+            p.forward.check_for_kernels(OP)?;
         }
     }
     problems.iter().for_each(|p| device.count(2.5 * p.forward.flop()));
@@ -304,6 +385,7 @@ struct Forward<'a, T: Real> {
 #[inline(always)]
 unsafe fn pack_transposed<T: Real, S: Simd>(from: View<T>, to: *mut T) {
     for j in (0..from.rows()).step_by(tile::panel_width::<T, S>()) {
+        // SAFETY: the caller's: to holds panels of all rows of from.
         unsafe {
             tile::pack_panel_transposed::<T, S>(
                 from.ptr(),
@@ -318,6 +400,7 @@ unsafe fn pack_transposed<T: Real, S: Simd>(from: View<T>, to: *mut T) {
 
 #[inline(always)]
 unsafe fn copy<T: Real>(from: View<T>, to: *mut T) {
+    // SAFETY: the caller's: to holds all rows of from, HEAD apart.
     unsafe { tile::copy_rows(from.ptr(), from.stride(), (from.rows(), from.cols()), to, HEAD) };
 }
 
@@ -349,6 +432,7 @@ impl<T: Real> Kernel for Forward<'_, T> {
             unsafe { copy(q.rows_range(rows.clone()), queries.as_mut_ptr()) };
             for key in (0..m).step_by(KEYS) {
                 let keys_here = KEYS.min(m - key);
+                // SAFETY: the workspace holds a tile of keys and one of values.
                 unsafe {
                     pack_transposed::<T, S>(k.rows_range(key..key + keys_here), keys.as_mut_ptr());
                     copy(v.rows_range(key..key + keys_here), values.as_mut_ptr());
@@ -357,6 +441,7 @@ impl<T: Real> Kernel for Forward<'_, T> {
                     let rows_here = ROWS.min(n - start);
                     let (a, b) =
                         (Lhs::rows(queries[start * HEAD..].as_ptr(), HEAD), Rhs::panels::<S>(keys.as_ptr(), d));
+                    // SAFETY: the workspace holds the queries, the packed keys and the scores of a tile.
                     unsafe { tile::multiply(simd, (rows_here, keys_here, d), a, b, scores.as_mut_ptr(), KEYS, false) };
                     for r in 0..rows_here {
                         let row = &mut scores[r * KEYS..r * KEYS + keys_here];
@@ -387,6 +472,7 @@ impl<T: Real> Kernel for Forward<'_, T> {
                         }
                     }
                     let (a, b) = (Lhs::rows(scores.as_ptr(), KEYS), Rhs::rows::<S>(values.as_ptr(), HEAD));
+                    // SAFETY: the workspace holds the scores, the values and the sums of a tile.
                     unsafe {
                         tile::multiply(
                             simd,
@@ -402,6 +488,7 @@ impl<T: Real> Kernel for Forward<'_, T> {
             }
             for r in 0..n {
                 let inverse = if m > 0 { T::ONE / total[r] } else { T::ZERO };
+                // SAFETY: the views are live, and these queries' outputs are this task's.
                 unsafe {
                     let to = p.out.cols_range(columns.clone()).row_mut(rows.start + r);
                     for (to, &o) in to.iter_mut().zip(&out[r * HEAD..]) {
@@ -457,6 +544,7 @@ impl<T: Real> Kernel for Backward<'_, T> {
         if segment.is_empty() || n == 0 {
             // SAFETY: as below.
             (0..n).for_each(|i| unsafe { dq.row_mut(i) }.fill(T::ZERO));
+            // SAFETY: the views are live; dq is this segment's own, and dk and dv hold its keys.
             segment.for_each(|i| unsafe {
                 dk.row_mut(i).fill(T::ZERO);
                 dv.row_mut(i).fill(T::ZERO);
@@ -486,6 +574,7 @@ impl<T: Real> Kernel for Backward<'_, T> {
                 for start in (0..n).step_by(ROWS) {
                     let rows = start..n.min(start + ROWS);
                     let rows_here = rows.len();
+                    // SAFETY: the workspace holds a tile of queries and one of dout.
                     unsafe {
                         copy(q.rows_range(rows.clone()), queries.as_mut_ptr());
                         copy(dout.rows_range(rows.clone()), douts.as_mut_ptr());
@@ -496,6 +585,7 @@ impl<T: Real> Kernel for Backward<'_, T> {
                         tile::multiply(simd, size, a, b, dscores.as_mut_ptr(), KEYS, false);
                     }
                     for r in 0..rows_here {
+                        // SAFETY: the views are live, and nobody writes them.
                         let (o, lse) = unsafe { (out.row(start + r), p.lse.row(head)[start + r]) };
                         let lse2 = lse * T::of(std::f64::consts::LOG2_E);
                         let delta = sum(
@@ -520,6 +610,7 @@ impl<T: Real> Kernel for Backward<'_, T> {
                             }
                         }
                     }
+                    // SAFETY: the workspace holds all tiles of this step.
                     unsafe {
                         let (dout, q, k) = (douts.as_ptr(), queries.as_ptr(), keys.as_ptr());
                         let (size, later) = ((keys_here, d, rows_here), start > 0);
@@ -549,6 +640,7 @@ impl<T: Real> Kernel for Backward<'_, T> {
                     }
                 }
                 for (r, row) in here.enumerate() {
+                    // SAFETY: the views are live, and these keys' gradients are this task's.
                     unsafe {
                         dk.row_mut(row).copy_from_slice(&dkeys[r * HEAD..r * HEAD + d]);
                         dv.row_mut(row).copy_from_slice(&dvalues[r * HEAD..r * HEAD + d]);

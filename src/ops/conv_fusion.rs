@@ -8,7 +8,7 @@
 //! Shapes: x_s `[n, d]`; kernels `[d / 2, 2 taps]`; biases `[1, d / 2]`; mix weight `[1, 3]`, mix bias `[1, 1]`; out `[n, d / 2]`.
 //! Saved: the streams and out (which is positive exactly where a gradient passes).
 
-pub mod kernel;
+pub(crate) mod kernel;
 
 use super::{
     Dropout,
@@ -16,7 +16,7 @@ use super::{
     for_rows,
     matmul::column_sums,
 };
-pub use depthwise::Grid;
+pub(crate) use depthwise::Grid;
 
 use crate::{
     Error, Result,
@@ -24,11 +24,11 @@ use crate::{
 };
 
 /// Kernel sides, in the checkpoint's order proj, proj1, proj2, x_proj.
-pub const SIDES: [usize; 4] = [7, 5, 3, 1];
+pub(crate) const SIDES: [usize; 4] = [7, 5, 3, 1];
 
 /// The op's parameters, or their gradients.
 #[derive(Clone, Copy)]
-pub struct Weights<T> {
+pub(crate) struct Weights<T> {
     /// Weight `[1, 3]` and bias `[1, 1]`; None of a single stream.
     pub mix: Option<(View<T>, View<T>)>,
     pub kernels: [View<T>; 4],
@@ -36,7 +36,7 @@ pub struct Weights<T> {
 }
 
 #[derive(Clone, Copy)]
-pub struct ConvFusion<T> {
+pub(crate) struct ConvFusion<T> {
     /// Without a mix there is one, and it stands thrice.
     pub streams: [View<T>; 3],
     pub weights: Weights<T>,
@@ -46,12 +46,20 @@ pub struct ConvFusion<T> {
 }
 
 #[derive(Clone, Copy)]
-pub struct ConvFusionGrad<T: Element> {
+pub(crate) struct ConvFusionGrad<T: Element> {
     /// What forward was given and what it wrote.
     pub forward: ConvFusion<T>,
     pub dout: View<T>,
     pub dstreams: [View<T>; 3],
     pub grads: Weights<T::Sum>,
+}
+
+fn check_for_kernels<T: Element>(op: &'static str, device: &Device, p: &ConvFusion<T>) -> Result<()> {
+    if !device.runs_kernels() {
+        return Ok(());
+    }
+    p.out.check_for_kernels(op, "out")?;
+    p.streams.iter().try_for_each(|x| x.check_for_kernels(op, "stream"))
 }
 
 fn check<T: Element, P: Element>(op: &'static str, p: &ConvFusion<T>, weights: &Weights<P>) -> Result<()> {
@@ -83,8 +91,9 @@ fn flop<T: Element>(p: &ConvFusion<T>) -> f64 {
     2.0 * (p.grid.taps() * p.grid.tokens()) as f64 * p.streams[0].cols() as f64
 }
 
-pub fn forward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusion<T>) -> Result<()> {
+pub(crate) fn forward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusion<T>) -> Result<()> {
     check("conv_fusion forward", p, &p.weights)?;
+    check_for_kernels("conv_fusion forward", device, p)?;
     device.count(flop(p));
     if device.runs_kernels() {
         return kernel::forward(device, p);
@@ -101,11 +110,12 @@ pub fn forward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusion<T>
 }
 
 /// From dout `[n, d / 2]`: dstreams =, parameter gradients +=.
-pub fn backward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusionGrad<T>) -> Result<()> {
+pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusionGrad<T>) -> Result<()> {
     const OP: &str = "conv_fusion backward";
     let forward = &p.forward;
     check(OP, forward, &forward.weights)?;
     check(OP, forward, &p.grads)?;
+    check_for_kernels(OP, device, forward)?;
     let (n, d) = (forward.grid.tokens(), forward.streams[0].cols());
     p.dout.check(OP, "dout", &[n, d / 2])?;
     for dx in p.dstreams {
@@ -202,6 +212,7 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: ConvFusionGrad<T>, scratch: Scratch<T>) {
         cpu,
         n,
         #[inline(always)]
+        // SAFETY: the views are live, and each row of dmixed is one task's.
         |t| unsafe { depthwise::convolve(grid, dconv, flipped, t, dmixed.row_mut(t)) },
     );
     unmix(cpu, &forward, dmixed, &dstreams, &grads);

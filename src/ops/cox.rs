@@ -37,7 +37,8 @@ struct KernelCox {
 }
 
 /// A cohort on a device that runs kernels, with all memory that an evaluation needs.
-pub struct DeviceCohort {
+pub struct DeviceCohort<'d> {
+    device: &'d Device,
     n: usize,
     kernel: KernelCox,
     risk: Buffer,
@@ -47,9 +48,9 @@ pub struct DeviceCohort {
     _others: Vec<Buffer>,
 }
 
-impl DeviceCohort {
+impl<'d> DeviceCohort<'d> {
     /// Copies a sorted cohort to the device.
-    pub fn new(device: &Device, cohort: &CoxCohort) -> Result<Self> {
+    pub fn new(device: &'d Device, cohort: &CoxCohort) -> Result<Self> {
         let columns = cohort.columns();
         let n = columns.flags.len();
         if n > i32::MAX as usize {
@@ -99,11 +100,11 @@ impl DeviceCohort {
             efron: 0,
             padding: 0,
         };
-        Ok(Self { n, kernel, risk, gradient, loglik, _others: others })
+        Ok(Self { device, n, kernel, risk, gradient, loglik, _others: others })
     }
 
     /// [`CoxCohort::loglik_and_gradient`] on the device, from and to host memory.
-    pub fn loglik_and_gradient(&self, device: &Device, risk: &[f32], ties: Ties, gradient: &mut [f32]) -> Result<f64> {
+    pub fn loglik_and_gradient(&self, risk: &[f32], ties: Ties, gradient: &mut [f32]) -> Result<f64> {
         for (tensor, len) in [("risk", risk.len()), ("gradient", gradient.len())] {
             if len != self.n {
                 let (got, expected) = (vec![len], vec![self.n]);
@@ -117,24 +118,19 @@ impl DeviceCohort {
         if self.n == 0 {
             return Ok(0.0);
         }
-        device.write(bytemuck::cast_slice(risk), &self.risk)?;
-        device.launch(self.launches(ties))?;
-        bytemuck::cast_slice_mut(gradient).copy_from_slice(&device.read(&self.gradient)?);
-        self.loglik(device)
+        self.device.write(bytemuck::cast_slice(risk), &self.risk)?;
+        self.device.launch(self.launches(ties))?;
+        bytemuck::cast_slice_mut(gradient).copy_from_slice(&self.device.read(&self.gradient)?);
+        self.loglik()
     }
 
     /// Where the risks are read from, f32 in the caller's row order.
-    pub fn risk(&self) -> &Buffer {
+    pub(crate) fn risk(&self) -> &Buffer {
         &self.risk
     }
 
-    /// Where d loglik / d risk goes, likewise.
-    pub fn gradient(&self) -> &Buffer {
-        &self.gradient
-    }
-
     /// The kernels that write gradient and log-likelihood; O(n), the same bits on every run. None for an empty cohort.
-    pub fn launches(&self, ties: Ties) -> Vec<Launch> {
+    pub(crate) fn launches(&self, ties: Ties) -> Vec<Launch> {
         let (blocks, _) = grid(self.n);
         let args = vec![Arg::new(KernelCox { efron: i32::from(ties == Ties::Efron), ..self.kernel })];
         let kernels =
@@ -151,11 +147,11 @@ impl DeviceCohort {
     }
 
     /// The log-likelihood that the launches wrote; an error where the risks are too far apart for the sums.
-    pub fn loglik(&self, device: &Device) -> Result<f64> {
+    pub(crate) fn loglik(&self) -> Result<f64> {
         if self.n == 0 {
             return Ok(0.0);
         }
-        let loglik: f64 = bytemuck::pod_read_unaligned(&device.read(&self.loglik)?[..8]);
+        let loglik: f64 = bytemuck::pod_read_unaligned(&self.device.read(&self.loglik)?[..8]);
         if loglik.is_finite() {
             return Ok(loglik);
         }

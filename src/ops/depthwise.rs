@@ -12,7 +12,7 @@ const CHANNELS: usize = 32;
 
 /// How tokens lie and how a kernel spans them: a `height x width` grid and a `tall x 7` kernel, tall = 7 (or 1 for sequences).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Grid {
+pub(crate) struct Grid {
     pub height: usize,
     pub width: usize,
     tall: usize,
@@ -20,26 +20,26 @@ pub struct Grid {
 
 impl Grid {
     /// Tokens in row-major order on a square, kernels 7 x 7 and smaller.
-    pub fn square(side: usize) -> Self {
+    pub(crate) fn square(side: usize) -> Self {
         Self { height: side, width: side, tall: SIDE }
     }
 
     /// Tokens in a sequence, kernels of 7 taps and fewer.
-    pub fn sequence(tokens: usize) -> Self {
+    pub(crate) fn sequence(tokens: usize) -> Self {
         Self { height: 1, width: tokens, tall: 1 }
     }
 
-    pub fn tokens(self) -> usize {
+    pub(crate) fn tokens(self) -> usize {
         self.height * self.width
     }
 
     /// Taps of the merged kernel.
-    pub fn taps(self) -> usize {
+    pub(crate) fn taps(self) -> usize {
         self.tall * SIDE
     }
 
     /// Taps of a small kernel of side `k`.
-    pub fn taps_of(self, k: usize) -> usize {
+    pub(crate) fn taps_of(self, k: usize) -> usize {
         self.tall.min(k) * k
     }
 
@@ -115,6 +115,7 @@ pub(super) unsafe fn convolve<T: Real>(grid: Grid, x: View<T>, kernel: View<T>, 
             t,
             #[inline(always)]
             |tap, token| {
+                // SAFETY: the views are live, and nobody writes them.
                 let (w, x) = unsafe { (&kernel.row(tap)[channels.clone()], &x.row(token)[channels.clone()]) };
                 if w.len() == CHANNELS {
                     for j in 0..CHANNELS {
@@ -154,6 +155,7 @@ pub(super) fn kernel_gradient<T: Real>(cpu: &Cpu, grid: Grid, x: View<T>, dy: Vi
                             t,
                             #[inline(always)]
                             |tap, token| {
+                                // SAFETY: the view is live, and nobody writes it.
                                 let x = &unsafe { x.row(token) }[channels.clone()];
                                 let sum = &mut block[tap * CHANNELS..(tap + 1) * CHANNELS];
                                 if cols == CHANNELS {
@@ -173,6 +175,7 @@ pub(super) fn kernel_gradient<T: Real>(cpu: &Cpu, grid: Grid, x: View<T>, dy: Vi
                     }
                 }
                 for tap in 0..taps {
+                    // SAFETY: the view is live, and these channels are one task's.
                     let to = unsafe { dkernel.cols_range(channels.clone()).row_mut(tap) };
                     to.copy_from_slice(&total[tap * CHANNELS..][..cols]);
                 }

@@ -12,7 +12,7 @@ use crate::device::Real;
 
 const ROUNDS: u32 = 7;
 /// Columns drawn at a time on the CPU: 16 calls side by side, one in each lane of a vector register.
-pub const BLOCK: usize = 128;
+pub(crate) const BLOCK: usize = 128;
 
 /// Which draws a forward pass makes: the run's seed and a number that no two slides of a run share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,29 +34,29 @@ pub struct Dropout {
 
 impl Dropout {
     /// None where nothing is dropped. `rate` is in [0, 1).
-    pub fn new(draw: Option<Draw>, site: u32, rate: f64) -> Option<Self> {
+    pub(crate) fn new(draw: Option<Draw>, site: u32, rate: f64) -> Option<Self> {
         let threshold = (rate * 65536.0).round() as u32;
         draw.filter(|_| threshold > 0).map(|draw| Self { draw, site, threshold, first_row: 0 })
     }
 
     /// The same tensor's dropout at another site, for attention's heads.
-    pub fn at(self, offset: u32) -> Self {
+    pub(crate) fn at(self, offset: u32) -> Self {
         Self { site: self.site + offset, ..self }
     }
 
     /// The dropout of the rows from `row` on, where they stand as a tensor of their own.
-    pub fn from_row(self, row: usize) -> Self {
+    pub(crate) fn starting_at(self, row: usize) -> Self {
         Self { first_row: self.first_row + row as u32, ..self }
     }
 
     /// 1 / (probability of being kept).
-    pub fn scale(self) -> f64 {
+    pub(crate) fn scale(self) -> f64 {
         65536.0 / f64::from(65536 - self.threshold)
     }
 
     /// The factors, 0 or [`Dropout::scale`], of columns `block * 128 ..` of a row.
     #[inline(always)]
-    pub fn factors<T: Real>(self, row: usize, block: usize, out: &mut [T; BLOCK]) {
+    pub(crate) fn factors<T: Real>(self, row: usize, block: usize, out: &mut [T; BLOCK]) {
         let scale = T::of(self.scale());
         let words = philox_x16(self.draw, self.site, self.first_row + row as u32, (block * 16) as u32);
         // Lane c of word w holds columns 32 (c / 4) + 8 w + 2 (c % 4) and the next.
@@ -71,7 +71,7 @@ impl Dropout {
 
     /// Multiplies row `row` of a tensor by its factors.
     #[inline(always)]
-    pub fn apply<T: Real>(self, row: usize, values: &mut [T]) {
+    pub(crate) fn apply<T: Real>(self, row: usize, values: &mut [T]) {
         let mut factors = [T::ZERO; BLOCK];
         for (block, values) in values.chunks_mut(BLOCK).enumerate() {
             self.factors(row, block, &mut factors);
@@ -111,7 +111,7 @@ fn rounds(mut c: [[u32; 16]; 4], mut key: [u32; 2], rounds: u32) -> [[u32; 16]; 
 /// A [`Dropout`] as kernels take it (`Dropout` of kernels/dropout.cuh); a threshold of 0 drops nothing.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct KernelDropout {
+pub(crate) struct KernelDropout {
     pub seed: u64,
     pub step: u32,
     pub site: u32,
@@ -169,7 +169,7 @@ mod tests {
         let dropout = Dropout::new(Some(Draw { seed: 3, step: 1 }), 2, 0.5).unwrap();
         let (mut whole, mut part) = (vec![1.0f32; 64], vec![1.0f32; 64]);
         dropout.apply(105, &mut whole);
-        dropout.from_row(60).from_row(40).apply(5, &mut part);
+        dropout.starting_at(60).starting_at(40).apply(5, &mut part);
         assert_eq!(whole, part);
     }
 

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// out = the sum of the terms, all `[m, n]`; out may be one of them.
-pub fn sum<T: Element>(device: &Device, terms: &[View<T>], out: View<T>) -> Result<()> {
+pub(crate) fn sum<T: Element>(device: &Device, terms: &[View<T>], out: View<T>) -> Result<()> {
     for term in terms {
         term.check("sum", "term", &[out.rows(), out.cols()])?;
     }
@@ -17,6 +17,7 @@ pub fn sum<T: Element>(device: &Device, terms: &[View<T>], out: View<T>) -> Resu
         cpu_sum::<T::Sum>(cpu, &on_cpu(terms)?, on_cpu(&[out])?[0]);
     }
     if device.runs_kernels() {
+        terms.iter().chain([&out]).try_for_each(|&x| check_for_kernels("sum", x))?;
         if terms.len() > TERMS {
             return Err(Error::Usage(format!("sum: {} terms, a kernel takes at most {TERMS}", terms.len())));
         }
@@ -29,12 +30,14 @@ pub fn sum<T: Element>(device: &Device, terms: &[View<T>], out: View<T>) -> Resu
 }
 
 /// sums += x, both `[m, n]`: activations into a parameter's gradient.
-pub fn accumulate<T: Element>(device: &Device, x: View<T>, sums: View<T::Sum>) -> Result<()> {
+pub(crate) fn accumulate<T: Element>(device: &Device, x: View<T>, sums: View<T::Sum>) -> Result<()> {
     x.check("accumulate", "x", &[sums.rows(), sums.cols()])?;
     if let Some(cpu) = device.cpu() {
         cpu_sum(cpu, &[sums, on_cpu(&[x])?[0]], sums);
     }
     if device.runs_kernels() {
+        check_for_kernels("accumulate", x)?;
+        check_for_kernels("accumulate", sums)?;
         let args = vec![Arg::new(Matrix::from(x)), Arg::new(Matrix::from(sums))];
         device.launch(launch("elementwise_accumulate", storage::<T>()?, &[x.into()], args))?;
     }
@@ -42,12 +45,14 @@ pub fn accumulate<T: Element>(device: &Device, x: View<T>, sums: View<T::Sum>) -
 }
 
 /// out = sums, rounded to the type of activations.
-pub fn round<T: Element>(device: &Device, sums: View<T::Sum>, out: View<T>) -> Result<()> {
+pub(crate) fn round<T: Element>(device: &Device, sums: View<T::Sum>, out: View<T>) -> Result<()> {
     sums.check("round", "sums", &[out.rows(), out.cols()])?;
     if let Some(cpu) = device.cpu() {
         cpu_sum(cpu, &[sums], on_cpu(&[out])?[0]);
     }
     if device.runs_kernels() {
+        check_for_kernels("round", sums)?;
+        check_for_kernels("round", out)?;
         let args = vec![Arg::new(Matrix::from(sums)), Arg::new(Matrix::from(out))];
         device.launch(launch("elementwise_round", storage::<T>()?, &[out.into()], args))?;
     }
@@ -71,6 +76,7 @@ fn cpu_sum<T: Real>(cpu: &Cpu, terms: &[View<T>], out: View<T>) {
                         *sum += x;
                     }
                 }
+                // SAFETY: as above: the row is this task's.
                 let out = unsafe { &mut out.row_mut(i)[cols] };
                 out.copy_from_slice(block);
             }
@@ -80,14 +86,14 @@ fn cpu_sum<T: Real>(cpu: &Cpu, terms: &[View<T>], out: View<T>) {
 
 /// out = dropout(x), or dropout(GELU(x)), both `[m, n]`: backward's dropout, and what backward needs again of a product's epilogue.
 #[derive(Clone, Copy)]
-pub struct Map<T> {
+pub(crate) struct Map<T> {
     pub x: View<T>,
     pub gelu: bool,
     pub dropout: Option<Dropout>,
     pub out: View<T>,
 }
 
-pub fn map<T: Element>(device: &Device, problems: &[Map<T>]) -> Result<()> {
+pub(crate) fn map<T: Element>(device: &Device, problems: &[Map<T>]) -> Result<()> {
     for p in problems {
         p.x.check("map", "x", &[p.out.rows(), p.out.cols()])?;
     }
@@ -95,6 +101,7 @@ pub fn map<T: Element>(device: &Device, problems: &[Map<T>]) -> Result<()> {
         on_cpu::<_, Map<T::Sum>>(problems)?.iter().for_each(|p| cpu_map(cpu, p));
     }
     if device.runs_kernels() {
+        problems.iter().flat_map(|p| [p.x, p.out]).try_for_each(|x| check_for_kernels("map", x))?;
         let kernels: Vec<_> = problems.iter().map(KernelMap::from).collect();
         device.launch(map_launches(storage::<T>()?, &kernels))?;
     }
@@ -123,7 +130,7 @@ fn cpu_map<T: Real>(cpu: &Cpu, p: &Map<T>) {
 }
 
 /// Fills sums with zeros.
-pub fn zero<T: Real>(device: &Device, out: View<T>) -> Result<()> {
+pub(crate) fn zero<T: Real>(device: &Device, out: View<T>) -> Result<()> {
     if let Some(cpu) = device.cpu() {
         // SAFETY: the view is live, and each row is one task's.
         for_rows(
@@ -134,6 +141,7 @@ pub fn zero<T: Real>(device: &Device, out: View<T>) -> Result<()> {
         );
     }
     if device.runs_kernels() {
+        check_for_kernels("zero", out)?;
         let args = vec![Arg::new(Matrix::from(out))];
         device.launch(launch("elementwise_zero", Storage::F32, &[out.into()], args))?;
     }
@@ -141,6 +149,14 @@ pub fn zero<T: Real>(device: &Device, out: View<T>) -> Result<()> {
 }
 
 // ---- kernels/elementwise.cu: a thread for eight columns ----------------------------------------------------------
+
+/// A thread takes eight columns.
+fn check_for_kernels<T: Element>(op: &'static str, x: View<T>) -> Result<()> {
+    if !x.cols().is_multiple_of(8) {
+        return Err(Error::Usage(format!("{op}: {} columns: kernels take multiples of 8", x.cols())));
+    }
+    x.check_for_kernels(op, "a matrix")
+}
 
 // As in the kernel.
 const THREADS: usize = 256;

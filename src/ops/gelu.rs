@@ -3,13 +3,13 @@
 use crate::device::Real;
 
 #[inline(always)]
-pub fn value<T: Real>(x: T) -> T {
+pub(crate) fn value<T: Real>(x: T) -> T {
     x * normal_cdf(x)
 }
 
 /// Φ(x) + x φ(x).
 #[inline(always)]
-pub fn derivative<T: Real>(x: T) -> T {
+pub(crate) fn derivative<T: Real>(x: T) -> T {
     let density = (x * x * T::of(-0.5 * std::f64::consts::LOG2_E)).exp2() * T::of(0.398_942_280_401_432_7);
     normal_cdf(x) + x * density
 }

@@ -1,7 +1,7 @@
 //! The head: logits = W LayerNorm(x) + b of the class token's row.
 //!
 //! Shapes: x `[1, d]`, norm weight and bias `[1, d]`, weight `[classes, d]`, bias and logits `[1, classes]`. Saved: x, the norm's statistics
-//! `[1, 2]` and its output `[1, d]`. [`train`] goes from x to all gradients at once, a survival loss of the logits between.
+//! `[1, 2]` and its output `[1, d]`. `train` goes from x to all gradients at once, a survival loss of the logits between.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -13,7 +13,7 @@ use crate::{
 };
 
 #[derive(Clone, Copy)]
-pub struct Head<T: Element> {
+pub(crate) struct Head<T: Element> {
     /// x to normed.
     pub norm: layer_norm::Norm<T>,
     pub weight: View<T>,
@@ -22,7 +22,7 @@ pub struct Head<T: Element> {
 }
 
 #[derive(Clone, Copy)]
-pub struct HeadGrad<T: Element> {
+pub(crate) struct HeadGrad<T: Element> {
     /// What forward was given and what it wrote.
     pub forward: Head<T>,
     pub dlogits: View<T::Sum>,
@@ -45,8 +45,8 @@ pub struct SlideLoss {
     pub share: f64,
 }
 
-pub fn forward<T: Element>(device: &Device, head: &Head<T>) -> Result<()> {
-    check("head forward", head)?;
+pub(crate) fn forward<T: Element>(device: &Device, head: &Head<T>) -> Result<()> {
+    check("head forward", device, head)?;
     if device.cpu().is_some() {
         let head = on_cpu::<_, Head<T::Sum>>(&[*head])?[0];
         layer_norm::forward(device, &[head.norm])?;
@@ -60,8 +60,8 @@ pub fn forward<T: Element>(device: &Device, head: &Head<T>) -> Result<()> {
 }
 
 /// dx =, parameter gradients +=.
-pub fn backward<T: Element>(device: &Device, arena: &mut Arena, grad: &HeadGrad<T>) -> Result<()> {
-    check("head backward", &grad.forward)?;
+pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, grad: &HeadGrad<T>) -> Result<()> {
+    check("head backward", device, &grad.forward)?;
     if device.cpu().is_some() {
         let grad = on_cpu::<_, HeadGrad<T::Sum>>(&[*grad])?[0];
         let Head { norm, weight, .. } = grad.forward;
@@ -87,14 +87,14 @@ pub fn backward<T: Element>(device: &Device, arena: &mut Arena, grad: &HeadGrad<
 }
 
 /// From x to loss, risk (`[1, 2]` f64 in `result`) and all gradients, which are as in [`backward`]. A kernel writes nothing else.
-pub fn train<T: Element>(
+pub(crate) fn train<T: Element>(
     device: &Device,
     arena: &mut Arena,
     grad: &HeadGrad<T>,
     loss: &SlideLoss,
     result: &Buffer,
 ) -> Result<()> {
-    check("head train", &grad.forward)?;
+    check("head train", device, &grad.forward)?;
     let classes = grad.forward.logits.cols();
     if loss.target.label >= classes {
         return Err(Error::Usage(format!("head train: label {} of {classes} classes", loss.target.label)));
@@ -115,8 +115,11 @@ pub fn train<T: Element>(
     Ok(())
 }
 
-fn check<T: Element>(op: &'static str, head: &Head<T>) -> Result<()> {
+fn check<T: Element>(op: &'static str, device: &Device, head: &Head<T>) -> Result<()> {
     let (d, classes) = (head.norm.x.cols(), head.weight.rows());
+    if device.runs_kernels() && classes > MOST_CLASSES {
+        return Err(Error::Usage(format!("{op}: {classes} classes: a kernel takes at most {MOST_CLASSES}")));
+    }
     head.norm.x.check(op, "x", &[1, d])?;
     head.weight.check(op, "weight", &[classes, d])?;
     head.bias.check(op, "bias", &[1, classes])?;
@@ -126,6 +129,8 @@ fn check<T: Element>(op: &'static str, head: &Head<T>) -> Result<()> {
 // ---- kernels/head.cu ---------------------------------------------------------------------------------------------
 
 const THREADS: u32 = 256;
+/// Logits that a block holds in shared memory.
+pub(crate) const MOST_CLASSES: usize = 32;
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]

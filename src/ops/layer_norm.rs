@@ -10,16 +10,16 @@ use super::{ROWS_PER_TASK, for_rows, matmul::column_sums};
 use crate::{
     Result,
     device::{
-        Arena, Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View,
+        Arena, Arg, Cpu, Device, Element, Launch, Mat, MatMut, Matrix, Real, Storage, View, Workspace,
         cpu::{real::sum, with_workspace},
         on_cpu, storage,
     },
 };
 
-pub const EPSILON: f64 = 1e-5;
+pub(crate) const EPSILON: f64 = 1e-5;
 
 #[derive(Clone, Copy)]
-pub struct Norm<T: Element> {
+pub(crate) struct Norm<T: Element> {
     pub x: View<T>,
     /// `[n0, 2]`, written by forward.
     pub stats: View<T::Sum>,
@@ -31,7 +31,7 @@ pub struct Norm<T: Element> {
 }
 
 #[derive(Clone, Copy)]
-pub struct NormGrad<T: Element> {
+pub(crate) struct NormGrad<T: Element> {
     pub x: View<T>,
     pub stats: View<T::Sum>,
     pub weight: View<T>,
@@ -43,8 +43,60 @@ pub struct NormGrad<T: Element> {
     pub dbias: View<T::Sum>,
 }
 
+/// y = LayerNorm(x) of each row, and its statistics (mean, 1 / sqrt(var + eps)) for [`layer_norm_backward`].
+///
+/// Shapes: x `[n0, d]`, weight and bias `[1, d]`, y `[n, d]` with n0 <= n <= 2 n0 (rows from n0 on repeat the first ones), stats
+/// `[n0, 2]`.
+pub fn layer_norm<T: Element>(
+    workspace: &mut Workspace,
+    x: Mat<T>,
+    weight: Mat<T>,
+    bias: Mat<T>,
+    y: MatMut<T>,
+    stats: MatMut<T::Sum>,
+) -> Result<()> {
+    let on = [x.device(), weight.device(), bias.device(), y.device(), stats.device()];
+    let problem = Norm { x: x.view(), stats: stats.view(), weight: weight.view(), bias: bias.view(), y: y.view() };
+    workspace.run("layer_norm", &on, |device, _| forward(device, &[problem]))
+}
+
+/// Operands of [`layer_norm_backward`] that are read.
+#[derive(Clone, Copy)]
+pub struct LayerNormGrad<'a, T: Element> {
+    /// `[n0, d]`
+    pub x: Mat<'a, T>,
+    /// `[n0, 2]`, as [`layer_norm`] wrote them.
+    pub stats: Mat<'a, T::Sum>,
+    /// `[1, d]`
+    pub weight: Mat<'a, T>,
+    /// `[n, d]`
+    pub dy: Mat<'a, T>,
+}
+
+/// dx `[n0, d]` =, dweight and dbias `[1, d]` +=.
+pub fn layer_norm_backward<T: Element>(
+    workspace: &mut Workspace,
+    of: &LayerNormGrad<T>,
+    dx: MatMut<T>,
+    dweight: MatMut<T::Sum>,
+    dbias: MatMut<T::Sum>,
+) -> Result<()> {
+    let LayerNormGrad { x, stats, weight, dy } = of;
+    let on = [x.device(), stats.device(), weight.device(), dy.device(), dx.device(), dweight.device(), dbias.device()];
+    let problem = NormGrad {
+        x: x.view(),
+        stats: stats.view(),
+        weight: weight.view(),
+        dy: dy.view(),
+        dx: dx.view(),
+        dweight: dweight.view(),
+        dbias: dbias.view(),
+    };
+    workspace.run("layer_norm backward", &on, |device, arena| backward(device, arena, &[problem]))
+}
+
 /// Statistics and y.
-pub fn forward<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
+pub(crate) fn forward<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
     check("layer_norm forward", problems)?;
     if let Some(cpu) = device.cpu() {
         let problems = on_cpu::<_, Norm<T::Sum>>(problems)?;
@@ -59,7 +111,7 @@ pub fn forward<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> 
 }
 
 /// y from x and its saved statistics.
-pub fn apply<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
+pub(crate) fn apply<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
     check("layer_norm apply", problems)?;
     if let Some(cpu) = device.cpu() {
         on_cpu::<_, Norm<T::Sum>>(problems)?.iter().for_each(|p| cpu_apply(cpu, p));
@@ -72,7 +124,7 @@ pub fn apply<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
 }
 
 /// dx = gradient of x, dweight += sum over rows of dy * x_hat, dbias += sum of dy.
-pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[NormGrad<T>]) -> Result<()> {
+pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[NormGrad<T>]) -> Result<()> {
     const OP: &str = "layer_norm backward";
     for p in problems {
         let d = p.x.cols();
@@ -173,12 +225,16 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: &NormGrad<T>) {
                 let sums = unsafe { partial.row_mut(task) };
                 sums.fill(T::ZERO);
                 let (dweight, dbias) = sums.split_at_mut(d);
+                // SAFETY: the views are live, and nobody writes the weight.
                 let weight = unsafe { p.weight.row(0) };
                 with_workspace(d, |dy: &mut [T]| {
                     for i in task * ROWS_PER_TASK..n0.min((task + 1) * ROWS_PER_TASK) {
+                        // SAFETY: the views are live, and nobody writes x, stats or dy.
                         let (x, stats) = unsafe { (p.x.row(i), p.stats.row(i)) };
+                        // SAFETY: as above.
                         dy.copy_from_slice(unsafe { p.dy.row(i) });
                         if i + n0 < n {
+                            // SAFETY: as above.
                             let repeated = unsafe { p.dy.row(i + n0) };
                             for j in 0..d {
                                 dy[j] += repeated[j];
@@ -200,6 +256,7 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: &NormGrad<T>) {
                             #[inline(always)]
                             |j| dy[j] * weight[j] * ((x[j] - mean) * rstd),
                         ) * scale;
+                        // SAFETY: as above, and the row of dx is this task's.
                         let dx = unsafe { p.dx.row_mut(i) };
                         for j in 0..d {
                             dx[j] = rstd * (dy[j] * weight[j] - mean_g - (x[j] - mean) * rstd * mean_gx);
@@ -215,7 +272,7 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: &NormGrad<T>) {
 // ---- kernels/layer_norm.cu: a warp for a row ---------------------------------------------------------------------
 
 /// Problems of one launch.
-pub const MAX_PROBLEMS: usize = 4;
+pub(crate) const MAX_PROBLEMS: usize = 4;
 // As in the kernel.
 const WARPS: usize = 8;
 const ROWS_PER_BLOCK: usize = 32;
@@ -223,7 +280,7 @@ const ROWS_PER_BLOCK: usize = 32;
 /// A problem of forward or apply as the kernel takes it; the addresses are contiguous, stats in f32.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelNorm {
+pub(crate) struct KernelNorm {
     pub x: Matrix,
     pub y: Matrix,
     pub stats: u64,
@@ -234,7 +291,7 @@ pub struct KernelNorm {
 /// A problem of backward; stats, partial and the parameters' gradients are f32.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelNormGrad {
+pub(crate) struct KernelNormGrad {
     pub x: Matrix,
     pub dy: Matrix,
     pub dx: Matrix,
@@ -270,16 +327,16 @@ impl<T: Element> From<&NormGrad<T>> for KernelNormGrad {
 }
 
 /// Elements of a backward problem's scratch.
-pub fn partial_len(rows: usize, cols: usize) -> usize {
+pub(crate) fn partial_len(rows: usize, cols: usize) -> usize {
     rows.div_ceil(ROWS_PER_BLOCK) * 2 * cols
 }
 
-pub fn forward_launches(storage: Storage, problems: &[KernelNorm]) -> Vec<Launch> {
+pub(crate) fn forward_launches(storage: Storage, problems: &[KernelNorm]) -> Vec<Launch> {
     let launch = |problems| norm_launch(["layer_norm_forward", "layer_norm_forward_scalar"], storage, problems);
     problems.chunks(MAX_PROBLEMS).map(launch).collect()
 }
 
-pub fn apply_launches(storage: Storage, problems: &[KernelNorm]) -> Vec<Launch> {
+pub(crate) fn apply_launches(storage: Storage, problems: &[KernelNorm]) -> Vec<Launch> {
     let launch = |problems| norm_launch(["layer_norm_apply", "layer_norm_apply_scalar"], storage, problems);
     problems.chunks(MAX_PROBLEMS).map(launch).collect()
 }
@@ -299,7 +356,7 @@ fn norm_launch([packed, scalar]: [&'static str; 2], storage: Storage, problems: 
 }
 
 /// Of every [`MAX_PROBLEMS`] problems: dx and the partial sums, then the sum of those.
-pub fn backward_launches(storage: Storage, problems: &[KernelNormGrad]) -> Vec<Launch> {
+pub(crate) fn backward_launches(storage: Storage, problems: &[KernelNormGrad]) -> Vec<Launch> {
     problems.chunks(MAX_PROBLEMS).flat_map(|problems| backward_pair(storage, problems)).collect()
 }
 
@@ -331,27 +388,6 @@ fn table<P: Pod>(problems: &[P]) -> [P; MAX_PROBLEMS] {
     table[..problems.len()].copy_from_slice(problems);
     table
 }
-
-/// A shape to test: x `[rows, cols]`, y `[padded, cols]`.
-#[derive(Clone, Copy, Debug)]
-pub struct Case {
-    pub rows: usize,
-    pub padded: usize,
-    pub cols: usize,
-}
-
-/// One element, ragged rows and columns, a whole square, twice the rows, packs in one storage type only, the model's width, and one
-/// that no shared memory would hold whole.
-pub const CASES: [Case; 8] = [
-    Case { rows: 1, padded: 1, cols: 1 },
-    Case { rows: 1, padded: 2, cols: 7 },
-    Case { rows: 3, padded: 4, cols: 33 },
-    Case { rows: 33, padded: 36, cols: 132 },
-    Case { rows: 64, padded: 64, cols: 96 },
-    Case { rows: 70, padded: 140, cols: 40 },
-    Case { rows: 300, padded: 324, cols: 512 },
-    Case { rows: 34, padded: 36, cols: 4104 },
-];
 
 #[cfg(test)]
 mod tests {

@@ -9,7 +9,7 @@
 //! Each has a `_wgmma` twin, by Hopper's kernels where the device and `T` have them (an H100 and bf16), elsewhere the same. NOT YET RUN ON A
 //! GPU: training does not take them before they have been measured.
 
-pub mod kernel;
+pub(crate) mod kernel;
 
 use pulp::Simd;
 
@@ -19,7 +19,7 @@ use super::{Dropout, gelu};
 use crate::{
     Result,
     device::{
-        Arena, Device, Element, Real, Storage, View,
+        Arena, Device, Element, Mat, MatMut, Real, Storage, View, Workspace,
         cpu::{Cpu, Kernel, tile, with_workspace},
         on_cpu, storage,
     },
@@ -27,7 +27,7 @@ use crate::{
 
 /// What happens to a product while it is in cache, in this order.
 #[derive(Clone, Copy)]
-pub struct Epilogue<T> {
+pub(crate) struct Epilogue<T> {
     /// Adds what `out` held before.
     pub accumulate: bool,
     /// Adds `[1, n]` to every row.
@@ -49,7 +49,7 @@ impl<T> Default for Epilogue<T> {
 
 /// out `[m, n]` = epilogue(a `[m, k]` times b), b being `[n, k]` in [`forward`] and `[k, n]` in [`backward_input`].
 #[derive(Clone, Copy)]
-pub struct Matmul<T> {
+pub(crate) struct Matmul<T> {
     pub a: View<T>,
     pub b: View<T>,
     pub out: View<T>,
@@ -58,34 +58,93 @@ pub struct Matmul<T> {
 
 /// dw `[out, in]` += dyᵀ x, db `[1, out]` += colsum(dy), from dy `[m, out]` and x `[m, in]`.
 #[derive(Clone, Copy)]
-pub struct WeightGrad<T: Element> {
+pub(crate) struct WeightGrad<T: Element> {
     pub dy: View<T>,
     pub x: View<T>,
     pub dw: View<T::Sum>,
     pub db: View<T::Sum>,
 }
 
-pub fn forward<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+/// y = x Wᵀ + b, or dropout(GELU(x Wᵀ + b)) and what lies before GELU, for backward.
+///
+/// Shapes: x `[m, in]`, weight `[out, in]`, bias `[1, out]`, y and `gelu` `[m, out]`.
+pub fn linear<T: Element>(
+    workspace: &mut Workspace,
+    x: Mat<T>,
+    weight: Mat<T>,
+    bias: Mat<T>,
+    gelu: Option<MatMut<T>>,
+    dropout: Option<Dropout>,
+    y: MatMut<T>,
+) -> Result<()> {
+    let mut on = vec![x.device(), weight.device(), bias.device(), y.device()];
+    on.extend(gelu.as_ref().map(MatMut::device));
+    let epilogue = Epilogue {
+        bias: Some(bias.view()),
+        gelu: gelu.as_ref().map(MatMut::view),
+        dropout,
+        accumulate: false,
+        gelu_grad: None,
+        residual: None,
+    };
+    let problem = Matmul { a: x.view(), b: weight.view(), out: y.view(), epilogue };
+    workspace.run("linear", &on, |device, _| forward(device, &[problem]))
+}
+
+/// dx `[m, in]` = dy W, from dy `[m, out]` and weight `[out, in]`.
+pub fn linear_backward_input<T: Element>(
+    workspace: &mut Workspace,
+    dy: Mat<T>,
+    weight: Mat<T>,
+    dx: MatMut<T>,
+) -> Result<()> {
+    let on = [dy.device(), weight.device(), dx.device()];
+    let problem = Matmul { a: dy.view(), b: weight.view(), out: dx.view(), epilogue: Epilogue::default() };
+    workspace.run("linear backward input", &on, |device, _| backward_input(device, &[problem]))
+}
+
+/// dweight `[out, in]` += dyᵀ x and dbias `[1, out]` += the column sums of dy, from dy `[m, out]` and x `[m, in]`.
+pub fn linear_backward_weight<T: Element>(
+    workspace: &mut Workspace,
+    dy: Mat<T>,
+    x: Mat<T>,
+    dweight: MatMut<T::Sum>,
+    dbias: MatMut<T::Sum>,
+) -> Result<()> {
+    let on = [dy.device(), x.device(), dweight.device(), dbias.device()];
+    let problem = WeightGrad { dy: dy.view(), x: x.view(), dw: dweight.view(), db: dbias.view() };
+    workspace.run("linear backward weight", &on, |device, arena| backward_weight(device, arena, &[problem]))
+}
+
+pub(crate) fn forward<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
     run(device, "matmul forward", problems, true, Kernels::Mma)
 }
 
-pub fn forward_wgmma<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+pub(crate) fn forward_wgmma<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
     run(device, "matmul forward", problems, true, Kernels::Wgmma)
 }
 
-pub fn backward_input<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+pub(crate) fn backward_input<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
     run(device, "matmul backward input", problems, false, Kernels::Mma)
 }
 
-pub fn backward_input_wgmma<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
+pub(crate) fn backward_input_wgmma<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
     run(device, "matmul backward input", problems, false, Kernels::Wgmma)
 }
 
-pub fn backward_weight<T: Element>(device: &Device, arena: &mut Arena, problems: &[WeightGrad<T>]) -> Result<()> {
+pub(crate) fn backward_weight<T: Element>(
+    device: &Device,
+    arena: &mut Arena,
+    problems: &[WeightGrad<T>],
+) -> Result<()> {
     run_weight(device, arena, problems, Kernels::Mma)
 }
 
-pub fn backward_weight_wgmma<T: Element>(device: &Device, arena: &mut Arena, problems: &[WeightGrad<T>]) -> Result<()> {
+pub(crate) fn backward_weight_wgmma<T: Element>(
+    device: &Device,
+    arena: &mut Arena,
+    problems: &[WeightGrad<T>],
+) -> Result<()> {
     run_weight(device, arena, problems, Kernels::Wgmma)
 }
 
@@ -106,6 +165,13 @@ fn run_weight<T: Element>(
         p.x.check(OP, "x", &[m, k])?;
         p.dw.check(OP, "dw", &[n, k])?;
         p.db.check(OP, "db", &[1, n])?;
+    }
+    if device.runs_kernels() {
+        for p in problems {
+            p.dy.check_for_kernels(OP, "dy")?;
+            p.x.check_for_kernels(OP, "x")?;
+            p.dw.check_for_kernels(OP, "dw")?;
+        }
     }
     problems.iter().for_each(|p| device.count(2.0 * p.dy.rows() as f64 * (p.dw.rows() * p.dw.cols()) as f64));
     if let Some(cpu) = device.cpu() {
@@ -144,6 +210,18 @@ fn run<T: Element>(
         for (name, tensor) in [("pre-activation", e.gelu), ("pre-activation", e.gelu_grad), ("residual", e.residual)] {
             if let Some(tensor) = tensor {
                 tensor.check(op, name, &[m, n])?;
+            }
+        }
+    }
+    if device.runs_kernels() {
+        for p in problems {
+            let e = &p.epilogue;
+            for (name, tensor) in [("a", Some(p.a)), ("b", Some(p.b)), ("out", Some(p.out))].into_iter().chain([
+                ("bias", e.bias),
+                ("pre-activation", e.gelu.or(e.gelu_grad)),
+                ("residual", e.residual),
+            ]) {
+                tensor.map_or(Ok(()), |tensor| tensor.check_for_kernels(op, name))?;
             }
         }
     }
@@ -269,6 +347,7 @@ impl<T: Real> Kernel for Product<'_, T> {
 /// Its views must be live, and the pre-activation's row not shared.
 #[inline(always)]
 unsafe fn apply<T: Real>(epilogue: &Epilogue<T>, i: usize, out: &mut [T]) {
+    // SAFETY: the caller's: the epilogue's views are live, and row i of them is this task's.
     unsafe {
         if let Some(bias) = epilogue.bias {
             add(out, bias.row(0));
@@ -403,6 +482,7 @@ pub(super) fn column_sums<T: Real>(cpu: &Cpu, problems: &[(View<T>, View<T>)]) {
             for start in (0..x.rows()).step_by(64) {
                 let mut block = [T::ZERO; COLS];
                 for r in start..x.rows().min(start + 64) {
+                    // SAFETY: the views are live, and nobody writes x.
                     add(&mut block, &unsafe { x.row(r) }[col..col + cols]);
                 }
                 add(sums, &block);

@@ -3,20 +3,23 @@
 //! Activation gradients overwrite, parameter gradients accumulate; an exception is in the function's name or its docs.
 
 pub mod adam;
-pub mod attention;
-pub mod conv_fusion;
+pub(crate) mod attention;
+pub(crate) mod conv_fusion;
 pub mod cox;
 mod depthwise;
-pub mod dropout;
-pub mod elementwise;
-pub mod gelu;
+pub(crate) mod dropout;
+pub(crate) mod elementwise;
+pub(crate) mod gelu;
 pub mod head;
-pub mod layer_norm;
-pub mod matmul;
-pub mod ppeg;
-pub mod scale_embedding;
+pub(crate) mod layer_norm;
+pub(crate) mod matmul;
+pub(crate) mod ppeg;
+pub(crate) mod scale_embedding;
 
+pub use attention::{AttentionInput, attention, attention_backward};
 pub use dropout::{Draw, Dropout};
+pub use layer_norm::{LayerNormGrad, layer_norm, layer_norm_backward};
+pub use matmul::{linear, linear_backward_input, linear_backward_weight};
 
 use crate::device::Cpu;
 

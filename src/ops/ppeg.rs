@@ -3,7 +3,7 @@
 //!
 //! Shapes: x, y `[first + side^2, c]`; kernels `[c, 49]`, `[c, 25]`, `[c, 9]`; biases `[1, c]`. Saved: x.
 
-pub mod kernel;
+pub(crate) mod kernel;
 
 use super::{
     depthwise::{self, Grid},
@@ -16,10 +16,10 @@ use crate::{
 };
 
 /// Kernel sides, in the checkpoint's order proj, proj1, proj2.
-pub const SIDES: [usize; 3] = [7, 5, 3];
+pub(crate) const SIDES: [usize; 3] = [7, 5, 3];
 
 #[derive(Clone, Copy)]
-pub struct Ppeg<T> {
+pub(crate) struct Ppeg<T> {
     pub x: View<T>,
     pub y: View<T>,
     pub side: usize,
@@ -28,7 +28,7 @@ pub struct Ppeg<T> {
 }
 
 #[derive(Clone, Copy)]
-pub struct PpegGrad<T: Element> {
+pub(crate) struct PpegGrad<T: Element> {
     pub x: View<T>,
     pub dy: View<T>,
     pub dx: View<T>,
@@ -59,9 +59,13 @@ fn flop(side: usize, c: usize) -> f64 {
     2.0 * 49.0 * (side * side * c) as f64
 }
 
-pub fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Ppeg<T>]) -> Result<()> {
+pub(crate) fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Ppeg<T>]) -> Result<()> {
     for p in problems {
         check("ppeg forward", (p.x, p.y), p.side, &p.kernels, &p.biases)?;
+        if device.runs_kernels() {
+            p.x.check_for_kernels("ppeg forward", "x")?;
+            p.y.check_for_kernels("ppeg forward", "y")?;
+        }
         device.count(flop(p.side, p.x.cols()));
     }
     if device.runs_kernels() {
@@ -79,13 +83,18 @@ pub fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Ppeg<
 }
 
 /// dx =, kernel and bias gradients +=.
-pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[PpegGrad<T>]) -> Result<()> {
+pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[PpegGrad<T>]) -> Result<()> {
     const OP: &str = "ppeg backward";
     for p in problems {
         check(OP, (p.x, p.dx), p.side, &p.dkernels, &p.dbiases)?;
         p.dy.check(OP, "dy", &[p.x.rows(), p.x.cols()])?;
         for (kernel, side) in p.kernels.iter().zip(SIDES) {
             kernel.check(OP, "kernel", &[p.x.cols(), side * side])?;
+        }
+        if device.runs_kernels() {
+            p.x.check_for_kernels(OP, "x")?;
+            p.dy.check_for_kernels(OP, "dy")?;
+            p.dx.check_for_kernels(OP, "dx")?;
         }
         device.count(2.0 * flop(p.side, p.x.cols()));
     }

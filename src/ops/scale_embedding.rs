@@ -10,7 +10,7 @@ use crate::{
 };
 
 #[derive(Clone, Copy)]
-pub struct Fold<T> {
+pub(crate) struct Fold<T> {
     pub weight: View<T>,
     pub bias: View<T>,
     pub embedding: View<T>,
@@ -18,7 +18,7 @@ pub struct Fold<T> {
 }
 
 #[derive(Clone, Copy)]
-pub struct FoldGrad<T: Element> {
+pub(crate) struct FoldGrad<T: Element> {
     pub weight: View<T>,
     pub embedding: View<T>,
     /// Gradient of the folded bias: the column sums of the projection's gradient.
@@ -29,7 +29,7 @@ pub struct FoldGrad<T: Element> {
 }
 
 /// folded = bias + W e
-pub fn forward<T: Element>(device: &Device, problems: &[Fold<T>]) -> Result<()> {
+pub(crate) fn forward<T: Element>(device: &Device, problems: &[Fold<T>]) -> Result<()> {
     const OP: &str = "scale_embedding forward";
     for p in problems {
         let (out, d) = (p.weight.rows(), p.weight.cols());
@@ -69,7 +69,7 @@ fn cpu_forward<T: Real>(cpu: &Cpu, p: &Fold<T>) {
 }
 
 /// dbias += dfolded; dweight += dfoldedᵀ e (what the projection's own gradient, taken at x, leaves out); dembedding += dfolded W
-pub fn backward<T: Element>(device: &Device, problems: &[FoldGrad<T>]) -> Result<()> {
+pub(crate) fn backward<T: Element>(device: &Device, problems: &[FoldGrad<T>]) -> Result<()> {
     const OP: &str = "scale_embedding backward";
     for p in problems {
         let (out, d) = (p.weight.rows(), p.weight.cols());

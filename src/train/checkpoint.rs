@@ -81,7 +81,7 @@ impl Seen {
 
 /// Writes the model's parameters under their public names.
 pub fn save_model<T: Element<Sum = f32>>(path: &Path, engine: &Engine<T>, card: &ModelCard) -> Result<()> {
-    let entries = engine.model.layout().entries().iter();
+    let entries = engine.model().layout().entries().iter();
     let tensors = entries.map(|entry| Stored {
         name: entry.name.clone(),
         shape: entry.shape.clone(),
@@ -159,7 +159,7 @@ pub fn save_state<S: Serialize, T: Element<Sum = f32>>(
     engine: Option<&Engine<T>>,
     state: &S,
 ) -> Result<()> {
-    let len = engine.map_or(0, |engine| engine.model.layout().len());
+    let len = engine.map_or(0, |engine| engine.model().layout().len());
     let arenas = ARENAS.iter().filter(|_| engine.is_some());
     let arenas = arenas.map(|&(name, state)| Stored { name: name.into(), shape: vec![len], state, range: 0..len });
     save(path, engine, arenas.collect(), state)
@@ -176,7 +176,7 @@ pub fn read_state<S: DeserializeOwned>(path: &Path) -> Result<Option<S>> {
 
 /// Puts the arenas of a checkpoint back, whose state [`read_state`] has read and found whole.
 pub fn load_state<T: Element<Sum = f32>>(path: &Path, engine: &mut Engine<T>) -> Result<()> {
-    let len = engine.model.layout().len();
+    let len = engine.model().layout().len();
     for (name, which) in ARENAS {
         for start in (0..len).step_by(PIECE) {
             // mapped anew for each piece: what has been read no longer counts as the process's memory

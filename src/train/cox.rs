@@ -257,7 +257,7 @@ impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
                 Ok(stopped)
             };
             let Some((loss, risks)) = accumulate(&mut self.engine, &cohort, draw, show)? else {
-                self.engine.write_state(State::Grads, &vec![0.0; self.engine.model.layout().len()])?;
+                self.engine.write_state(State::Grads, &vec![0.0; self.engine.model().layout().len()])?;
                 return Ok(ControlFlow::Break(()));
             };
             if cohort.is_comparable() {

@@ -332,7 +332,7 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
     /// The slides of an epoch that are not done yet. A GPU is given the next slide before the host waits for the one in hand.
     fn train(&mut self, order: &[usize], patches: &mut usize, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
         let (dataset, config, epoch) = (self.dataset, self.config, self.progress.epoch);
-        let ahead = usize::from(self.engine.device.runs_kernels());
+        let ahead = usize::from(self.engine.device().runs_kernels());
         let mut stopped = ControlFlow::Continue(());
         let (mut started, mut pending) = (self.progress.position, VecDeque::new());
         let reading = self.reading.clone();
@@ -453,7 +453,7 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
 
     fn save_model(&self, epoch: usize, c_index: Option<f64>) -> Result<()> {
         let card = ModelCard {
-            model: self.engine.model.config().clone(),
+            model: self.engine.model().config().clone(),
             fold: self.fold,
             epoch,
             c_index,

@@ -1,4 +1,4 @@
-//! One training step, from bags to updated weights. [`slide_step`] and [`Engine::update`] show the whole flow:
+//! One training step, from bags to updated weights. `slide_step` and [`Engine::update`] show the whole flow:
 //!
 //!   bags -> forward -> head -> loss and its gradient -> head's backward -> backward -> gradients, summed over slides
 //!        -> Adam -> weights
@@ -23,8 +23,8 @@ use crate::{
 };
 
 pub struct Engine<T: Element> {
-    pub device: Device,
-    pub model: Model,
+    device: Device,
+    model: Model,
     /// What is trained, in `T::Sum`.
     params: Buffer,
     /// What the ops read: the parameters rounded to `T`. None where that is the parameters themselves.
@@ -97,6 +97,14 @@ impl<T: Element> Engine<T> {
         engine.model.layout().initialize::<T::Sum>(&engine.device, seed, &engine.params)?;
         engine.round_weights()?;
         Ok(engine)
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub fn model(&self) -> &Model {
+        &self.model
     }
 
     fn weights(&self) -> &Buffer {

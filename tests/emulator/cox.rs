@@ -80,7 +80,7 @@ fn by_kernels(p: &Patients, ties: Ties, options: Options) -> (f64, Vec<f32>) {
     let cohort = DeviceCohort::new(device, &cohort).unwrap();
     let mut gradient = vec![f32::NAN; p.risk.len()];
     let what = |e| panic!("{}, {ties:?}, {options:?}: {e}", p.name);
-    let loglik = cohort.loglik_and_gradient(device, &p.risk, ties, &mut gradient).unwrap_or_else(what);
+    let loglik = cohort.loglik_and_gradient(&p.risk, ties, &mut gradient).unwrap_or_else(what);
     (loglik, gradient)
 }
 

@@ -3,8 +3,8 @@
 use crossfusion::{
     device::{Arena, Cpu, Device, Matrix, Real, Stored, View, emulator::Options},
     ops::layer_norm::{
-        self, CASES, Case, KernelNorm, KernelNormGrad, Norm, NormGrad, apply_launches, backward_launches,
-        forward_launches, partial_len,
+        self, KernelNorm, KernelNormGrad, Norm, NormGrad, apply_launches, backward_launches, forward_launches,
+        partial_len,
     },
 };
 use half::bf16;
@@ -14,6 +14,27 @@ use super::{
     common::{Law, fill},
     error, launch,
 };
+
+/// A shape to test: x `[rows, cols]`, y `[padded, cols]`.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    rows: usize,
+    padded: usize,
+    cols: usize,
+}
+
+/// One element, ragged rows and columns, a whole square, twice the rows, packs in one storage type only, the model's width,
+/// and one that no shared memory would hold whole.
+const CASES: [Case; 8] = [
+    Case { rows: 1, padded: 1, cols: 1 },
+    Case { rows: 1, padded: 2, cols: 7 },
+    Case { rows: 3, padded: 4, cols: 33 },
+    Case { rows: 33, padded: 36, cols: 132 },
+    Case { rows: 64, padded: 64, cols: 96 },
+    Case { rows: 70, padded: 140, cols: 40 },
+    Case { rows: 300, padded: 324, cols: 512 },
+    Case { rows: 34, padded: 36, cols: 4104 },
+];
 
 /// Inputs, and what the parameters' gradients hold before.
 struct Inputs<T> {
@@ -49,14 +70,18 @@ fn reference<R: Real, T: Element>(case: Case, inputs: &Inputs<T>) -> [Vec<f64>; 
         [&inputs.dweight, &inputs.dbias].map(|v| v.iter().map(|&x| R::of(f64::from(x))).collect::<Vec<R>>());
     let (mut y, mut stats, mut dx) =
         (vec![R::ZERO; padded * cols], vec![R::ZERO; rows * 2], vec![R::ZERO; rows * cols]);
+    // SAFETY: the vectors outlive the ops, and nothing else touches them meanwhile.
     let (x, weight) = (unsafe { View::of_slice(&x, rows, cols) }, unsafe { View::of_slice(&weight, 1, cols) });
+    // SAFETY: as above.
     let stats_view = unsafe { View::of_slice_mut(&mut stats, rows, 2) };
     let device = Device::Cpu(Cpu::new(1).unwrap());
     let norm = Norm {
         x,
         stats: stats_view,
         weight,
+        // SAFETY: as above.
         bias: unsafe { View::of_slice(&bias, 1, cols) },
+        // SAFETY: as above.
         y: unsafe { View::of_slice_mut(&mut y, padded, cols) },
     };
     layer_norm::forward(&device, &[norm]).unwrap();
@@ -64,9 +89,13 @@ fn reference<R: Real, T: Element>(case: Case, inputs: &Inputs<T>) -> [Vec<f64>; 
         x,
         stats: stats_view,
         weight,
+        // SAFETY: as above.
         dy: unsafe { View::of_slice(&dy, padded, cols) },
+        // SAFETY: as above.
         dx: unsafe { View::of_slice_mut(&mut dx, rows, cols) },
+        // SAFETY: as above.
         dweight: unsafe { View::of_slice_mut(&mut dweight, 1, cols) },
+        // SAFETY: as above.
         dbias: unsafe { View::of_slice_mut(&mut dbias, 1, cols) },
     };
     layer_norm::backward(&device, &mut Arena::new(&device, 0).unwrap(), &[grad]).unwrap();

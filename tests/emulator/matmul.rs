@@ -214,3 +214,33 @@ fn fragments_have_no_bank_conflicts() {
         }
     }
 }
+
+/// What a kernel would multiply with whatever lies beside it is refused: 12 columns of bf16 in rows of 16, and an address between.
+#[test]
+fn operands_that_kernels_cannot_take_are_refused() {
+    use crossfusion::{
+        device::{Device, Tensor, Workspace, emulator::Emulator},
+        ops::{AttentionInput, attention, linear},
+    };
+    let device = Device::Emulator(Emulator::new(PLAIN[0]));
+    let mut workspace = Workspace::new(&device).unwrap();
+    let zeros = |rows, cols| Tensor::<bf16>::zeros(&device, rows, cols).unwrap();
+    let (x, weight, bias, mut y) = (zeros(4, 16), zeros(8, 12), zeros(1, 8), zeros(4, 8));
+    let narrow = x.mat().cols_range(0..12).unwrap();
+    let refused =
+        linear(&mut workspace, narrow, weight.mat(), bias.mat(), None, None, y.mat_mut()).unwrap_err().to_string();
+    assert!(
+        refused.contains("matmul forward: a has 12 columns, 16 apart") && refused.contains("multiples of 8"),
+        "{refused}"
+    );
+    let (wide, weight) = (zeros(4, 24), zeros(8, 16));
+    let between = wide.mat().cols_range(4..20).unwrap();
+    let refused =
+        linear(&mut workspace, between, weight.mat(), bias.mat(), None, None, y.mat_mut()).unwrap_err().to_string();
+    assert!(refused.contains("a has 16 columns"), "{refused}");
+    let (q, mut out) = (zeros(4, 24), zeros(4, 24));
+    let mut lse = Tensor::<f32>::zeros(&device, 2, 4).unwrap();
+    let input = AttentionInput { q: q.mat(), k: q.mat(), v: q.mat(), heads: 2, dropout: None };
+    let refused = attention(&mut workspace, &input, out.mat_mut(), lse.mat_mut()).unwrap_err().to_string();
+    assert!(refused.contains("heads of 12 columns: kernels take multiples of 8"), "{refused}");
+}

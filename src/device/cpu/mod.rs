@@ -5,7 +5,7 @@
 
 mod peak;
 pub mod real;
-pub mod tile;
+pub(crate) mod tile;
 
 use std::{
     cell::RefCell,
@@ -30,7 +30,7 @@ pub struct Cpu {
 }
 
 /// A kernel that needs the vector types by name; plain loops use [`Cpu::parallel`] and are vectorized by the compiler.
-pub trait Kernel: Sync {
+pub(crate) trait Kernel: Sync {
     fn run<S: Simd>(&self, simd: S, task: usize);
 }
 
@@ -74,7 +74,7 @@ impl Cpu {
     /// Runs `task(0) .. task(tasks - 1)` on all threads. Mark the closure `#[inline(always)]`: only what is inlined is
     /// compiled for the wide vector unit.
     #[inline(always)]
-    pub fn parallel(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+    pub(crate) fn parallel(&self, tasks: usize, task: impl Fn(usize) + Sync) {
         let run = |i| {
             self.arch.dispatch(
                 #[inline(always)]
@@ -89,7 +89,7 @@ impl Cpu {
     }
 
     /// [`Cpu::parallel`] for a kernel that names its vector types.
-    pub fn parallel_kernel<K: Kernel>(&self, tasks: usize, kernel: &K) {
+    pub(crate) fn parallel_kernel<K: Kernel>(&self, tasks: usize, kernel: &K) {
         let run = |task| self.arch.dispatch(Task { kernel, task });
         match tasks {
             0 => {}
@@ -99,7 +99,7 @@ impl Cpu {
     }
 
     /// Hands `work` one row of `len` elements of arbitrary content that all its tasks may use.
-    pub fn with_panels<T: Real>(&self, len: usize, work: impl FnOnce(View<T>)) {
+    pub(crate) fn with_panels<T: Real>(&self, len: usize, work: impl FnOnce(View<T>)) {
         // Taken out while in use: a thread that waits inside `work` may start another op on this device.
         let take = |pages: &mut Vec<u64>| std::mem::take(pages);
         let mut pages = take(&mut self.shared.lock().unwrap_or_else(PoisonError::into_inner));
@@ -112,7 +112,7 @@ impl Cpu {
     }
 
     /// Elements of `T` in a vector register.
-    pub fn lanes<T: Real>(&self) -> usize {
+    pub(crate) fn lanes<T: Real>(&self) -> usize {
         struct Lanes<T>(std::marker::PhantomData<T>);
         impl<T: Real> WithSimd for Lanes<T> {
             type Output = usize;
@@ -144,7 +144,7 @@ thread_local! {
 
 /// Hands `work` a private slice of `len` elements of arbitrary content.
 #[inline(always)]
-pub fn with_workspace<T: Real, R>(len: usize, work: impl FnOnce(&mut [T]) -> R) -> R {
+pub(crate) fn with_workspace<T: Real, R>(len: usize, work: impl FnOnce(&mut [T]) -> R) -> R {
     // Taken out of the cell while in use, so that a nested task on the same thread gets its own.
     let mut pages = WORKSPACE.take();
     let words = (len * size_of::<T>()).div_ceil(8);

@@ -85,11 +85,14 @@ pub unsafe fn multiply<T: Real, S: Simd>(
     let width = panel_width::<T, S>();
     let mut edge = [T::ZERO; MR * MAX_PANEL];
     for j in (0..n).step_by(width) {
+        // SAFETY: the caller's: b holds the panels of all n columns.
         let b_panel = unsafe { b.ptr.add(j / width * b.panel) };
         let cols = width.min(n - j);
         for i in (0..m).step_by(MR) {
+            // SAFETY: the caller's: a holds the slivers of all m rows.
             let a_sliver = unsafe { a.ptr.add(i / MR * a.sliver) };
             let rows = MR.min(m - i);
+            // SAFETY: the caller's: c holds m rows of n columns.
             let c_block = unsafe { c.add(i * c_row + j) };
             let inside = rows == MR && cols == width;
             let (target, stride, add) =
@@ -133,6 +136,7 @@ unsafe fn block<T: Real, S: Simd, const R: usize>(
 ) {
     let lanes = T::lanes::<S>();
     let mut sum = [[T::splat(simd, T::ZERO); 2]; R];
+    // SAFETY: the caller's: a and b hold k steps of the block, and c the block.
     unsafe {
         for p in 0..k {
             let b = b.add(p * b_row).cast::<T::Vector<S>>();
@@ -165,6 +169,7 @@ pub unsafe fn copy_rows<T: Real>(
     to_stride: usize,
 ) {
     for i in 0..rows {
+        // SAFETY: the caller's: both matrices hold these rows.
         unsafe { std::ptr::copy_nonoverlapping(from.add(i * stride), to.add(i * to_stride), cols) };
     }
 }
@@ -184,6 +189,7 @@ pub unsafe fn pack_panel<T: Real, S: Simd>(
     let width = panel_width::<T, S>();
     let cols = width.min(n - j0);
     for p in 0..k {
+        // SAFETY: the caller's: from holds k rows of n columns, to a panel of k rows.
         unsafe {
             std::ptr::copy_nonoverlapping(from.add(p * stride + j0), to.add(p * width), cols);
             for j in cols..width {
@@ -208,6 +214,7 @@ pub unsafe fn pack_panel_transposed<T: Real, S: Simd>(
     let width = panel_width::<T, S>();
     for j in 0..width {
         for p in 0..k {
+            // SAFETY: the caller's: from holds n rows of k columns, to a panel of k rows.
             unsafe { *to.add(p * width + j) = if j0 + j < n { *from.add((j0 + j) * stride + p) } else { T::ZERO } };
         }
     }

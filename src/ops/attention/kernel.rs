@@ -24,7 +24,7 @@ const SPLIT_KEYS: usize = 1024;
 /// `Attention` of attention_forward.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelAttention {
+pub(crate) struct KernelAttention {
     pub q: Matrix,
     pub k: Matrix,
     pub v: Matrix,
@@ -43,7 +43,7 @@ pub struct KernelAttention {
 /// `AttentionGrad` of attention_backward.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelAttentionGrad {
+pub(crate) struct KernelAttentionGrad {
     pub q: Matrix,
     pub k: Matrix,
     pub v: Matrix,
@@ -65,7 +65,7 @@ pub struct KernelAttentionGrad {
 /// `Merge` of attention_forward.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelMerge {
+pub(crate) struct KernelMerge {
     pub part: Matrix,
     pub out: Matrix,
     pub part_lse: u64,
@@ -97,6 +97,7 @@ struct Table<P> {
 
 // SAFETY: all problems are Pod with a size that is a multiple of 8, so there is no padding that is not a field.
 unsafe impl<P: Zeroable> Zeroable for Table<P> {}
+// SAFETY: as above.
 unsafe impl<P: Pod> Pod for Table<P> {}
 
 impl<T: Element> From<&Attention<T>> for KernelAttention {
@@ -155,7 +156,7 @@ const WIDTHS: [usize; 3] = [32, 64, 128];
 
 /// Which of the two files' kernels compute a forward pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Kernels {
+pub(crate) enum Kernels {
     /// attention_forward.cu, any GPU since Ampere.
     Mma,
     /// attention_forward_wgmma.cu, Hopper, bf16 alone. Wide heads.
@@ -164,7 +165,7 @@ pub enum Kernels {
 
 impl Kernels {
     /// The wanted ones, if they are made for all the problems' heads.
-    pub fn of(wanted: Self, problems: &[KernelAttention]) -> Self {
+    pub(crate) fn of(wanted: Self, problems: &[KernelAttention]) -> Self {
         let wide = |p: &KernelAttention| width(p.q, p.heads) == 2;
         if problems.iter().all(wide) { wanted } else { Self::Mma }
     }
@@ -184,7 +185,7 @@ impl Kernels {
 
 /// In how many parts each problem's keys are attended to: the number, of few enough blocks, with which a large GPU is done first, if
 /// the keys are long enough.
-pub fn splits(kernels: Kernels, problems: &[KernelAttention]) -> Vec<usize> {
+pub(crate) fn splits(kernels: Kernels, problems: &[KernelAttention]) -> Vec<usize> {
     let blocks: usize = problems.iter().map(|p| kernels.blocks(p)).sum();
     let at_a_time = MULTIPROCESSORS * kernels.block()[1];
     // waves of blocks, of 1 / splits of the work each; of equals the first
@@ -196,11 +197,11 @@ pub fn splits(kernels: Kernels, problems: &[KernelAttention]) -> Vec<usize> {
 }
 
 /// f32 elements of a problem's partial outputs, and of their log-sum-exps.
-pub fn parts_len(splits: usize, n: usize, d: usize) -> usize {
+pub(crate) fn parts_len(splits: usize, n: usize, d: usize) -> usize {
     if splits > 1 { splits * n * d } else { 0 }
 }
 
-pub fn part_lse_len(splits: usize, n: usize, heads: usize) -> usize {
+pub(crate) fn part_lse_len(splits: usize, n: usize, heads: usize) -> usize {
     if splits > 1 { splits * n * heads } else { 0 }
 }
 
@@ -238,7 +239,7 @@ fn launch<P: Pod>(
 }
 
 /// All problems of a call have heads of one width.
-pub fn forward_launches(kernels: Kernels, storage: Storage, problems: &[KernelAttention]) -> Vec<Launch> {
+pub(crate) fn forward_launches(kernels: Kernels, storage: Storage, problems: &[KernelAttention]) -> Vec<Launch> {
     let mut launches = Vec::new();
     for problems in problems.chunks(PROBLEMS) {
         let blocks = |p: &KernelAttention| p.splits as usize * kernels.blocks(p);
@@ -270,7 +271,7 @@ pub fn forward_launches(kernels: Kernels, storage: Storage, problems: &[KernelAt
     launches
 }
 
-pub fn merge_launches(storage: Storage, problems: &[KernelMerge]) -> Vec<Launch> {
+pub(crate) fn merge_launches(storage: Storage, problems: &[KernelMerge]) -> Vec<Launch> {
     let launches = problems.chunks(PROBLEMS).map(|problems| {
         let rows = problems.iter().map(|p| p.part.rows as usize).max().unwrap_or(0);
         let (table, _) = table(problems, |_| 0, |_, _| {});
@@ -279,7 +280,7 @@ pub fn merge_launches(storage: Storage, problems: &[KernelMerge]) -> Vec<Launch>
     launches.flatten().collect()
 }
 
-pub fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
+pub(crate) fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
     let mut launches = Vec::new();
     for problems in problems.chunks(PROBLEMS) {
         let width = widest(problems);
@@ -294,7 +295,7 @@ pub fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> 
     launches
 }
 
-pub fn backward_atomic_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
+pub(crate) fn backward_atomic_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
     let mut launches = Vec::new();
     for problems in problems.chunks(PROBLEMS) {
         let width = widest(problems);

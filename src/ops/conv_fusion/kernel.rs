@@ -12,7 +12,7 @@ use crate::{
 /// `Fusion` of the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelFusion {
+pub(crate) struct KernelFusion {
     pub streams: [Matrix; 3],
     pub out: Matrix,
     pub kernels: [u64; 4],
@@ -27,7 +27,7 @@ pub struct KernelFusion {
 /// `FusionGrad` of the kernel; parameters' gradients and scratch are f32.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelFusionGrad {
+pub(crate) struct KernelFusionGrad {
     pub forward: KernelFusion,
     pub dout: Matrix,
     pub dstreams: [Matrix; 3],
@@ -74,7 +74,7 @@ impl<T: Element> From<&ConvFusionGrad<T>> for KernelFusionGrad {
 }
 
 /// Elements of backward's two scratch arrays, for streams of width d.
-pub fn partial_lens(grid: Grid, d: usize) -> [usize; 2] {
+pub(crate) fn partial_lens(grid: Grid, d: usize) -> [usize; 2] {
     [grid.partial_len(d), grid.backward_blocks(d) * 4]
 }
 
@@ -83,7 +83,7 @@ fn form(names: [&'static str; 4], p: &KernelFusion, grid: Grid) -> &'static str 
     names[2 * usize::from(p.mix_weight == 0) + usize::from(grid.is_sequence())]
 }
 
-pub fn forward_launch(storage: Storage, grid: Grid, p: &KernelFusion) -> Launch {
+pub(crate) fn forward_launch(storage: Storage, grid: Grid, p: &KernelFusion) -> Launch {
     let shape = KernelShape { problems: &[(grid, p.streams[0].cols as usize)], storage, args: Arg::new(*p) };
     let names = [
         "conv_fusion_forward",
@@ -95,7 +95,7 @@ pub fn forward_launch(storage: Storage, grid: Grid, p: &KernelFusion) -> Launch 
 }
 
 /// dstreams and the partial sums, then the sums of those.
-pub fn backward_launches(storage: Storage, grid: Grid, p: &KernelFusionGrad) -> [Launch; 2] {
+pub(crate) fn backward_launches(storage: Storage, grid: Grid, p: &KernelFusionGrad) -> [Launch; 2] {
     let shape = KernelShape { problems: &[(grid, p.forward.streams[0].cols as usize)], storage, args: Arg::new(*p) };
     let backward = [
         "conv_fusion_backward",
@@ -117,12 +117,12 @@ pub fn backward_launches(storage: Storage, grid: Grid, p: &KernelFusionGrad) -> 
 }
 
 /// [`super::forward`] by kernels.
-pub fn forward<T: Element>(device: &Device, p: &ConvFusion<T>) -> Result<()> {
+pub(crate) fn forward<T: Element>(device: &Device, p: &ConvFusion<T>) -> Result<()> {
     device.launch([forward_launch(storage::<T>()?, p.grid, &p.into())])
 }
 
 /// [`super::backward`] by kernels.
-pub fn backward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusionGrad<T>) -> Result<()> {
+pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusionGrad<T>) -> Result<()> {
     let mark = arena.mark();
     let grid = p.forward.grid;
     let [partial, mix] = partial_lens(grid, p.forward.streams[0].cols());

@@ -23,7 +23,7 @@ const SPLIT_ROWS: usize = 512;
 /// `Problem` of the kernel; a zeroed matrix is an absent one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelMatmul {
+pub(crate) struct KernelMatmul {
     pub a: Matrix,
     pub b: Matrix,
     pub out: Matrix,
@@ -48,7 +48,7 @@ struct Table {
 /// `WeightProblem` of the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelWeightGrad {
+pub(crate) struct KernelWeightGrad {
     pub dy: Matrix,
     pub x: Matrix,
     pub dw: Matrix,
@@ -97,7 +97,7 @@ impl<T: Element> From<&WeightGrad<T>> for KernelWeightGrad {
 
 /// Which of the two files' kernels multiply.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Kernels {
+pub(crate) enum Kernels {
     /// matmul.cu, any GPU since Ampere.
     Mma,
     /// matmul_wgmma.cu, Hopper, bf16 alone. Always the large tile.
@@ -137,11 +137,11 @@ impl Shape {
     }
 }
 
-pub fn forward_launches(kernels: Kernels, storage: Storage, problems: &[KernelMatmul]) -> Vec<Launch> {
+pub(crate) fn forward_launches(kernels: Kernels, storage: Storage, problems: &[KernelMatmul]) -> Vec<Launch> {
     launches(kernels, storage, problems, ["matmul_forward", "matmul_forward_small", "matmul_forward_wgmma"])
 }
 
-pub fn backward_input_launches(kernels: Kernels, storage: Storage, problems: &[KernelMatmul]) -> Vec<Launch> {
+pub(crate) fn backward_input_launches(kernels: Kernels, storage: Storage, problems: &[KernelMatmul]) -> Vec<Launch> {
     const NAMES: [&str; 3] = ["matmul_backward_input", "matmul_backward_input_small", "matmul_backward_input_wgmma"];
     launches(kernels, storage, problems, NAMES)
 }
@@ -173,7 +173,7 @@ fn launches(
 }
 
 /// In how many parts each problem's rows are summed: about two blocks a multiprocessor, shared out by rows.
-pub fn splits(kernels: Kernels, problems: &[KernelWeightGrad]) -> Vec<usize> {
+pub(crate) fn splits(kernels: Kernels, problems: &[KernelWeightGrad]) -> Vec<usize> {
     let shape = weight_shape(kernels, problems);
     let work: usize = problems.iter().map(|p| shape.tiles(p.dw) * p.dy.rows as usize).sum();
     let of = |p: &KernelWeightGrad| {
@@ -184,7 +184,7 @@ pub fn splits(kernels: Kernels, problems: &[KernelWeightGrad]) -> Vec<usize> {
 }
 
 /// f32 elements of scratch for a problem in `splits` parts.
-pub fn partial_len(splits: usize, out: usize, input: usize) -> usize {
+pub(crate) fn partial_len(splits: usize, out: usize, input: usize) -> usize {
     if splits > 1 { splits * (out * input + out) } else { 0 }
 }
 
@@ -200,7 +200,11 @@ fn weight_shape(kernels: Kernels, problems: &[KernelWeightGrad]) -> Shape {
 }
 
 /// The sums, and where a sum was split a second launch that adds its parts up.
-pub fn backward_weight_launches(kernels: Kernels, storage: Storage, problems: &[KernelWeightGrad]) -> Vec<Launch> {
+pub(crate) fn backward_weight_launches(
+    kernels: Kernels,
+    storage: Storage,
+    problems: &[KernelWeightGrad],
+) -> Vec<Launch> {
     let shape = weight_shape(kernels, problems);
     let mut launches = Vec::new();
     for problems in problems.chunks(WEIGHT_PROBLEMS) {

@@ -16,7 +16,7 @@ const CHANNELS: usize = 32;
 /// `Ppeg` of the kernel; the last of the small kernels is absent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelPpeg {
+pub(crate) struct KernelPpeg {
     pub x: Matrix,
     pub y: Matrix,
     pub kernels: [u64; 4],
@@ -27,7 +27,7 @@ pub struct KernelPpeg {
 /// `PpegGrad` of the kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct KernelPpegGrad {
+pub(crate) struct KernelPpegGrad {
     pub x: Matrix,
     pub dy: Matrix,
     pub dx: Matrix,
@@ -70,7 +70,7 @@ impl<T: Element> From<&PpegGrad<T>> for KernelPpegGrad {
 }
 
 /// Elements of a backward problem's scratch, for c channels.
-pub fn partial_len(side: usize, c: usize) -> usize {
+pub(crate) fn partial_len(side: usize, c: usize) -> usize {
     Grid::square(side).partial_len(c)
 }
 
@@ -79,7 +79,7 @@ fn shape(x: Matrix, side: u64) -> (Grid, usize) {
 }
 
 /// One launch for every four problems.
-pub fn forward_launches(storage: Storage, problems: &[KernelPpeg]) -> Vec<Launch> {
+pub(crate) fn forward_launches(storage: Storage, problems: &[KernelPpeg]) -> Vec<Launch> {
     let launch = |problems: &[KernelPpeg]| {
         let shapes: Vec<_> = problems.iter().map(|p| shape(p.x, p.side)).collect();
         let shape = KernelShape { problems: &shapes, storage, args: Arg::new(table(problems)) };
@@ -89,7 +89,7 @@ pub fn forward_launches(storage: Storage, problems: &[KernelPpeg]) -> Vec<Launch
 }
 
 /// Of every four problems: dx and the partial sums, then the sum of those.
-pub fn backward_launches(storage: Storage, problems: &[KernelPpegGrad]) -> Vec<Launch> {
+pub(crate) fn backward_launches(storage: Storage, problems: &[KernelPpegGrad]) -> Vec<Launch> {
     let launches = |problems: &[KernelPpegGrad]| {
         let shapes: Vec<_> = problems.iter().map(|p| shape(p.x, p.side)).collect();
         let shape = KernelShape { problems: &shapes, storage, args: Arg::new(table(problems)) };
@@ -105,13 +105,13 @@ fn table<P: Pod>(problems: &[P]) -> [P; PROBLEMS] {
 }
 
 /// [`super::forward`] by kernels.
-pub fn forward<T: Element>(device: &Device, problems: &[Ppeg<T>]) -> Result<()> {
+pub(crate) fn forward<T: Element>(device: &Device, problems: &[Ppeg<T>]) -> Result<()> {
     let kernels: Vec<_> = problems.iter().map(KernelPpeg::from).collect();
     device.launch(forward_launches(storage::<T>()?, &kernels))
 }
 
 /// [`super::backward`] by kernels.
-pub fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[PpegGrad<T>]) -> Result<()> {
+pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[PpegGrad<T>]) -> Result<()> {
     let mark = arena.mark();
     let kernel = |p: &PpegGrad<T>| {
         let partial = arena.scratch::<f32>(1, partial_len(p.side, p.x.cols()))?;

@@ -1,0 +1,274 @@
+//! Matrices for users of the ops alone: owned on a device ([`Tensor`]), or borrowed to read ([`Mat`]) or to write ([`MatMut`]).
+//! They keep what the crate's own views leave to the model's care: memory outlives its use, an op's operands are on one device,
+//! and what is written is nobody else's.
+//!
+//! ```
+//! use crossfusion::{
+//!     device::{Device, Tensor, Workspace},
+//!     ops::{layer_norm, linear},
+//! };
+//!
+//! # fn main() -> crossfusion::Result<()> {
+//! let device = Device::from_name("cpu", 0)?; // or "auto", which takes a GPU where there is one
+//! let mut workspace = Workspace::new(&device)?;
+//! let x = Tensor::from_slice(&device, &[1.0f32, 2.0, 3.0, 5.0], 2, 2)?;
+//! let (weight, bias) = (Tensor::from_slice(&device, &[1.0, 0.0, 0.0, 1.0], 2, 2)?, Tensor::zeros(&device, 1, 2)?);
+//! let mut y = Tensor::zeros(&device, 2, 2)?;
+//! linear(&mut workspace, x.mat(), weight.mat(), bias.mat(), None, None, y.mat_mut())?;
+//! assert_eq!(y.to_vec()?, x.to_vec()?);
+//!
+//! let one = Tensor::from_slice(&device, &[1.0, 1.0], 1, 2)?;
+//! let (mut normed, mut stats) = (Tensor::zeros(&device, 2, 2)?, Tensor::zeros(&device, 2, 2)?);
+//! layer_norm(&mut workspace, y.mat(), one.mat(), bias.mat(), normed.mat_mut(), stats.mat_mut())?;
+//! assert!((normed.to_vec()?[0] + 1.0).abs() < 1e-4);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A matrix does not outlive the memory that it looks at:
+//!
+//! ```compile_fail,E0505
+//! # use crossfusion::device::{Device, Tensor};
+//! # let device = Device::from_name("cpu", 1).unwrap();
+//! let tensor = Tensor::<f32>::zeros(&device, 2, 2).unwrap();
+//! let matrix = tensor.mat();
+//! drop(tensor);
+//! assert_eq!(matrix.rows(), 2);
+//! ```
+//!
+//! nor is it read while it is written:
+//!
+//! ```compile_fail,E0502
+//! # use crossfusion::{device::{Device, Tensor, Workspace}, ops::linear};
+//! # let device = Device::from_name("cpu", 1).unwrap();
+//! # let mut workspace = Workspace::new(&device).unwrap();
+//! let mut x = Tensor::<f32>::zeros(&device, 2, 2).unwrap();
+//! let (weight, bias) = (Tensor::zeros(&device, 2, 2).unwrap(), Tensor::zeros(&device, 1, 2).unwrap());
+//! linear(&mut workspace, x.mat(), weight.mat(), bias.mat(), None, None, x.mat_mut()).unwrap();
+//! ```
+//!
+//! and nobody launches a kernel on an address:
+//!
+//! ```compile_fail,E0624
+//! # use crossfusion::device::Device;
+//! let device = Device::from_name("cpu", 1).unwrap();
+//! let buffer = device.alloc(64).unwrap();
+//! ```
+
+use std::{marker::PhantomData, ops::Range};
+
+use super::{Arena, Buffer, Device, Element, View};
+use crate::{Error, Result};
+
+/// A row-major matrix `[rows, cols]` in a device's memory.
+pub struct Tensor<'d, T: Element> {
+    device: &'d Device,
+    buffer: Buffer,
+    rows: usize,
+    cols: usize,
+    element: PhantomData<T>,
+}
+
+impl<'d, T: Element> Tensor<'d, T> {
+    /// Zeros.
+    pub fn zeros(device: &'d Device, rows: usize, cols: usize) -> Result<Self> {
+        let buffer = device.alloc(Arena::matrix_bytes::<T>(rows, cols)?)?;
+        Ok(Self { device, buffer, rows, cols, element: PhantomData })
+    }
+
+    /// A copy of host memory, row by row; an error unless it has `rows * cols` values.
+    pub fn from_slice(device: &'d Device, values: &[T], rows: usize, cols: usize) -> Result<Self> {
+        let tensor = Self::zeros(device, rows, cols)?;
+        device.upload(values, tensor.view())?;
+        Ok(tensor)
+    }
+
+    /// A copy in host memory, row by row, after all work so far.
+    pub fn to_vec(&self) -> Result<Vec<T>> {
+        self.device.download(self.view())
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Itself, to read.
+    pub fn mat(&self) -> Mat<'_, T> {
+        Mat { device: self.device, view: self.view(), owner: PhantomData }
+    }
+
+    /// Itself, to write.
+    pub fn mat_mut(&mut self) -> MatMut<'_, T> {
+        MatMut { device: self.device, view: self.view(), owner: PhantomData }
+    }
+
+    fn view(&self) -> View<T> {
+        self.buffer.view(0, self.rows, self.cols)
+    }
+}
+
+impl<T: Element> Drop for Tensor<'_, T> {
+    fn drop(&mut self) {
+        // Work that uses it may still wait to be run. A GPU frees in the order of its work, and an error there is told by
+        // whatever is asked of it next.
+        if !matches!(self.device, Device::Cuda(_)) {
+            let _ = self.device.synchronize();
+        }
+    }
+}
+
+/// A matrix that is borrowed to read.
+#[derive(Clone, Copy)]
+pub struct Mat<'a, T> {
+    device: &'a Device,
+    view: View<T>,
+    owner: PhantomData<&'a [T]>,
+}
+
+impl<'a, T: Element> Mat<'a, T> {
+    /// Host memory, for a device whose memory is the host's; an error on another, or unless it has `rows * cols` values.
+    pub fn of_slice(device: &'a Device, values: &'a [T], rows: usize, cols: usize) -> Result<Self> {
+        check_host(device, values.len(), rows, cols)?;
+        // SAFETY: `owner` keeps the slice borrowed as long as the view can be reached.
+        let view = unsafe { View::of_slice(values, rows, cols) };
+        Ok(Self { device, view, owner: PhantomData })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.view.rows()
+    }
+
+    pub fn cols(&self) -> usize {
+        self.view.cols()
+    }
+
+    /// Some of its rows; an error past the end.
+    pub fn rows_range(self, rows: Range<usize>) -> Result<Self> {
+        check_range("rows", &rows, self.rows())?;
+        Ok(Self { view: self.view.rows_range(rows), ..self })
+    }
+
+    /// Some of its columns; an error past the end.
+    pub fn cols_range(self, cols: Range<usize>) -> Result<Self> {
+        check_range("columns", &cols, self.cols())?;
+        Ok(Self { view: self.view.cols_range(cols), ..self })
+    }
+
+    pub(crate) fn view(&self) -> View<T> {
+        self.view
+    }
+
+    pub(crate) fn device(&self) -> &'a Device {
+        self.device
+    }
+}
+
+/// A matrix that is borrowed to write.
+pub struct MatMut<'a, T> {
+    device: &'a Device,
+    view: View<T>,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T: Element> MatMut<'a, T> {
+    /// As [`Mat::of_slice`].
+    pub fn of_slice(device: &'a Device, values: &'a mut [T], rows: usize, cols: usize) -> Result<Self> {
+        check_host(device, values.len(), rows, cols)?;
+        // SAFETY: `owner` keeps the slice borrowed as long as the view can be reached.
+        let view = unsafe { View::of_slice_mut(values, rows, cols) };
+        Ok(Self { device, view, owner: PhantomData })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.view.rows()
+    }
+
+    pub fn cols(&self) -> usize {
+        self.view.cols()
+    }
+
+    /// Two matrices: its first rows, and the others; an error past the end.
+    pub fn split_rows(self, first: usize) -> Result<[Self; 2]> {
+        check_range("rows", &(0..first), self.rows())?;
+        let Self { device, view, owner } = self;
+        let rows = view.rows();
+        Ok([view.rows_range(0..first), view.rows_range(first..rows)].map(|view| Self { device, view, owner }))
+    }
+
+    /// For a shorter time.
+    pub fn reborrow(&mut self) -> MatMut<'_, T> {
+        MatMut { device: self.device, view: self.view, owner: PhantomData }
+    }
+
+    pub(crate) fn view(&self) -> View<T> {
+        self.view
+    }
+
+    pub(crate) fn device(&self) -> &'a Device {
+        self.device
+    }
+}
+
+fn check_host(device: &Device, len: usize, rows: usize, cols: usize) -> Result<()> {
+    if !device.is_host() || device.runs_kernels() {
+        let message = "host memory is for the CPU; a Tensor holds a copy on another device";
+        return Err(Error::Usage(message.into()));
+    }
+    if rows.checked_mul(cols) != Some(len) {
+        return Err(Error::Shape { op: "matrix", tensor: "values".into(), got: vec![len], expected: vec![rows, cols] });
+    }
+    Ok(())
+}
+
+fn check_range(what: &str, range: &Range<usize>, len: usize) -> Result<()> {
+    if range.start <= range.end && range.end <= len {
+        return Ok(());
+    }
+    Err(Error::Usage(format!("{what} {} to {} of {len}", range.start, range.end)))
+}
+
+/// Scratch memory that ops take for themselves, kept from op to op.
+pub struct Workspace<'d> {
+    device: &'d Device,
+    arena: Arena,
+}
+
+impl<'d> Workspace<'d> {
+    /// Empty: it grows with what the ops need.
+    pub fn new(device: &'d Device) -> Result<Self> {
+        Ok(Self { device, arena: Arena::new(device, 0)? })
+    }
+
+    /// Runs an op on operands of these devices, all of which must be this one, with as much scratch as it takes.
+    pub(crate) fn run(
+        &mut self,
+        op: &'static str,
+        operands: &[&Device],
+        work: impl Fn(&Device, &mut Arena) -> Result<()>,
+    ) -> Result<()> {
+        if operands.iter().any(|device| !std::ptr::eq(*device, self.device)) {
+            return Err(Error::Usage(format!("{op}: the operands are not all on the workspace's device")));
+        }
+        let mut counted = Arena::unlimited();
+        work(&self.device.dry(), &mut counted)?;
+        if counted.peak() > self.arena.bytes() {
+            self.device.synchronize()?;
+            self.arena = Arena::new(self.device, counted.peak())?;
+        }
+        self.arena.reset();
+        work(self.device, &mut self.arena)
+    }
+}
+
+impl Drop for Workspace<'_> {
+    fn drop(&mut self) {
+        // as of a tensor
+        if !matches!(self.device, Device::Cuda(_)) {
+            let _ = self.device.synchronize();
+        }
+    }
+}
