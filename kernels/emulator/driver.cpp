@@ -165,6 +165,11 @@ int cuStreamSynchronize(void* stream) {
   run(*streams.at(stream), streams.at(stream)->queued);
   return failed;
 }
+int cuCtxSynchronize() {
+  Guard guard(mutex);
+  for (auto& [handle, stream] : streams) run(*stream, stream->queued);
+  return failed;
+}
 int cuStreamDestroy_v2(void* stream) {
   cuStreamSynchronize(stream);
   Guard guard(mutex);
