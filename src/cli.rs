@@ -2,10 +2,52 @@
 
 use std::io::Write;
 
-use clap::{Args, Command};
+use clap::{Args, Command, ValueEnum, builder::PossibleValue};
 use clap_complete::Shell;
 
-use crate::{Result, data::atomic};
+use crate::{
+    Result,
+    data::atomic,
+    loss::Loss,
+    model::{Fusion, ModelName},
+    survival::Ties,
+};
+
+/// The names that command lines give to values, and what --help says of each.
+macro_rules! names {
+    ($type:ty { $($variant:ident = $name:literal: $help:literal,)+ }) => {
+        impl ValueEnum for $type {
+            fn value_variants<'a>() -> &'a [Self] {
+                &[$(Self::$variant),+]
+            }
+
+            fn to_possible_value(&self) -> Option<PossibleValue> {
+                Some(match self {
+                    $(Self::$variant => PossibleValue::new($name).help($help),)+
+                })
+            }
+        }
+    };
+}
+
+names!(Loss {
+    NllSurv = "nll_surv": "Negative log-likelihood of discrete hazards",
+    CeSurv = "ce_surv": "Cross-entropy of the survival curve at the label's bin",
+    CoxSurv = "cox_surv": "Cox partial likelihood of a batch of slides; needs no time bins",
+});
+names!(Ties {
+    Breslow = "breslow": "Each is compared with the whole risk set",
+    Efron = "efron": "The l-th of d with the risk set less l/d of the tied events, as R does",
+});
+names!(Fusion {
+    Conv2d = "conv2d": "On the square grid of tokens, as published",
+    Conv1d = "conv1d": "Along the token sequence",
+});
+names!(ModelName {
+    CrossFusion = "crossfusion": "As published: x5, x10 and x20, fused by convolution",
+    CrossFusionConcat = "crossfusion-concat": "Ablation: the streams are put side by side and projected instead of convolved",
+    CrossFusionSingle = "crossfusion-single": "Ablation: x20 alone",
+});
 
 /// Flags that print something about the program and do nothing else.
 #[derive(Args, Clone, Debug)]

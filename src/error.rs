@@ -1,37 +1,52 @@
 //! The one error type of the crate. Every message names the file, the row, the op or the tensor it is
 //! about, what was expected and what came, in one sentence that a user can act on.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
 pub enum Error {
     /// The command line or the configuration asks for something impossible (exit code 2).
-    #[error("{0}")]
     Usage(String),
     /// A file cannot be read, or does not hold what it should.
-    #[error("{}: {message}", path.display())]
     File { path: PathBuf, message: String },
     /// One cell or row of a table is wrong. `row` counts from 1 and includes the header, as editors do.
-    #[error("{}, row {row}, column `{column}`: {message}", path.display())]
     Cell { path: PathBuf, row: usize, column: String, message: String },
     /// Several files are not what they should be; each has been named.
-    #[error("{0}")]
     Data(String),
     /// An op or a model was handed a tensor of the wrong shape.
-    #[error("{op}: {tensor} has shape {got:?}, expected {expected:?}")]
     Shape { op: &'static str, tensor: String, got: Vec<usize>, expected: Vec<usize> },
     /// A device cannot be used, or ran out of something.
-    #[error("{0}")]
     Device(String),
     /// A statistic is not defined on this cohort.
-    #[error("{statistic} is undefined: {reason}")]
     Statistic { statistic: &'static str, reason: String },
     /// Training was interrupted; the message says how to go on.
-    #[error("{0}")]
     Interrupted(String),
 }
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Usage(message) | Self::Data(message) | Self::Device(message) | Self::Interrupted(message) => {
+                f.write_str(message)
+            }
+            Self::File { path, message } => write!(f, "{}: {message}", path.display()),
+            Self::Cell { path, row, column, message } => {
+                write!(f, "{}, row {row}, column `{column}`: {message}", path.display())
+            }
+            Self::Shape { op, tensor, got, expected } => {
+                write!(f, "{op}: {tensor} has shape {got:?}, expected {expected:?}")
+            }
+            Self::Statistic { statistic, reason } => write!(f, "{statistic} is undefined: {reason}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
 
 impl Error {
     pub fn file(path: impl AsRef<Path>, message: impl std::fmt::Display) -> Self {

@@ -44,17 +44,27 @@
 //! # }
 //! ```
 
+// Without the models, what they alone use is unused.
+#![cfg_attr(not(feature = "programs"), allow(dead_code, unused_imports))]
+
+#[cfg(feature = "programs")]
 pub mod bench;
+#[cfg(feature = "programs")]
 pub mod cli;
+#[cfg(feature = "programs")]
 pub mod data;
 pub mod device;
 pub mod error;
+#[cfg(feature = "programs")]
 pub mod eval;
 pub mod loss;
+#[cfg(feature = "programs")]
 pub mod model;
 pub mod ops;
+#[cfg(feature = "programs")]
 pub mod report;
 pub mod survival;
+#[cfg(feature = "programs")]
 pub mod train;
 
 pub use error::{Error, Result};

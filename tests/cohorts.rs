@@ -147,7 +147,10 @@ fn slides_that_share_a_file_are_refused() {
             ["b", "a.svs", "a.SVS"],
             "two slides, `a.svs` (row 3 of the clinical table) and `a.SVS` (row 4 of the clinical table)",
         ),
-        (["b", "a.svs", "a.tif"], "two slides, `a.svs` (row 3 of the clinical table) and `a.tif` (row 4 of the clinical table)"),
+        (
+            ["b", "a.svs", "a.tif"],
+            "two slides, `a.svs` (row 3 of the clinical table) and `a.tif` (row 4 of the clinical table)",
+        ),
     ] {
         let error = files(folder.path(), "enc", &ids).unwrap_err();
         assert!(error.contains(expected), "{error}\nexpected: {expected}");

@@ -9,15 +9,12 @@ mod cox;
 
 pub use cox::CoxBatch;
 
-use serde::{Deserialize, Serialize};
-
 /// Below it, a probability is taken for it, and no gradient flows.
 const EPSILON: f64 = 1e-7;
 
 /// Which loss, under the names of the published script.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "programs", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 pub enum Loss {
     /// Negative log-likelihood of discrete hazards (Zadeh & Schmid 2020, eq. 3).
     NllSurv,
@@ -28,7 +25,8 @@ pub enum Loss {
 }
 
 /// What a slide's logits say.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "programs", derive(serde::Serialize, serde::Deserialize))]
 pub struct Prediction {
     /// Empty, as is `survival`, where the model has one output.
     pub hazards: Vec<f64>,

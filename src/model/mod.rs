@@ -38,7 +38,7 @@ use crate::{
 };
 
 /// How the three streams are fused (spec, step 4).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Fusion {
     /// On the square grid of tokens, as published.

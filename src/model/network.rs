@@ -40,21 +40,17 @@ pub(crate) trait Network {
 }
 
 /// Which model.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ModelName {
-    /// As published: x5, x10 and x20, fused by convolution
+    /// As published: x5, x10 and x20, fused by convolution.
     #[default]
     #[serde(rename = "crossfusion")]
-    #[value(name = "crossfusion")]
     CrossFusion,
-    /// Ablation: the streams are put side by side and projected instead of convolved
+    /// Ablation: the streams are put side by side and projected instead of convolved.
     #[serde(rename = "crossfusion-concat")]
-    #[value(name = "crossfusion-concat")]
     CrossFusionConcat,
-    /// Ablation: x20 alone
+    /// Ablation: x20 alone.
     #[serde(rename = "crossfusion-single")]
-    #[value(name = "crossfusion-single")]
     CrossFusionSingle,
 }
 

@@ -10,8 +10,9 @@ use crate::Result;
 const NAME: &str = "the Cox partial likelihood";
 
 /// What the events of one time share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "programs", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "programs", serde(rename_all = "snake_case"))]
 pub enum Ties {
     /// Each is compared with the whole risk set (Breslow 1974).
     Breslow,
