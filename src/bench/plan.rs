@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{Precision, ceilings, mib, parse_bags};
 use crate::{
     Result,
-    device::{Device, Dry, Element},
+    device::{Device, Dry, Element, Facts},
     model::{BagSizes, Config, Model, ModelName, Policy},
     train::plan::{self, Parts},
 };
@@ -68,7 +68,7 @@ struct PlanReport {
 /// `cf-bench plan`.
 pub fn plan(arguments: &PlanArguments) -> Result<()> {
     let device = match arguments.device.as_str() {
-        "cuda" => Device::Dry(Dry::new(true)),
+        "cuda" => Device::Dry(Dry::new(Facts { runs_kernels: true, has_wgmma: false })),
         name => Device::from_name(name, arguments.threads)?,
     };
     arguments.precision.check(&device)?;
@@ -108,9 +108,9 @@ pub fn plan(arguments: &PlanArguments) -> Result<()> {
 fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Result<PlanReport> {
     let (sizes, features) = (arguments.bags.only(arguments.model.scales()), arguments.features);
     let model = Model::new(&Config { model: arguments.model, ..Config::new(features) })?;
-    let keep = plan::plan::<T>(device, &model, sizes, true, Policy::KEEP)?;
+    let keep = plan::plan::<T>(device.facts(), &model, sizes, true, Policy::KEEP)?;
     let plan = match arguments.budget {
-        Some(budget) => plan::fit::<T>(device, &model, sizes, true, budget.as_u64() as usize)?,
+        Some(budget) => plan::fit::<T>(device.facts(), &model, sizes, true, budget.as_u64() as usize)?,
         None => keep,
     };
     let predicted_s = match device {

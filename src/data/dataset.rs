@@ -21,7 +21,6 @@ use crate::{
     device::Element,
     loss::Target,
     model::{BagSizes, Bags, Features, ReadPatches, Scale, Scales},
-    train::step::Engine,
 };
 
 /// Where a cohort lies on disk.
@@ -335,36 +334,4 @@ pub struct Reading {
     /// Slides some of whose bags stay in their files: those of `scales`.
     pub streamed: HashSet<usize>,
     pub scales: &'static [Scale],
-}
-
-impl Reading {
-    /// As an engine's plans for these slides want it. Where bags lie in the memory that a budget is for, none is read ahead.
-    pub fn plan<T: Element<Sum = f32>>(
-        engine: &mut Engine<T>,
-        dataset: &Dataset,
-        slides: &[(usize, bool)],
-        ahead: usize,
-    ) -> Result<Self> {
-        let mut reading = Self { ahead, streamed: HashSet::new(), scales: engine.model().streamed() };
-        for &(slide, training) in slides {
-            let Ok(plan) = engine.plan(dataset.sizes[slide], training) else {
-                return Err(refusal(engine, dataset, slides));
-            };
-            if plan.policy.stream.is_some() {
-                reading.streamed.insert(slide);
-            }
-        }
-        if engine.has_budget() && engine.device().is_host() {
-            reading.ahead = 0;
-        }
-        Ok(reading)
-    }
-}
-
-/// Names the slide that needs the largest budget, which then is enough for all.
-fn refusal<T: Element<Sum = f32>>(engine: &mut Engine<T>, dataset: &Dataset, slides: &[(usize, bool)]) -> Error {
-    let least = |&&(slide, training): &&(usize, bool)| engine.least_budget(dataset.sizes[slide], training).unwrap_or(0);
-    let Some(&(slide, training)) = slides.iter().max_by_key(least) else { return Error::Usage("no slides".into()) };
-    let e = engine.plan(dataset.sizes[slide], training).err().map_or(String::new(), |e| e.to_string());
-    Error::Usage(format!("--memory-budget: slide {}: {e}", dataset.slides[slide].slide_id))
 }

@@ -2,9 +2,18 @@
 
 use std::sync::{Mutex, PoisonError};
 
+/// All that a plan asks of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Whether the ops are kernel launches: their scratch differs from the CPU's, and bags are copied to the device.
+    pub runs_kernels: bool,
+    /// Whether kernels of Hopper's own instructions run there.
+    pub has_wgmma: bool,
+}
+
 /// Sums what the ops report; see [`crate::device::Device::dry`].
 pub struct Dry {
-    kernels: bool,
+    facts: Facts,
     counts: Mutex<Counts>,
 }
 
@@ -17,13 +26,13 @@ pub struct Counts {
 }
 
 impl Dry {
-    /// `kernels`: plan for a device that runs kernels.
-    pub fn new(kernels: bool) -> Self {
-        Self { kernels, counts: Mutex::default() }
+    /// For a device of which this is known.
+    pub fn new(facts: Facts) -> Self {
+        Self { facts, counts: Mutex::default() }
     }
 
-    pub(crate) fn plans_kernels(&self) -> bool {
-        self.kernels
+    pub(crate) fn facts(&self) -> Facts {
+        self.facts
     }
 
     pub(crate) fn count(&self, flop: f64) {

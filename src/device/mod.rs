@@ -24,7 +24,7 @@ pub use cpu::{Cpu, Real};
 pub use cuda::Cuda;
 pub(crate) use cuda::copy_by_all_threads;
 pub(crate) use dry::Counts;
-pub use dry::Dry;
+pub use dry::{Dry, Facts};
 pub use element::Element;
 pub(crate) use element::{on_cpu, storage};
 pub use fatbins::{NVCC, fatbins};
@@ -90,9 +90,14 @@ impl Device {
         }
     }
 
+    /// What plans for this device depend on.
+    pub fn facts(&self) -> Facts {
+        Facts { runs_kernels: self.runs_kernels(), has_wgmma: self.has_wgmma() }
+    }
+
     /// A device that plans what this one will do.
     pub fn dry(&self) -> Self {
-        Self::Dry(Dry::new(self.runs_kernels()))
+        Self::Dry(Dry::new(self.facts()))
     }
 
     /// Whether the ops are kernel launches here: their scratch differs from the CPU's, and bags are copied to the device.
@@ -102,7 +107,7 @@ impl Device {
             Self::Cuda(_) => true,
             #[cfg(feature = "emulator")]
             Self::Emulator(_) => true,
-            Self::Dry(dry) => dry.plans_kernels(),
+            Self::Dry(dry) => dry.facts().runs_kernels,
         }
     }
 
@@ -112,7 +117,8 @@ impl Device {
             Self::Cuda(cuda) => cuda.capability() == (9, 0),
             #[cfg(feature = "emulator")]
             Self::Emulator(_) => true,
-            Self::Cpu(_) | Self::Dry(_) => false,
+            Self::Dry(dry) => dry.facts().has_wgmma,
+            Self::Cpu(_) => false,
         }
     }
 

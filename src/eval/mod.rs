@@ -25,7 +25,7 @@ use crate::{
         self,
         atomic::remove_leftovers,
         cohort::write_left_out,
-        dataset::{Dataset, Reading, SlideFeatures, Source},
+        dataset::{Dataset, SlideFeatures, Source},
         torch::{StateDict, read_state_dict},
     },
     device::Device,
@@ -395,7 +395,7 @@ fn predict_slides(
     fold: usize,
 ) -> Result<Vec<SlideResult>> {
     let slides: Vec<_> = order.iter().map(|&slide| (slide, false)).collect();
-    let reading = Reading::plan(engine, dataset, &slides, AHEAD)?;
+    let reading = engine.planner().reading(dataset, &slides, AHEAD)?;
     engine.reserve(order.iter().map(|&slide| dataset.sizes[slide]), false)?;
     let style = ProgressStyle::with_template("evaluating fold {msg} {wide_bar:.cyan/blue} {pos}/{len} {elapsed}<{eta}");
     let bar = ProgressBar::new(order.len() as u64).with_message(fold.to_string()); // hidden where output is piped

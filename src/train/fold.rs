@@ -13,6 +13,7 @@ use super::{
     checkpoint::{self, ModelCard, Origin, Seen},
     config::RunConfig,
     cox::{self, Unit},
+    plan::{Planner, Plans},
     step::{Engine, Pending},
 };
 use crate::{
@@ -204,8 +205,20 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         config: &'a RunConfig,
         dataset: &'a Dataset,
         bins: &Bins,
+        slides: (usize, &Fold),
+        folder: &Path,
+    ) -> Result<Self> {
+        Self::planned(config, dataset, bins, slides, folder, Plans::default())
+    }
+
+    /// The same, with plans that the run's other folds have made.
+    pub(super) fn planned(
+        config: &'a RunConfig,
+        dataset: &'a Dataset,
+        bins: &Bins,
         (fold, slides): (usize, &Fold),
         folder: &Path,
+        plans: Plans,
     ) -> Result<Self> {
         let device = Device::from_name(&config.device, config.threads)?;
         let mut engine =
@@ -221,8 +234,8 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
             }
         }
         engine.updates = progress.updates;
-        engine.set_memory(config.memory());
-        let reading = reading(&mut engine, config, dataset, slides)?;
+        engine.set_memory_planned(config.memory(), plans);
+        let reading = reading(engine.planner(), config, dataset, slides)?;
         engine.reserve(slides.train.iter().map(|&slide| dataset.sizes[slide]), true)?;
         engine.reserve(slides.val.iter().map(|&slide| dataset.sizes[slide]), false)?;
         let mut slides = slides.clone();
@@ -509,11 +522,11 @@ fn fingerprint(dataset: &Dataset, bins: &Bins, fold: &Fold) -> u64 {
 
 /// How the slides of a fold are read; an error if one of them does not fit the memory budget.
 pub(super) fn reading<T: Element<Sum = f32>>(
-    engine: &mut Engine<T>,
+    planner: &Planner<T>,
     config: &RunConfig,
     dataset: &Dataset,
     fold: &Fold,
 ) -> Result<Reading> {
     let slides = fold.train.iter().map(|&slide| (slide, true)).chain(fold.val.iter().map(|&slide| (slide, false)));
-    Reading::plan(engine, dataset, &slides.collect::<Vec<_>>(), config.prefetch_factor)
+    planner.reading(dataset, &slides.collect::<Vec<_>>(), config.prefetch_factor)
 }

@@ -1,14 +1,20 @@
 //! What a step on a slide takes: found by running the model's own code on the device that only counts, before there is an
 //! engine or any memory.
 
-use std::ops::Range;
+use std::{
+    collections::{HashMap, HashSet},
+    marker::PhantomData,
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use bytesize::ByteSize;
 use serde::Serialize;
 
 use crate::{
     Error, Result,
-    device::{Arena, Counts, Device, Element},
+    data::dataset::{Dataset, Reading},
+    device::{Arena, Counts, Device, Dry, Element, Facts},
     loss::{Loss, Target},
     model::{Bag, BagSizes, Bags, Context, Model, Network, Policy, ReadPatches, Room, STREAM_BUFFERS, Scales, each},
     ops::{
@@ -75,24 +81,18 @@ impl Plan {
 }
 
 /// The plan of a policy, of the bags that the model reads; those that the policy streams are read from files.
-pub fn plan<T: Element>(
-    device: &Device,
-    model: &Model,
-    sizes: BagSizes,
-    training: bool,
-    policy: Policy,
-) -> Result<Plan> {
-    each!(model, network => plan_of::<_, T>(device, network, sizes, training, policy))
+pub fn plan<T: Element>(facts: Facts, model: &Model, sizes: BagSizes, training: bool, policy: Policy) -> Result<Plan> {
+    each!(model, network => plan_of::<_, T>(facts, network, sizes, training, policy))
 }
 
 fn plan_of<M: Network, T: Element>(
-    device: &Device,
+    facts: Facts,
     model: &M,
     sizes: BagSizes,
     training: bool,
     policy: Policy,
 ) -> Result<Plan> {
-    let (device, sizes) = (device.dry(), sizes.only(M::SCALES));
+    let (device, sizes) = (Device::Dry(Dry::new(facts)), sizes.only(M::SCALES));
     let (len, features) = (model.layout().len(), model.config().features);
     let (params, grads) = (device.alloc(len * size_of::<T>())?, device.alloc(len * size_of::<T::Sum>())?);
     let mut arena = Arena::unlimited();
@@ -169,10 +169,10 @@ fn plan_of<M: Network, T: Element>(
 }
 
 /// The plan of the fewest operations that fits; of several, the one that reads the largest parts.
-pub fn fit<T: Element>(device: &Device, model: &Model, sizes: BagSizes, training: bool, budget: usize) -> Result<Plan> {
+pub fn fit<T: Element>(facts: Facts, model: &Model, sizes: BagSizes, training: bool, budget: usize) -> Result<Plan> {
     let (mut best, mut least): (Option<Plan>, usize) = (None, usize::MAX);
     for policy in Policy::all() {
-        let plan = plan::<T>(device, model, sizes, training, policy)?;
+        let plan = plan::<T>(facts, model, sizes, training, policy)?;
         least = least.min(plan.peak_bytes());
         if plan.peak_bytes() <= budget && best.is_none_or(|best| plan.step_flop < best.step_flop) {
             best = Some(plan);
@@ -197,10 +197,98 @@ pub fn fit<T: Element>(device: &Device, model: &Model, sizes: BagSizes, training
 }
 
 /// The smallest budget that a slide of these sizes fits.
-pub fn least<T: Element>(device: &Device, model: &Model, sizes: BagSizes, training: bool) -> Result<usize> {
-    let plans = Policy::all().map(|policy| plan::<T>(device, model, sizes, training, policy));
+pub fn least<T: Element>(facts: Facts, model: &Model, sizes: BagSizes, training: bool) -> Result<usize> {
+    let plans = Policy::all().map(|policy| plan::<T>(facts, model, sizes, training, policy));
     let peaks = plans.map(|plan| Ok(plan?.peak_bytes())).collect::<Result<Vec<_>>>()?;
     Ok(peaks.into_iter().min().unwrap_or(0))
+}
+
+/// Plans of one model, storage type, device and budget, each made once: a run's folds share them.
+#[derive(Clone, Debug, Default)]
+pub struct Plans(Arc<Mutex<HashMap<(BagSizes, bool), Plan>>>);
+
+impl Plans {
+    /// The plan of these sizes, made by `make` if there is none yet.
+    pub(super) fn get(&self, sizes: BagSizes, training: bool, make: impl FnOnce() -> Result<Plan>) -> Result<Plan> {
+        if let Some(plan) = self.lock().get(&(sizes, training)) {
+            return Ok(*plan);
+        }
+        let plan = make()?;
+        self.lock().insert((sizes, training), plan);
+        Ok(plan)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<(BagSizes, bool), Plan>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All that decides what a step takes, without an engine or its memory.
+pub struct Planner<T> {
+    facts: Facts,
+    pub(super) model: Model,
+    pub(super) memory: Memory,
+    plans: Plans,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Planner<T> {
+    /// `plans` are those that were made before of the same.
+    pub fn new(facts: Facts, model: Model, memory: Memory, plans: Plans) -> Self {
+        Self { facts, model, memory, plans, element: PhantomData }
+    }
+
+    /// From now on plans follow another rule.
+    pub(super) fn set_memory(&mut self, memory: Memory, plans: Plans) {
+        (self.memory, self.plans) = (memory, plans);
+    }
+
+    pub fn has_budget(&self) -> bool {
+        matches!(self.memory, Memory::Budget(_))
+    }
+
+    /// What a slide of these sizes takes. An error if it takes more than the budget by any policy.
+    pub fn plan(&self, sizes: BagSizes, training: bool) -> Result<Plan> {
+        let Self { facts, model, memory, .. } = self;
+        self.plans.get(sizes, training, || match *memory {
+            Memory::Policy(policy) => plan::<T>(*facts, model, sizes, training, policy),
+            Memory::Budget(bytes) => fit::<T>(*facts, model, sizes, training, bytes),
+        })
+    }
+
+    /// The smallest budget that a slide of these sizes fits.
+    pub fn least_budget(&self, sizes: BagSizes, training: bool) -> Result<usize> {
+        least::<T>(self.facts, &self.model, sizes, training)
+    }
+
+    /// How slides are read, each for training or for evaluation. Where bags lie in the memory that a budget is for, none is read
+    /// ahead.
+    pub fn reading(&self, dataset: &Dataset, slides: &[(usize, bool)], ahead: usize) -> Result<Reading> {
+        let mut reading = Reading { ahead, streamed: HashSet::new(), scales: self.model.streamed() };
+        for &(slide, training) in slides {
+            let Ok(plan) = self.plan(dataset.sizes[slide], training) else {
+                return Err(self.refusal(dataset, slides));
+            };
+            if plan.policy.stream.is_some() {
+                reading.streamed.insert(slide);
+            }
+        }
+        if self.has_budget() && !self.facts.runs_kernels {
+            reading.ahead = 0;
+        }
+        Ok(reading)
+    }
+
+    /// Names the slide that needs the largest budget, which then is enough for all.
+    fn refusal(&self, dataset: &Dataset, slides: &[(usize, bool)]) -> Error {
+        let least =
+            |&&(slide, training): &&(usize, bool)| self.least_budget(dataset.sizes[slide], training).unwrap_or(0);
+        let Some(&(slide, training)) = slides.iter().max_by_key(least) else {
+            return Error::Usage("no slides".into());
+        };
+        let e = self.plan(dataset.sizes[slide], training).err().map_or(String::new(), |e| e.to_string());
+        Error::Usage(format!("--memory-budget: slide {}: {e}", dataset.slides[slide].slide_id))
+    }
 }
 
 /// A bag that plans speak of.

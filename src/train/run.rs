@@ -24,9 +24,9 @@ use super::{
     config::RunConfig,
     fold::{self, Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
     inputs::{self, Inputs},
+    plan::{Planner, Plans},
     progress::{self, Display},
     protocol::{self, Part, Protocol},
-    step::Engine,
     tensorboard::Events,
 };
 use crate::{
@@ -37,8 +37,9 @@ use crate::{
         dataset::{Dataset, Fold},
         folds,
     },
-    device::{Device, Element, Storage},
+    device::{Device, Element, Facts, Storage},
     loss::Loss,
+    model::Model,
 };
 
 /// The demo's cohort, in its run's folder.
@@ -149,6 +150,8 @@ pub struct Run {
     left_out: Vec<LeftOut>,
     /// Of activations and weights.
     storage: Storage,
+    /// Made once for all folds.
+    plans: Plans,
     memory: Option<String>,
 }
 
@@ -178,11 +181,12 @@ impl Run {
         let left_out = dataset.left_out(folds.iter().map(|(_, fold)| fold));
         let device = Device::from_name(&config.device, config.threads)?;
         let storage = config.precision.storage(&device)?;
-        let mut run = Self { config, dataset, parts, left_out, storage, memory: None };
+        let plans = Plans::default();
+        let mut run = Self { config, dataset, parts, left_out, storage, plans, memory: None };
         if let Some(budget) = run.config.memory_budget {
             let policies = match storage {
-                Storage::F32 => run.policies::<f32>(device)?,
-                Storage::Bf16 => run.policies::<bf16>(device)?,
+                Storage::F32 => run.policies::<f32>(device.facts())?,
+                Storage::Bf16 => run.policies::<bf16>(device.facts())?,
             };
             let counts: Vec<_> = policies.iter().map(|(policy, slides)| format!("{slides} slides {policy}")).collect();
             run.memory = Some(format!("memory budget {budget}: {}", counts.join(", ")));
@@ -217,14 +221,17 @@ impl Run {
     }
 
     /// How many training slides are computed by each policy; an error naming a slide that does not fit.
-    fn policies<T: Element<Sum = f32>>(&self, device: Device) -> Result<BTreeMap<String, usize>> {
-        let mut engine = Engine::<T>::new(device, &self.config.model_config(self.dataset.features), 0)?;
-        engine.set_memory(self.config.memory());
+    fn policies<T: Element<Sum = f32>>(&self, facts: Facts) -> Result<BTreeMap<String, usize>> {
+        let config = self.config.model_config(self.dataset.features);
+        if facts.runs_kernels {
+            config.check_for_kernels()?;
+        }
+        let planner = Planner::<T>::new(facts, Model::new(&config)?, self.config.memory(), self.plans.clone());
         let mut slides = BTreeMap::new();
         for part in &self.parts {
-            fold::reading(&mut engine, &self.config, &self.dataset, &part.slides)?;
+            fold::reading(&planner, &self.config, &self.dataset, &part.slides)?;
             for &slide in &part.slides.train {
-                slides.insert(slide, engine.plan(self.dataset.sizes[slide], true)?.policy.to_string());
+                slides.insert(slide, planner.plan(self.dataset.sizes[slide], true)?.policy.to_string());
             }
         }
         let mut counts = BTreeMap::new();
@@ -326,7 +333,8 @@ impl Run {
         observer: &mut dyn Observer,
     ) -> Result<Outcome> {
         let slides = (part.fold, &part.slides);
-        FoldTrainer::<T>::new(&self.config, &self.dataset, &part.bins, slides, files)?.run(observer)
+        let plans = self.plans.clone();
+        FoldTrainer::<T>::planned(&self.config, &self.dataset, &part.bins, slides, files, plans)?.run(observer)
     }
 }
 

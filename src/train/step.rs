@@ -6,10 +6,10 @@
 //! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one arena for a step's
 //! activations. What a step takes is planned beforehand ([`super::plan`]).
 
-use std::{collections::HashMap, ops::Range};
+use std::ops::Range;
 
 pub use super::plan::{Memory, Parts, Plan};
-use super::plan::{fit, least, plan};
+use super::plan::{Planner, Plans};
 use crate::{
     Error, Result,
     data::torch::{Parameter, StateDict},
@@ -24,7 +24,7 @@ use crate::{
 
 pub struct Engine<T: Element> {
     device: Device,
-    model: Model,
+    planner: Planner<T>,
     /// What is trained, in `T::Sum`.
     params: Buffer,
     /// What the ops read: the parameters rounded to `T`. None where that is the parameters themselves.
@@ -43,8 +43,6 @@ pub struct Engine<T: Element> {
     tight: bool,
     /// The largest bags that memory was reserved for.
     largest_bags: usize,
-    memory: Memory,
-    plans: HashMap<(BagSizes, bool), Plan>,
     /// Updates so far, for Adam's bias correction.
     pub updates: u64,
     element: std::marker::PhantomData<T>,
@@ -87,14 +85,12 @@ impl<T: Element> Engine<T> {
             passes: 0,
             tight: false,
             largest_bags: 0,
-            memory: Memory::Policy(Policy::KEEP),
-            plans: HashMap::new(),
+            planner: Planner::new(device.facts(), model, Memory::Policy(Policy::KEEP), Plans::default()),
             device,
-            model,
             updates: 0,
             element: std::marker::PhantomData,
         };
-        engine.model.layout().initialize::<T::Sum>(&engine.device, seed, &engine.params)?;
+        engine.model().layout().initialize::<T::Sum>(&engine.device, seed, &engine.params)?;
         engine.round_weights()?;
         Ok(engine)
     }
@@ -104,7 +100,12 @@ impl<T: Element> Engine<T> {
     }
 
     pub fn model(&self) -> &Model {
-        &self.model
+        &self.planner.model
+    }
+
+    /// What plans its steps.
+    pub fn planner(&self) -> &Planner<T> {
+        &self.planner
     }
 
     fn weights(&self) -> &Buffer {
@@ -121,9 +122,13 @@ impl<T: Element> Engine<T> {
 
     /// From now on.
     pub fn set_memory(&mut self, memory: Memory) {
-        self.memory = memory;
+        self.set_memory_planned(memory, Plans::default());
+    }
+
+    /// The same, with plans that were made before.
+    pub fn set_memory_planned(&mut self, memory: Memory, plans: Plans) {
+        self.planner.set_memory(memory, plans);
         (self.tight, self.largest_bags) = (false, 0);
-        self.plans.clear();
     }
 
     /// Logits of a slide, without dropout.
@@ -172,16 +177,16 @@ impl<T: Element> Engine<T> {
         dbags: Option<BagGrads<'_, T>>,
     ) -> Result<Vec<f64>> {
         let training = !matches!(goal, Goal::Logits);
-        let sizes = bags.sizes().only(self.model.scales());
+        let sizes = bags.sizes().only(self.model().scales());
         let plan = self.plan(sizes, training || draw.is_some())?;
         let mut bytes = plan.arena_bytes;
         if dbags.is_some() && self.device.runs_kernels() {
             for &patches in sizes.values() {
-                bytes += Arena::matrix_bytes::<T>(patches, self.model.config().features)?;
+                bytes += Arena::matrix_bytes::<T>(patches, self.model().config().features)?;
             }
         }
-        let streamed = if plan.policy.stream.is_some() { self.model.streamed() } else { &[] };
-        if self.model.scales().iter().any(|scale| !streamed.contains(scale) && !bags.is_held(*scale)) {
+        let streamed = if plan.policy.stream.is_some() { self.model().streamed() } else { &[] };
+        if self.model().scales().iter().any(|scale| !streamed.contains(scale) && !bags.is_held(*scale)) {
             let message = "bags that are read part by part need a policy that streams them, or a memory budget";
             return Err(Error::Usage(message.into()));
         }
@@ -189,8 +194,8 @@ impl<T: Element> Engine<T> {
         self.arena.reset();
         let turn = self.passes % 2;
         self.passes += 1;
-        let Self { device, model, arena, rooms, results, params, weights, grads, .. } = self;
-        let (device, model, room) = (&*device, &*model, &mut rooms[turn]);
+        let Self { device, planner, arena, rooms, results, params, weights, grads, .. } = self;
+        let (device, model, room) = (&*device, &planner.model, &mut rooms[turn]);
         room.clear();
         let (params, policy, config) = (weights.as_ref().unwrap_or(params), plan.policy, model.config());
         let mut ctx = Context { device, arena, room, params, grads, draw, training, policy, config };
@@ -217,28 +222,9 @@ impl<T: Element> Engine<T> {
         adam::step::<T>(&self.device, adam, arenas, self.updates)
     }
 
-    pub fn has_budget(&self) -> bool {
-        matches!(self.memory, Memory::Budget(_))
-    }
-
-    /// What a slide of these sizes takes, by running the same code on the device that only counts. An error if it takes more than the
-    /// budget by any policy.
-    pub fn plan(&mut self, sizes: BagSizes, training: bool) -> Result<Plan> {
-        if let Some(plan) = self.plans.get(&(sizes, training)) {
-            return Ok(*plan);
-        }
-        let (device, model) = (&self.device, &self.model);
-        let plan = match self.memory {
-            Memory::Policy(policy) => plan::<T>(device, model, sizes, training, policy)?,
-            Memory::Budget(bytes) => fit::<T>(device, model, sizes, training, bytes)?,
-        };
-        self.plans.insert((sizes, training), plan);
-        Ok(plan)
-    }
-
-    /// The smallest budget that a slide of these sizes fits.
-    pub fn least_budget(&self, sizes: BagSizes, training: bool) -> Result<usize> {
-        least::<T>(&self.device, &self.model, sizes, training)
+    /// What a slide of these sizes takes ([`Planner::plan`]).
+    pub fn plan(&self, sizes: BagSizes, training: bool) -> Result<Plan> {
+        self.planner.plan(sizes, training)
     }
 
     /// Makes memory large enough for slides of these sizes, so that a step need not grow it; under a budget only where that holds the largest
@@ -251,7 +237,7 @@ impl<T: Element> Engine<T> {
             self.largest_bags = self.largest_bags.max(plan.parts.bags);
             state = plan.parts.parameters + plan.parts.gradients + plan.parts.moments;
         }
-        if let Memory::Budget(budget) = self.memory
+        if let Memory::Budget(budget) = self.planner.memory
             && state + arena + self.largest_bags > budget
         {
             self.tight = true;
@@ -320,14 +306,14 @@ impl<T: Element> Engine<T> {
 
     /// A named tensor of an arena.
     pub fn read(&self, which: State, name: &str) -> Result<Vec<T::Sum>> {
-        let entry = self.model.layout().entries().iter().find(|entry| entry.name == name);
+        let entry = self.model().layout().entries().iter().find(|entry| entry.name == name);
         let entry = entry.ok_or_else(|| Error::Usage(format!("the model has no tensor `{name}`")))?;
         self.device.download(self.state(which).view(entry.offset, 1, entry.len()))
     }
 
     /// Replaces all parameters; every tensor of the model must be there with its shape, and no other. On an error nothing has changed.
     pub fn load(&mut self, tensors: &StateDict) -> Result<()> {
-        let entries = self.model.layout().entries();
+        let entries = self.model().layout().entries();
         for entry in entries {
             let Some(Parameter { shape, values }) = tensors.get(&entry.name) else {
                 return Err(Error::Usage(format!("the checkpoint lacks tensor `{}` {:?}", entry.name, entry.shape)));
