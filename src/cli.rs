@@ -73,7 +73,7 @@ impl Documentation {
         } else {
             return Ok(false);
         }
-        crate::say_bytes(&text);
+        crate::text::say_bytes(&text);
         Ok(true)
     }
 }

@@ -57,6 +57,8 @@ pub mod device;
 pub mod error;
 #[cfg(feature = "programs")]
 pub mod eval;
+#[cfg(feature = "programs")]
+pub mod folder;
 pub mod loss;
 #[cfg(feature = "programs")]
 pub mod model;
@@ -64,61 +66,12 @@ pub mod ops;
 #[cfg(feature = "programs")]
 pub mod report;
 pub mod survival;
+mod text;
 #[cfg(feature = "programs")]
 pub mod train;
 
 pub use error::{Error, Result};
-
-use std::{
-    fmt::Display,
-    io::{ErrorKind, Write},
-    sync::OnceLock,
-};
-
-/// Why a line that was said is lost.
-static LOST: OnceLock<String> = OnceLock::new();
-
-/// Prints lines for a person. A closed pipe or a full disk behind it must not end a run; [`said`] tells
-/// of the latter when it is over.
-pub fn say(lines: impl Display) {
-    say_bytes(format!("{}\n", printable(&lines.to_string())).as_bytes());
-}
-
-/// Prints bytes as they are, as [`say`] does.
-fn say_bytes(bytes: &[u8]) {
-    let mut output = std::io::stdout();
-    if let Err(e) = output.write_all(bytes).and_then(|()| output.flush())
-        && e.kind() != ErrorKind::BrokenPipe
-    {
-        LOST.get_or_init(|| e.to_string());
-    }
-}
-
-/// An error if something that was said could not be written. A closed pipe is its reader's choice.
-pub fn said() -> Result<()> {
-    LOST.get().map_or(Ok(()), |e| Err(Error::Device(format!("standard output: cannot be written: {e}"))))
-}
-
-/// Prints a program's error as one line on standard error.
-pub fn complain(program: &str, error: &Error) {
-    let line = printable(&error.to_string()).replace('\n', "\\n");
-    let _ = writeln!(std::io::stderr(), "{program}: {line}");
-}
-
-/// Text with its control characters escaped, but for ends of lines: what a file holds must not steer
-/// the terminal that it is shown on.
-pub fn printable(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        // the directional ones make text read as other than it is
-        if (c.is_control() && c != '\n') || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
+pub use text::{complain, printable, quote, said, say};
 
 // Tests that need more of the crate than is public, from the folder of tests.
 #[cfg(test)]
@@ -126,12 +79,3 @@ extern crate self as crossfusion;
 #[cfg(all(test, feature = "emulator"))]
 #[path = "../tests/emulator/mod.rs"]
 mod emulator_tests;
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn control_characters_are_shown_and_not_sent() {
-        assert_eq!(super::printable("a\u{1b}]0;title\u{7}b\nc\r\td"), "a\\u{1b}]0;title\\u{7}b\nc\\r\\td");
-        assert_eq!(super::printable("\u{202e}é\u{9b}"), "\\u{202e}é\\u{9b}");
-    }
-}

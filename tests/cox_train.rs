@@ -20,6 +20,7 @@ use crossfusion::{
         torch::{StateDict, read_state_dict, write_pt},
     },
     device::{Device, Real},
+    folder::{Best, EpochMetrics},
     loss::{CoxBatch, Loss, Prediction},
     model::{Bags, Config},
     ops::Draw,
@@ -27,9 +28,8 @@ use crossfusion::{
     train::{
         config::RunConfig,
         cox::{self, BatchSize, CoxUnit},
-        fold::{Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
+        fold::{FoldTrainer, Observer, Outcome, SlideDone},
         protocol::{self, Protocol},
-        run,
         step::{Engine, State},
     },
 };
@@ -505,7 +505,7 @@ fn a_nested_cox_run_from_settings_to_report() {
         cf_train(&["--config", &settings, "--protocol", "nested", "--cox-batch", "8", "--out", "run"], folder.path());
     assert!(out.status.success(), "{out:?}");
     let run = folder.path().join("run");
-    let resolved = RunConfig::read(&run::config_path(&run)).unwrap();
+    let resolved = RunConfig::read(&crossfusion::folder::config_path(&run)).unwrap();
     let settings = (resolved.n_classes, resolved.cox_batch, resolved.protocol, resolved.loss_fn);
     assert_eq!(settings, (1, BatchSize::AtMost(8), Protocol::Nested, Loss::CoxSurv));
     let stdout = String::from_utf8_lossy(&out.stdout);

@@ -26,7 +26,7 @@ use crossfusion::{
     train::{
         config::RunConfig,
         protocol::{Protocol, Reported},
-        run::{self, Run},
+        run::Run,
     },
 };
 
@@ -123,7 +123,7 @@ fn concordance(rows: &[&Row]) -> f64 {
 #[test]
 fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
     let ((folder, config), summary) = (trained(), evaluated());
-    let (rows, metrics) = (predictions(folder), run::read_metrics(folder).unwrap());
+    let (rows, metrics) = (predictions(folder), crossfusion::folder::read_metrics(folder).unwrap());
     assert_eq!((rows.len(), summary.slides, summary.patients), (172, 172, 150));
     let mut c = Vec::new();
     for result in &summary.folds {
@@ -318,7 +318,7 @@ fn each_model_is_trained_and_evaluated() {
     let copy = cohort.join("features/synthetic");
     std::fs::create_dir_all(&copy).unwrap();
     std::os::unix::fs::symlink(config.pt_dir.join("synthetic/x20"), copy.join("x20")).unwrap();
-    let other_run = run::fold_folder(trained_run, 0).join("best.safetensors");
+    let other_run = crossfusion::folder::fold_folder(trained_run, 0).join("best.safetensors");
     for (model, pt_dir, title) in [
         (ModelName::CrossFusionConcat, config.pt_dir.clone(), "CrossFusionConcat (ablation), "),
         (ModelName::CrossFusionSingle, cohort.join("features"), "CrossFusionSingle (ablation) conv2d, "),

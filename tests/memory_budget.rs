@@ -7,7 +7,7 @@ use std::{
 
 use crossfusion::{
     data::{demo, features::FeatureFile, torch::write_pt},
-    train::{fold::EpochMetrics, run},
+    folder::EpochMetrics,
 };
 
 /// `cf-train` on the demo's cohort in `folder`.
@@ -56,7 +56,7 @@ fn a_small_budget_trains_the_same() {
     stdout(&cf_train(folder, &["--out", "whole"]));
     let said = stdout(&cf_train(folder, &["--memory-budget", least, "--out", "small"]));
     assert!(said.contains("recompute layers") && said.contains("stream bags"), "{said}");
-    let [whole, small] = ["whole", "small"].map(|run| run::read_metrics(&folder.join(run)).unwrap());
+    let [whole, small] = ["whole", "small"].map(|run| crossfusion::folder::read_metrics(&folder.join(run)).unwrap());
     close(&small, &whole);
 
     // evaluation takes the run's budget, or its own
@@ -68,7 +68,7 @@ fn a_small_budget_trains_the_same() {
     let cox = ["--loss-fn", "cox_surv", "--cox-batch", "20"];
     stdout(&cf_train(folder, &[&cox[..], &["--out", "cox"]].concat()));
     stdout(&cf_train(folder, &[&cox[..], &["--memory-budget", least, "--out", "small cox"]].concat()));
-    let [whole, small] = ["cox", "small cox"].map(|run| run::read_metrics(&folder.join(run)).unwrap());
+    let [whole, small] = ["cox", "small cox"].map(|run| crossfusion::folder::read_metrics(&folder.join(run)).unwrap());
     close(&small, &whole);
 }
 
@@ -105,7 +105,8 @@ fn a_run_whose_stream_fails_can_be_resumed() {
     let output = Command::new(env!("CARGO_BIN_EXE_cf-train")).args(["--resume", "broken"]).current_dir(folder).output();
     stdout(&output.unwrap());
     let strip = |m: EpochMetrics| EpochMetrics { seconds: 0.0, patches_per_second: 0.0, ..m };
-    let [whole, broken] = ["whole", "broken"]
-        .map(|run| run::read_metrics(&folder.join(run)).unwrap().into_iter().map(strip).collect::<Vec<_>>());
+    let [whole, broken] = ["whole", "broken"].map(|run| {
+        crossfusion::folder::read_metrics(&folder.join(run)).unwrap().into_iter().map(strip).collect::<Vec<_>>()
+    });
     assert_eq!(whole, broken);
 }

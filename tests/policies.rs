@@ -189,7 +189,9 @@ fn check_all<T: Element<Sum: Real>>(device: impl Fn() -> Device, config: &Config
 #[test]
 fn all_policies_agree_in_f32() {
     for (projected, sizes) in [(true, [9, 21, 130]), (false, [64, 16, 1]), (true, [1, 1, 300])] {
-        configs(projected).iter().for_each(|config| check_all::<f32>(device, config, sizes, 1e-6));
+        // on the emulator, which takes minutes, the ablations are checked on the first slide
+        let models = if device().runs_kernels() && sizes != [9, 21, 130] { 1 } else { 3 };
+        configs(projected)[..models].iter().for_each(|config| check_all::<f32>(device, config, sizes, 1e-6));
     }
 }
 

@@ -6,6 +6,7 @@ mod accuracy;
 mod raster;
 
 use crossfusion::{
+    folder::EpochMetrics,
     report::{
         self, About, Fold, SlideResult, Summary,
         figure::{Screen, escape},
@@ -13,7 +14,6 @@ use crossfusion::{
         plots::Plots,
     },
     survival::{Bootstrap, concordance_index, log_rank},
-    train::fold::EpochMetrics,
 };
 use resvg::{tiny_skia::Pixmap, usvg::roxmltree};
 

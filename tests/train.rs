@@ -17,12 +17,12 @@ use crossfusion::{
         labels::Bins,
         torch::{StateDict, read_state_dict, write_pt},
     },
+    folder::{Best, EpochMetrics},
     model::Scale,
     train::{
         checkpoint::read_card,
         config::RunConfig,
-        fold::{Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
-        run,
+        fold::{FoldTrainer, Observer, Outcome, SlideDone},
     },
 };
 
@@ -232,7 +232,7 @@ fn write_config(folder: &Path, config: &RunConfig) -> PathBuf {
 /// Metrics but for the clock.
 fn metrics(run: &Path) -> Result<Vec<String>> {
     let strip = |m| format!("{:?}", EpochMetrics { seconds: 0.0, patches_per_second: 0.0, ..m });
-    Ok(run::read_metrics(run)?.into_iter().map(strip).collect())
+    Ok(crossfusion::folder::read_metrics(run)?.into_iter().map(strip).collect())
 }
 
 #[cfg(unix)]
@@ -250,7 +250,7 @@ fn a_killed_run_goes_on_bit_by_bit() {
     };
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
     let mut child = spawn(&["--config", settings, "--out", "killed", "--checkpoint-every", "1"]).unwrap();
-    while !run::config_path(&killed).exists() {
+    while !crossfusion::folder::config_path(&killed).exists() {
         assert!(child.try_wait().unwrap().is_none(), "ended without a run folder");
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -262,7 +262,8 @@ fn a_killed_run_goes_on_bit_by_bit() {
     }
     assert!(child.wait().unwrap().success());
     for fold in 0..2 {
-        let best = |run: &Path| std::fs::read(FoldTrainer::best_path(&run::fold_folder(run, fold))).unwrap();
+        let best =
+            |run: &Path| std::fs::read(FoldTrainer::best_path(&crossfusion::folder::fold_folder(run, fold))).unwrap();
         assert!(best(&whole) == best(&killed), "fold {fold}: the best models differ");
     }
     assert_eq!(metrics(&whole).unwrap(), metrics(&killed).unwrap());
@@ -306,7 +307,7 @@ fn a_damaged_run_says_so_and_goes_on_when_mended() {
     refused(&["--config", settings, "--out", "run"], &[bag.to_str().unwrap(), "NaN"]);
     std::fs::write(&bag, &good).unwrap();
 
-    let path = run::config_path(&folder.path().join("run"));
+    let path = crossfusion::folder::config_path(&folder.path().join("run"));
     let before = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, before.replace("learning_rate = 0.001", "learning_rate = 0.002")).unwrap();
     refused(&["--resume", "run"], &["checkpoint.safetensors", "learning_rate = 0.001, but config.toml now says 0.002"]);
@@ -319,13 +320,15 @@ fn a_damaged_run_says_so_and_goes_on_when_mended() {
     std::fs::write(&config.clinical, &table).unwrap();
 
     // a cut line of metrics, as of a crash
-    let mut file =
-        std::fs::OpenOptions::new().append(true).create(true).open(run::metrics_path(&folder.path().join("run")));
+    let mut file = std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(crossfusion::folder::metrics_path(&folder.path().join("run")));
     std::io::Write::write_all(file.as_mut().unwrap(), b"{\"fold\":0,\"ep").unwrap();
     assert!(cf_train(&["--resume", "run"], folder.path()).status.success());
     let [whole, mended] = ["whole", "run"].map(|name| folder.path().join(name));
     assert_eq!(metrics(&whole).unwrap(), metrics(&mended).unwrap());
-    let best = |run: &Path| std::fs::read(FoldTrainer::best_path(&run::fold_folder(run, 0))).unwrap();
+    let best = |run: &Path| std::fs::read(FoldTrainer::best_path(&crossfusion::folder::fold_folder(run, 0))).unwrap();
     assert!(best(&whole) == best(&mended), "the best models differ");
 }
 
@@ -368,7 +371,7 @@ fn a_signal_saves_and_says_how_to_go_on() {
         let child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
         let run = folder.path().join("my run");
         let start = Instant::now();
-        while run::read_metrics(&run).unwrap().is_empty() {
+        while crossfusion::folder::read_metrics(&run).unwrap().is_empty() {
             assert!(start.elapsed() < Duration::from_secs(120), "no epoch in two minutes");
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -376,7 +379,7 @@ fn a_signal_saves_and_says_how_to_go_on() {
         let out = child.wait_with_output().unwrap();
         assert_eq!(out.status.code(), Some(code), "{signal}: {out:?}");
         assert!(String::from_utf8_lossy(&out.stderr).contains("cf-train --resume 'my run'"), "{signal}: {out:?}");
-        assert!(FoldTrainer::checkpoint_path(&run::fold_folder(&run, 0)).exists(), "{signal}");
+        assert!(FoldTrainer::checkpoint_path(&crossfusion::folder::fold_folder(&run, 0)).exists(), "{signal}");
     }
 }
 
@@ -386,7 +389,7 @@ fn flags_override_the_file_and_the_file_the_defaults() {
     let settings = write_config(folder.path(), &RunConfig { num_epochs: 1, seed: 5, ..config() });
     let out = cf_train(&["--config", settings.to_str().unwrap(), "--seed", "6", "--out", "run"], folder.path());
     assert!(out.status.success(), "{out:?}");
-    let resolved = RunConfig::read(&run::config_path(&folder.path().join("run"))).unwrap();
+    let resolved = RunConfig::read(&crossfusion::folder::config_path(&folder.path().join("run"))).unwrap();
     assert_eq!((resolved.num_epochs, resolved.seed, resolved.es_patience), (1, 6, 20));
     // and it is refused to write there again
     let out = cf_train(&["--config", settings.to_str().unwrap(), "--out", "run"], folder.path());
@@ -573,7 +576,7 @@ fn a_resumed_run_wants_the_inputs_that_it_was_begun_with() {
     let out =
         resume(&["--clinical", "moved/demo_cohort.csv", "--splits", "moved/splits", "--pt-dir", "moved/features"]);
     assert!(out.status.success(), "{out:?}");
-    assert_eq!(RunConfig::read(&run::config_path(&run)).unwrap().pt_dir, new.join("features"));
+    assert_eq!(RunConfig::read(&crossfusion::folder::config_path(&run)).unwrap().pt_dir, new.join("features"));
     let out = resume(&["--learning-rate", "0.5"]);
     assert_eq!(out.status.code(), Some(2), "{out:?}");
 }
@@ -628,7 +631,7 @@ for fold in (0, 1):
 print(json.dumps(out))";
     let read = Command::new(&python).args(["-c", script, run.to_str().unwrap()]).output().unwrap();
     let read: serde_json::Value = serde_json::from_slice(&read.stdout).unwrap_or_else(|e| panic!("{e}: {read:?}"));
-    for metrics in run::read_metrics(&run).unwrap() {
+    for metrics in crossfusion::folder::read_metrics(&run).unwrap() {
         let scalar = |tag: &str| {
             let point = &read[metrics.fold.to_string()][tag][metrics.epoch];
             assert_eq!(point[0].as_u64(), Some(metrics.epoch as u64 + 1), "{tag}: {point}");
@@ -734,7 +737,7 @@ fn a_check_lists_what_is_wrong_and_skip_bad_leaves_it_out() {
     let out = cf_train(&["--config", settings, "--skip-bad", "--out", "run"], folder.path());
     assert!(out.status.success(), "{out:?}");
     let run = folder.path().join("run");
-    let resolved = RunConfig::read(&run::config_path(&run)).unwrap();
+    let resolved = RunConfig::read(&crossfusion::folder::config_path(&run)).unwrap();
     assert_eq!(resolved.skip_slides, ["DEMO-004-A.svs", "DEMO-009-A.svs", "DEMO-011-A.svs"]);
     let left_out = std::fs::read_to_string(run.join("left_out.csv")).unwrap();
     assert!(left_out.contains("DEMO-004-A.svs") && left_out.contains("feature 3 is inf"), "{left_out}");

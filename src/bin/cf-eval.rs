@@ -9,9 +9,9 @@ use crossfusion::{
     data::{clinical::Columns, dataset::Source},
     device::Device,
     eval::{self, Checkpoint, Moved, compare, predict},
+    folder,
     report::RESAMPLING,
     survival::Bootstrap,
-    train::run,
 };
 
 const EXAMPLES: &str = "\
@@ -177,7 +177,7 @@ fn evaluate(arguments: Arguments) -> Result<()> {
     cli::end_at_signals()?;
     match arguments.command {
         Some(Command::Compare { run_a, run_b, out, resampling }) => {
-            let out = out.unwrap_or_else(|| run::fresh_folder("compare"));
+            let out = out.unwrap_or_else(|| folder::fresh_folder("compare"));
             let comparison = compare::compare_runs(&run_a, &run_b, &out, resampling.plan())?;
             crossfusion::say(comparison.table().trim_end());
             crossfusion::say(format!("comparison {}", out.join(compare::FILE).display()));
@@ -185,7 +185,7 @@ fn evaluate(arguments: Arguments) -> Result<()> {
         }
         Some(Command::Predict { model, pt_dir, backbone, slides, num_heads, out, machine }) => {
             let device = Device::from_name(&machine.device, machine.threads)?;
-            let out = out.unwrap_or_else(|| run::fresh_folder(&format!("predict-{backbone}")));
+            let out = out.unwrap_or_else(|| folder::fresh_folder(&format!("predict-{backbone}")));
             predict::check_folder(&out)?;
             let request = predict::Request {
                 model: &model,
@@ -242,7 +242,7 @@ fn evaluate_models(arguments: &Arguments) -> Result<()> {
             };
             let source =
                 Source { clinical, columns, manifest: manifest.as_deref(), pt_dir, backbone, scales: &[], skip: &[] };
-            let out = out.clone().unwrap_or_else(|| run::fresh_folder(&format!("eval-{backbone}")));
+            let out = out.clone().unwrap_or_else(|| folder::fresh_folder(&format!("eval-{backbone}")));
             let checkpoint = Checkpoint { path, source, split, heads: *num_heads };
             (eval::evaluate_checkpoint(&checkpoint, &out, device, budget, plan)?, out)
         }

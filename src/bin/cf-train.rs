@@ -15,7 +15,7 @@ use crossfusion::{
     Error, Result, cli,
     data::{self, atomic, check::Checked, demo},
     device::Device,
-    eval, report,
+    eval, folder, report,
     train::{
         config::RunConfig,
         run::{self, Run},
@@ -80,7 +80,7 @@ static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
 /// The settings of an interrupted run.
 fn resumed(settings: &RunConfig, matches: &ArgMatches, folder: &Path) -> Result<RunConfig> {
-    let path = run::config_path(folder);
+    let path = folder::config_path(folder);
     if !path.is_file() {
         return Err(Error::Usage(format!("--resume {}: is not a run folder, it has no config.toml", folder.display())));
     }
@@ -146,7 +146,7 @@ fn train() -> Result<()> {
         let config = resolve(Path::new("."))?;
         let device = Device::from_name(&config.device, config.threads)?;
         config.precision.storage(&device)?;
-        let folder = run::make_folder(arguments.out, "demo")?;
+        let folder = folder::make_folder(arguments.out, "demo")?;
         let cohort = folder.join(run::DEMO_DATA);
         crossfusion::say(format!("writing a synthetic cohort to {}", cohort.display()));
         demo::write_demo(&cohort, config.seed)?;
@@ -189,7 +189,7 @@ fn train() -> Result<()> {
                 n => Err(Error::Data(format!("--check: {n} slides cannot be trained on; --skip-bad leaves them out"))),
             };
         }
-        let folder = run::make_folder(arguments.out, &backbone)?;
+        let folder = folder::make_folder(arguments.out, &backbone)?;
         run.save_config(&folder)?;
         (folder, run, device)
     };

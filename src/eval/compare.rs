@@ -7,7 +7,7 @@ use std::{collections::HashMap, path::Path};
 use serde::Serialize;
 
 use crate::{
-    Error, Result,
+    Error, Result, folder,
     report::{
         self, Resampling, SlideResult,
         accuracy::{Columns, Estimate, by_patient, draws},
@@ -17,7 +17,7 @@ use crate::{
         plots::{Plot, table},
     },
     survival::{Bootstrap, Patients, bootstrap_difference},
-    train::{config::RunConfig, fold::FoldTrainer, run},
+    train::{config::RunConfig, fold::FoldTrainer},
 };
 
 /// The comparison's JSON in its folder.
@@ -73,17 +73,17 @@ pub fn compare_runs(run_a: &Path, run_b: &Path, out: &Path, plan: Bootstrap) -> 
 
 /// The patients of an evaluated run, or of a checkpoint's evaluation. An error if the run is not finished.
 fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
-    let config = run::config_path(folder);
+    let config = folder::config_path(folder);
     let path = folder.join("predictions.csv");
-    let command = format!("cf-eval {}", super::quote(&folder.display().to_string()));
+    let command = format!("cf-eval {}", crate::quote(&folder.display().to_string()));
     if config.is_file() {
         let numbers = RunConfig::read(&config)?.fold_numbers();
         let folds = numbers.len();
         for fold in numbers.clone() {
-            if !FoldTrainer::progress(&run::fold_folder(folder, fold))?.finished {
+            if !FoldTrainer::progress(&folder::fold_folder(folder, fold))?.finished {
                 let message = format!(
                     "is not finished, fold {fold} of {folds} is not trained to its end; go on with cf-train --resume {}",
-                    super::quote(&folder.display().to_string())
+                    crate::quote(&folder.display().to_string())
                 );
                 return Err(Error::file(folder, message));
             }

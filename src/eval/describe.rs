@@ -9,9 +9,10 @@ use super::Checkpoint;
 use crate::{
     Error, Result,
     data::dataset::{Fold, Source},
+    folder::{EpochMetrics, metrics_path},
     model::{self, Fusion, ModelName},
     report::{About, VERSION},
-    train::{config::RunConfig, fold::EpochMetrics, protocol::Reported, run::metrics_path, step::Engine},
+    train::{config::RunConfig, protocol::Reported, step::Engine},
 };
 
 /// Of a run.
@@ -37,7 +38,7 @@ pub fn run(
     }
     facts.extend(source_facts(&config.source(), engine));
     facts.push(fact("Folds", config.splits.display()));
-    let folder = quote(&run.display().to_string());
+    let folder = crate::quote(&run.display().to_string());
     Ok(About {
         title: cohort_name(&config.clinical),
         facts,
@@ -67,7 +68,8 @@ pub fn checkpoint(checkpoint: &Checkpoint, part: Option<&Fold>, engine: &Engine<
         arguments.extend([("--splits", splits.display().to_string()), ("--fold", fold.to_string())]);
     }
     arguments.push(("--num-heads", engine.model().config().heads.to_string()));
-    let arguments: Vec<String> = arguments.iter().map(|(flag, value)| format!("{flag} {}", quote(value))).collect();
+    let arguments: Vec<String> =
+        arguments.iter().map(|(flag, value)| format!("{flag} {}", crate::quote(value))).collect();
     Ok(About {
         title: cohort_name(source.clinical),
         facts,
@@ -126,15 +128,6 @@ fn cohort_name(clinical: &Path) -> String {
     name.strip_suffix(".csv").unwrap_or(name).to_string()
 }
 
-/// An argument as a shell takes it.
-pub fn quote(argument: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c);
-    if !argument.is_empty() && argument.chars().all(plain) {
-        return argument.to_string();
-    }
-    format!("'{}'", argument.replace('\'', r"'\''"))
-}
-
 fn duration(seconds: f64) -> String {
     let minutes = (seconds / 60.0).round() as u64;
     match minutes {
@@ -175,14 +168,6 @@ mod tests {
         ] {
             assert_eq!(date(UNIX_EPOCH + Duration::from_secs(seconds)), expected);
         }
-    }
-
-    #[test]
-    fn arguments_survive_a_shell() {
-        assert_eq!(quote("runs/blca-1"), "runs/blca-1");
-        assert_eq!(quote("my runs"), "'my runs'");
-        assert_eq!(quote("it's"), r"'it'\''s'");
-        assert_eq!(quote(""), "''");
     }
 
     #[test]

@@ -9,8 +9,6 @@ mod describe;
 pub mod infer;
 pub mod predict;
 
-pub use describe::quote;
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
@@ -29,6 +27,7 @@ use crate::{
         torch::{StateDict, read_state_dict},
     },
     device::Device,
+    folder::{self, EpochMetrics},
     loss::{Loss, Prediction},
     model,
     report::{self, Fold, FoldResult, SlideResult, Summary, accuracy::quantile},
@@ -36,10 +35,9 @@ use crate::{
     train::{
         checkpoint::{ModelCard, read_card, read_state},
         config::RunConfig,
-        fold::{Done, EpochMetrics, FoldTrainer},
+        fold::{Done, FoldTrainer},
         inputs::Inputs,
         protocol::{self, Protocol, Reported},
-        run,
         step::{Engine, Memory},
     },
 };
@@ -97,19 +95,19 @@ pub fn evaluate_run(
     budget: Option<ByteSize>,
     plan: Bootstrap,
 ) -> Result<Summary> {
-    let path = run::config_path(run);
+    let path = folder::config_path(run);
     if !path.is_file() {
         return Err(Error::Usage(format!("{}: is not a run folder, it has no config.toml", run.display())));
     }
     let mut config = RunConfig::read(&path)?;
     moved.apply(&mut config);
     for fold in config.fold_numbers() {
-        let folder = run::fold_folder(run, fold);
+        let folder = folder::fold_folder(run, fold);
         FoldTrainer::check_settings(&config, &folder)?;
         FoldTrainer::check_model(&folder)?;
     }
     let dataset = Dataset::open(&config.source())?;
-    let metrics = run::read_metrics(run)?;
+    let metrics = folder::read_metrics(run)?;
     let mut engine = Engine::new(device, &config.model_config(dataset.features), config.seed)?;
     engine.set_memory(Memory::new(budget.or(config.memory_budget)));
     let (mut folds, mut slides, mut notes, mut warnings) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -121,7 +119,7 @@ pub fn evaluate_run(
     }
     let (mut tested, mut unchosen) = (false, Vec::new());
     for fold in config.fold_numbers() {
-        let folder = run::fold_folder(run, fold);
+        let folder = folder::fold_folder(run, fold);
         let path = FoldTrainer::best_path(&folder);
         if !path.is_file() {
             notes.push(format!("Fold {fold} has no model yet and is left out."));
@@ -197,7 +195,7 @@ pub fn evaluate_checkpoint(
     plan: Bootstrap,
 ) -> Result<Summary> {
     let path = checkpoint.path;
-    if run::config_path(out).exists() {
+    if folder::config_path(out).exists() {
         let message =
             format!("{} is a run's folder, whose own results would be replaced; choose another --out", out.display());
         return Err(Error::Usage(message));

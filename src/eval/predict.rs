@@ -14,11 +14,12 @@ use crate::{
         dataset::Dataset,
     },
     device::Device,
+    folder,
     report::{
         Fold, SlideResult,
         accuracy::{edge_times, survival_at},
     },
-    train::{config::RunConfig, fold::FoldTrainer, run},
+    train::{config::RunConfig, fold::FoldTrainer},
 };
 
 /// The predictions as a table and as JSON, in their folder.
@@ -104,7 +105,7 @@ pub fn predict(request: &Request, device: Device, budget: Option<ByteSize>) -> R
 
 /// The models of a run's folds that are trained to their end, or the one model.
 fn models(model: &Path) -> Result<Vec<PathBuf>> {
-    let config = run::config_path(model);
+    let config = folder::config_path(model);
     if !config.is_file() {
         if model.is_dir() {
             let message = format!("{}: is neither a run folder, it has no config.toml, nor a model", model.display());
@@ -115,7 +116,7 @@ fn models(model: &Path) -> Result<Vec<PathBuf>> {
     let folds = RunConfig::read(&config)?.fold_numbers();
     folds
         .map(|fold| {
-            let folder = run::fold_folder(model, fold);
+            let folder = folder::fold_folder(model, fold);
             if !FoldTrainer::progress(&folder)?.finished {
                 let message = format!("is not finished: fold {fold} is not trained to its end");
                 return Err(Error::file(model, message));
@@ -178,7 +179,8 @@ fn median(survival: &[f64], edges: &[f64]) -> Option<f64> {
 
 /// An error if a folder holds a run or predictions, which those of another request would replace.
 pub fn check_folder(folder: &Path) -> Result<()> {
-    let taken = [run::config_path(folder), folder.join(CSV), folder.join(JSON)].into_iter().find(|path| path.exists());
+    let taken =
+        [folder::config_path(folder), folder.join(CSV), folder.join(JSON)].into_iter().find(|path| path.exists());
     taken.map_or(Ok(()), |path| {
         Err(Error::Usage(format!("--out {}: holds {} already; choose another", folder.display(), path.display())))
     })

@@ -19,7 +19,7 @@ use crate::{
         atomic::{MOST, read_bytes, write_atomically},
         digest::sha256,
     },
-    train::fold::EpochMetrics,
+    folder::EpochMetrics,
 };
 
 /// Pixels of a PNG for one CSS pixel: 2562 across, 300 a printed inch at 22 cm.

@@ -6,7 +6,7 @@ use super::{
     figure::{Anchor, Axis, Figure, nice_step, tick_label},
     plots::{cell, table},
 };
-use crate::{Result, train::fold::EpochMetrics};
+use crate::{Result, folder::EpochMetrics};
 
 const WIDTH: f64 = 300.0;
 const LEFT: f64 = 42.0;

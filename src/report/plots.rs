@@ -9,7 +9,7 @@ use super::{
     groups::Grouping,
     history, km, risk,
 };
-use crate::{Error, Result, survival::short, train::fold::EpochMetrics};
+use crate::{Error, Result, folder::EpochMetrics, survival::short};
 
 pub struct Plot {
     /// Of its files, without an extension.

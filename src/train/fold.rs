@@ -24,6 +24,7 @@ use crate::{
         sampler::Sampler,
     },
     device::{Device, Element},
+    folder::{Best, EpochMetrics},
     loss::{CoxBatch, Loss, Prediction, Target},
     model::Bags,
     ops::{Draw, head::SlideLoss},
@@ -65,37 +66,6 @@ pub struct Done {
     pub finished: bool,
     /// None where no epoch could be chosen, so far.
     pub best: Option<Best>,
-}
-
-/// The best epoch so far.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Best {
-    pub epoch: usize,
-    pub c_index: f64,
-}
-
-/// A line of `metrics.jsonl`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct EpochMetrics {
-    pub fold: usize,
-    pub epoch: usize,
-    pub learning_rate: f64,
-    pub train_loss: f64,
-    /// C-indices are absent where no pair of slides can be compared.
-    pub train_c_index: Option<f64>,
-    pub val_loss: f64,
-    pub val_c_index: Option<f64>,
-    /// Whether this epoch gave the best model so far.
-    pub best: bool,
-    /// Cox batches in which nobody could be compared.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub batches_without_update: usize,
-    pub seconds: f64,
-    pub patches_per_second: f64,
-}
-
-fn is_zero(n: &usize) -> bool {
-    *n == 0
 }
 
 /// What a slide's pass came to, for progress displays.

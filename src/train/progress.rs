@@ -10,13 +10,8 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{
-    config::RunConfig,
-    cox,
-    fold::{EpochMetrics, SlideDone},
-    protocol::Part,
-};
-use crate::{Result, data::dataset::Dataset, loss::Loss, survival::concordance_index};
+use super::{config::RunConfig, cox, fold::SlideDone, protocol::Part};
+use crate::{Result, data::dataset::Dataset, folder::EpochMetrics, loss::Loss, survival::concordance_index};
 
 /// Where output is piped, a long epoch says this often that it is alive.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(30);

@@ -1,13 +1,4 @@
-//! A run: a folder, its folds one after the other, and what is shown meanwhile.
-//!
-//! ```text
-//! RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
-//! RUN/inputs.json            fingerprints of the tables and feature files
-//! RUN/left_out.csv           the slides that the run does not use, and why; absent where it uses all
-//! RUN/metrics.jsonl          a line an epoch
-//! RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
-//! RUN/report.html, ...       what `crate::report::write` leaves, once all folds are trained
-//! ```
+//! A run: its folds one after the other, and what is shown meanwhile. Its folder is [`crate::folder`]'s.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,7 +13,7 @@ use half::bf16;
 
 use super::{
     config::RunConfig,
-    fold::{self, Best, EpochMetrics, FoldTrainer, Observer, Outcome, SlideDone},
+    fold::{self, FoldTrainer, Observer, Outcome, SlideDone},
     inputs::{self, Inputs},
     plan::{Planner, Plans},
     progress::{self, Display},
@@ -32,12 +23,13 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        atomic::{MOST, read_text, remove_leftovers, write_text},
+        atomic::{remove_leftovers, write_text},
         cohort::{LeftOut, write_left_out},
         dataset::{Dataset, Fold},
         folds,
     },
     device::{Device, Element, Facts, Storage},
+    folder::{self, Best, EpochMetrics},
     loss::Loss,
     model::Model,
 };
@@ -45,56 +37,13 @@ use crate::{
 /// The demo's cohort, in its run's folder.
 pub const DEMO_DATA: &str = "cohort";
 
-pub fn config_path(run: &Path) -> PathBuf {
-    run.join("config.toml")
-}
-
-pub fn metrics_path(run: &Path) -> PathBuf {
-    run.join("metrics.jsonl")
-}
-
-pub fn fold_folder(run: &Path, fold: usize) -> PathBuf {
-    run.join(format!("fold_{fold}"))
-}
-
-/// The first of `runs/<name>-1`, `runs/<name>-2`, ... that is not there yet.
-pub fn fresh_folder(name: &str) -> PathBuf {
-    let name = name.replace(['/', '\\'], "_");
-    let folder = |i: usize| Path::new("runs").join(format!("{name}-{i}"));
-    (1..).map(folder).find(|folder| !folder.exists()).unwrap_or_else(|| folder(0))
-}
-
-/// Makes a new run's folder: `out`, which may be there if it is empty, or a fresh one that no other process has taken.
-pub fn make_folder(out: Option<PathBuf>, name: &str) -> Result<PathBuf> {
-    let failed = |folder: &Path, e: std::io::Error| Error::file(folder, format!("cannot be made: {e}"));
-    if let Some(out) = out {
-        std::fs::create_dir_all(&out).map_err(|e| failed(&out, e))?;
-        if std::fs::read_dir(&out).map_err(|e| failed(&out, e))?.next().is_some() {
-            let message = format!("{} is not empty; choose another --out, or go on with --resume {0}", out.display());
-            return Err(Error::Usage(message));
-        }
-        return Ok(out);
-    }
-    loop {
-        let folder = fresh_folder(name);
-        if let Some(runs) = folder.parent() {
-            std::fs::create_dir_all(runs).map_err(|e| failed(runs, e))?;
-        }
-        match std::fs::create_dir(&folder) {
-            Ok(()) => return Ok(folder),
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {} // another process was faster
-            Err(e) => return Err(failed(&folder, e)),
-        }
-    }
-}
-
 /// Whether all folds of a run are trained and its report is written.
 pub fn is_finished(run: &Path, folds: Range<usize>) -> Result<bool> {
     if folds.is_empty() {
         return Ok(false);
     }
     for fold in folds {
-        if !FoldTrainer::progress(&fold_folder(run, fold))?.finished {
+        if !FoldTrainer::progress(&folder::fold_folder(run, fold))?.finished {
             return Ok(false);
         }
     }
@@ -112,30 +61,17 @@ fn lock(run: &Path) -> Result<File> {
     }
 }
 
-/// A run's epochs so far, in order.
-pub fn read_metrics(run: &Path) -> Result<Vec<EpochMetrics>> {
-    let path = metrics_path(run);
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let text = read_text(&path, MOST)?;
-    // a last line without an end was cut off by a crash
-    let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-    let parse = |(i, line)| serde_json::from_str(line).map_err(|e| Error::file(&path, format!("line {}: {e}", i + 1)));
-    whole.enumerate().map(parse).collect()
-}
-
 /// Drops the lines of epochs that no checkpoint has seen to their end, which will be run again.
 fn trim_metrics(run: &Path, folds: Range<usize>) -> Result<()> {
     let mut kept = String::new();
-    let done = folds.map(|fold| Ok((fold, FoldTrainer::progress(&fold_folder(run, fold))?.epochs)));
+    let done = folds.map(|fold| Ok((fold, FoldTrainer::progress(&folder::fold_folder(run, fold))?.epochs)));
     let done = done.collect::<Result<BTreeMap<usize, usize>>>()?;
-    for metrics in read_metrics(run)? {
+    for metrics in folder::read_metrics(run)? {
         if done.get(&metrics.fold).is_some_and(|&epochs| metrics.epoch < epochs) {
             kept += &line(&metrics);
         }
     }
-    write_text(&metrics_path(run), &kept)
+    write_text(&folder::metrics_path(run), &kept)
 }
 
 fn line(metrics: &EpochMetrics) -> String {
@@ -244,12 +180,12 @@ impl Run {
     pub fn save_config(&self, folder: &Path) -> Result<()> {
         Inputs::read(&self.config, &self.dataset)?.save(folder)?;
         write_left_out(folder, &self.left_out)?;
-        write_text(&config_path(folder), &self.config.to_toml()?)
+        write_text(&folder::config_path(folder), &self.config.to_toml()?)
     }
 
     /// Takes down where the data of an earlier run lies now, if it has moved.
     pub fn moved(&self, folder: &Path) -> Result<()> {
-        let path = config_path(folder);
+        let path = folder::config_path(folder);
         let before = RunConfig::read(&path)?;
         let moved = RunConfig {
             clinical: self.config.clinical.clone(),
@@ -284,10 +220,10 @@ impl Run {
     /// Trains all folds, from the beginning or from where the folder's checkpoints are. `interrupted` asks for a stop after the slide in hand.
     pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<()> {
         let _lock = lock(folder)?;
-        let begun = |part: &Part| FoldTrainer::checkpoint_path(&fold_folder(folder, part.fold)).exists();
+        let begun = |part: &Part| FoldTrainer::checkpoint_path(&folder::fold_folder(folder, part.fold)).exists();
         let begun = self.parts.iter().any(begun);
         for part in &self.parts {
-            let files = fold_folder(folder, part.fold);
+            let files = folder::fold_folder(folder, part.fold);
             std::fs::create_dir_all(&files).map_err(|e| Error::file(&files, format!("cannot be made: {e}")))?;
             remove_leftovers(&files, &[])?;
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
@@ -300,7 +236,7 @@ impl Run {
         let notes = self.notes();
         let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, &notes, interrupted)?;
         for part in &self.parts {
-            let files = fold_folder(folder, part.fold);
+            let files = folder::fold_folder(folder, part.fold);
             if FoldTrainer::progress(&files)?.finished {
                 continue;
             }
@@ -308,7 +244,7 @@ impl Run {
                 true => Some(Events::begin(folder, part.fold, FoldTrainer::progress(&files)?.epochs)?),
                 false => None,
             };
-            let mut log = Log { path: metrics_path(folder), events, display: &mut display };
+            let mut log = Log { path: folder::metrics_path(folder), events, display: &mut display };
             let outcome = match self.storage {
                 Storage::F32 => self.train_fold::<f32>(part, &files, &mut log),
                 Storage::Bf16 => self.train_fold::<bf16>(part, &files, &mut log),
@@ -318,7 +254,7 @@ impl Run {
                 display.finish();
                 return Err(Error::Interrupted(format!(
                     "stopped; go on with: cf-train --resume {}",
-                    crate::eval::quote(&folder.display().to_string())
+                    crate::quote(&folder.display().to_string())
                 )));
             }
         }

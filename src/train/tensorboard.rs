@@ -10,8 +10,10 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use super::fold::{Best, EpochMetrics};
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    folder::{Best, EpochMetrics},
+};
 
 pub fn folder(run: &Path, fold: usize) -> PathBuf {
     run.join("tensorboard").join(format!("fold_{fold}"))

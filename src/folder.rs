@@ -1,0 +1,106 @@
+//! The folder of a run: what lies where, and the metrics of its epochs.
+//!
+//! ```text
+//! RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
+//! RUN/inputs.json            fingerprints of the tables and feature files
+//! RUN/left_out.csv           the slides that the run does not use, and why; absent where it uses all
+//! RUN/metrics.jsonl          a line an epoch
+//! RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
+//! RUN/report.html, ...       what `crate::report::write` leaves, once all folds are trained
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    data::atomic::{MOST, read_text},
+};
+
+pub fn config_path(run: &Path) -> PathBuf {
+    run.join("config.toml")
+}
+
+pub fn metrics_path(run: &Path) -> PathBuf {
+    run.join("metrics.jsonl")
+}
+
+pub fn fold_folder(run: &Path, fold: usize) -> PathBuf {
+    run.join(format!("fold_{fold}"))
+}
+
+/// The first of `runs/<name>-1`, `runs/<name>-2`, ... that is not there yet.
+pub fn fresh_folder(name: &str) -> PathBuf {
+    let name = name.replace(['/', '\\'], "_");
+    let folder = |i: usize| Path::new("runs").join(format!("{name}-{i}"));
+    (1..).map(folder).find(|folder| !folder.exists()).unwrap_or_else(|| folder(0))
+}
+
+/// Makes a new run's folder: `out`, which may be there if it is empty, or a fresh one that no other process has taken.
+pub fn make_folder(out: Option<PathBuf>, name: &str) -> Result<PathBuf> {
+    let failed = |folder: &Path, e: std::io::Error| Error::file(folder, format!("cannot be made: {e}"));
+    if let Some(out) = out {
+        std::fs::create_dir_all(&out).map_err(|e| failed(&out, e))?;
+        if std::fs::read_dir(&out).map_err(|e| failed(&out, e))?.next().is_some() {
+            let message = format!("{} is not empty; choose another --out, or go on with --resume {0}", out.display());
+            return Err(Error::Usage(message));
+        }
+        return Ok(out);
+    }
+    loop {
+        let folder = fresh_folder(name);
+        if let Some(runs) = folder.parent() {
+            std::fs::create_dir_all(runs).map_err(|e| failed(runs, e))?;
+        }
+        match std::fs::create_dir(&folder) {
+            Ok(()) => return Ok(folder),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {} // another process was faster
+            Err(e) => return Err(failed(&folder, e)),
+        }
+    }
+}
+
+/// The best epoch so far.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    pub epoch: usize,
+    pub c_index: f64,
+}
+
+/// A line of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EpochMetrics {
+    pub fold: usize,
+    pub epoch: usize,
+    pub learning_rate: f64,
+    pub train_loss: f64,
+    /// C-indices are absent where no pair of slides can be compared.
+    pub train_c_index: Option<f64>,
+    pub val_loss: f64,
+    pub val_c_index: Option<f64>,
+    /// Whether this epoch gave the best model so far.
+    pub best: bool,
+    /// Cox batches in which nobody could be compared.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub batches_without_update: usize,
+    pub seconds: f64,
+    pub patches_per_second: f64,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
+/// A run's epochs so far, in order.
+pub fn read_metrics(run: &Path) -> Result<Vec<EpochMetrics>> {
+    let path = metrics_path(run);
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = read_text(&path, MOST)?;
+    // a last line without an end was cut off by a crash
+    let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+    let parse = |(i, line)| serde_json::from_str(line).map_err(|e| Error::file(&path, format!("line {}: {e}", i + 1)));
+    whole.enumerate().map(parse).collect()
+}
