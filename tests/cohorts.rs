@@ -164,7 +164,7 @@ fn slides_that_share_a_file_are_refused() {
     std::fs::hard_link(path("x20", "c"), &linked).unwrap();
     let error = files(folder.path(), "enc", &["linked", "a", "c"]).unwrap_err();
     assert!(
-        error.contains("x20/pt_files/c.pt: is the feature file of two slides") && error.contains("`linked` (row 2)"),
+        error.contains("x20/pt_files/c.pt: is the feature file of two slides") && error.contains("`linked` (row 2 of"),
         "{error}"
     );
 }
