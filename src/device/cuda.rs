@@ -1,7 +1,8 @@
 //! An NVIDIA GPU through cudarc: one stream for kernels, one for copies to the device, kernels looked up once, no allocation but
 //! [`Cuda::alloc`].
 //!
-//! NOT YET RUN ON A GPU. The kernels are proven on the emulator; this file by review only.
+//! NOT YET RUN ON A GPU. The kernels are proven on the emulator, this file under a driver whose GPU is
+//! the emulator (tests/cuda.rs).
 
 use std::{
     collections::HashMap,
