@@ -1,8 +1,9 @@
 //! Compiles the CUDA sources in kernels/, each for both storage types, and only what changed.
 //!
-//! Where there is an nvcc: into GPU code, which src/device/fatbins.rs embeds; without one, the crate is built without.
-//! Feature `emulator`: as C++ for the host, into the two libraries that src/device/emulator.rs loads; needs a C++20
-//! compiler (g++ 12, or what CXX names) and nothing of NVIDIA's.
+//! Where there is an nvcc: into GPU code, which src/device/fatbins.rs embeds; without one, the
+//! crate is built without. Feature `emulator`: as C++ for the host, into the two libraries that
+//! src/device/emulator.rs loads; needs a C++20 compiler (g++ 12, or what CXX names) and nothing of
+//! NVIDIA's.
 
 use std::{
     env, fs,
@@ -38,7 +39,8 @@ fn version() -> String {
     let here = git(&["rev-parse", "--show-toplevel"]).and_then(|top| fs::canonicalize(top).ok());
     let commit = here.filter(|top| fs::canonicalize(&root).is_ok_and(|root| root == *top));
     let Some(commit) = commit.and_then(|_| git(&["rev-parse", "--short", "HEAD"])) else { return version };
-    // HEAD names a branch, and its log grows with every commit; a file that is not there would rerun this at each build
+    // HEAD names a branch, and its log grows with every commit; a file that is not there would
+    // rerun this at each build
     for file in ["HEAD", "logs/HEAD"] {
         let path = git(&["rev-parse", "--git-path", file]).map(|path| root.join(path));
         if let Some(path) = path.filter(|path| path.is_file()) {
@@ -48,17 +50,19 @@ fn version() -> String {
     format!("{version} ({commit})")
 }
 
-/// What a fatbin holds: machine code for A100, RTX 30, RTX 40, H100, B200 and RTX 50, and PTX, which drivers of GPUs to come
-/// compile themselves. All but H100's comes from one PTX: twice as fast to build, and no source asks for more than sm_80.
+/// What a fatbin holds: machine code for A100, RTX 30, RTX 40, H100, B200 and RTX 50, and PTX,
+/// which drivers of GPUs to come compile themselves. All but H100's comes from one PTX: twice as
+/// fast to build, and no source asks for more than sm_80.
 const GPU_CODE: [&str; 2] = [
     "arch=compute_80,code=[sm_80,sm_86,sm_89,sm_100,sm_120,compute_80]",
     "arch=compute_90a,code=sm_90a", // 90a: with wgmma and setmaxnreg
 ];
 
-/// OUT_DIR/fatbins.rs, which src/device/fatbins.rs includes: a slice of (name, fatbin), empty without nvcc.
+/// OUT_DIR/fatbins.rs, which src/device/fatbins.rs includes: a slice of (name, fatbin), empty
+/// without nvcc.
 ///
-/// The fatbins lie in target/kernels, each with what ptxas said of its registers (.ptxas, for scripts/kernel-report.py):
-/// shared by all profiles and features, which do not change them.
+/// The fatbins lie in target/kernels, each with what ptxas said of its registers (.ptxas, for
+/// scripts/kernel-report.py): shared by all profiles and features, which do not change them.
 fn fatbins() {
     let out = PathBuf::from(env::var("OUT_DIR").unwrap());
     let table = out.join("fatbins.rs");
@@ -92,14 +96,15 @@ fn fatbins() {
     fs::write(table, format!("&[\n{rows}]")).unwrap();
 }
 
-/// target/kernels, the same for all profiles and features. OUT_DIR is target/<profile>/build/..., or target/<triple>/<profile>/build/...
+/// target/kernels, the same for all profiles and features. OUT_DIR is target/<profile>/build/...,
+/// or target/<triple>/<profile>/build/...
 fn shared_folder(out: &Path) -> PathBuf {
     let build = out.ancestors().find(|a| a.file_name().is_some_and(|n| n == "build"));
     build.and_then(|b| b.ancestors().nth(2)).unwrap_or(out).join("kernels")
 }
 
-/// The first nvcc that knows all of [`GPU_CODE`], and its version, from $CROSSFUSION_CUDA, $CUDA_HOME, $CUDA_PATH, $PATH, and
-/// target/cuda, where scripts/cuda-toolchain.sh puts one.
+/// The first nvcc that knows all of [`GPU_CODE`], and its version, from $CROSSFUSION_CUDA,
+/// $CUDA_HOME, $CUDA_PATH, $PATH, and target/cuda, where scripts/cuda-toolchain.sh puts one.
 fn nvcc() -> Option<(PathBuf, String)> {
     let folders = ["CROSSFUSION_CUDA", "CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(|variable| {
         println!("cargo:rerun-if-env-changed={variable}");
@@ -125,11 +130,12 @@ fn nvcc() -> Option<(PathBuf, String)> {
     None
 }
 
-/// OUT_DIR/emulator-plain.so and emulator-race.so: every kernel and the emulator, built for speed and for checking; and
-/// target/kernels/driver/libcuda.so, a driver whose GPU is the emulator.
+/// OUT_DIR/emulator-plain.so and emulator-race.so: every kernel and the emulator, built for speed
+/// and for checking; and target/kernels/driver/libcuda.so, a driver whose GPU is the emulator.
 ///
-/// Two libraries loaded at run time, and not two halves of one archive: the same symbols can then live in one process
-/// twice, cargo does not strip the line numbers that race reports need, and a mutated kernel is tried without relinking.
+/// Two libraries loaded at run time, and not two halves of one archive: the same symbols can then
+/// live in one process twice, cargo does not strip the line numbers that race reports need, and a
+/// mutated kernel is tried without relinking.
 fn emulator() {
     let out = PathBuf::from(env::var("OUT_DIR").unwrap());
     let root = env::var("CARGO_MANIFEST_DIR").unwrap();
@@ -230,8 +236,8 @@ impl Job {
         self.inputs.iter().any(|i| time(i).unwrap_or(SystemTime::now()) > built)
     }
 
-    /// Runs the compiler; its warnings become cargo's, its errors end the build. The output appears when it is complete, as
-    /// builds are interrupted and run side by side.
+    /// Runs the compiler; its warnings become cargo's, its errors end the build. The output appears
+    /// when it is complete, as builds are interrupted and run side by side.
     fn run(&mut self) {
         let partial = PathBuf::from(format!("{}.{}.part", self.output.display(), process::id()));
         let result = self.command.arg("-o").arg(&partial).output();

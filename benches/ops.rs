@@ -1,5 +1,6 @@
-//! The ops of a training step on the CPU, each alone (`cf-bench op` gives the same cases against the machine's ceilings); and the
-//! `gemm` crate on the same products, as a peer: `cargo bench --bench ops`, or `-- "matmul forward"`.
+//! The ops of a training step on the CPU, each alone (`cf-bench op` gives the same cases against
+//! the machine's ceilings); and the `gemm` crate on the same products, as a peer: `cargo bench
+//! --bench ops`, or `-- "matmul forward"`.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use crossfusion::{

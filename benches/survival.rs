@@ -1,5 +1,5 @@
-//! Cox likelihood and gradient, and the C-index. `CROSSFUSION_BENCH_N=1000000 cargo bench --bench survival` for the
-//! cohort size at which they are compared with other software.
+//! Cox likelihood and gradient, and the C-index. `CROSSFUSION_BENCH_N=1000000 cargo bench --bench
+//! survival` for the cohort size at which they are compared with other software.
 
 use std::hint::black_box;
 

@@ -1,5 +1,6 @@
-//! Reads patch features from a format of its own, part by part, so that a slide larger than memory trains within a budget. The
-//! format here is raw f32, row by row; yours may be a database or a network.
+//! Reads patch features from a format of its own, part by part, so that a slide larger than memory
+//! trains within a budget. The format here is raw f32, row by row; yours may be a database or a
+//! network.
 //!
 //!     cargo run --release --example custom_reader
 

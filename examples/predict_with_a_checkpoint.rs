@@ -1,5 +1,5 @@
-//! Loads a published checkpoint, which says nothing of its model but the names and shapes of its tensors, and predicts a slide that
-//! is in memory.
+//! Loads a published checkpoint, which says nothing of its model but the names and shapes of its
+//! tensors, and predicts a slide that is in memory.
 //!
 //!     cargo run --release --example predict_with_a_checkpoint [best_model.pt]
 //!

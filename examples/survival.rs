@@ -1,6 +1,7 @@
-//! The survival statistics on a classic: 42 children with leukaemia, 21 pairs, remission under 6-mercaptopurine against
-//! placebo (Freireich et al., Blood 21:699-716, 1963; as tabulated by Cox 1972 and Gehan 1965), beside
-//! what R's survival 3.5.3 and scikit-survival 0.28 print for it. The risk of a child on placebo is 1.5, else 0.
+//! The survival statistics on a classic: 42 children with leukaemia, 21 pairs, remission under
+//! 6-mercaptopurine against placebo (Freireich et al., Blood 21:699-716, 1963; as tabulated by Cox
+//! 1972 and Gehan 1965), beside what R's survival 3.5.3 and scikit-survival 0.28 print for it. The
+//! risk of a child on placebo is 1.5, else 0.
 //!
 //!     cargo run --release --example survival
 

@@ -1,5 +1,5 @@
-//! Trains CrossFusion on patch features that are already in memory, without files: two updates of two slides each, as a training
-//! loop of your own would make them, and a prediction.
+//! Trains CrossFusion on patch features that are already in memory, without files: two updates of
+//! two slides each, as a training loop of your own would make them, and a prediction.
 //!
 //!     cargo run --release --example train_from_arrays
 

@@ -53,7 +53,8 @@ pub struct StepArguments {
     /// Storage precision
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
-    /// Most memory for the step: 8GiB, say. The bags are then files in the folder for temporary files
+    /// Most memory for the step: 8GiB, say. The bags are then files in the folder for temporary
+    /// files
     #[arg(long, value_name = "BYTES")]
     memory_budget: Option<ByteSize>,
     /// Timed steps, after one that warms up
@@ -87,7 +88,8 @@ impl Precision {
     }
 }
 
-/// With [`MOST_FEATURES`] more than any file holds, and few enough that no number of bytes overflows.
+/// With [`MOST_FEATURES`] more than any file holds, and few enough that no number of bytes
+/// overflows.
 const MOST_PATCHES: usize = 1 << 31;
 const MOST_FEATURES: usize = 1 << 16;
 
@@ -132,8 +134,9 @@ struct StepReport {
     forward_s: Seconds,
     backward_s: Seconds,
     optimizer_s: Seconds,
-    /// On a GPU as training takes it: the next step is started while one runs, its bags arrive meanwhile, and nothing waits between
-    /// forward and backward. So it may be less than the sum of the parts.
+    /// On a GPU as training takes it: the next step is started while one runs, its bags arrive
+    /// meanwhile, and nothing waits between forward and backward. So it may be less than the sum of
+    /// the parts.
     step_s: Seconds,
     /// The host's own work on such a step.
     host_s: Option<Seconds>,
@@ -142,11 +145,13 @@ struct StepReport {
     planned_bytes: usize,
     arena_bytes: usize,
     peak_rss_bytes: u64,
-    /// Measured on this device just before and just after the steps, the better of the two; none on a GPU without cublasLt.
+    /// Measured on this device just before and just after the steps, the better of the two; none on
+    /// a GPU without cublasLt.
     fma_peak_gflops: Option<f64>,
     /// Kernels launched by forward and backward; 0 on a CPU.
     launches: usize,
-    /// Operations of the published model as it was published, the convention of model FLOP utilisation; of another those of its plan.
+    /// Operations of the published model as it was published, the convention of model FLOP
+    /// utilisation; of another those of its plan.
     step_gflop: f64,
     /// Operations that were done: the last layer computes the class token's row alone.
     executed_gflop: f64,
@@ -271,8 +276,8 @@ fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> 
 const TARGET: Target = Target { label: 1, censored: false };
 const ALPHA: f64 = 0.2;
 
-/// Steps as training takes them on a GPU, each started before the one before has ended: seconds from the end of one to the next, and of the
-/// host's work on each.
+/// Steps as training takes them on a GPU, each started before the one before has ended: seconds
+/// from the end of one to the next, and of the host's work on each.
 fn in_flight<T: Element<Sum = f32>>(
     engine: &mut Engine<T>,
     bags: Bags<'_, T>,
@@ -336,8 +341,9 @@ fn mib(bytes: f64) -> f64 {
     bytes / 1048576.0
 }
 
-/// Operations of one step of the published model (d = 512, one layer), products and convolutions only: twice the forward for the input
-/// projection (its input needs no gradient), three times for the rest, 3.5 times for attention, which recomputes its scores.
+/// Operations of one step of the published model (d = 512, one layer), products and convolutions
+/// only: twice the forward for the input projection (its input needs no gradient), three times for
+/// the rest, 3.5 times for attention, which recomputes its scores.
 fn published_step_flop(bags: BagSizes, features: usize) -> f64 {
     let [x5, x10, x20] = Scale::ALL.map(|scale| bags.get(scale).copied().unwrap_or(0) as f64);
     let (f, d) = (features as f64, 512.0);

@@ -1,5 +1,5 @@
-//! The one error type of the crate. Every message names the file, the row, the op or the tensor it is
-//! about, what was expected and what came, in one sentence that a user can act on.
+//! The one error type of the crate. Every message names the file, the row, the op or the tensor it
+//! is about, what was expected and what came, in one sentence that a user can act on.
 
 use std::{
     fmt,
@@ -14,7 +14,8 @@ pub enum Error {
     Usage(String),
     /// A file cannot be read, or does not hold what it should.
     File { path: PathBuf, message: String },
-    /// One cell or row of a table is wrong. `row` counts from 1 and includes the header, as editors do.
+    /// One cell or row of a table is wrong. `row` counts from 1 and includes the header, as editors
+    /// do.
     Cell { path: PathBuf, row: usize, column: String, message: String },
     /// Several files are not what they should be; each has been named.
     Data(String),

@@ -37,7 +37,8 @@ pub fn fresh_folder(name: &str) -> PathBuf {
     (1..).map(folder).find(|folder| !folder.exists()).unwrap_or_else(|| folder(0))
 }
 
-/// Makes a new run's folder: `out`, which may be there if it is empty, or a fresh one that no other process has taken.
+/// Makes a new run's folder: `out`, which may be there if it is empty, or a fresh one that no other
+/// process has taken.
 pub fn make_folder(out: Option<PathBuf>, name: &str) -> Result<PathBuf> {
     let failed = |folder: &Path, e: std::io::Error| Error::file(folder, format!("cannot be made: {e}"));
     if let Some(out) = out {

@@ -1,7 +1,8 @@
 //! CrossFusion: cancer-survival prediction from whole-slide-image feature bags at 5x, 10x and 20x.
 //!
-//! A slide's three bags flow through one list of ops, forward and then backward in reverse. There is no autograd: each op is a plain
-//! function with an explicit backward, and a training step is one readable path through them ([`train::step`]).
+//! A slide's three bags flow through one list of ops, forward and then backward in reverse. There
+//! is no autograd: each op is a plain function with an explicit backward, and a training step is
+//! one readable path through them ([`train::step`]).
 //!
 //! | room | what is in it |
 //! |---|---|

@@ -11,8 +11,8 @@ use crate::{Error, Result};
 /// Why a line that was said is lost.
 static LOST: OnceLock<String> = OnceLock::new();
 
-/// Prints lines for a person. A closed pipe or a full disk behind it must not end a run; [`said`] tells
-/// of the latter when it is over.
+/// Prints lines for a person. A closed pipe or a full disk behind it must not end a run; [`said`]
+/// tells of the latter when it is over.
 pub fn say(lines: impl Display) {
     say_bytes(format!("{}\n", printable(&lines.to_string())).as_bytes());
 }
@@ -38,8 +38,8 @@ pub fn complain(program: &str, error: &Error) {
     let _ = writeln!(std::io::stderr(), "{program}: {line}");
 }
 
-/// Text with its control characters escaped, but for ends of lines: what a file holds must not steer
-/// the terminal that it is shown on.
+/// Text with its control characters escaped, but for ends of lines: what a file holds must not
+/// steer the terminal that it is shown on.
 pub fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,4 +1,5 @@
-//! Cohorts on disk as users have them: the folders of several tools, slides that are left out, folds numbered from 1, folds with test slides.
+//! Cohorts on disk as users have them: the folders of several tools, slides that are left out,
+//! folds numbered from 1, folds with test slides.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -169,7 +170,8 @@ fn slides_that_share_a_file_are_refused() {
     );
 }
 
-/// A hundred and fifty patients with small bags below `folder`, two folds of them, and a run of a narrow model's two epochs on them.
+/// A hundred and fifty patients with small bags below `folder`, two folds of them, and a run of a
+/// narrow model's two epochs on them.
 fn small_cohort(folder: &Path) -> RunConfig {
     let noise = |i: usize| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as f32 / (1 << 24) as f32 - 0.5;
     let mut clinical = String::from(",case_id,slide_id,censorship,survival_months\n");
@@ -224,7 +226,8 @@ fn predictions(folder: &Path) -> Vec<[String; 3]> {
     table.records().map(|row| row.unwrap()).map(|row| [0, 1, 5].map(|i| row[i].to_string())).collect()
 }
 
-/// A fold of these patients: one in five is for testing, one in five for validation, the last five are in no column.
+/// A fold of these patients: one in five is for testing, one in five for validation, the last five
+/// are in no column.
 fn write_fold(path: &Path, tested: bool) {
     let mut table = String::from("train,val,test\n");
     for patient in 0..145 {
@@ -272,7 +275,8 @@ fn test_slides_are_reported_and_have_no_say() {
     assert_eq!(predictions(&out), rows);
     assert!(std::fs::read_to_string(out.join("report.html")).unwrap().contains("test part of fold 0"));
 
-    // other outcomes of the test patients, some beyond all others, give the same weights and predictions
+    // other outcomes of the test patients, some beyond all others, give the same weights and
+    // predictions
     let text = std::fs::read_to_string(&config.clinical).unwrap();
     let change = |line: &str| {
         let mut cells: Vec<String> = line.split(',').map(String::from).collect();
@@ -396,7 +400,8 @@ fn folds_numbered_from_1_keep_their_numbers() {
     assert!(summary.contains("The folder of folds holds 2, of which --folds takes 1."));
 }
 
-/// Twelve patients; the manifest lacks one slide, features another, the folds a third, and the table an outcome of one that they name.
+/// Twelve patients; the manifest lacks one slide, features another, the folds a third, and the
+/// table an outcome of one that they name.
 #[test]
 fn every_slide_left_out_is_listed() {
     let folder = tempfile::tempdir().unwrap();

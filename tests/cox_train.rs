@@ -1,5 +1,6 @@
-//! Cox training gives the gradient of the whole batch, from the memory of one slide; it stops and resumes bit by bit. The nested protocol keeps
-//! a fold's validation outcomes away from its weights.
+//! Cox training gives the gradient of the whole batch, from the memory of one slide; it stops and
+//! resumes bit by bit. The nested protocol keeps a fold's validation outcomes away from its
+//! weights.
 
 mod common;
 
@@ -124,8 +125,9 @@ fn batch<T: Real>(engine: &mut Engine<T>, slides: &[[Vec<T>; 3]], ties: Ties) ->
     (loss, engine.read_state(State::Grads).unwrap())
 }
 
-/// The gradient of the batch against central differences of its loss, in f64 with dropout on, where each slide keeps its draw: a pass without it or
-/// with another slide's, or a wrong weight of a slide, is off by far more than the differences' error.
+/// The gradient of the batch against central differences of its loss, in f64 with dropout on, where
+/// each slide keeps its draw: a pass without it or with another slide's, or a wrong weight of a
+/// slide, is off by far more than the differences' error.
 #[test]
 fn the_batch_has_the_gradient_of_its_loss() {
     const STEP: f64 = 1e-5;
@@ -165,7 +167,8 @@ fn the_batch_has_the_gradient_of_its_loss() {
     }
 }
 
-/// In f32, as it trains: against the slides' own gradients, all held at once, weighed by differences of the plain loss in the risks.
+/// In f32, as it trains: against the slides' own gradients, all held at once, weighed by
+/// differences of the plain loss in the risks.
 #[test]
 fn two_passes_equal_all_slides_at_once() {
     for n_classes in [1, 4] {
@@ -294,7 +297,8 @@ fn small_fold(dataset: &Dataset, config: &RunConfig) -> Fold {
     fold
 }
 
-/// Stops at each of these slides (epoch, whether validating, position), once, and keeps the metrics but for the clock.
+/// Stops at each of these slides (epoch, whether validating, position), once, and keeps the metrics
+/// but for the clock.
 #[derive(Default)]
 struct StopAt {
     stops: Vec<(usize, bool, usize)>,
@@ -326,8 +330,9 @@ struct Trained {
     checkpoint: Vec<u8>,
 }
 
-/// Trains the part of fold 0 that training may see up to a stop in the last epoch, where a checkpoint still holds everything; before that, drops and
-/// re-opens everything at each of `stops`.
+/// Trains the part of fold 0 that training may see up to a stop in the last epoch, where a
+/// checkpoint still holds everything; before that, drops and re-opens everything at each of
+/// `stops`.
 fn train(config: &RunConfig, stops: &[(usize, bool, usize)]) -> Trained {
     let folder = tempfile::tempdir().unwrap();
     let dataset = Dataset::open(&config.source()).unwrap();
@@ -344,14 +349,16 @@ fn train(config: &RunConfig, stops: &[(usize, bool, usize)]) -> Trained {
     Trained { metrics: observer.metrics, best, checkpoint }
 }
 
-/// A stop in either pass of a batch, where gradients of some of its slides are already summed, must leave nothing behind.
+/// A stop in either pass of a batch, where gradients of some of its slides are already summed, must
+/// leave nothing behind.
 #[test]
 fn a_stopped_run_goes_on_bit_by_bit() {
     for config in
         [config(), RunConfig { cox_unit: CoxUnit::Patient, n_classes: 3, cox_batch: BatchSize::All, ..config() }]
     {
         let whole = train(&config, &[]);
-        // 24 slides, each shown twice: a first slide, both passes' middle, a batch's end, the last batch's end, the next epoch
+        // 24 slides, each shown twice: a first slide, both passes' middle, a batch's end, the last
+        // batch's end, the next epoch
         let stops = [(0, 1), (0, 7), (0, 15), (0, 16), (0, 20), (0, 47), (0, 48), (1, 1), (1, 30), (1, 48)];
         let stops = stops.map(|(epoch, position)| (epoch, false, position));
         let stopped = train(&config, &[&stops[..], &[(0, true, 1), (0, true, 14), (1, true, 5)]].concat());
@@ -400,7 +407,8 @@ fn batches_without_a_comparison_are_counted() {
 
 // ---- protocols ----
 
-/// The demo's clinical table with other outcomes: a case, its censorship and its months to the new censorship and months.
+/// The demo's clinical table with other outcomes: a case, its censorship and its months to the new
+/// censorship and months.
 fn with_outcomes(to: &Path, change: impl Fn(&str, u32, f64) -> (u32, f64)) -> PathBuf {
     let table = std::fs::read_to_string(cohort().join("demo_cohort.csv")).unwrap();
     let line = |line: &str| {
@@ -419,8 +427,9 @@ fn with_outcomes(to: &Path, change: impl Fn(&str, u32, f64) -> (u32, f64)) -> Pa
     path
 }
 
-/// With the nested protocol neither labels, nor sampling, nor the choice of the epoch has seen a fold's validation outcomes: the same bits of
-/// weights, moments and progress, whatever they are. The published one sees them.
+/// With the nested protocol neither labels, nor sampling, nor the choice of the epoch has seen a
+/// fold's validation outcomes: the same bits of weights, moments and progress, whatever they are.
+/// The published one sees them.
 #[test]
 fn nested_training_does_not_see_the_validation_outcomes() {
     let folder = tempfile::tempdir().unwrap();
@@ -445,7 +454,8 @@ fn nested_training_does_not_see_the_validation_outcomes() {
         };
         let validation = |case: &str| outer.iter().any(|other| other == case);
         assert!(before == changed(&validation, &nested), "{loss_fn:?}: the validation outcomes had an influence");
-        // the comparison can fail: of the patients that choose the epoch, and with the published protocol, it does
+        // the comparison can fail: of the patients that choose the epoch, and with the published
+        // protocol, it does
         assert!(before.metrics != changed(&|case| case == chosen_by, &nested).metrics);
         let published = RunConfig { protocol: Protocol::Published, ..nested };
         assert!(train(&published, &[]).metrics != changed(&validation, &published).metrics);

@@ -1,5 +1,6 @@
-//! The programs on `--device cuda` where there is no GPU: under a driver whose GPU is the emulator (kernels/emulator/driver.cpp). All of
-//! src/device/cuda.rs runs: streams, events, page-locked memory, launches by name, what it says of trouble.
+//! The programs on `--device cuda` where there is no GPU: under a driver whose GPU is the emulator
+//! (kernels/emulator/driver.cpp). All of src/device/cuda.rs runs: streams, events, page-locked
+//! memory, launches by name, what it says of trouble.
 #![cfg(feature = "emulator")]
 
 use std::{
@@ -65,7 +66,8 @@ fn trouble_is_told_in_a_sentence() {
     }
 }
 
-/// Copies as late as they may be and as early as they may be give the same bits, and the CPU's loss.
+/// Copies as late as they may be and as early as they may be give the same bits, and the CPU's
+/// loss.
 #[test]
 fn training_on_streams_is_training() {
     if built_without_nvcc() {

@@ -1,4 +1,5 @@
-//! `--device` on a machine whose GPU, driver or kernels are missing: one clear sentence, never a panic.
+//! `--device` on a machine whose GPU, driver or kernels are missing: one clear sentence, never a
+//! panic.
 
 use std::process::{Command, Output};
 

@@ -1,4 +1,5 @@
-//! Evaluation of a small trained run, and of single checkpoints, against what training itself measured and plain counting of pairs.
+//! Evaluation of a small trained run, and of single checkpoints, against what training itself
+//! measured and plain counting of pairs.
 
 mod common;
 #[path = "eval/compare.rs"]
@@ -45,7 +46,8 @@ fn folder(name: &str) -> PathBuf {
     folder
 }
 
-/// Two folds trained for three epochs on the demo's cohort, once for all tests; one of them writes its evaluation there.
+/// Two folds trained for three epochs on the demo's cohort, once for all tests; one of them writes
+/// its evaluation there.
 fn trained() -> &'static (PathBuf, RunConfig) {
     static RUN: OnceLock<(PathBuf, RunConfig)> = OnceLock::new();
     RUN.get_or_init(|| {
@@ -273,8 +275,8 @@ fn published_checkpoints_predict() {
     assert!(plain.windows(2).all(|pair| pair[0] != pair[1]), "every slide has its own risk: {plain:?}");
 }
 
-/// A published checkpoint of each model, told by its tensors alone, against PyTorch's logits (scripts/make-model-fixtures.py).
-/// The model that reads x20 alone finds no other features.
+/// A published checkpoint of each model, told by its tensors alone, against PyTorch's logits
+/// (scripts/make-model-fixtures.py). The model that reads x20 alone finds no other features.
 #[test]
 fn published_checkpoints_of_each_model_agree_with_pytorch() {
     #[derive(serde::Deserialize)]
@@ -310,7 +312,8 @@ fn published_checkpoints_of_each_model_agree_with_pytorch() {
     }
 }
 
-/// Trained, evaluated and told apart: each model's run says what it is, and the one that reads x20 alone needs no other features.
+/// Trained, evaluated and told apart: each model's run says what it is, and the one that reads x20
+/// alone needs no other features.
 #[test]
 fn each_model_is_trained_and_evaluated() {
     let (trained_run, config) = trained();
@@ -418,7 +421,8 @@ fn the_protocol_does_not_speak_of_a_choice_that_was_none() {
     assert!(all.starts_with("The last epoch of each fold is shown") && !all.contains("optimistic"), "{all}");
 }
 
-/// The mean of a run's folds on slides whose outcome nobody gave, against the folds' models one by one.
+/// The mean of a run's folds on slides whose outcome nobody gave, against the folds' models one by
+/// one.
 #[test]
 fn a_run_predicts_as_the_mean_of_its_folds() {
     let (run, config) = trained();
@@ -535,7 +539,8 @@ fn slides_of_the_training_are_counted() {
     assert!(notes.contains("The model was trained on other slides of 2 of these patients"), "{notes}");
 }
 
-/// The card says what the heads are; a flag that says otherwise is not ignored. A run whose data has moved.
+/// The card says what the heads are; a flag that says otherwise is not ignored. A run whose data
+/// has moved.
 #[test]
 fn flags_that_contradict_a_model_are_refused_and_moved_data_is_found() {
     let (run, config) = copy_of_trained("moved");
@@ -559,7 +564,8 @@ fn flags_that_contradict_a_model_are_refused_and_moved_data_is_found() {
     assert!(!ours.exists() && others.exists());
 }
 
-/// Features that have changed since training are named, and so is a C-index that is no longer the recorded one.
+/// Features that have changed since training are named, and so is a C-index that is no longer the
+/// recorded one.
 #[test]
 fn changed_features_and_another_c_index_are_noticed() {
     let (run, mut config) = copy_of_trained("changed");
@@ -597,7 +603,8 @@ fn changed_features_and_another_c_index_are_noticed() {
     assert!(changed.iter().any(|note| note.contains("was recorded when its model was chosen")), "{changed:?}");
 }
 
-/// The model and its checkpoint say what it was trained by; an edited config.toml is not believed over them.
+/// The model and its checkpoint say what it was trained by; an edited config.toml is not believed
+/// over them.
 #[test]
 fn a_run_is_evaluated_by_the_settings_of_its_training_alone() {
     let (run, config) = copy_of_trained("settings");

@@ -1,7 +1,8 @@
 //! Feature files and checkpoints as other tools write them, and broken and malicious ones.
 //!
-//! `tests/fixtures/files` is made by scripts/make-fixtures.py with PyTorch, h5py and safetensors. Further real files are
-//! looked for under `../shared/data`, or under the environment variable CROSSFUSION_DATA.
+//! `tests/fixtures/files` is made by scripts/make-fixtures.py with PyTorch, h5py and safetensors.
+//! Further real files are looked for under `../shared/data`, or under the environment variable
+//! CROSSFUSION_DATA.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -288,7 +289,8 @@ fn pickles_are_never_trusted() {
     assert_eq!(pickle::load(b"\x80\x02]q\x00h\x00a.rest").unwrap().1, 9);
 }
 
-/// Cut anywhere, a file gives an error, or the same bag where only padding is gone; spoiled anywhere, it never panics.
+/// Cut anywhere, a file gives an error, or the same bag where only padding is gone; spoiled
+/// anywhere, it never panics.
 #[test]
 fn damaged_files_are_errors_not_panics() {
     let folder = tempfile::tempdir().unwrap();
@@ -340,7 +342,8 @@ fn verify_says_what_reading_says() {
     }
 }
 
-/// What only parts are read of is checked as a whole before the first, and by every new file that comes under the name.
+/// What only parts are read of is checked as a whole before the first, and by every new file that
+/// comes under the name.
 #[test]
 fn parts_of_a_damaged_file_are_not_read() {
     let folder = tempfile::tempdir().unwrap();
@@ -394,9 +397,10 @@ fn folders_pipes_and_devices_are_refused() {
     assert_eq!(message_about(&pipe, error), "is a device or a pipe, expected a file");
 }
 
-/// One bit of each byte is flipped in every kind of file whose format marks all or some of its bytes: no flip gives other numbers in
-/// silence, except where the format has no mark (docs/fuzzing.md counts them). Torch's zips mark everything, HDF5 since 1.8 its headers,
-/// and with Fletcher-32 its chunks too.
+/// One bit of each byte is flipped in every kind of file whose format marks all or some of its
+/// bytes: no flip gives other numbers in silence, except where the format has no mark
+/// (docs/fuzzing.md counts them). Torch's zips mark everything, HDF5 since 1.8 its headers, and
+/// with Fletcher-32 its chunks too.
 #[test]
 fn a_flipped_bit_gives_an_error_or_the_same_numbers() {
     let folder = tempfile::tempdir().unwrap();
@@ -498,7 +502,8 @@ fn a_file_cut_short_while_it_is_read_is_an_error() {
     assert!(message_about(&path, error).starts_with("cannot be read at byte "));
 }
 
-/// Blocks are read side by side; what is said of a damaged bag must not depend on which comes first.
+/// Blocks are read side by side; what is said of a damaged bag must not depend on which comes
+/// first.
 #[test]
 fn of_several_bad_numbers_the_first_is_named() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Agreement with the PyTorch reference, computed in float64: every file of the folder in CROSSFUSION_GOLDENS (default tests/goldens).
-//! The device is CROSSFUSION_DEVICE's (default cpu).
+//! Agreement with the PyTorch reference, computed in float64: every file of the folder in
+//! CROSSFUSION_GOLDENS (default tests/goldens). The device is CROSSFUSION_DEVICE's (default cpu).
 
 mod common;
 
@@ -116,7 +116,8 @@ fn norm(x: &[f64]) -> f64 {
     x.iter().map(|v| v * v).sum::<f64>().sqrt()
 }
 
-/// A gradient against its golden, relative to the golden's norm with an absolute term: the key bias' gradient is zero but for rounding.
+/// A gradient against its golden, relative to the golden's norm with an absolute term: the key
+/// bias' gradient is zero but for rounding.
 struct GradientCheck {
     /// Absolute term: this share of the largest gradient norm.
     floor: f64,
@@ -240,8 +241,8 @@ fn check_model(path: &Path) {
     println!("{file}: {checked} gradients agree, worst {:.1e} ({})", check.worst.0, check.worst.1);
 }
 
-/// Stored in bf16, on a device that runs kernels: at most twice as far from the golden as PyTorch in plain bf16
-/// (bf16.json, by scripts/make-bf16-errors.py).
+/// Stored in bf16, on a device that runs kernels: at most twice as far from the golden as PyTorch
+/// in plain bf16 (bf16.json, by scripts/make-bf16-errors.py).
 #[test]
 fn bf16_is_as_good_as_plain_bf16() {
     if !device().runs_kernels() {
@@ -321,8 +322,8 @@ fn losses() {
     }
 }
 
-/// 36 slides of training as published but without dropout, through the function that `cf-train` calls for each slide: every learning rate, loss
-/// and risk, and the final parameters.
+/// 36 slides of training as published but without dropout, through the function that `cf-train`
+/// calls for each slide: every learning rate, loss and risk, and the final parameters.
 #[test]
 fn trajectory() {
     #[derive(Deserialize)]
@@ -390,7 +391,8 @@ fn trajectory() {
         for (name, expected) in &t.last {
             let values: Vec<f64> = engine.read(State::Params, name).unwrap().into_iter().map(f64::from).collect();
             let mean = values.iter().sum::<f64>() / values.len() as f64;
-            // A key bias' gradient is rounding alone, which Adam scales up to the learning rate: what it may move in all updates.
+            // A key bias' gradient is rounding alone, which Adam scales up to the learning rate:
+            // what it may move in all updates.
             let drift = if name.ends_with("k_proj.bias") { t.lr * updates as f64 } else { 1e-5 };
             let error = (norm(&values) - expected.norm).abs();
             let allowed = 1e-4 * expected.norm + drift * (values.len() as f64).sqrt();

@@ -1,5 +1,6 @@
-//! Explicit backward passes against central finite differences in f64, dropout on: every parameter tensor and every bag, along a random
-//! direction; and the same bits from any number of threads, the same numbers from any instruction set.
+//! Explicit backward passes against central finite differences in f64, dropout on: every parameter
+//! tensor and every bag, along a random direction; and the same bits from any number of threads,
+//! the same numbers from any instruction set.
 
 mod common;
 
@@ -42,7 +43,8 @@ impl<T: Real> Slide<T> {
     }
 }
 
-/// An engine whose parameters are large enough for every path to matter: smaller weights, and the bags' gradients vanish.
+/// An engine whose parameters are large enough for every path to matter: smaller weights, and the
+/// bags' gradients vanish.
 fn engine<T: Real>(device: Device, config: &Config) -> Engine<T> {
     let mut engine = Engine::new(device, config, 3).unwrap();
     let mut params: Vec<T> = engine.read_state(State::Params).unwrap();
@@ -79,7 +81,8 @@ fn check_finite_differences(config: &Config, patches: [usize; 3], draw: Option<D
     let grads = engine.read_state(State::Grads).unwrap();
 
     let check = |name: &str, analytic: f64, numeric: f64| {
-        // the differences' own error: rounding of a loss of size 3, 3e-15 / STEP, and truncation STEP^2
+        // the differences' own error: rounding of a loss of size 3, 3e-15 / STEP, and truncation
+        // STEP^2
         let error = (analytic - numeric).abs();
         assert!(
             error <= 1e-6 * analytic.abs() + 3e-10,
@@ -150,7 +153,8 @@ fn without_dropout() {
     check_finite_differences(&config(5, 8, 1, 1, Fusion::Conv2d), [1, 2, 3], None);
 }
 
-/// More tokens than an attention tile holds, in queries and in keys, so that tiles, segments and their merging are all in use.
+/// More tokens than an attention tile holds, in queries and in keys, so that tiles, segments and
+/// their merging are all in use.
 #[test]
 fn many_tiles() {
     check_finite_differences(&config(4, 4, 1, 1, Fusion::Conv2d), [130, 121, 300], Some(DRAW));

@@ -1,4 +1,5 @@
-//! `cf-train --memory-budget`: the same training in less memory, refusals before anything is written, files that fail in mid-run.
+//! `cf-train --memory-budget`: the same training in less memory, refusals before anything is
+//! written, files that fail in mid-run.
 
 use std::{
     path::Path,
@@ -72,7 +73,8 @@ fn a_small_budget_trains_the_same() {
     close(&small, &whole);
 }
 
-/// A slide whose file breaks while it is streamed: the run stops with the file's name, and goes on once the file is back.
+/// A slide whose file breaks while it is streamed: the run stops with the file's name, and goes on
+/// once the file is back.
 #[test]
 fn a_run_whose_stream_fails_can_be_resumed() {
     let folder = tempfile::tempdir().unwrap();

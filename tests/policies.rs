@@ -1,5 +1,5 @@
-//! Every memory policy gives the gradients of the one that keeps everything, and holds what its plan says; on the CPU, and by
-//! CROSSFUSION_DEVICE on another device.
+//! Every memory policy gives the gradients of the one that keeps everything, and holds what its
+//! plan says; on the CPU, and by CROSSFUSION_DEVICE on another device.
 
 mod common;
 
@@ -103,8 +103,8 @@ fn relative<T: Real>(a: &[T], b: &[T]) -> f64 {
     norm(&mut a.iter().zip(b).map(|(&a, &b)| a.f64() - b.f64())) / norm(&mut b.iter().map(|&b| b.f64()))
 }
 
-/// The gradient of each tensor that has one (a key's bias has none), on its own: a mistake in what lies next to the bags is small in the
-/// whole.
+/// The gradient of each tensor that has one (a key's bias has none), on its own: a mistake in what
+/// lies next to the bags is small in the whole.
 fn check_tensors<T: Element>(engine: &Engine<T>, got: &[T::Sum], expected: &[T::Sum], tolerance: f64, what: &str) {
     let mut checked = Vec::new();
     for entry in engine.model().layout().entries() {
@@ -139,7 +139,8 @@ fn device() -> Device {
     Device::from_name(&name, 2).unwrap()
 }
 
-/// Policies with ragged, exact and overlong pieces, and whether only recomputation differs from keeping all.
+/// Policies with ragged, exact and overlong pieces, and whether only recomputation differs from
+/// keeping all.
 fn policies() -> Vec<(Policy, bool)> {
     let mut policies = Vec::new();
     for recompute in [None, Some(WHOLE), Some(5), Some(16)] {
@@ -169,7 +170,8 @@ fn check_all<T: Element<Sum: Real>>(device: impl Fn() -> Device, config: &Config
                 assert!(got.dbags == expected.dbags, "{policy}: other bits in the bags' gradients");
             }
             let mut errors = vec![relative(&got.logits, &expected.logits), relative(&got.grads, &expected.grads)];
-            // no training uses the bags' gradients, and in f32 rounding alone moves them by up to 2e-6
+            // no training uses the bags' gradients, and in f32 rounding alone moves them by up to
+            // 2e-6
             if size_of::<T>() == 8 {
                 errors.push(relative(&got.dbags, &expected.dbags));
             }
@@ -177,7 +179,8 @@ fn check_all<T: Element<Sum: Real>>(device: impl Fn() -> Device, config: &Config
             // rounding alone moves a tensor's gradient by up to 4e-5 in f32, 2e-13 in f64
             let what = format!("{policy}, streamed {streamed}");
             check_tensors(&engine, &got.grads, &expected.grads, if size_of::<T>() == 8 { 1e-11 } else { 2e-4 }, &what);
-            // a bag in the CPU's memory needs no buffer; kernels write the bags' gradients into memory on top of the plan
+            // a bag in the CPU's memory needs no buffer; kernels write the bags' gradients into
+            // memory on top of the plan
             if !engine.device().runs_kernels() && (streamed || policy.stream.is_none()) {
                 let plan = engine.plan(BagSizes::from([x5, x10, x20]), true).unwrap();
                 assert_eq!(engine.arena_peak(), plan.arena_bytes, "{policy}, streamed {streamed}");
@@ -205,7 +208,8 @@ fn all_policies_agree_in_f64() {
     }
 }
 
-/// The next slide is started before the loss of the one in hand is asked for: memory that both use must be free in time.
+/// The next slide is started before the loss of the one in hand is asked for: memory that both use
+/// must be free in time.
 #[test]
 fn slides_in_flight_do_not_meet() {
     let slides = [[9, 21, 130], [64, 16, 1], [1, 30, 300], [12, 5, 77]].map(slide::<f32>);

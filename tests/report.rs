@@ -1,4 +1,5 @@
-//! The report on a synthetic cohort: what it shows is what went in, and it is whole without network, fonts or a model.
+//! The report on a synthetic cohort: what it shows is what went in, and it is whole without
+//! network, fonts or a model.
 
 #[path = "report/accuracy.rs"]
 mod accuracy;
@@ -197,7 +198,8 @@ fn figures_are_xml_and_their_pngs_hold_text() {
     let root = xml.root_element();
     let size = |name: &str| root.attribute(name).unwrap().parse::<f64>().unwrap() * 2.0;
     assert_eq!((f64::from(pixels.width()), f64::from(pixels.height())), (size("width"), size("height")));
-    // The legend's first line is nothing but text and the swatch. resvg has only the fonts that it is given.
+    // The legend's first line is nothing but text and the swatch. resvg has only the fonts that it
+    // is given.
     let dark = |pixels: &Pixmap, (x0, x1): (u32, u32), (y0, y1): (u32, u32)| {
         let at = (y0..y1).flat_map(|y| (x0..x1).map(move |x| (x, y)));
         at.filter_map(|(x, y)| pixels.pixel(x, y)).filter(|p| p.red() < 128 && p.green() < 128).count()

@@ -1,6 +1,7 @@
-//! The survival statistics against R's survival 3.5.3 and scikit-survival 0.28 (`survival_*.json` of the folder in
-//! CROSSFUSION_GOLDENS, by default tests/goldens; further numbers of R in tests/survival/r_truth.json), against
-//! brute force on small random data, and on degenerate cohorts.
+//! The survival statistics against R's survival 3.5.3 and scikit-survival 0.28 (`survival_*.json`
+//! of the folder in CROSSFUSION_GOLDENS, by default tests/goldens; further numbers of R in
+//! tests/survival/r_truth.json), against brute force on small random data, and on degenerate
+//! cohorts.
 
 #[path = "survival/concordance.rs"]
 mod concordance;
@@ -22,7 +23,8 @@ use crossfusion::survival::*;
 use crossfusion::{Error, Result};
 use serde_json::Value;
 
-/// R, scikit-survival and this crate are to agree to this, relative to the number or, below 1, absolute.
+/// R, scikit-survival and this crate are to agree to this, relative to the number or, below 1,
+/// absolute.
 const AGREE: f64 = 1e-10;
 
 fn assert_close(got: f64, want: f64, what: &str) {
@@ -68,7 +70,8 @@ impl Golden {
         found
     }
 
-    /// scikit-survival's split: even rows train, odd rows with a time below the last training time test.
+    /// scikit-survival's split: even rows train, odd rows with a time below the last training time
+    /// test.
     fn split(&self) -> (Vec<usize>, Vec<usize>) {
         let train: Vec<usize> = (0..self.time.len()).step_by(2).collect();
         let last = train.iter().map(|&row| self.time[row]).fold(f64::MIN, f64::max);
@@ -143,7 +146,8 @@ impl Random {
         (z ^ (z >> 31)) % n
     }
 
-    /// `n` patients whose times, events and risks are tied often; some risks differ by about [`RISK_TIE`].
+    /// `n` patients whose times, events and risks are tied often; some risks differ by about
+    /// [`RISK_TIE`].
     fn cohort(&mut self, n: usize) -> (Vec<f64>, Vec<bool>, Vec<f64>) {
         let time = (0..n).map(|_| self.below(8) as f64).collect();
         let event = (0..n).map(|_| self.below(3) > 0).collect();

@@ -1,5 +1,5 @@
-//! Cohort tables: the real ones against what pandas makes of them (goldens labels_*.json), and odd ones that must be refused by row and
-//! column.
+//! Cohort tables: the real ones against what pandas makes of them (goldens labels_*.json), and odd
+//! ones that must be refused by row and column.
 
 mod common;
 
@@ -122,7 +122,8 @@ fn real_cohorts_are_joined_cut_and_split_as_pandas_does_it() {
             assert_eq!(val.iter().filter(|s| !s.censored).count(), fold.val_events, "{name} fold {i}");
             assert_eq!(counts(&train, &bins), fold.train_class_counts, "{name} fold {i}");
         }
-        // pandas' joined.case_id.nunique() and joined.case_id.str[:12].nunique() are 424 and 416 of COAD, and equal of the others
+        // pandas' joined.case_id.nunique() and joined.case_id.str[:12].nunique() are 424 and 416 of
+        // COAD, and equal of the others
         let note = cohort.notes.iter().any(|note| note.contains("424 cases are counted as patients, and are 416"));
         assert_eq!(note, name == "coad", "{name}: {:?}", cohort.notes);
         println!("{}: {} slides agree", golden.cohort, slides.len());

@@ -1,5 +1,5 @@
-//! Runs of `cf-train`: stopped and resumed they give the same bits as uninterrupted ones, with any number of threads; wrong input is refused in a
-//! sentence.
+//! Runs of `cf-train`: stopped and resumed they give the same bits as uninterrupted ones, with any
+//! number of threads; wrong input is refused in a sentence.
 
 use std::{
     ops::ControlFlow,
@@ -68,7 +68,8 @@ fn config() -> RunConfig {
     }
 }
 
-/// Stops at each of these slides (epoch, whether validating, position), once, and keeps the metrics but for the clock.
+/// Stops at each of these slides (epoch, whether validating, position), once, and keeps the metrics
+/// but for the clock.
 struct StopAt {
     stops: Vec<(usize, bool, usize)>,
     metrics: Vec<EpochMetrics>,
@@ -92,8 +93,8 @@ impl Observer for StopAt {
     }
 }
 
-/// All that fold 0 has come to: the metrics of the epochs done, the best model, and the checkpoint, which holds weights, gradients left over,
-/// both moments and the progress.
+/// All that fold 0 has come to: the metrics of the epochs done, the best model, and the checkpoint,
+/// which holds weights, gradients left over, both moments and the progress.
 #[derive(PartialEq)]
 struct Trained {
     metrics: Vec<EpochMetrics>,
@@ -101,8 +102,8 @@ struct Trained {
     checkpoint: Vec<u8>,
 }
 
-/// Trains fold 0 in a new folder up to a slide in the middle of the last epoch, where a checkpoint still holds everything; before that,
-/// drops and re-opens everything at each of `stops`.
+/// Trains fold 0 in a new folder up to a slide in the middle of the last epoch, where a checkpoint
+/// still holds everything; before that, drops and re-opens everything at each of `stops`.
 fn train(config: &RunConfig, stops: &[(usize, bool, usize)]) -> Trained {
     train_some(config, usize::MAX, stops, 30)
 }
@@ -132,7 +133,8 @@ fn a_stopped_run_goes_on_bit_by_bit() {
     let whole = train(&config, &[]);
     let fold = Dataset::open(&config.source()).unwrap().fold(&config.splits, 0).unwrap();
     let (last, validation) = (fold.train.len(), fold.val.len());
-    // first slide, middle, one before training's end, its end, first and last of validation, the next epoch's first
+    // first slide, middle, one before training's end, its end, first and last of validation, the
+    // next epoch's first
     let stops = [(0, 1), (0, last / 2), (0, last - 1), (0, last), (1, 1), (1, 2), (1, last), (2, 7), (2, 8)];
     let stops = stops.map(|(epoch, position)| (epoch, false, position));
     let stopped = train(&config, &[&stops[..], &[(0, true, 1), (0, true, validation), (1, true, 5)]].concat());
@@ -142,7 +144,8 @@ fn a_stopped_run_goes_on_bit_by_bit() {
     assert!(whole.checkpoint == stopped.checkpoint, "the checkpoints differ");
 }
 
-/// Kernels run a slide behind the host. Stops and checkpoints still fall between slides, and the losses are the CPU's.
+/// Kernels run a slide behind the host. Stops and checkpoints still fall between slides, and the
+/// losses are the CPU's.
 #[cfg(feature = "emulator")]
 #[test]
 fn a_device_that_the_host_runs_ahead_of_goes_on_bit_by_bit() {
@@ -173,7 +176,8 @@ fn seeds_change_the_result() {
     assert!(train(&config, &[]).best != train(&RunConfig { seed: 8, ..config }, &[]).best);
 }
 
-/// Patience counts the epochs after warm-up: a short one must not end a fold before any epoch may be the best.
+/// Patience counts the epochs after warm-up: a short one must not end a fold before any epoch may
+/// be the best.
 #[test]
 fn patience_begins_after_the_warm_up() {
     let config = RunConfig { num_epochs: 6, warmup_epochs: 3, es_patience: 1, learning_rate: 0.0, ..config() };
@@ -185,7 +189,8 @@ fn patience_begins_after_the_warm_up() {
     let mut observer = StopAt { stops: Vec::new(), metrics: Vec::new() };
     let mut trainer = FoldTrainer::<f32>::new(&config, &dataset, &bins, (0, &fold), folder.path()).unwrap();
     assert_eq!(trainer.run(&mut observer).unwrap(), Outcome::Finished);
-    // with a learning rate of 0 nothing gets better: the first epoch that may be the best is, the next one is one too many
+    // with a learning rate of 0 nothing gets better: the first epoch that may be the best is, the
+    // next one is one too many
     let best: Vec<bool> = observer.metrics.iter().map(|m| m.best).collect();
     assert_eq!(best, [false, false, false, true, false]);
 }
@@ -206,7 +211,8 @@ fn a_diverged_model_ends_training() {
     assert!(error.contains("in epoch 1 of fold 0; a lower --learning-rate may help"), "{error}");
 }
 
-/// Checkpoints and metrics hold f64 as JSON; a bit lost there and a resumed run differs, or takes a tied epoch for a better one.
+/// Checkpoints and metrics hold f64 as JSON; a bit lost there and a resumed run differs, or takes a
+/// tied epoch for a better one.
 #[test]
 fn c_indices_survive_json() {
     for pairs in 1..500u32 {
@@ -244,7 +250,8 @@ fn a_killed_run_goes_on_bit_by_bit() {
     let start = Instant::now();
     assert!(cf_train(&["--config", settings, "--out", "whole"], folder.path()).status.success());
     let took = start.elapsed();
-    // killed at several moments of what an uninterrupted run takes, writing checkpoints all the time, then resumed to the end
+    // killed at several moments of what an uninterrupted run takes, writing checkpoints all the
+    // time, then resumed to the end
     let spawn = |arguments: &[&str]| {
         Command::new(env!("CARGO_BIN_EXE_cf-train")).args(arguments).current_dir(folder.path()).spawn()
     };
@@ -274,7 +281,8 @@ fn a_killed_run_goes_on_bit_by_bit() {
     assert_eq!(left.count(), 2, "a killed process' temporary file is still there");
 }
 
-/// A bag that cannot be read, or a change of settings or tables, stops a run in a sentence; put right, it goes on bit by bit.
+/// A bag that cannot be read, or a change of settings or tables, stops a run in a sentence; put
+/// right, it goes on bit by bit.
 #[test]
 fn a_damaged_run_says_so_and_goes_on_when_mended() {
     let folder = tempfile::tempdir().unwrap();
@@ -359,7 +367,8 @@ fn runs_do_not_share_folders() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("another cf-train is at work"), "{out:?}");
 }
 
-/// Ctrl-C, the SIGTERM of a batch system that takes its machine back, the SIGHUP of a lost terminal.
+/// Ctrl-C, the SIGTERM of a batch system that takes its machine back, the SIGHUP of a lost
+/// terminal.
 #[cfg(unix)]
 #[test]
 fn a_signal_saves_and_says_how_to_go_on() {
@@ -451,7 +460,8 @@ fn wrong_input_is_refused_in_a_sentence() {
     assert!(!folder.path().join("runs").exists(), "a refused run left a folder");
 }
 
-/// The published rule updates after every n-th slide of an epoch: a smaller fold would never update.
+/// The published rule updates after every n-th slide of an epoch: a smaller fold would never
+/// update.
 #[test]
 fn a_fold_that_would_never_update_is_refused_before_anything_is_written() {
     let folder = tempfile::tempdir().unwrap();
@@ -470,7 +480,8 @@ fn a_fold_that_would_never_update_is_refused_before_anything_is_written() {
     assert!(stdout.contains("fold 0: 86 slides to train, 1 update an epoch; 86 to validate"), "{stdout}");
 }
 
-/// Where no two validation slides can be compared, no epoch can be chosen, which is said before training.
+/// Where no two validation slides can be compared, no epoch can be chosen, which is said before
+/// training.
 #[test]
 fn slides_that_cannot_choose_an_epoch_are_told_before_training() {
     let folder = tempfile::tempdir().unwrap();
@@ -489,7 +500,8 @@ fn slides_that_cannot_choose_an_epoch_are_told_before_training() {
     assert!(stdout.contains("no two of those that choose the epoch can be compared"), "{out:?}");
 }
 
-/// Every bit of a checkpoint and of a best model counts: a flipped one is an error and not another model.
+/// Every bit of a checkpoint and of a best model counts: a flipped one is an error and not another
+/// model.
 #[test]
 fn a_flipped_bit_in_a_runs_tensors_is_an_error() {
     let config = RunConfig { num_epochs: 1, ..config() };
@@ -680,8 +692,8 @@ fn completions_and_manual_pages_are_printed() {
     }
 }
 
-/// A cohort is read to its last value before training: what is wrong is listed, and left out by name if
-/// that is asked for.
+/// A cohort is read to its last value before training: what is wrong is listed, and left out by
+/// name if that is asked for.
 #[test]
 fn a_check_lists_what_is_wrong_and_skip_bad_leaves_it_out() {
     let folder = tempfile::tempdir().unwrap();

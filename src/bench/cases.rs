@@ -24,7 +24,8 @@ pub struct Case {
     pub shape: String,
     /// Of the activations; f64 has no kernels and counts as f32.
     pub storage: Storage,
-    /// Operations (a multiply-add is two) and bytes of one run: each input read once, each output written once.
+    /// Operations (a multiply-add is two) and bytes of one run: each input read once, each output
+    /// written once.
     pub flop: f64,
     pub bytes: f64,
     run: Box<Run>,
@@ -41,7 +42,8 @@ pub struct Product {
     pub depth: usize,
 }
 
-/// A matrix of a case's memory, by its address: what a BLAS takes. It is there as long as the [`Cases`].
+/// A matrix of a case's memory, by its address: what a BLAS takes. It is there as long as the
+/// [`Cases`].
 #[derive(Clone, Copy)]
 pub struct Operand {
     pub address: u64,

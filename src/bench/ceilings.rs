@@ -1,4 +1,5 @@
-//! What a device can do at all, measured; and cublasLt, as the peer of our products. The CUDA half has not yet run on a GPU.
+//! What a device can do at all, measured; and cublasLt, as the peer of our products. The CUDA half
+//! has not yet run on a GPU.
 
 use super::{
     cases::{Case, Operand, Product},
@@ -14,8 +15,8 @@ const FLUSH: usize = 256 << 20;
 /// A product large enough for a GPU's peak.
 const LARGE: usize = 8192;
 
-/// Operations a second that this device reaches: on a CPU multiply-adds in registers, on a GPU a large product by cublasLt, if that is
-/// installed.
+/// Operations a second that this device reaches: on a CPU multiply-adds in registers, on a GPU a
+/// large product by cublasLt, if that is installed.
 pub fn peak<T: Element>(device: &Device) -> Result<Option<f64>> {
     match device {
         Device::Cpu(cpu) => Ok(Some(cpu.fma_peak::<f32>(3))),
@@ -78,7 +79,8 @@ fn product_rate<T: Element>(cuda: &Cuda) -> Result<Option<f64>> {
     Ok(Some(2.0 * (LARGE as f64).powi(3) / best))
 }
 
-/// Median seconds of cublasLt on the case's products, one call each; None without products, without a GPU, or without cublasLt.
+/// Median seconds of cublasLt on the case's products, one call each; None without products, without
+/// a GPU, or without cublasLt.
 pub fn cublaslt(device: &Device, case: &Case, repeat: u32) -> Result<Option<f64>> {
     let Device::Cuda(cuda) = device else { return Ok(None) };
     let (false, Some(library)) = (case.products.is_empty(), CublasLt::open(cuda)?) else { return Ok(None) };

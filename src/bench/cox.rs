@@ -17,7 +17,8 @@ struct Report {
     device: String,
     n: usize,
     ties: &'static str,
-    /// Loss and gradient of rows that come in order of time; on a GPU of a cohort and risks that lie on it.
+    /// Loss and gradient of rows that come in order of time; on a GPU of a cohort and risks that
+    /// lie on it.
     sorted_s: Seconds,
     /// The same with the sort (and, on a GPU, the copies there and back).
     unsorted_s: Seconds,

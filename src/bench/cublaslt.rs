@@ -1,4 +1,5 @@
-//! cublasLt: the peer of our products, and the measure of what a GPU's tensor cores reach. NOT YET RUN ON A GPU.
+//! cublasLt: the peer of our products, and the measure of what a GPU's tensor cores reach. NOT YET
+//! RUN ON A GPU.
 
 use std::ffi::c_void;
 
@@ -58,7 +59,8 @@ impl<'a> CublasLt<'a> {
         Ok(Some(Self { cuda, handle: lt::create_handle().map_err(failed)?, workspace }))
     }
 
-    /// `storage` of the operands, `out` of the result. cublasLt is column-major: it computes outᵀ = bᵀ aᵀ of the same memory.
+    /// `storage` of the operands, `out` of the result. cublasLt is column-major: it computes outᵀ =
+    /// bᵀ aᵀ of the same memory.
     pub fn prepare(&'a self, product: &Product, storage: Storage, out: Storage) -> Result<Prepared<'a>> {
         let kind = |storage| match storage {
             Storage::F32 => cudaDataType_t::CUDA_R_32F,
@@ -100,7 +102,8 @@ impl Prepared<'_> {
         let Self { library, product, description, layouts: [a, b, d], algorithm } = self;
         let address = |operand: Operand| operand.address as *mut c_void;
         let stream = library.cuda.stream();
-        // SAFETY: the matrices are live device memory of these shapes; the scalars are read before the call returns.
+        // SAFETY: the matrices are live device memory of these shapes; the scalars are read before
+        // the call returns.
         let status = unsafe {
             lt::matmul(
                 library.handle,
@@ -127,7 +130,8 @@ impl Prepared<'_> {
 
 impl Drop for Prepared<'_> {
     fn drop(&mut self) {
-        // SAFETY: made by `prepare`, and used by nobody else. Nothing can be done about an error here.
+        // SAFETY: made by `prepare`, and used by nobody else. Nothing can be done about an error
+        // here.
         unsafe {
             let _ = lt::destroy_matmul_desc(self.description);
             self.layouts.map(|layout| lt::destroy_matrix_layout(layout)).into_iter().for_each(drop);
@@ -147,7 +151,8 @@ mod tests {
     use super::*;
     use crate::device::Matrix;
 
-    /// x Wᵀ of x [5, 8] (rows 16 apart) and W [3, 8]: outᵀ [3, 5] = W xᵀ, whose memory column-major is W [8, 3] transposed, x [8, 5] as it is.
+    /// x Wᵀ of x [5, 8] (rows 16 apart) and W [3, 8]: outᵀ [3, 5] = W xᵀ, whose memory column-major
+    /// is W [8, 3] transposed, x [8, 5] as it is.
     #[test]
     fn row_major_products_are_column_major_ones_of_the_transposes() {
         let x = Operand { stride: 16, ..Operand::plain(Matrix::new(0, 5, 8)) };

@@ -16,7 +16,8 @@ use crate::{
 
 #[derive(Args)]
 pub struct OpArguments {
-    /// Ops whose name begins so (matmul, "attention forward", ...); or cox alone, which has a cohort instead of a slide
+    /// Ops whose name begins so (matmul, "attention forward", ...); or cox alone, which has a
+    /// cohort instead of a slide
     #[arg(required_unless_present = "all")]
     ops: Vec<String>,
     /// Every op
@@ -99,7 +100,8 @@ struct Row {
     peer_us: Option<f64>,
     /// cublasLt on the same product without epilogue, where both are at hand.
     cublaslt_us: Option<f64>,
-    /// The time of its operations at the measured peak, or of its bytes at the measured copy rate, whichever is longer, over the median.
+    /// The time of its operations at the measured peak, or of its bytes at the measured copy rate,
+    /// whichever is longer, over the median.
     of_roofline: Option<f64>,
 }
 
@@ -217,7 +219,8 @@ fn peer_rows(python: &str, arguments: &OpArguments) -> Result<Vec<PeerRow>> {
     peer::run::<Peer>(python, &flags.map(String::from)).map(|peer| peer.ops)
 }
 
-/// Seconds of each run, ascending. On a GPU by its own clock, each after the L2 cache has been filled with something else.
+/// Seconds of each run, ascending. On a GPU by its own clock, each after the L2 cache has been
+/// filled with something else.
 fn times(device: &Device, arena: &mut Arena, case: &Case, repeat: u32) -> Result<Vec<f64>> {
     case.run(device, arena)?;
     let mut times = Vec::new();

@@ -6,7 +6,8 @@ use serde::de::DeserializeOwned;
 
 use crate::{Error, Result};
 
-/// What the script prints for these arguments. `python` has torch; the script is looked for here, then where this was built.
+/// What the script prints for these arguments. `python` has torch; the script is looked for here,
+/// then where this was built.
 pub fn run<R: DeserializeOwned>(python: &str, arguments: &[String]) -> Result<R> {
     let here = Path::new("benches/peer/peer.py");
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join(here);

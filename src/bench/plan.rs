@@ -41,7 +41,8 @@ pub struct PlanArguments {
     json: bool,
 }
 
-/// The share of the peak that a whole step reaches on a CPU (docs/measurements.md, "One training step").
+/// The share of the peak that a whole step reaches on a CPU (docs/measurements.md, "One training
+/// step").
 const FRACTION_OF_PEAK: f64 = 0.7;
 
 #[derive(Serialize)]

@@ -1,4 +1,5 @@
-//! Slides of any size, for measuring: features are uniform on [-1, 1) in bf16, written as fast as the disk takes them.
+//! Slides of any size, for measuring: features are uniform on [-1, 1) in bf16, written as fast as
+//! the disk takes them.
 
 use std::{
     io::{self, Write},

@@ -1,4 +1,5 @@
-//! Evaluates a run, or one checkpoint on any cohort, compares runs, and predicts slides without outcomes.
+//! Evaluates a run, or one checkpoint on any cohort, compares runs, and predicts slides without
+//! outcomes.
 
 use std::path::PathBuf;
 
@@ -33,21 +34,23 @@ cf-eval [OPTIONS] <RUN>
        cf-eval compare [OPTIONS] <RUN_A> <RUN_B>
        cf-eval predict [OPTIONS] --pt-dir <DIR> --backbone <NAME> <MODEL>";
 
-/// Evaluates a run's folds, or one checkpoint on any cohort: C-index, Kaplan-Meier curves, predictions and a report
+/// Evaluates a run's folds, or one checkpoint on any cohort: C-index, Kaplan-Meier curves,
+/// predictions and a report
 #[derive(Parser)]
 #[command(name = "cf-eval", version = crossfusion::report::VERSION, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, override_usage = USAGE, after_help = EXAMPLES)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
 
-    /// Run folder of cf-train; each fold's best model is evaluated on the fold's test slides, or else on its
-    /// validation slides
+    /// Run folder of cf-train; each fold's best model is evaluated on the fold's test slides, or
+    /// else on its validation slides
     #[arg(required_unless_present_any = ["checkpoint", "completions", "man"], conflicts_with = "checkpoint")]
     run: Option<PathBuf>,
     /// A model: best.safetensors of a run, or a published best_model.pt
     #[arg(long, value_name = "F", requires_all = ["clinical", "pt_dir", "backbone"])]
     checkpoint: Option<PathBuf>,
-    /// Folder for the results of --checkpoint; a run's go into its own folder [default: runs/eval-BACKBONE-NUMBER]
+    /// Folder for the results of --checkpoint; a run's go into its own folder [default:
+    /// runs/eval-BACKBONE-NUMBER]
     #[arg(long, value_name = "DIR", conflicts_with = "run")]
     out: Option<PathBuf>,
     #[command(flatten)]
@@ -86,8 +89,8 @@ struct Data {
     /// The fold of --splits whose slides --checkpoint is evaluated on
     #[arg(long, value_name = "K", requires = "splits", conflicts_with = "run")]
     fold: Option<usize>,
-    /// Attention heads of a --checkpoint that does not say, as published ones; other sizes are read off its tensors
-    /// [default: 4]
+    /// Attention heads of a --checkpoint that does not say, as published ones; other sizes are read
+    /// off its tensors [default: 4]
     #[arg(long, value_name = "N", conflicts_with = "run")]
     num_heads: Option<usize>,
 }
@@ -121,9 +124,11 @@ enum Command {
         #[command(flatten)]
         resampling: Resampling,
     },
-    /// Predicts slides whose outcome is not known: hazards, survival curve, median survival and risk
+    /// Predicts slides whose outcome is not known: hazards, survival curve, median survival and
+    /// risk
     Predict {
-        /// Run folder, whose folds' models are averaged, or one model: best.safetensors, a published best_model.pt
+        /// Run folder, whose folds' models are averaged, or one model: best.safetensors, a
+        /// published best_model.pt
         model: PathBuf,
         /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
         #[arg(long, value_name = "DIR")]

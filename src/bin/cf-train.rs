@@ -50,10 +50,12 @@ struct Arguments {
     /// Settings as TOML; flags override it
     #[arg(long, value_name = "F.toml")]
     config: Option<PathBuf>,
-    /// Read all tables and every value of every feature file, say what is wrong with them, and train nothing
+    /// Read all tables and every value of every feature file, say what is wrong with them, and
+    /// train nothing
     #[arg(long, conflicts_with_all = ["demo", "resume", "out", "skip_bad"])]
     check: bool,
-    /// Do the same first, and leave out the slides with something wrong; config.toml and left_out.csv name them
+    /// Do the same first, and leave out the slides with something wrong; config.toml and
+    /// left_out.csv name them
     #[arg(long, conflicts_with_all = ["demo", "resume"])]
     skip_bad: bool,
     /// Run folder [default: runs/BACKBONE-NUMBER]
@@ -206,8 +208,8 @@ fn train() -> Result<()> {
     Ok(())
 }
 
-/// Ctrl-C, a batch system's SIGTERM, or the SIGHUP of a terminal that goes away sets `interrupted`; the
-/// next one ends the program at once, with the shell's exit code for it.
+/// Ctrl-C, a batch system's SIGTERM, or the SIGHUP of a terminal that goes away sets `interrupted`;
+/// the next one ends the program at once, with the shell's exit code for it.
 fn listen(interrupted: &Arc<AtomicBool>) -> std::io::Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     let mut signals = signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM])?;

@@ -1,4 +1,5 @@
-//! Files that are either the old or the new version, never a half-written one, also after a power cut.
+//! Files that are either the old or the new version, never a half-written one, also after a power
+//! cut.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -8,8 +9,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{Error, Result};
 
-/// Writes `path` through a temporary file beside it: written, synced, renamed, and the folder synced.
-/// When anything fails, `path` stays as it was and the temporary file is removed.
+/// Writes `path` through a temporary file beside it: written, synced, renamed, and the folder
+/// synced. When anything fails, `path` stays as it was and the temporary file is removed.
 pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
     let failed = |e: io::Error| Error::file(path, format!("cannot be written: {e}"));
     let temporary = temporary_beside(path)?;
@@ -58,8 +59,8 @@ pub fn remove_temporaries() {
     std::mem::forget(temporaries);
 }
 
-/// Removes the temporary files that killed processes left in a folder, but for those of the files in
-/// `others`, which another process may be writing.
+/// Removes the temporary files that killed processes left in a folder, but for those of the files
+/// in `others`, which another process may be writing.
 pub fn remove_leftovers(folder: &Path, others: &[&str]) -> Result<()> {
     let failed = |e: io::Error| Error::file(folder, format!("cannot be tidied: {e}"));
     for entry in fs::read_dir(folder).map_err(failed)? {
@@ -74,14 +75,15 @@ pub fn remove_leftovers(folder: &Path, others: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// In the same folder, since a rename is atomic only within one file system; named by the process, so that
-/// two programs writing one file do not write into each other's temporary.
+/// In the same folder, since a rename is atomic only within one file system; named by the process,
+/// so that two programs writing one file do not write into each other's temporary.
 fn temporary_beside(path: &Path) -> Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| Error::file(path, "is not the name of a file to write"))?;
     Ok(path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id())))
 }
 
-/// A rename is durable only once its folder is synced. Other systems than Unix cannot open a folder for that.
+/// A rename is durable only once its folder is synced. Other systems than Unix cannot open a folder
+/// for that.
 fn sync_folder(path: &Path) -> io::Result<()> {
     if cfg!(unix) {
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -93,8 +95,8 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 /// The most bytes of a file that these programs wrote, and read again.
 pub const MOST: u64 = 1 << 30;
 
-/// The content of a file of at most so many bytes. It may come through a pipe, but not from a device
-/// without an end.
+/// The content of a file of at most so many bytes. It may come through a pipe, but not from a
+/// device without an end.
 pub fn read_bytes(path: &Path, most: u64) -> Result<Vec<u8>> {
     let failed = |e: io::Error| Error::file(path, format!("cannot be read: {e}"));
     let mut bytes = Vec::new();

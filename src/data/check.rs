@@ -29,8 +29,8 @@ pub struct Problem {
     pub what: String,
 }
 
-/// Reads the tables and all values of the feature files, on all threads. `each` is told the bytes of
-/// each file that is done. An error where the tables or folders are wrong; what is wrong with a
+/// Reads the tables and all values of the feature files, on all threads. `each` is told the bytes
+/// of each file that is done. An error where the tables or folders are wrong; what is wrong with a
 /// feature file is one of the problems.
 pub fn check(source: &Source, each: impl Fn(u64) + Sync) -> Result<Checked> {
     let mut cohort = Cohort::read(source.clinical, source.columns, source.manifest)?;

@@ -59,7 +59,8 @@ enum Outcome {
     Event,
 }
 
-/// The keys of `--columns`, each with the column that it is read from without it, and other names that tools give to that.
+/// The keys of `--columns`, each with the column that it is read from without it, and other names
+/// that tools give to that.
 const KEYS: [(&str, &str, &[&str]); 5] = [
     ("case_id", "case_id", &["patient_id", "patient", "bcr_patient_barcode", "case_submitter_id"]),
     ("slide_id", "slide_id", &["filename", "file_name", "slide"]),
@@ -72,7 +73,8 @@ const KEYS: [(&str, &str, &[&str]); 5] = [
     ),
 ];
 
-/// Which columns hold what, as `--columns` says it: `case_id=PATIENT_ID,time=OS_DAYS:days,event=OS_STATUS`.
+/// Which columns hold what, as `--columns` says it:
+/// `case_id=PATIENT_ID,time=OS_DAYS:days,event=OS_STATUS`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Columns {
@@ -166,7 +168,8 @@ struct Places {
     renamed: Vec<String>,
 }
 
-/// Finds the column of each key: the one that was named, else the one of the usual name, else the only one with another known name.
+/// Finds the column of each key: the one that was named, else the one of the usual name, else the
+/// only one with another known name.
 fn find(sheet: &Sheet, columns: &Columns) -> Result<Places> {
     let find = |key: &'static str| -> Result<Option<usize>> {
         if let Some(name) = columns.names.get(key) {
@@ -285,7 +288,8 @@ fn why(cell: &str) -> &'static str {
     if !cell.is_empty() && is_missing(cell) { " is a missing value" } else { "" }
 }
 
-/// 1 or 0, True or False; for events also cBioPortal's `1:DECEASED` and `0:LIVING`, or these words alone.
+/// 1 or 0, True or False; for events also cBioPortal's `1:DECEASED` and `0:LIVING`, or these words
+/// alone.
 fn flag(cell: &str, outcome: Outcome) -> Option<bool> {
     match cell.parse::<f64>() {
         Ok(0.0) => return Some(false),

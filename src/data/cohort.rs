@@ -31,13 +31,15 @@ const SLIDE_FILES: [&str; 20] = [
 ];
 
 impl Slide {
-    /// The name that feature files carry: the slide's without the extension of a slide file, in upper or lower case.
+    /// The name that feature files carry: the slide's without the extension of a slide file, in
+    /// upper or lower case.
     pub fn name(&self) -> &str {
         stem(&self.slide_id)
     }
 
-    /// The patient: the case, or what its id says if it is the barcode of a slide or of another part of a patient. TCGA's patients have
-    /// three fields (TCGA-AA-3488), CPTAC's two (C3L-00017).
+    /// The patient: the case, or what its id says if it is the barcode of a slide or of another
+    /// part of a patient. TCGA's patients have three fields (TCGA-AA-3488), CPTAC's two
+    /// (C3L-00017).
     pub fn patient(&self) -> &str {
         let case = self.case_id.as_str();
         let fields: Vec<&str> = case.splitn(4, '-').collect();
@@ -117,8 +119,9 @@ pub struct Cohort {
 }
 
 impl Cohort {
-    /// Reads a clinical table. With a GDC manifest, slides whose `filename` it does not list are left out, and a slide that it lists twice
-    /// comes twice, as pandas' inner merge does it (TCGA COAD has one such slide).
+    /// Reads a clinical table. With a GDC manifest, slides whose `filename` it does not list are
+    /// left out, and a slide that it lists twice comes twice, as pandas' inner merge does it (TCGA
+    /// COAD has one such slide).
     pub fn read(clinical: &Path, columns: &Columns, manifest: Option<&Path>) -> Result<Self> {
         let table = Clinical::read(clinical, columns)?;
         let manifest = manifest.map(|path| Table::read(path, &["filename"])).transpose()?;
@@ -228,7 +231,8 @@ impl Cohort {
         ))
     }
 
-    /// The case that a table means by `id`: pandas writes whole numbers as 101.0 where a column has blanks.
+    /// The case that a table means by `id`: pandas writes whole numbers as 101.0 where a column has
+    /// blanks.
     pub fn case(&self, id: &str) -> Option<&str> {
         let key = known(id, |id| self.cases.contains_key(id))?;
         self.cases.get_key_value(&key).map(|(case, _)| case.as_str())

@@ -1,4 +1,5 @@
-//! What a run trains and validates on: slides with outcomes, labels, feature files and folds, all checked before work starts.
+//! What a run trains and validates on: slides with outcomes, labels, feature files and folds, all
+//! checked before work starts.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -64,7 +65,8 @@ pub struct Fold {
 }
 
 impl Fold {
-    /// The slides that the fold's result is of: the test slides where it has some, else the validation slides.
+    /// The slides that the fold's result is of: the test slides where it has some, else the
+    /// validation slides.
     pub fn reported(&self) -> &[usize] {
         if self.test.is_empty() { &self.val } else { &self.test }
     }
@@ -92,7 +94,8 @@ impl<T: Element<Sum = f32>> Stored<T> {
 }
 
 impl<T: Element<Sum = f32>> SlideFeatures<T> {
-    /// Reads the bags, rounded to `T`, but for those of the scales that are `streamed`, which stay in their files.
+    /// Reads the bags, rounded to `T`, but for those of the scales that are `streamed`, which stay
+    /// in their files.
     pub fn read(readers: &Scales<PatchReader>, streamed: &[Scale]) -> Result<Self> {
         let features = readers.values().next().map_or(0, |reader| reader.features);
         let bags = readers.as_ref().try_map(|scale, reader| {
@@ -185,7 +188,8 @@ impl Dataset {
         Ok(())
     }
 
-    /// Sentences about the cohort that a user should know before training: columns, outcomes, and what was left out.
+    /// Sentences about the cohort that a user should know before training: columns, outcomes, and
+    /// what was left out.
     pub fn notes(&self) -> Vec<String> {
         let Missing { slides, by_scale, first } = &self.missing;
         let counts: Vec<_> = by_scale.iter().map(|(scale, n)| format!("{n} at {scale}")).collect();
@@ -229,7 +233,8 @@ impl Dataset {
         left_out
     }
 
-    /// The folds of these numbers. An error if some have test slides and others not, whose results would be of different kinds.
+    /// The folds of these numbers. An error if some have test slides and others not, whose results
+    /// would be of different kinds.
     pub fn folds(&self, splits: &Path, numbers: Range<usize>) -> Result<Vec<(usize, Fold)>> {
         let folds = numbers.map(|i| Ok((i, self.fold(splits, i)?))).collect::<Result<Vec<_>>>()?;
         let with = |tested: bool| folds.iter().find(|(_, fold)| fold.test.is_empty() != tested);
@@ -287,7 +292,8 @@ impl Dataset {
         Target { label: bins.label(slide.months), censored: slide.censored }
     }
 
-    /// Reads slides in order; `work` gets each in turn and ends the reading by returning false or an error.
+    /// Reads slides in order; `work` gets each in turn and ends the reading by returning false or
+    /// an error.
     pub fn for_each<T: Element<Sum = f32>>(
         &self,
         order: &[usize],
@@ -329,7 +335,8 @@ impl Dataset {
 /// How slides are read.
 #[derive(Clone, Debug, Default)]
 pub struct Reading {
-    /// Slides that a thread of its own reads ahead of the one in use; 0 reads each when it is wanted.
+    /// Slides that a thread of its own reads ahead of the one in use; 0 reads each when it is
+    /// wanted.
     pub ahead: usize,
     /// Slides some of whose bags stay in their files: those of `scales`.
     pub streamed: HashSet<usize>,

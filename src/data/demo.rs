@@ -1,8 +1,10 @@
-//! A small synthetic cohort in the real layout on disk, with a survival signal planted in the features.
+//! A small synthetic cohort in the real layout on disk, with a survival signal planted in the
+//! features.
 //!
-//! Each patient has a latent risk z, standard normal. Survival is exponential with hazard proportional to exp(2 z), censoring is
-//! independent and about as frequent. A slide is a grid of patches at 10x, four times as many at 20x and a quarter at 5x; a share of
-//! them that grows with z lies in a tumour, where the features are shifted along a direction of each magnification.
+//! Each patient has a latent risk z, standard normal. Survival is exponential with hazard
+//! proportional to exp(2 z), censoring is independent and about as frequent. A slide is a grid of
+//! patches at 10x, four times as many at 20x and a quarter at 5x; a share of them that grows with z
+//! lies in a tumour, where the features are shifted along a direction of each magnification.
 
 use std::{
     fmt::Write,
@@ -23,7 +25,8 @@ const SECOND_SLIDE: usize = 7;
 /// Patches at 10x of the one large slide; the others have 40 to 140.
 const LARGE: usize = 900;
 
-/// What suits a cohort this small: a narrow model, many small steps, one sweep of the learning rate.
+/// What suits a cohort this small: a narrow model, many small steps, one sweep of the learning
+/// rate.
 const SETTINGS: &str = "
     embed_dim = 64
     num_epochs = 20

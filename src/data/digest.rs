@@ -1,5 +1,5 @@
-//! Digests: of names, so that a model can say whom it was trained on without naming them, and of the
-//! files that a run reads, so that a change of them is noticed.
+//! Digests: of names, so that a model can say whom it was trained on without naming them, and of
+//! the files that a run reads, so that a change of them is noticed.
 
 use std::{fmt::Write as _, fs::File, io, os::unix::fs::FileExt, path::Path};
 
@@ -24,14 +24,15 @@ pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// What stands for a slide's or a patient's name in a model's card: 64 bits of its SHA-256. It tells
-/// who was seen to those who know the name; short names can be guessed from it.
+/// What stands for a slide's or a patient's name in a model's card: 64 bits of its SHA-256. It
+/// tells who was seen to those who know the name; short names can be guessed from it.
 pub fn id_digest(id: &str) -> String {
     hex(&Sha256::digest(id.as_bytes())[..8])
 }
 
-/// The SHA-256 of a file's first and last 16 KiB and of sixteen blocks of 4 KiB spread evenly between
-/// them; of the whole file where it is no larger than these together. It goes with the file's length.
+/// The SHA-256 of a file's first and last 16 KiB and of sixteen blocks of 4 KiB spread evenly
+/// between them; of the whole file where it is no larger than these together. It goes with the
+/// file's length.
 pub fn sample(path: &Path) -> io::Result<String> {
     let file = File::open(path)?;
     let len = file.metadata()?.len();

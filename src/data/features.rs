@@ -1,5 +1,5 @@
-//! Feature bags: one type that opens every kind of feature file and reads it by ranges of patches, so that a bag
-//! larger than memory can be streamed.
+//! Feature bags: one type that opens every kind of feature file and reads it by ranges of patches,
+//! so that a bag larger than memory can be streamed.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -21,8 +21,8 @@ use super::tensor::{Entry, Seal, StoredTensor, batch_axis, first_non_finite, pla
 use super::torch::{Archive, Container, container, safetensors_entries};
 use crate::{Error, Result, device::Element};
 
-/// The names under which tools store features, in all formats: CLAM, TRIDENT and Prov-GigaPath; STAMP; and what else is met.
-/// A tensor of another name is never taken for them.
+/// The names under which tools store features, in all formats: CLAM, TRIDENT and Prov-GigaPath;
+/// STAMP; and what else is met. A tensor of another name is never taken for them.
 pub(super) const FEATURE_NAMES: [&str; 6] = ["features", "feats", "embeddings", "patch_embeddings", "tile_embeds", "x"];
 
 /// Bytes that are read for a checksum at once.
@@ -32,15 +32,16 @@ const VERIFIED: usize = 32 << 20;
 
 /// A feature file whose header has been read and checked, and whose numbers are read on demand.
 ///
-/// Formats, told apart by content: `.pt` of `torch.save` (zip or legacy; a tensor or numpy array `[N, F]`, `[1, N, F]` or
-/// `[N, 1, F]`, a Parameter, a dict that holds one under a usual name, a pair of features and coordinates), `.safetensors`,
-/// and the `.h5` of CLAM, TRIDENT and STAMP.
-/// The headers of `.pt` and `.safetensors` are read through a memory map; compressed members of a `.pt` are unpacked into memory on opening.
-/// Numbers are read from the file, strided ones through the map: such a file must not be shortened while it is open (the operating system
-/// ends the program on a read past the end).
+/// Formats, told apart by content: `.pt` of `torch.save` (zip or legacy; a tensor or numpy array
+/// `[N, F]`, `[1, N, F]` or `[N, 1, F]`, a Parameter, a dict that holds one under a usual name, a
+/// pair of features and coordinates), `.safetensors`, and the `.h5` of CLAM, TRIDENT and STAMP. The
+/// headers of `.pt` and `.safetensors` are read through a memory map; compressed members of a `.pt`
+/// are unpacked into memory on opening. Numbers are read from the file, strided ones through the
+/// map: such a file must not be shortened while it is open (the operating system ends the program
+/// on a read past the end).
 ///
-/// Checksums that a format carries are checked: of a `.pt` by whoever reads the whole bag while it is read, else before the first
-/// part is; of an `.h5` chunk by chunk; of headers on opening.
+/// Checksums that a format carries are checked: of a `.pt` by whoever reads the whole bag while it
+/// is read, else before the first part is; of an `.h5` chunk by chunk; of headers on opening.
 pub struct FeatureFile {
     path: PathBuf,
     patches: usize,
@@ -58,14 +59,17 @@ enum Numbers {
     H5(H5Bag),
 }
 
-/// A member of a file, as long as nobody writes to the file: device, inode, size, time of the last change, first byte of the member.
+/// A member of a file, as long as nobody writes to the file: device, inode, size, time of the last
+/// change, first byte of the member.
 type Member = (u64, u64, u64, i64, i64, usize);
 
-/// The members that this process has read and found sound: a file that is streamed is opened again for every part.
+/// The members that this process has read and found sound: a file that is streamed is opened again
+/// for every part.
 static SOUND: Mutex<BTreeSet<Member>> = Mutex::new(BTreeSet::new());
 
 impl FeatureFile {
-    /// Opens a file and checks everything but its numbers. Errors name the file and say what it holds instead of a bag.
+    /// Opens a file and checks everything but its numbers. Errors name the file and say what it
+    /// holds instead of a bag.
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = map_file(path)?;
         if container(&bytes).map_err(|e| Error::file(path, e))? != Some(Container::Hdf5) {
@@ -77,7 +81,8 @@ impl FeatureFile {
         Self::checked(path, patches, features, bag.dtype(), Numbers::H5(bag))
     }
 
-    /// A `.pt` or `.safetensors` file that is already in memory; `name` stands for its path in errors.
+    /// A `.pt` or `.safetensors` file that is already in memory; `name` stands for its path in
+    /// errors.
     pub fn from_bytes(name: &Path, bytes: Vec<u8>) -> Result<Self> {
         Self::from_mapped(name, bytes.into())
     }
@@ -121,8 +126,9 @@ impl FeatureFile {
         self.dtype
     }
 
-    /// Reads patches `rows` into `out` (row-major, `rows.len() * features()` numbers), converted to f32 and rounded to `T`, on all threads
-    /// (`.h5` on one). A NaN or an infinity is an error that names its patch and its feature, both counted from 0.
+    /// Reads patches `rows` into `out` (row-major, `rows.len() * features()` numbers), converted to
+    /// f32 and rounded to `T`, on all threads (`.h5` on one). A NaN or an infinity is an error that
+    /// names its patch and its feature, both counted from 0.
     pub fn read_rows<T: Element<Sum = f32>>(&self, rows: Range<usize>, out: &mut [T]) -> Result<()> {
         if rows.start > rows.end || rows.end > self.patches || out.len() != rows.len() * self.features {
             let message = format!(
@@ -145,7 +151,8 @@ impl FeatureFile {
         }
     }
 
-    /// Reads every number of the file, in bounded memory, and says what is wrong with the first that is: a checksum, a NaN, an infinity.
+    /// Reads every number of the file, in bounded memory, and says what is wrong with the first
+    /// that is: a checksum, a NaN, an infinity.
     pub fn verify(&self) -> Result<()> {
         let seal = self.seal();
         if let Some(seal) = seal.filter(|seal| !self.reads_seal(seal)) {
@@ -183,7 +190,8 @@ impl FeatureFile {
         }
     }
 
-    /// Whether numbers are read through the memory map, whose pages count as the process's memory until the file is closed.
+    /// Whether numbers are read through the memory map, whose pages count as the process's memory
+    /// until the file is closed.
     pub(super) fn is_mapped(&self) -> bool {
         matches!(&self.numbers, Numbers::Tensor(tensor) if !tensor.is_contiguous())
     }
@@ -224,8 +232,9 @@ impl FeatureFile {
         Ok(())
     }
 
-    /// Reads patches that are known to be there, and checks that they are finite. What comes back is the checksum of the bytes that were
-    /// read, where they were read from the file in their order.
+    /// Reads patches that are known to be there, and checks that they are finite. What comes back
+    /// is the checksum of the bytes that were read, where they were read from the file in their
+    /// order.
     fn read_blocks<T: Element<Sum = f32>>(&self, rows: Range<usize>, out: &mut [T]) -> Result<Hasher> {
         let read = |block: usize, i: usize, out: &mut [T]| {
             let start = rows.start + i * block;
@@ -264,7 +273,8 @@ impl FeatureFile {
             Numbers::Tensor(tensor) => {
                 let on_disk = self.on_disk.as_ref();
                 match on_disk.and_then(|(file, whole)| Some((file, tensor.place(&rows, whole)?))) {
-                    // read, and not through the map: of a disk that fails, or a file cut short, the system then tells
+                    // read, and not through the map: of a disk that fails, or a file cut short, the
+                    // system then tells
                     Some((file, place)) => {
                         let mut stored = vec![0; place.len()];
                         self.read_exact(file, &mut stored, place.start)?;
@@ -300,8 +310,9 @@ impl FeatureFile {
         Ok(bag)
     }
 
-    /// The patches' x and y, `[N, 2]`, in the unit of the tool that wrote the file (CLAM and TRIDENT: pixels at level
-    /// 0). `None` where the file has no integer `coords`; only `.h5` files are looked at.
+    /// The patches' x and y, `[N, 2]`, in the unit of the tool that wrote the file (CLAM and
+    /// TRIDENT: pixels at level 0). `None` where the file has no integer `coords`; only `.h5` files
+    /// are looked at.
     pub fn coordinates(&self) -> Result<Option<Array2<i64>>> {
         match &self.numbers {
             Numbers::Tensor(_) => Ok(None),
@@ -323,7 +334,8 @@ pub(super) fn wrong_shape(shape: &[usize]) -> String {
     format!("holds a tensor of shape {shape:?}, expected [patches, features]")
 }
 
-/// Maps a whole file into memory. Only regular files: the content of a pipe or a device has no end to be checked.
+/// Maps a whole file into memory. Only regular files: the content of a pipe or a device has no end
+/// to be checked.
 pub(super) fn map_file(path: &Path) -> Result<Bytes> {
     let unreadable = |e| Error::file(path, format!("cannot be read: {e}"));
     // looked at before it is opened, since opening a pipe waits for its other end
@@ -338,9 +350,10 @@ pub(super) fn map_file(path: &Path) -> Result<Bytes> {
         return Err(Error::file(path, "is an empty file (0 bytes)"));
     }
     let file = File::open(path).map_err(unreadable)?;
-    // SAFETY: the map is read-only and outlives every view of it (`Bytes` counts references). Another program that
-    // rewrites the file may change the numbers under us, which is no worse than reading them later; FeatureFile's
-    // documentation says what happens when the file is shortened.
+    // SAFETY: the map is read-only and outlives every view of it (`Bytes` counts references).
+    // Another program that rewrites the file may change the numbers under us, which is no worse
+    // than reading them later; FeatureFile's documentation says what happens when the file is
+    // shortened.
     let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
     Ok(Bytes::from_owner(map))
 }
@@ -399,8 +412,8 @@ impl Held {
     }
 }
 
-/// Which of them are the features. Of the usual names the first one that is there must be a bag of floats, and the only one.
-/// `noun` is what the format calls a tensor.
+/// Which of them are the features. Of the usual names the first one that is there must be a bag of
+/// floats, and the only one. `noun` is what the format calls a tensor.
 pub(super) fn choose(held: &[Held], noun: &str) -> Result<&'static str, String> {
     let find = |name: &str| held.iter().find(|held| held.name == name);
     let is_abscissa = |name: &str| name == "x" && find("y").is_some();
@@ -424,7 +437,8 @@ pub(super) fn choose(held: &[Held], noun: &str) -> Result<&'static str, String> 
     }
 }
 
-/// Which of two things without names are the features: the bag that lies beside the coordinates `[N, 2]` of its patches.
+/// Which of two things without names are the features: the bag that lies beside the coordinates
+/// `[N, 2]` of its patches.
 pub(super) fn choose_of_pair(held: &[Held]) -> Result<usize, String> {
     let is_bag = |a: &Held, b: &Held| a.bag().is_some_and(|[n, features]| features != 2 && b.shape == [n, 2]);
     match held {

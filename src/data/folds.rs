@@ -1,4 +1,5 @@
-//! Cross-validation folds: one table a fold, `splits_<i>.csv`, numbered from 0 or from 1. A table has one of three forms.
+//! Cross-validation folds: one table a fold, `splits_<i>.csv`, numbered from 0 or from 1. A table
+//! has one of three forms.
 //!
 //! ```text
 //! ,train,val,test           ids in columns, blank where one is shorter; `test` may be absent
@@ -30,7 +31,8 @@ pub struct Split {
     pub val: HashSet<String>,
     /// Empty where the table has no such column.
     pub test: HashSet<String>,
-    /// Cases of the study without an outcome, left out of all sides (the published LUAD folds name nine).
+    /// Cases of the study without an outcome, left out of all sides (the published LUAD folds name
+    /// nine).
     pub without_outcome: Vec<String>,
 }
 
@@ -59,7 +61,8 @@ fn numbers(folder: &Path) -> Result<Vec<usize>> {
     Ok(numbers)
 }
 
-/// The folds to work on: `wanted` of them, or all that the folder holds, from the first. Without `wanted`, a gap in the numbers is an error.
+/// The folds to work on: `wanted` of them, or all that the folder holds, from the first. Without
+/// `wanted`, a gap in the numbers is an error.
 pub fn choose(folder: &Path, wanted: Option<usize>) -> Result<Range<usize>> {
     let numbers = numbers(folder)?;
     let Some(&first) = numbers.first() else {
@@ -119,8 +122,8 @@ pub fn notes(folder: &Path, chosen: &Range<usize>) -> Vec<String> {
     }
 }
 
-/// Reads a fold. No case may be on two sides or twice on one. A case that is not in the clinical table is left out if the manifest knows
-/// it, and is an error otherwise.
+/// Reads a fold. No case may be on two sides or twice on one. A case that is not in the clinical
+/// table is left out if the manifest knows it, and is an error otherwise.
 pub fn read_split(path: &Path, cohort: &Cohort) -> Result<Split> {
     split_of(&Sheet::open(path)?, cohort)
 }
@@ -221,7 +224,8 @@ fn long(sheet: &Sheet, split: usize) -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// The clinical table's slides by their ids with and without the extension; None where two share a name.
+/// The clinical table's slides by their ids with and without the extension; None where two share a
+/// name.
 fn slides_by_name(cohort: &Cohort) -> HashMap<String, Option<(&str, &str)>> {
     let mut names: HashMap<String, Option<(&str, &str)>> = HashMap::new();
     for (case, slides) in cohort.cases() {

@@ -1,7 +1,8 @@
 //! Feature bags in HDF5, as CLAM, TRIDENT and STAMP write them.
 //!
-//! Every call into rust-hdf5 is guarded: a panic on a malformed file becomes an error, as any other damage is. The crate checks
-//! the checksums of headers and indices, and deflate checks its own; what it does not look at is checked here, chunk by chunk.
+//! Every call into rust-hdf5 is guarded: a panic on a malformed file becomes an error, as any other
+//! damage is. The crate checks the checksums of headers and indices, and deflate checks its own;
+//! what it does not look at is checked here, chunk by chunk.
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -45,7 +46,8 @@ pub struct H5Bag {
 }
 
 impl H5Bag {
-    /// `content` is the file at `path`: it is measured here, and read by rust-hdf5 through its own handle.
+    /// `content` is the file at `path`: it is measured here, and read by rust-hdf5 through its own
+    /// handle.
     pub fn open(path: &Path, content: &[u8]) -> Result<Self, String> {
         let file_size = content.len() as u64;
         if let Some(end) = stored_end(content)
@@ -145,7 +147,8 @@ impl H5Bag {
         })
     }
 
-    /// A chunk that was never written reads as the fill value; of one that holds nothing else it is asked whether it is there.
+    /// A chunk that was never written reads as the fill value; of one that holds nothing else it is
+    /// asked whether it is there.
     fn check_written(&self, rows: &Range<usize>, out: &[f32]) -> Result<(), String> {
         let features = self.shape.1;
         let is_fill = |x: &f32| x.to_bits() == self.fill.to_bits();
@@ -180,7 +183,8 @@ impl H5Bag {
                 let (data, sum) = stored.split_last_chunk::<4>().ok_or_else(failed)?;
                 let computed = guarded(|| apply_filters(&one, data).map_err(damaged))?;
                 let &[a, b, c, d] = computed.last_chunk().ok_or_else(failed)?;
-                // HDF5 before 1.6.3 wrote the bytes of each half the other way round, and libhdf5 takes both
+                // HDF5 before 1.6.3 wrote the bytes of each half the other way round, and libhdf5
+                // takes both
                 if ![[a, b, c, d], [b, a, d, c]].contains(sum) {
                     return Err(failed());
                 }
@@ -238,8 +242,9 @@ impl H5Bag {
     }
 }
 
-/// Where the file ends according to its superblock, as libhdf5 checks too: without that, chunks whose index was cut off
-/// would read as zeros. Layout: HDF5 File Format Specification 3.0, section II.A, with the usual 8-byte addresses.
+/// Where the file ends according to its superblock, as libhdf5 checks too: without that, chunks
+/// whose index was cut off would read as zeros. Layout: HDF5 File Format Specification 3.0, section
+/// II.A, with the usual 8-byte addresses.
 fn stored_end(content: &[u8]) -> Option<u64> {
     let content = content.get(hdf5_start(content)?..)?;
     let (size_of_addresses, end) = match content.get(8)? {
@@ -251,8 +256,8 @@ fn stored_end(content: &[u8]) -> Option<u64> {
     end.filter(|_| content[size_of_addresses] == 8)
 }
 
-/// A dataset of this file itself, of a size that the file can hold. Links and layouts that lead to other files are
-/// refused: a feature file must not decide what else is opened.
+/// A dataset of this file itself, of a size that the file can hold. Links and layouts that lead to
+/// other files are refused: a feature file must not decide what else is opened.
 fn own_dataset(file: &H5File, name: &str, file_size: u64) -> Result<H5Dataset, String> {
     if file.root_group().link_class(name).map_err(damaged)? != LinkClass::Hard {
         return Err(format!("holds `{name}` as a link to somewhere else, expected a dataset"));
@@ -386,7 +391,8 @@ fn fill_value(bytes: &[u8], dtype: DType, datatype: &DatatypeMessage) -> f32 {
     value[0]
 }
 
-/// Turns a panic inside rust-hdf5 into an error. What it was working on is only read, and never used again after one.
+/// Turns a panic inside rust-hdf5 into an error. What it was working on is only read, and never
+/// used again after one.
 fn guarded<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err("is a damaged .h5 file".into()))
 }

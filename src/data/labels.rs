@@ -1,4 +1,5 @@
-//! Discrete survival labels: months cut into bins at the quantiles of the uncensored slides (Zadeh & Schmid 2020, sec. 3).
+//! Discrete survival labels: months cut into bins at the quantiles of the uncensored slides (Zadeh
+//! & Schmid 2020, sec. 3).
 
 use super::cohort::Slide;
 use crate::{Error, Result};
@@ -6,15 +7,16 @@ use crate::{Error, Result};
 /// Added to both ends so that every slide falls inside.
 const MARGIN: f64 = 1e-6;
 
-/// Bin edges, `bins + 1` of them; bin i is [edge i, edge i + 1). By default there are none, for a loss that needs no labels.
+/// Bin edges, `bins + 1` of them; bin i is [edge i, edge i + 1). By default there are none, for a
+/// loss that needs no labels.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Bins {
     pub edges: Vec<f64>,
 }
 
 impl Bins {
-    /// Cuts at the quantiles of the uncensored slides (linear interpolation, as `pandas.qcut`); the outer edges are moved to the ends of all
-    /// slides.
+    /// Cuts at the quantiles of the uncensored slides (linear interpolation, as `pandas.qcut`); the
+    /// outer edges are moved to the ends of all slides.
     pub fn cut(slides: &[Slide], bins: usize) -> Result<Self> {
         let undefined = |reason: String| Error::Statistic { statistic: "the set of survival bins", reason };
         let mut events: Vec<f64> = slides.iter().filter(|s| !s.censored).map(|s| s.months).collect();

@@ -34,7 +34,8 @@ pub struct Missing {
     pub first: PathBuf,
 }
 
-/// Pairs each slide with its files at these scales and leaves out those that lack one. `rows` are the slides' rows in the clinical table, for messages.
+/// Pairs each slide with its files at these scales and leaves out those that lack one. `rows` are
+/// the slides' rows in the clinical table, for messages.
 pub fn find_features(
     slides: Vec<Slide>,
     rows: &HashMap<String, usize>,
@@ -157,8 +158,8 @@ fn is_stamp(name: &str, backbone: &str) -> bool {
     name.strip_prefix(backbone).is_some_and(|rest| rest.is_empty() || rest.strip_prefix('-').is_some_and(is_hash))
 }
 
-/// The slide's file in the folder of a magnification, named by the whole slide id or by its stem. What has
-/// its name but is no file is found too, and refused by whoever opens it.
+/// The slide's file in the folder of a magnification, named by the whole slide id or by its stem.
+/// What has its name but is no file is found too, and refused by whoever opens it.
 fn file_in(folder: &Path, slide: &Slide) -> Option<PathBuf> {
     let names = [slide.slide_id.as_str(), slide.name()];
     let path = |name: &str, (kind, extension): &(&str, &str)| folder.join(kind).join(format!("{name}.{extension}"));

@@ -5,7 +5,8 @@ use std::{ops::Range, path::PathBuf};
 use super::features::FeatureFile;
 use crate::{Error, Result, device::Element, model::ReadPatches};
 
-/// Bytes of f32 that are read through one mapping of the file: its pages count as the process's memory until it is unmapped.
+/// Bytes of f32 that are read through one mapping of the file: its pages count as the process's
+/// memory until it is unmapped.
 const MAPPED: usize = 32 << 20;
 
 /// A feature file that was looked at before: when it is read, it must still hold as much.

@@ -1,9 +1,10 @@
-//! A pickle machine that builds plain data and executes nothing: the opcodes that `torch.save` writes, and a fixed
-//! list of callables which it recognises by name. Any other opcode or callable is an error that names it.
+//! A pickle machine that builds plain data and executes nothing: the opcodes that `torch.save`
+//! writes, and a fixed list of callables which it recognises by name. Any other opcode or callable
+//! is an error that names it.
 //!
-//! Nodes live in one arena and refer to each other by index, so shared and cyclic objects need no recursion, and every
-//! opcode adds at most one node: memory is bounded by the number of opcodes, which is bounded too.
-//! Reference: CPython's `Lib/pickletools.py`.
+//! Nodes live in one arena and refer to each other by index, so shared and cyclic objects need no
+//! recursion, and every opcode adds at most one node: memory is bounded by the number of opcodes,
+//! which is bounded too. Reference: CPython's `Lib/pickletools.py`.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -12,7 +13,8 @@ use super::tensor::DType;
 
 /// More than a hundred times what a large model needs.
 const MAX_OPCODES: usize = 1 << 21;
-/// Torch allows 64; what is read here has four at most. It bounds the memory of many tensors sharing one huge size.
+/// Torch allows 64; what is read here has four at most. It bounds the memory of many tensors
+/// sharing one huge size.
 const MAX_RANK: usize = 8;
 
 /// The index of a node in its pickle.
@@ -98,7 +100,8 @@ pub enum Callable {
     Opaque(&'static str),
 }
 
-/// The numbers of a storage: floats, which are read, or others, of which only name and size (bytes) matter.
+/// The numbers of a storage: floats, which are read, or others, of which only name and size (bytes)
+/// matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StorageType {
     Float(DType),
@@ -115,8 +118,8 @@ impl StorageType {
     }
 }
 
-/// The whole list of what a pickle may name. None of it is ever run: what stands here is known to be harmless data, and is
-/// either understood or passed over.
+/// The whole list of what a pickle may name. None of it is ever run: what stands here is known to
+/// be harmless data, and is either understood or passed over.
 fn global(module: &str, name: &str) -> Option<Node> {
     let call = |callable| Some(Node::Callable(callable));
     let opaque = |what| Some(Node::Callable(Callable::Opaque(what)));
@@ -228,8 +231,8 @@ impl Pickle {
     }
 }
 
-/// Runs the pickle at the start of `input`; returns its objects and its length in bytes. The error is a sentence's
-/// end, to be put after the file's name.
+/// Runs the pickle at the start of `input`; returns its objects and its length in bytes. The error
+/// is a sentence's end, to be put after the file's name.
 pub fn load(input: &[u8]) -> Result<(Pickle, usize), String> {
     let mut machine =
         Machine { input, at: 0, nodes: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
@@ -396,8 +399,8 @@ impl Machine<'_> {
         Ok(None)
     }
 
-    /// BUILD sets an object's state: that of arrays and their types is read; of a dict (a state dict's `_metadata`), and of
-    /// what is passed over, nothing is needed.
+    /// BUILD sets an object's state: that of arrays and their types is read; of a dict (a state
+    /// dict's `_metadata`), and of what is passed over, nothing is needed.
     fn build(&mut self, object: Id, state: Id) -> Result<(), String> {
         let state = match self.node(state) {
             Node::Tuple(items) => items.as_slice(),
@@ -439,7 +442,8 @@ impl Machine<'_> {
             {
                 return Ok(tensor);
             }
-            // of the plain tensor type alone, `torch.Tensor`: of others it is not known what they mean by their numbers
+            // of the plain tensor type alone, `torch.Tensor`: of others it is not known what they
+            // mean by their numbers
             (Callable::RebuildFromType, &[function, kind, arguments, _state])
                 if let &Node::Callable(
                     function @ (Callable::RebuildTensor | Callable::RebuildTypedTensor | Callable::Opaque(_)),
@@ -477,8 +481,8 @@ impl Machine<'_> {
         self.pop()
     }
 
-    /// `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)`, and with a type before the
-    /// metadata `_v3`; what comes after the stride may be absent.
+    /// `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)`, and
+    /// with a type before the metadata `_v3`; what comes after the stride may be absent.
     fn tensor(&self, callable: Callable, arguments: &[Id]) -> Result<Node, String> {
         let error = || format!("{callable:?} is called with arguments that torch.save does not write");
         let (&[storage, offset, shape, strides], rest) = arguments.split_first_chunk().ok_or_else(error)?;
@@ -521,7 +525,8 @@ impl Machine<'_> {
         Ok(Node::Tensor { storage, numbers, offset: self.size(offset)?, shape, strides, negated, conjugated })
     }
 
-    /// Torch's persistent id: `("storage", type, key, device, elements)`, and None in the legacy format.
+    /// Torch's persistent id: `("storage", type, key, device, elements)`, and None in the legacy
+    /// format.
     fn storage(&self, id: Id) -> Result<Node, String> {
         let error = || "a storage is described in a way that torch.save does not write".to_string();
         let Node::Tuple(items) = self.node(id) else { return Err(error()) };

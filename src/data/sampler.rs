@@ -1,7 +1,8 @@
-//! Which slides an epoch shows: draws with replacement in which every class is as likely as its share of 1 / count, so that rare
-//! classes are seen as often as common ones.
+//! Which slides an epoch shows: draws with replacement in which every class is as likely as its
+//! share of 1 / count, so that rare classes are seen as often as common ones.
 
-/// Draws slides by weight; a pure function of seed, fold and epoch, so that a resumed run needs no generator state.
+/// Draws slides by weight; a pure function of seed, fold and epoch, so that a resumed run needs no
+/// generator state.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     /// Running sums of the weights.
@@ -9,7 +10,8 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// `classes`: each slide's class. A slide's weight is n / count(its class); classes without a slide take no part.
+    /// `classes`: each slide's class. A slide's weight is n / count(its class); classes without a
+    /// slide take no part.
     pub fn new(classes: &[usize]) -> Self {
         let mut counts = vec![0usize; classes.iter().max().map_or(0, |max| max + 1)];
         classes.iter().for_each(|&class| counts[class] += 1);
@@ -34,7 +36,8 @@ impl Sampler {
     }
 }
 
-/// 0 .. n in an order of its own for each seed, fold and epoch (Fisher & Yates): everybody once, for losses that balance nothing.
+/// 0 .. n in an order of its own for each seed, fold and epoch (Fisher & Yates): everybody once,
+/// for losses that balance nothing.
 pub fn shuffled(n: usize, seed: u64, fold: usize, epoch: usize) -> Vec<usize> {
     let stream = mix(mix(mix(seed) ^ fold as u64) ^ epoch as u64);
     let mut order: Vec<usize> = (0..n).collect();
@@ -84,7 +87,8 @@ mod tests {
         }
     }
 
-    /// Everybody once, and everybody as often in every place: a shuffle that never leaves i where it is, or favours a place, fails.
+    /// Everybody once, and everybody as often in every place: a shuffle that never leaves i where
+    /// it is, or favours a place, fails.
     #[test]
     fn a_shuffle_is_a_fair_permutation() {
         const N: usize = 5;

@@ -1,4 +1,5 @@
-//! Delimited text with a header, plain or as the single member of a zip, reduced to the columns that are asked for.
+//! Delimited text with a header, plain or as the single member of a zip, reduced to the columns
+//! that are asked for.
 
 use std::{
     fs::File,
@@ -14,7 +15,8 @@ const MAX_BYTES: u64 = 1 << 30;
 /// What separates cells. The one that cuts the header into the most cells is a table's own.
 const DELIMITERS: [u8; 3] = [b',', b'\t', b';'];
 
-/// What pandas reads as a missing value besides an empty cell (`read_csv` of pandas 2.3, `keep_default_na`).
+/// What pandas reads as a missing value besides an empty cell (`read_csv` of pandas 2.3,
+/// `keep_default_na`).
 const MISSING: [&str; 18] = [
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
     "NaN", "None", "n/a", "nan", "null",
@@ -102,7 +104,8 @@ impl Sheet {
         let mut rows = Vec::new();
         for record in reader(text, self.delimiter).records() {
             let record = record.map_err(|e| Error::file(&self.path, format!("is not a table: {e}")))?;
-            // The reader's own line number is off after empty lines and with \r\n; count the lines up to the record's first character.
+            // The reader's own line number is off after empty lines and with \r\n; count the lines
+            // up to the record's first character.
             let start = record.position().map_or(0, |p| p.byte() as usize);
             let start = start + text[start..].iter().take_while(|&&b| b == b'\r' || b == b'\n').count();
             self.check_quotes(row, &text[counted..start])?;
@@ -134,13 +137,15 @@ fn reader(text: &[u8], delimiter: u8) -> csv::Reader<&[u8]> {
     csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).trim(csv::Trim::All).from_reader(text)
 }
 
-/// The length of the comments that stand before the header in cBioPortal's tables: lines of a `#` and a word.
+/// The length of the comments that stand before the header in cBioPortal's tables: lines of a `#`
+/// and a word.
 fn comments(text: &[u8]) -> usize {
     let is_comment = |line: &&[u8]| line.len() > 1 && line[0] == b'#' && line[1].is_ascii_alphanumeric();
     text.split_inclusive(|&b| b == b'\n').take_while(is_comment).map(<[u8]>::len).sum()
 }
 
-/// Some columns of a table. Cells are trimmed; row numbers are those of the file, the header being row 1.
+/// Some columns of a table. Cells are trimmed; row numbers are those of the file, the header being
+/// row 1.
 pub struct Table {
     path: PathBuf,
     columns: Vec<String>,
@@ -174,7 +179,8 @@ impl Table {
     }
 }
 
-/// A file's text as messages show it: characters that would drive a terminal, or that nobody sees, are escaped, and long text is cut.
+/// A file's text as messages show it: characters that would drive a terminal, or that nobody sees,
+/// are escaped, and long text is cut.
 pub fn shown(text: &str) -> String {
     const LONGEST: usize = 120;
     let unseen = |c: char| {
@@ -202,7 +208,8 @@ const OTHER_FORMATS: [(&[u8], &str); 6] = [
     (b"\x89HDF", "an HDF5 file"),
 ];
 
-/// The bytes of a regular file of no more than [`MAX_BYTES`]: devices and pipes need not have an end.
+/// The bytes of a regular file of no more than [`MAX_BYTES`]: devices and pipes need not have an
+/// end.
 fn read_file(path: &Path) -> Result<Vec<u8>> {
     let failed = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
     let kind = std::fs::metadata(path).map_err(failed)?;
@@ -218,7 +225,8 @@ fn read_file(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The single table in a zip; other systems' metadata members are not counted. Nothing is ever written by a member's name.
+/// The single table in a zip; other systems' metadata members are not counted. Nothing is ever
+/// written by a member's name.
 fn unzip(path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>> {
     let broken = |e: &dyn std::fmt::Display| Error::file(path, format!("is not a readable zip: {e}"));
     let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).map_err(|e| broken(&e))?;

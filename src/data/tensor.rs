@@ -1,4 +1,5 @@
-//! A tensor as it lies in a file: a strided view of stored floats, converted to f32 when it is read.
+//! A tensor as it lies in a file: a strided view of stored floats, converted to f32 when it is
+//! read.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -46,7 +47,8 @@ pub enum Entry {
     Other(String),
 }
 
-/// The bytes of a zip member that is stored as it is, and the checksum that the archive gives of them.
+/// The bytes of a zip member that is stored as it is, and the checksum that the archive gives of
+/// them.
 pub struct Seal {
     pub bytes: Bytes,
     pub crc: u32,
@@ -68,8 +70,9 @@ impl Seal {
     }
 }
 
-/// Little-endian floats behind a shape and strides (in elements, outermost first). The constructor has checked that
-/// every element lies inside `bytes`, and that there are no more elements than stored numbers.
+/// Little-endian floats behind a shape and strides (in elements, outermost first). The constructor
+/// has checked that every element lies inside `bytes`, and that there are no more elements than
+/// stored numbers.
 #[derive(Clone)]
 pub struct StoredTensor {
     pub dtype: DType,
@@ -129,7 +132,8 @@ impl StoredTensor {
         self
     }
 
-    /// Whether a tensor whose lines lie side by side has all bytes of its seal, so that who reads all lines in order has read these.
+    /// Whether a tensor whose lines lie side by side has all bytes of its seal, so that who reads
+    /// all lines in order has read these.
     pub fn fills(&self, seal: &Seal) -> bool {
         self.is_contiguous()
             && self.bytes.as_ptr() == seal.bytes.as_ptr()
@@ -144,8 +148,8 @@ impl StoredTensor {
         out
     }
 
-    /// Converts lines `lines` into `out`, where a line is the last axis and lines are counted over all other axes
-    /// (for a bag `[N, F]`: patches). `out` holds exactly these lines.
+    /// Converts lines `lines` into `out`, where a line is the last axis and lines are counted over
+    /// all other axes (for a bag `[N, F]`: patches). `out` holds exactly these lines.
     pub fn read(&self, lines: Range<usize>, out: &mut [f32]) {
         let (width, step) = match (self.shape.last(), self.strides.last()) {
             (Some(&width), Some(&step)) => (width, step),
@@ -284,7 +288,8 @@ fn numbers<const SIZE: usize, T>(bytes: &[u8], value: impl Fn([u8; SIZE]) -> T) 
     bytes.as_chunks::<SIZE>().0.iter().map(move |&b| value(b))
 }
 
-/// The first NaN or infinity. Whole blocks are tested first with a loop that vectorises; only a bad one is searched.
+/// The first NaN or infinity. Whole blocks are tested first with a loop that vectorises; only a bad
+/// one is searched.
 pub fn first_non_finite(values: &[f32]) -> Option<usize> {
     const BLOCK: usize = 1024;
     const EXPONENT: u32 = 0x7f80_0000;

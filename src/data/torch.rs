@@ -1,5 +1,6 @@
-//! The files of `torch.save` (zip archives, and the legacy format of before torch 1.6), safetensors, and a writer.
-//! Layouts: torch/serialization.py; a pickle describes the objects, and raw little-endian storages lie beside it.
+//! The files of `torch.save` (zip archives, and the legacy format of before torch 1.6),
+//! safetensors, and a writer. Layouts: torch/serialization.py; a pickle describes the objects, and
+//! raw little-endian storages lie beside it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Cursor, Read, Write};
@@ -43,10 +44,11 @@ pub struct Parameter {
 /// A checkpoint's parameters by name.
 pub type StateDict = BTreeMap<String, Parameter>;
 
-/// Reads a checkpoint's float tensors by name, from `.safetensors` or from what `torch.save` wrote: a state dict, bare
-/// or under `state_dict`, `model_state_dict` or `model`. What stands in front of every name (`module.` of DataParallel,
-/// `_orig_mod.` of torch.compile, `model.` of Lightning, and several of these) is taken off.
-/// Other objects, such as integer buffers, are left out. Errors name the file and the tensor; a NaN or infinity is one.
+/// Reads a checkpoint's float tensors by name, from `.safetensors` or from what `torch.save` wrote:
+/// a state dict, bare or under `state_dict`, `model_state_dict` or `model`. What stands in front of
+/// every name (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of Lightning, and
+/// several of these) is taken off. Other objects, such as integer buffers, are left out. Errors
+/// name the file and the tensor; a NaN or infinity is one.
 pub fn read_state_dict(path: &Path) -> Result<StateDict> {
     let bytes = super::features::map_file(path)?;
     state_dict(bytes).map_err(|e| Error::file(path, e))
@@ -76,7 +78,8 @@ fn state_dict(bytes: Bytes) -> Result<StateDict, String> {
     while let Some(prefix) = shared_prefix(&entries) {
         entries = entries.into_iter().map(|(name, entry)| (name[prefix..].to_string(), entry)).collect();
     }
-    // Tensors may share numbers (tied weights), but hardly more than a few; a small file that claims gigabytes is an attack.
+    // Tensors may share numbers (tied weights), but hardly more than a few; a small file that
+    // claims gigabytes is an attack.
     let total = entries.values().fold(0usize, |sum, entry| match entry {
         Entry::Float(tensor) => sum.saturating_add(tensor.elements()),
         Entry::Other(_) => sum,
@@ -100,7 +103,8 @@ fn state_dict(bytes: Bytes) -> Result<StateDict, String> {
     Ok(parameters)
 }
 
-/// The length of `part.`, if all names begin with it and go on. Of one name alone nothing can be said.
+/// The length of `part.`, if all names begin with it and go on. Of one name alone nothing can be
+/// said.
 fn shared_prefix<T>(entries: &BTreeMap<String, T>) -> Option<usize> {
     let (first, last) = (entries.first_key_value()?.0, entries.last_key_value()?.0);
     let prefix = &first[..=first.find('.')?];
@@ -117,7 +121,8 @@ pub(super) enum Container {
     Hdf5,
 }
 
-/// What a file is. One that is several things at once, so that programs would read different things from it, is refused.
+/// What a file is. One that is several things at once, so that programs would read different things
+/// from it, is refused.
 pub(super) fn container(bytes: &[u8]) -> Result<Option<Container>, String> {
     let zip = bytes.starts_with(ZIP_MAGIC);
     let kinds = [
@@ -151,8 +156,8 @@ fn is_safetensors(bytes: &[u8]) -> bool {
     rest.first() == Some(&b'{') && u64::from_le_bytes(length) <= rest.len() as u64
 }
 
-/// Whether a zip archive's end stands where zip readers look for it, right behind what must come before it: the directory of its
-/// members, or the locator that large archives have.
+/// Whether a zip archive's end stands where zip readers look for it, right behind what must come
+/// before it: the directory of its members, or the locator that large archives have.
 fn ends_like_zip(bytes: &[u8]) -> bool {
     let tail = bytes.len().saturating_sub(ZIP_END + usize::from(u16::MAX));
     (tail..bytes.len().saturating_sub(ZIP_END - 1)).any(|at| {
@@ -163,11 +168,13 @@ fn ends_like_zip(bytes: &[u8]) -> bool {
     })
 }
 
-/// Whether nothing but a zip's end follows the list of its members: 22 bytes, and 76 more in large archives. A comment is more.
+/// Whether nothing but a zip's end follows the list of its members: 22 bytes, and 76 more in large
+/// archives. A comment is more.
 fn ends_with_directory(zip: &ZipArchive<Cursor<&[u8]>>, bytes: &[u8]) -> bool {
     let last = (0..zip.len()).filter_map(|i| Some(zip.by_index_data(i).ok()?.central_header_start() as usize)).max();
     let length = |at: usize| Some(usize::from(u16::from_le_bytes(*bytes.get(at..)?.first_chunk()?)));
-    // an entry: 46 bytes, of which three fields say how long name, extra field and comment behind it are
+    // an entry: 46 bytes, of which three fields say how long name, extra field and comment behind
+    // it are
     let end = last.and_then(|at| Some(at + 46 + length(at + 28)? + length(at + 30)? + length(at + 32)?));
     let rest = end.and_then(|end| bytes.len().checked_sub(end));
     rest.is_some_and(|rest| rest == ZIP_END || rest == 76 + ZIP_END)
@@ -232,7 +239,8 @@ impl Archive {
     fn open_zip(bytes: &Bytes) -> Result<Self, String> {
         let mut zip = ZipArchive::new(Cursor::new(&bytes[..]))
             .map_err(|e| format!("is a truncated or damaged .pt file: {}", plain(e)))?;
-        // Both of a zip's lists of members must tell the same: else it holds one thing for us, and another for torch.
+        // Both of a zip's lists of members must tell the same: else it holds one thing for us, and
+        // another for torch.
         zip.validate_header_consistency().map_err(|e| format!("is a truncated or damaged .pt file: {}", plain(e)))?;
         if zip.offset() != 0 || !ends_with_directory(&zip, bytes) {
             return Err("is a zip archive with something in front of it or behind it, so it is not read".into());
@@ -261,7 +269,8 @@ impl Archive {
         Ok(Self { pickle, storages })
     }
 
-    /// Five pickles (magic number, version, machine, objects, storage keys), then each storage: its count and its data.
+    /// Five pickles (magic number, version, machine, objects, storage keys), then each storage: its
+    /// count and its data.
     fn open_legacy(bytes: &Bytes) -> Result<Self, String> {
         let mut at = 0;
         let mut next = || -> Result<Pickle, String> {
@@ -313,7 +322,8 @@ impl Archive {
         Ok(Self { pickle: objects, storages })
     }
 
-    /// The features: the root itself, what a dict holds under one of the usual names, or the one of a pair that is no coordinates.
+    /// The features: the root itself, what a dict holds under one of the usual names, or the one of
+    /// a pair that is no coordinates.
     pub fn features(&self) -> Result<StoredTensor, String> {
         let root = self.pickle.root;
         match self.pickle.node(root) {
@@ -510,7 +520,8 @@ fn kind(node: &Node) -> &'static str {
     }
 }
 
-/// A zip member's bytes: a view where it is stored, which is not checked yet; else decompressed, as long as `budget` (bytes) lasts.
+/// A zip member's bytes: a view where it is stored, which is not checked yet; else decompressed, as
+/// long as `budget` (bytes) lasts.
 fn member(zip: &mut ZipArchive<Cursor<&[u8]>>, bytes: &Bytes, name: &str, budget: &mut u64) -> Result<Storage, String> {
     let mut file =
         zip.by_name(name).map_err(|e| format!("has no readable member `{}`: {}", name.escape_debug(), plain(e)))?;
@@ -534,7 +545,8 @@ fn member(zip: &mut ZipArchive<Cursor<&[u8]>>, bytes: &Bytes, name: &str, budget
     Ok(Storage { bytes: seal.bytes, seal: None })
 }
 
-/// Writes a bag as `torch.save(tensor, path)` does, so that `torch.load(path)` and the memory-mapped reader here both take it.
+/// Writes a bag as `torch.save(tensor, path)` does, so that `torch.load(path)` and the
+/// memory-mapped reader here both take it.
 pub fn write_pt(path: &Path, features: ArrayView2<f32>) -> Result<()> {
     let shape = [features.nrows(), features.ncols()];
     write_pt_numbers(path, DType::F32, shape, |file| {
@@ -542,7 +554,8 @@ pub fn write_pt(path: &Path, features: ArrayView2<f32>) -> Result<()> {
     })
 }
 
-/// The same for a bag that `numbers` writes, little-endian, `shape` = patches, features. They are stored 64-byte aligned.
+/// The same for a bag that `numbers` writes, little-endian, `shape` = patches, features. They are
+/// stored 64-byte aligned.
 pub fn write_pt_numbers(
     path: &Path,
     dtype: DType,
@@ -569,8 +582,8 @@ pub fn write_pt_numbers(
     })
 }
 
-/// `_rebuild_tensor_v2(("storage", FloatStorage, "0", "cpu", rows * columns), 0, (rows, columns), (columns, 1), False,
-/// OrderedDict())` in pickle protocol 2.
+/// `_rebuild_tensor_v2(("storage", FloatStorage, "0", "cpu", rows * columns), 0, (rows, columns),
+/// (columns, 1), False, OrderedDict())` in pickle protocol 2.
 fn tensor_pickle(dtype: DType, [rows, columns]: [usize; 2]) -> Vec<u8> {
     fn text(out: &mut Vec<u8>, text: &str) {
         out.push(b'X');

@@ -1,13 +1,15 @@
 //! One step's memory: a buffer used as two stacks.
 //!
-//! `saved` grows up from the bottom during forward and is popped during backward; `scratch` grows down from the top and
-//! is released by the op or block that took it. A step takes no activation from anywhere else. (The CPU keeps some packed panels
-//! besides, a few MiB a thread, from op to op.)
+//! `saved` grows up from the bottom during forward and is popped during backward; `scratch` grows
+//! down from the top and is released by the op or block that took it. A step takes no activation
+//! from anywhere else. (The CPU keeps some packed panels besides, a few MiB a thread, from op to
+//! op.)
 
 use super::{Buffer, Device, Element, View};
 use crate::{Error, Result};
 
-/// Every view starts on a boundary of this many bytes (a GPU's widest access, and a multiple of a cache line).
+/// Every view starts on a boundary of this many bytes (a GPU's widest access, and a multiple of a
+/// cache line).
 pub(crate) const ALIGNMENT: usize = 256;
 
 pub(crate) struct Arena {
@@ -55,7 +57,8 @@ impl Arena {
         self.saved_at_peak
     }
 
-    /// A matrix that lives until its mark is released in backward. Its content is whatever was there before.
+    /// A matrix that lives until its mark is released in backward. Its content is whatever was
+    /// there before.
     pub(crate) fn save<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
         let bytes = bytes::<T>(rows, cols)?;
         let at = self.saved;

@@ -1,8 +1,8 @@
-//! An NVIDIA GPU through cudarc: one stream for kernels, one for copies to the device, kernels looked up once, no allocation but
-//! [`Cuda::alloc`].
+//! An NVIDIA GPU through cudarc: one stream for kernels, one for copies to the device, kernels
+//! looked up once, no allocation but [`Cuda::alloc`].
 //!
-//! NOT YET RUN ON A GPU. The kernels are proven on the emulator, this file under a driver whose GPU is
-//! the emulator (tests/cuda.rs).
+//! NOT YET RUN ON A GPU. The kernels are proven on the emulator, this file under a driver whose GPU
+//! is the emulator (tests/cuda.rs).
 
 use std::{
     collections::HashMap,
@@ -132,7 +132,8 @@ impl Cuda {
         self.bind()?;
         let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x, y, z));
         let mut args: Vec<*mut c_void> = launch.args.iter().map(|arg| arg.as_ptr().cast_mut().cast()).collect();
-        // SAFETY: the arguments outlive the call, which copies them; that they fit the kernel is checked by the emulator's tests.
+        // SAFETY: the arguments outlive the call, which copies them; that they fit the kernel is
+        // checked by the emulator's tests.
         let launched = unsafe {
             result::launch_kernel(
                 function.cu_function(),
@@ -194,8 +195,9 @@ impl Cuda {
         fence.synchronize().map_err(|e| self.failed("waiting for the GPU", e))
     }
 
-    /// Copies to the device from wherever `write` takes it: called for ranges of whole `unit`s that follow one another, with host memory to
-    /// write them to. The copies wait for the work before `after` alone; work started later waits for them.
+    /// Copies to the device from wherever `write` takes it: called for ranges of whole `unit`s that
+    /// follow one another, with host memory to write them to. The copies wait for the work before
+    /// `after` alone; work started later waits for them.
     pub(crate) fn fill(
         &self,
         to: u64,
@@ -214,7 +216,8 @@ impl Cuda {
         let filled = (0..bytes).step_by(piece).try_for_each(|start| {
             let range = start..bytes.min(start + piece);
             write(range.clone(), pinned.room(range.len()).map_err(failed)?)?;
-            // SAFETY: `to` lies in a live buffer of this device that is large enough (the caller's view).
+            // SAFETY: `to` lies in a live buffer of this device that is large enough (the caller's
+            // view).
             unsafe { pinned.copy(range.len(), to + start as u64, &self.copies) }.map_err(failed)
         });
         // what was copied before an error is still on its way

@@ -5,7 +5,8 @@ use std::sync::{Mutex, PoisonError};
 /// All that a plan asks of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts {
-    /// Whether the ops are kernel launches: their scratch differs from the CPU's, and bags are copied to the device.
+    /// Whether the ops are kernel launches: their scratch differs from the CPU's, and bags are
+    /// copied to the device.
     pub runs_kernels: bool,
     /// Whether kernels of Hopper's own instructions run there.
     pub has_wgmma: bool,

@@ -8,7 +8,8 @@ use half::bf16;
 use super::{Real, Storage, Stored};
 use crate::{Error, Result};
 
-/// How activations and weights are stored. Statistics, gradients of parameters and master weights are of type [`Element::Sum`].
+/// How activations and weights are stored. Statistics, gradients of parameters and master weights
+/// are of type [`Element::Sum`].
 pub trait Element: Pod + Default + Send + Sync + PartialEq + std::fmt::Debug {
     /// The type that sums are kept in: bf16's is f32, that of f32 and f64 the type itself.
     type Sum: Real;
@@ -51,7 +52,8 @@ impl Element for bf16 {
     }
 }
 
-/// A list of problems over `T` as the same list over `T::Sum`, which is what the CPU computes in: the two are one type, or it is an error.
+/// A list of problems over `T` as the same list over `T::Sum`, which is what the CPU computes in:
+/// the two are one type, or it is an error.
 pub(crate) fn on_cpu<P: Copy + 'static, Q: Copy + 'static>(problems: &[P]) -> Result<Vec<Q>> {
     let problems: Box<dyn Any> = Box::new(problems.to_vec());
     let same = problems.downcast::<Vec<Q>>();

@@ -1,8 +1,10 @@
-//! Runs the CUDA kernels' own sources on the CPU: every thread a fiber, with real barriers and warp instructions.
+//! Runs the CUDA kernels' own sources on the CPU: every thread a fiber, with real barriers and warp
+//! instructions.
 //!
-//! Two builds of kernels/ by build.rs: *plain* is fast; *race* also reports data races, accesses out of bounds, reads of
-//! memory that nobody wrote, misalignment and undefined behaviour, each with file and line. The folder that holds the two
-//! libraries can be named by CROSSFUSION_EMULATOR.
+//! Two builds of kernels/ by build.rs: *plain* is fast; *race* also reports data races, accesses
+//! out of bounds, reads of memory that nobody wrote, misalignment and undefined behaviour, each
+//! with file and line. The folder that holds the two libraries can be named by
+//! CROSSFUSION_EMULATOR.
 
 use std::{
     collections::VecDeque,
@@ -88,7 +90,8 @@ impl Emulator {
     }
 }
 
-/// How often things happened in a launch, over all its blocks (`SimtStats` of kernels/emulator/runtime.hpp).
+/// How often things happened in a launch, over all its blocks (`SimtStats` of
+/// kernels/emulator/runtime.hpp).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Stats {
@@ -101,14 +104,17 @@ pub(crate) struct Stats {
     pub ldmatrix: u64,
     /// Extra cycles that ldmatrix lost to bank conflicts; it takes 4 without.
     pub ldmatrix_conflicts: u64,
-    /// Cycles that other accesses to shared memory would take without conflicts (race mode counts them), and the extra ones.
+    /// Cycles that other accesses to shared memory would take without conflicts (race mode counts
+    /// them), and the extra ones.
     pub shared_accesses: u64,
     pub shared_conflicts: u64,
 }
 
-/// Runs a kernel to its end. The error is the first thing that went wrong: kernel, block, thread, what and where.
+/// Runs a kernel to its end. The error is the first thing that went wrong: kernel, block, thread,
+/// what and where.
 ///
-/// The launch's addresses must be memory of this process, such as [`Memory`]; in plain mode nothing checks them.
+/// The launch's addresses must be memory of this process, such as [`Memory`]; in plain mode nothing
+/// checks them.
 pub(crate) fn launch(launch: &Launch, options: Options) -> Result<Stats> {
     let library = Library::get(options.race)?;
     let symbol = CString::new(launch.symbol()).map_err(|e| Error::Device(format!("emulator: {e}")))?;
@@ -126,7 +132,8 @@ pub(crate) fn launch(launch: &Launch, options: Options) -> Result<Stats> {
         schedule: options.schedule as u32,
     };
     let (mut stats, mut error) = (Stats::default(), [0u8; 2048]);
-    // SAFETY: the structs mirror runtime.hpp's, and the pointers outlive the call, which copies what it keeps.
+    // SAFETY: the structs mirror runtime.hpp's, and the pointers outlive the call, which copies
+    // what it keeps.
     let status = unsafe { (library.launch)(&call, &mut stats, error.as_mut_ptr().cast(), error.len()) };
     if status == 0 {
         record(launch, &stats)?;
@@ -136,7 +143,8 @@ pub(crate) fn launch(launch: &Launch, options: Options) -> Result<Stats> {
     Err(Error::Device(format!("emulator: {text}")))
 }
 
-/// Adds a line to the file that CROSSFUSION_EMULATOR_STATS names, if any: kernel, cycles of shared memory, extra ones by conflicts.
+/// Adds a line to the file that CROSSFUSION_EMULATOR_STATS names, if any: kernel, cycles of shared
+/// memory, extra ones by conflicts.
 fn record(launch: &Launch, stats: &Stats) -> Result<()> {
     let Some(path) = std::env::var_os("CROSSFUSION_EMULATOR_STATS") else { return Ok(()) };
     let (cycles, conflicts) =
@@ -246,9 +254,11 @@ mod testing {
         Ok((0..).map_while(name).collect())
     }
 
-    /// Memory that kernels may touch, to the byte: race mode reports an access outside, [`Memory::read`] a stray write.
+    /// Memory that kernels may touch, to the byte: race mode reports an access outside,
+    /// [`Memory::read`] a stray write.
     pub(crate) struct Memory<T> {
-        /// The first line and all after the last element are guards. Kernels write through their own pointers.
+        /// The first line and all after the last element are guards. Kernels write through their
+        /// own pointers.
         lines: Box<[UnsafeCell<Line>]>,
         len: usize,
         _range: Registered,

@@ -1,6 +1,7 @@
 //! The kernels as compiled by build.rs.
 
-/// GPU code of kernels/*.cu: ("layer_norm_f32", a fatbin) for each file and storage type; nothing if there was no nvcc.
+/// GPU code of kernels/*.cu: ("layer_norm_f32", a fatbin) for each file and storage type; nothing
+/// if there was no nvcc.
 pub const fn fatbins() -> &'static [(&'static str, &'static [u8])] {
     include!(concat!(env!("OUT_DIR"), "/fatbins.rs"))
 }

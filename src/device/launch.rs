@@ -1,4 +1,5 @@
-//! A kernel launch as plain data: an op makes it as a pure function of its shapes, the emulator or a GPU runs it.
+//! A kernel launch as plain data: an op makes it as a pure function of its shapes, the emulator or
+//! a GPU runs it.
 
 use bytemuck::{Pod, Zeroable};
 

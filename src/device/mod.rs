@@ -1,9 +1,10 @@
 //! Where tensors live and ops run.
 //!
-//! A [`Tensor`] owns a matrix on a device, and the ops' public functions take such matrices, borrowed. The model's own code works on
-//! views, which have no lifetimes: `Buffer` owns memory, `View` names a matrix inside it, `Arena` hands out the views of one training
-//! step. It is written once over the ops; where it asks what a device is, it asks whether that runs kernels, since bags are then
-//! copied to it.
+//! A [`Tensor`] owns a matrix on a device, and the ops' public functions take such matrices,
+//! borrowed. The model's own code works on views, which have no lifetimes: `Buffer` owns memory,
+//! `View` names a matrix inside it, `Arena` hands out the views of one training step. It is written
+//! once over the ops; where it asks what a device is, it asks whether that runs kernels, since bags
+//! are then copied to it.
 
 mod arena;
 pub mod cpu;
@@ -48,7 +49,8 @@ pub enum Device {
     /// The CUDA kernels, run on the CPU thread by thread: for tests.
     #[cfg(feature = "emulator")]
     Emulator(emulator::Emulator),
-    /// Nowhere: allocates addresses, counts floating-point operations, computes nothing. Plans are made with it.
+    /// Nowhere: allocates addresses, counts floating-point operations, computes nothing. Plans are
+    /// made with it.
     Dry(Dry),
 }
 
@@ -100,7 +102,8 @@ impl Device {
         Self::Dry(Dry::new(self.facts()))
     }
 
-    /// Whether the ops are kernel launches here: their scratch differs from the CPU's, and bags are copied to the device.
+    /// Whether the ops are kernel launches here: their scratch differs from the CPU's, and bags are
+    /// copied to the device.
     pub fn runs_kernels(&self) -> bool {
         match self {
             Self::Cpu(_) => false,
@@ -170,12 +173,14 @@ impl Device {
         }
     }
 
-    /// Zeroed memory, small, that kernels write and the host reads without a copy, by [`Device::peek`].
+    /// Zeroed memory, small, that kernels write and the host reads without a copy, by
+    /// [`Device::peek`].
     pub(crate) fn alloc_shared(&self, bytes: usize) -> Result<Buffer> {
         if let Self::Cuda(cuda) = self { Buffer::cuda_shared(cuda, bytes) } else { self.alloc(bytes) }
     }
 
-    /// What a buffer of [`Device::alloc_shared`] holds. Whoever writes it must have been waited for.
+    /// What a buffer of [`Device::alloc_shared`] holds. Whoever writes it must have been waited
+    /// for.
     pub(crate) fn peek(&self, from: &Buffer) -> Result<Vec<u8>> {
         from.peek().ok_or_else(|| Error::Device("peek: this is memory of the GPU".into()))
     }
@@ -265,8 +270,9 @@ impl Device {
         Ok(())
     }
 
-    /// Fills a matrix without gaps between its rows by `write`, which gets some rows' range and memory for them at a time. Work started later
-    /// finds it filled; it is written to as soon as the work before `after` has ended, while later work may still run.
+    /// Fills a matrix without gaps between its rows by `write`, which gets some rows' range and
+    /// memory for them at a time. Work started later finds it filled; it is written to as soon as
+    /// the work before `after` has ended, while later work may still run.
     pub(crate) fn fill<T: Element>(
         &self,
         to: View<T>,

@@ -1,4 +1,5 @@
-//! Page-locked host memory: what copies to a GPU pass through, and what kernels write for the host. NOT YET RUN ON A GPU.
+//! Page-locked host memory: what copies to a GPU pass through, and what kernels write for the host.
+//! NOT YET RUN ON A GPU.
 
 use std::{slice, sync::Arc};
 
@@ -38,7 +39,8 @@ impl PageLocked {
 
 impl Drop for PageLocked {
     fn drop(&mut self) {
-        // The process may be going down with a broken device: nothing can be done about an error here.
+        // The process may be going down with a broken device: nothing can be done about an error
+        // here.
         let _ = self.context.bind_to_thread();
         // A kernel may still write to it: only what is read is waited for elsewhere.
         let _ = self.context.synchronize();
@@ -50,7 +52,8 @@ impl Drop for PageLocked {
 /// Bytes of a half.
 pub(super) const HALF: usize = 32 << 20;
 
-/// What copies to a GPU pass through: while the GPU copies one half, the host fills the other, and neither waits for the kernels before.
+/// What copies to a GPU pass through: while the GPU copies one half, the host fills the other, and
+/// neither waits for the kernels before.
 pub(super) struct Pinned {
     halves: [Half; 2],
     /// The half that is filled next.

@@ -1,6 +1,7 @@
-//! Matrices for users of the ops alone: owned on a device ([`Tensor`]), or borrowed to read ([`Mat`]) or to write ([`MatMut`]).
-//! They keep what the crate's own views leave to the model's care: memory outlives its use, an op's operands are on one device,
-//! and what is written is nobody else's.
+//! Matrices for users of the ops alone: owned on a device ([`Tensor`]), or borrowed to read
+//! ([`Mat`]) or to write ([`MatMut`]). They keep what the crate's own views leave to the model's
+//! care: memory outlives its use, an op's operands are on one device, and what is written is nobody
+//! else's.
 //!
 //! ```
 //! use crossfusion::{
@@ -113,8 +114,8 @@ impl<'d, T: Element> Tensor<'d, T> {
 
 impl<T: Element> Drop for Tensor<'_, T> {
     fn drop(&mut self) {
-        // Work that uses it may still wait to be run. A GPU frees in the order of its work, and an error there is told by
-        // whatever is asked of it next.
+        // Work that uses it may still wait to be run. A GPU frees in the order of its work, and an
+        // error there is told by whatever is asked of it next.
         if !matches!(self.device, Device::Cuda(_)) {
             let _ = self.device.synchronize();
         }
@@ -130,7 +131,8 @@ pub struct Mat<'a, T> {
 }
 
 impl<'a, T: Element> Mat<'a, T> {
-    /// Host memory, for a device whose memory is the host's; an error on another, or unless it has `rows * cols` values.
+    /// Host memory, for a device whose memory is the host's; an error on another, or unless it has
+    /// `rows * cols` values.
     pub fn of_slice(device: &'a Device, values: &'a [T], rows: usize, cols: usize) -> Result<Self> {
         check_host(device, values.len(), rows, cols)?;
         // SAFETY: `owner` keeps the slice borrowed as long as the view can be reached.
@@ -243,7 +245,8 @@ impl<'d> Workspace<'d> {
         Ok(Self { device, arena: Arena::new(device, 0)? })
     }
 
-    /// Runs an op on operands of these devices, all of which must be this one, with as much scratch as it takes.
+    /// Runs an op on operands of these devices, all of which must be this one, with as much scratch
+    /// as it takes.
     pub(crate) fn run(
         &mut self,
         op: &'static str,

@@ -41,7 +41,8 @@ impl Buffer {
         let mut pages = MmapMut::map_anon(bytes.max(1)).map_err(|e| {
             Error::Device(format!("cannot allocate {:.1} MiB of memory: {e}", bytes as f64 / 1048576.0))
         })?;
-        // Large pages save a tenth of the step in address translation; a kernel without them only says no.
+        // Large pages save a tenth of the step in address translation; a kernel without them only
+        // says no.
         #[cfg(target_os = "linux")]
         let _ = pages.advise(memmap2::Advice::HugePage);
         Ok(Self { address: pages.as_mut_ptr() as usize, bytes, _owner: Owner::Pages { _pages: pages } })
@@ -68,7 +69,8 @@ impl Buffer {
         Ok(Self { address: memory.address(), bytes, _owner: Owner::PageLocked { _memory: memory } })
     }
 
-    /// What a buffer of [`Device::alloc_shared`](super::Device::alloc_shared) holds; None of another. Its writers must have been waited for.
+    /// What a buffer of [`Device::alloc_shared`](super::Device::alloc_shared) holds; None of
+    /// another. Its writers must have been waited for.
     pub(super) fn peek(&self) -> Option<Vec<u8>> {
         match self._owner {
             Owner::Gpu { .. } => None,
@@ -110,8 +112,9 @@ impl Buffer {
 
 /// A row-major matrix somewhere in a [`Buffer`]: an address and a shape, free to copy.
 ///
-/// Views carry no lifetime, which keeps model code plain. Ops check shapes; that the memory behind a view is alive and on the op's device, and
-/// that an op's outputs do not overlap its inputs unless the op says so, is the caller's duty.
+/// Views carry no lifetime, which keeps model code plain. Ops check shapes; that the memory behind
+/// a view is alive and on the op's device, and that an op's outputs do not overlap its inputs
+/// unless the op says so, is the caller's duty.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct View<T> {
     address: usize,
@@ -130,7 +133,8 @@ impl<T: Element> View<T> {
     /// A view of host memory that some other owner keeps alive (a memory-mapped bag, say), to read.
     ///
     /// # Safety
-    /// `data` must stay alive and unwritten as long as the view, or a copy of it, is used, and no op may write through it.
+    /// `data` must stay alive and unwritten as long as the view, or a copy of it, is used, and no
+    /// op may write through it.
     pub(crate) unsafe fn of_slice(data: &[T], rows: usize, cols: usize) -> Self {
         assert_eq!(Some(data.len()), rows.checked_mul(cols));
         Self::new(data.as_ptr() as usize, rows, cols)
@@ -139,7 +143,8 @@ impl<T: Element> View<T> {
     /// The same, to write.
     ///
     /// # Safety
-    /// `data` must stay alive and otherwise untouched as long as the view, or a copy of it, is used.
+    /// `data` must stay alive and otherwise untouched as long as the view, or a copy of it, is
+    /// used.
     pub(crate) unsafe fn of_slice_mut(data: &mut [T], rows: usize, cols: usize) -> Self {
         assert_eq!(Some(data.len()), rows.checked_mul(cols));
         Self::new(data.as_mut_ptr() as usize, rows, cols)
@@ -229,7 +234,8 @@ impl<T: Element> View<T> {
         Err(Error::Shape { op, tensor: tensor.into(), got: vec![self.rows, self.cols], expected: expected.to_vec() })
     }
 
-    /// An error naming op and tensor unless every row begins and ends at 16 bytes, the pieces that most kernels move.
+    /// An error naming op and tensor unless every row begins and ends at 16 bytes, the pieces that
+    /// most kernels move.
     pub(crate) fn check_for_kernels(self, op: &'static str, tensor: &str) -> Result<()> {
         const PIECE: usize = 16;
         let splits = |elements: usize| (elements * size_of::<T>()).is_multiple_of(PIECE);

@@ -1,6 +1,7 @@
 //! Two runs side by side, on the patients that both predicted out of fold.
 //!
-//!   predictions.csv of both -> patients in common -> [`Comparison`] -> compare.json, figures/compare.{svg,png,csv}
+//! predictions.csv of both -> patients in common -> [`Comparison`] -> compare.json,
+//! figures/compare.{svg,png,csv}
 
 use std::{collections::HashMap, path::Path};
 
@@ -35,7 +36,8 @@ pub struct Comparison {
     pub only_a: usize,
     pub only_b: usize,
     pub resampling: Resampling,
-    /// A row a fold, then the mean of folds, then all folds pooled. Where the runs split patients differently, the last alone.
+    /// A row a fold, then the mean of folds, then all folds pooled. Where the runs split patients
+    /// differently, the last alone.
     pub rows: Vec<Difference>,
     pub notes: Vec<String>,
 }
@@ -71,7 +73,8 @@ pub fn compare_runs(run_a: &Path, run_b: &Path, out: &Path, plan: Bootstrap) -> 
     Ok(comparison)
 }
 
-/// The patients of an evaluated run, or of a checkpoint's evaluation. An error if the run is not finished.
+/// The patients of an evaluated run, or of a checkpoint's evaluation. An error if the run is not
+/// finished.
 fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
     let config = folder::config_path(folder);
     let path = folder.join("predictions.csv");
@@ -171,7 +174,8 @@ pub fn compare(
     })
 }
 
-/// A patient that several folds validate on has several predictions, and no one of them is the patient's.
+/// A patient that several folds validate on has several predictions, and no one of them is the
+/// patient's.
 fn one_row_each(run: &Path, rows: &[SlideResult]) -> Result<Vec<SlideResult>> {
     let mut seen = HashMap::new();
     for row in rows {

@@ -137,7 +137,8 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// The day in UTC, as 2026-03-02 (Hinnant, "chrono-compatible low-level date algorithms": years begin in March, 400 years are an era).
+/// The day in UTC, as 2026-03-02 (Hinnant, "chrono-compatible low-level date algorithms": years
+/// begin in March, 400 years are an era).
 fn date(time: SystemTime) -> String {
     let days = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() / 86_400) + 719_468;
     let (era, day) = (days / 146_097, days % 146_097);

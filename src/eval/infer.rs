@@ -1,4 +1,5 @@
-//! A published checkpoint says nothing of its model but the names and shapes of its tensors; this reads the rest off them.
+//! A published checkpoint says nothing of its model but the names and shapes of its tensors; this
+//! reads the rest off them.
 
 use crate::{
     Error, Result,
@@ -6,8 +7,8 @@ use crate::{
     model::{Config, Fusion, ModelName},
 };
 
-/// The model of these tensors. The number of attention heads leaves no trace in them, so it is given.
-/// Dropout rates are the published ones; they do nothing in an evaluation.
+/// The model of these tensors. The number of attention heads leaves no trace in them, so it is
+/// given. Dropout rates are the published ones; they do nothing in an evaluation.
 pub fn config(tensors: &StateDict, heads: usize) -> Result<Config> {
     let shape = |name: &str, rank: &str, ranks: &[usize]| match tensors.get(name).map(|parameter| &parameter.shape) {
         Some(shape) if ranks.contains(&shape.len()) => Ok(shape.as_slice()),
@@ -15,7 +16,8 @@ pub fn config(tensors: &StateDict, heads: usize) -> Result<Config> {
         None => Err(Error::Usage(format!("there is no tensor `{name}`, so this is not a CrossFusion checkpoint"))),
     };
     let dim = shape("cls_token", "[1, 1, dim]", &[3])?[2];
-    // what only one of the models has, and what its projection and its transformer of the source are called
+    // what only one of the models has, and what its projection and its transformer of the source
+    // are called
     let has = |name: &str| tensors.contains_key(name);
     let (model, projection, transformer) = if has("pre_final_linear.0.weight") {
         (ModelName::CrossFusionConcat, "source_pre_cross_attn", "source_transformer")

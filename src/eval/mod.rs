@@ -1,6 +1,7 @@
 //! Evaluation: of a run's folds, each on its validation slides, or of one checkpoint on any cohort.
 //!
-//!   model files + cohort -> a prediction a slide -> [`Summary`] -> predictions.csv, summary.json, report.html, figures/
+//! model files + cohort -> a prediction a slide -> [`Summary`] -> predictions.csv, summary.json,
+//! report.html, figures/
 //!
 //! [`compare`] sets two runs side by side that predicted the same patients.
 
@@ -52,10 +53,11 @@ pub struct Checkpoint<'a> {
     pub path: &'a Path,
     /// Its scales are taken from the model.
     pub source: Source<'a>,
-    /// Folder of splits and a fold's number: its test slides alone, or its validation slides where it has none. None evaluates all slides.
+    /// Folder of splits and a fold's number: its test slides alone, or its validation slides where
+    /// it has none. None evaluates all slides.
     pub split: Option<(&'a Path, usize)>,
-    /// Attention heads, which a published checkpoint does not say; None takes the published 4 there.
-    /// An error if the model's own card says another number.
+    /// Attention heads, which a published checkpoint does not say; None takes the published 4
+    /// there. An error if the model's own card says another number.
     pub heads: Option<usize>,
 }
 
@@ -86,8 +88,9 @@ impl Moved {
 }
 
 /// Evaluates every fold of a run that has a model, on its test slides or else on its validation
-/// slides, and writes the files into the run's folder. Paths in the run's settings are as `cf-train` was given them, unless the data has
-/// `moved`. `budget` replaces the run's own memory budget.
+/// slides, and writes the files into the run's folder. Paths in the run's settings are as
+/// `cf-train` was given them, unless the data has `moved`. `budget` replaces the run's own memory
+/// budget.
 pub fn evaluate_run(
     run: &Path,
     moved: &Moved,
@@ -308,7 +311,8 @@ fn overlap(card: &ModelCard, dataset: &Dataset, order: &[usize]) -> Option<Strin
 /// A C-index may differ by this much between machines, whose instruction sets round differently.
 const SAME_C_INDEX: f64 = 1e-3;
 
-/// Sentences on the folds whose C-index is not the one that was recorded when their model was chosen.
+/// Sentences on the folds whose C-index is not the one that was recorded when their model was
+/// chosen.
 fn unlike_training(summary: &Summary, recorded: &BTreeMap<usize, Option<f64>>) -> Vec<String> {
     let differs = |fold: &FoldResult| {
         let (now, before) = (fold.c_index?, (*recorded.get(&fold.fold)?)?);
@@ -323,7 +327,8 @@ fn unlike_training(summary: &Summary, recorded: &BTreeMap<usize, Option<f64>>) -
     summary.folds.iter().filter_map(differs).collect()
 }
 
-/// A sentence on what metrics.jsonl, or the epoch of the model's card, says otherwise than the fold's checkpoint.
+/// A sentence on what metrics.jsonl, or the epoch of the model's card, says otherwise than the
+/// fold's checkpoint.
 fn unlike_checkpoint(fold: usize, done: &Done, epochs: &[&EpochMetrics], of_model: Option<usize>) -> Option<String> {
     let chosen = |best: Option<usize>| best.map_or("none".into(), |epoch| format!("epoch {}", epoch + 1));
     let best = done.best.map(|best| best.epoch);
@@ -375,7 +380,8 @@ fn refuse_state(path: &Path) -> Result<()> {
     Err(Error::file(path, message))
 }
 
-/// An error that says what has changed since the fold was trained. A fold without a state to compare with passes.
+/// An error that says what has changed since the fold was trained. A fold without a state to
+/// compare with passes.
 fn unchanged(config: &RunConfig, dataset: &Dataset, fold: (usize, &data::dataset::Fold), folder: &Path) -> Result<()> {
     let seen = protocol::prepare(config, dataset, fold)?;
     FoldTrainer::check(config, dataset, &seen.bins, &seen.slides, folder)

@@ -1,4 +1,5 @@
-//! Predictions of slides whose outcome is not known, by one model or by the folds of a run together.
+//! Predictions of slides whose outcome is not known, by one model or by the folds of a run
+//! together.
 
 use std::path::{Path, PathBuf};
 
@@ -44,8 +45,8 @@ pub struct Request<'a> {
 pub struct Predictions {
     /// The model files whose predictions are averaged.
     pub models: Vec<PathBuf>,
-    /// Where the time bins begin and end, in months, one more than there are hazards. Empty where the
-    /// model has none, or does not say. Folds that cut their own have the mean of theirs here.
+    /// Where the time bins begin and end, in months, one more than there are hazards. Empty where
+    /// the model has none, or does not say. Folds that cut their own have the mean of theirs here.
     pub bin_edges: Vec<f64>,
     pub slides: Vec<SlidePrediction>,
     /// Slides without a prediction, and why.
@@ -61,8 +62,8 @@ pub struct SlidePrediction {
     pub risk: f64,
     /// Each model's risk, in the order of the models.
     pub risk_by_model: Vec<f64>,
-    /// Months at which half are expected to have died: where the survival curve, straight between the
-    /// ends of the bins, falls to 1/2. None where it does not, or the ends are not known.
+    /// Months at which half are expected to have died: where the survival curve, straight between
+    /// the ends of the bins, falls to 1/2. None where it does not, or the ends are not known.
     pub median_months: Option<f64>,
     /// For each bin, the probability of the event in it given survival up to it.
     pub hazards: Vec<f64>,
@@ -126,8 +127,8 @@ fn models(model: &Path) -> Result<Vec<PathBuf>> {
         .collect()
 }
 
-/// The models' common edges, or the mean of theirs; empty where one of them does not say, or they have
-/// not the same number of bins.
+/// The models' common edges, or the mean of theirs; empty where one of them does not say, or they
+/// have not the same number of bins.
 fn mean_edges(folds: &[Fold]) -> Vec<f64> {
     let Ok(inner) = edge_times(folds) else { return Vec::new() };
     let mean = |of: &dyn Fn(&Fold) -> f64| folds.iter().map(of).sum::<f64>() / folds.len() as f64;
@@ -141,7 +142,8 @@ fn average(rows: &[&SlideResult], folds: &[Fold], bin_edges: &[f64]) -> Result<S
     let n = rows.len() as f64;
     let bins = rows[0].survival.len();
     let curves = if rows.len() > 1 && !bin_edges.is_empty() {
-        // each curve at the common ends; where the models' bins are the same, these are its own values
+        // each curve at the common ends; where the models' bins are the same, these are its own
+        // values
         let own: Vec<SlideResult> = rows.iter().map(|row| (*row).clone()).collect();
         survival_at(&own, folds, &bin_edges[1..]).map_err(Error::Usage)?
     } else {
@@ -187,8 +189,8 @@ pub fn check_folder(folder: &Path) -> Result<()> {
 }
 
 impl Predictions {
-    /// Writes `predictions.csv`, `predictions.json` and, where slides are left out, `left_out.csv` into a folder
-    /// that has none yet.
+    /// Writes `predictions.csv`, `predictions.json` and, where slides are left out, `left_out.csv`
+    /// into a folder that has none yet.
     pub fn write(&self, folder: &Path) -> Result<()> {
         check_folder(folder)?;
         std::fs::create_dir_all(folder).map_err(|e| Error::file(folder, format!("cannot be made: {e}")))?;
@@ -198,8 +200,8 @@ impl Predictions {
         write_text(&folder.join(JSON), &json)
     }
 
-    /// A row a slide: slide_id, risk, median_months, hazard_0.., survival_0.., and, of several models,
-    /// risk_model_0..
+    /// A row a slide: slide_id, risk, median_months, hazard_0.., survival_0.., and, of several
+    /// models, risk_model_0..
     fn csv(&self) -> Result<String> {
         let failed = |e: &dyn std::fmt::Display| Error::file(CSV, e);
         let bins = self.slides.first().map_or(0, |slide| slide.survival.len());
@@ -276,7 +278,8 @@ mod tests {
         approx::assert_abs_diff_eq!(mean.hazards[1], 0.5, epsilon = 1e-12);
         approx::assert_abs_diff_eq!(mean.median_months.unwrap_or_default(), 25.0, epsilon = 1e-12);
 
-        // with bins of their own: at 12 months the first curve has come 2 of the 20 months from 0.9 to 0.6
+        // with bins of their own: at 12 months the first curve has come 2 of the 20 months from 0.9
+        // to 0.6
         let own = [fold(0, &[0.0, 10.0, 30.0]), fold(1, &[0.0, 14.0, 30.0])];
         let mean = average(&[&a, &b], &own, &mean_edges(&own)).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(mean_edges(&own), [0.0, 12.0, 30.0]);

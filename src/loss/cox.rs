@@ -1,11 +1,13 @@
-//! The Cox loss of a batch of slides: the negative log partial likelihood, divided by the number of events.
+//! The Cox loss of a batch of slides: the negative log partial likelihood, divided by the number of
+//! events.
 
 use crate::{
     Error, Result,
     survival::{CoxCohort, Ties, risk_sets},
 };
 
-/// The outcomes of a batch, sorted for the likelihood. Its units are slides, or patients, whose risk is the mean of their slides' risks.
+/// The outcomes of a batch, sorted for the likelihood. Its units are slides, or patients, whose
+/// risk is the mean of their slides' risks.
 pub struct CoxBatch {
     /// Slides of each unit; a unit's slides stand side by side in the batch.
     slides: Vec<usize>,
@@ -15,7 +17,8 @@ pub struct CoxBatch {
 }
 
 impl CoxBatch {
-    /// One entry a unit: its number of slides (at least 1), its months, and whether its event was seen.
+    /// One entry a unit: its number of slides (at least 1), its months, and whether its event was
+    /// seen.
     pub fn new(slides: Vec<usize>, time: &[f64], event: &[bool], ties: Ties) -> Result<Self> {
         let comparable = risk_sets(time, event)?.iter().any(|set| set.events > 0 && set.at_risk > 1);
         Ok(Self { slides, cohort: CoxCohort::new(time, event, None, None)?, ties, comparable })
@@ -25,7 +28,8 @@ impl CoxBatch {
         self.cohort.events()
     }
 
-    /// Whether anybody else was at risk at the time of an event. Otherwise the loss is 0 whatever the risks.
+    /// Whether anybody else was at risk at the time of an event. Otherwise the loss is 0 whatever
+    /// the risks.
     pub fn is_comparable(&self) -> bool {
         self.comparable
     }

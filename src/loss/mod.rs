@@ -1,7 +1,9 @@
-//! Survival losses of one slide's logits, each with its gradient, in f64: a handful of numbers a slide.
+//! Survival losses of one slide's logits, each with its gradient, in f64: a handful of numbers a
+//! slide.
 //!
-//! With n discrete time bins: hazards h = sigmoid(logits), survival S_t = product over u <= t of (1 - h_u), S_-1 = 1, risk = -sum of S.
-//! The label y is the slide's bin, c = 1 when it is censored there.
+//! With n discrete time bins: hazards h = sigmoid(logits), survival S_t = product over u <= t of (1
+//! - h_u), S_-1 = 1, risk = -sum of S. The label y is the slide's bin, c = 1 when it is censored
+//! there.
 //!
 //! The Cox loss compares slides, so it is one of a batch: [`CoxBatch`].
 
@@ -18,7 +20,8 @@ const EPSILON: f64 = 1e-7;
 pub enum Loss {
     /// Negative log-likelihood of discrete hazards (Zadeh & Schmid 2020, eq. 3).
     NllSurv,
-    /// Cross-entropy of the survival curve at the label's bin, regularised by the likelihood's uncensored part.
+    /// Cross-entropy of the survival curve at the label's bin, regularised by the likelihood's
+    /// uncensored part.
     CeSurv,
     /// Cox partial likelihood of the risks of a batch of slides (Cox 1972); needs no time bins.
     CoxSurv,
@@ -71,8 +74,9 @@ pub struct Target {
 }
 
 impl Loss {
-    /// The loss of one slide and its gradient in the logits. `alpha` weighs the uncensored part up: 0.2 in training, 0 in validation.
-    /// `target.label` must be below the number of logits. The Cox loss of one slide is 0: nobody else is at risk.
+    /// The loss of one slide and its gradient in the logits. `alpha` weighs the uncensored part up:
+    /// 0.2 in training, 0 in validation. `target.label` must be below the number of logits. The Cox
+    /// loss of one slide is 0: nobody else is at risk.
     pub fn evaluate(self, logits: &[f64], target: Target, alpha: f64) -> (f64, Vec<f64>) {
         let (hazards, survival) = curve(logits);
         let y = target.label;

@@ -1,4 +1,5 @@
-//! A slide's patch features, as the model takes them: in memory, or read part by part from wherever they lie.
+//! A slide's patch features, as the model takes them: in memory, or read part by part from wherever
+//! they lie.
 
 use std::{marker::PhantomData, ops::Range};
 
@@ -8,8 +9,8 @@ use crate::{
     device::{ALIGNMENT, Buffer, Device, Element, Fence, View, copy_by_all_threads},
 };
 
-/// Where a GPU keeps the bags of a slide that are held whole. A device has two and takes them in turn: one slide's bags arrive while the slide
-/// before is worked on.
+/// Where a GPU keeps the bags of a slide that are held whole. A device has two and takes them in
+/// turn: one slide's bags arrive while the slide before is worked on.
 pub(crate) struct Room {
     buffer: Buffer,
     used: usize,
@@ -63,7 +64,8 @@ impl Room {
     }
 }
 
-/// Copies a bag's patches from `first` on to the device, as soon as the work before `after` has ended.
+/// Copies a bag's patches from `first` on to the device, as soon as the work before `after` has
+/// ended.
 pub(super) fn copy<T: Element>(
     device: &Device,
     bag: &Bag<'_, T>,

@@ -1,10 +1,11 @@
-//! Cross-attention of the x10 tokens to x5 and to x20: held whole, or to contexts that come part by part, so that no tensor
-//! as long as x5 or x20 is ever held.
+//! Cross-attention of the x10 tokens to x5 and to x20: held whole, or to contexts that come part by
+//! part, so that no tensor as long as x5 or x20 is ever held.
 //!
-//! Streamed, forward projects a part to tokens, keys and values, attends to it, and merges the result into that of the parts
-//! before (`attention::merge`). Backward reads the parts again: with the whole context's output and log-sum-exp, the gradients of
-//! a part's keys and values are final, and go down to the input projection at once; the queries' are summed.
-//! docs/giant-bags.md has the algebra.
+//! Streamed, forward projects a part to tokens, keys and values, attends to it, and merges the
+//! result into that of the parts before (`attention::merge`). Backward reads the parts again: with
+//! the whole context's output and log-sum-exp, the gradients of a part's keys and values are final,
+//! and go down to the input projection at once; the queries' are summed. docs/giant-bags.md has the
+//! algebra.
 
 use super::{
     Context,
@@ -54,7 +55,8 @@ pub(super) struct CrossGrad<'a, T: Element> {
     pub dbags: Option<[View<T>; CONTEXTS]>,
 }
 
-/// The contexts that are held, and their tokens' gradients on the scratch stack; none where they are streamed.
+/// The contexts that are held, and their tokens' gradients on the scratch stack; none where they
+/// are streamed.
 pub(super) struct HeldGrads<T: Element> {
     pub inputs: Vec<Input<T>>,
     pub dtokens: Vec<View<T>>,
@@ -90,8 +92,8 @@ impl CrossAttention {
         Ok((SavedCross { contexts, layers, before }, outs))
     }
 
-    /// dx =; parameter gradients +=. The contexts that are held are for the caller to project back with its own tokens;
-    /// streamed ones are done.
+    /// dx =; parameter gradients +=. The contexts that are held are for the caller to project back
+    /// with its own tokens; streamed ones are done.
     pub fn backward<T: Element>(
         &self,
         ctx: &mut Context,

@@ -1,4 +1,5 @@
-//! CrossFusion (Soraki et al. 2026, fig. 1): three streams of tokens, fused by a convolution over their mix.
+//! CrossFusion (Soraki et al. 2026, fig. 1): three streams of tokens, fused by a convolution over
+//! their mix.
 
 use super::{
     BagGrads, Bags, Config, Context, Network, Scale, dropout_sites,

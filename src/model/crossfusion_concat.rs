@@ -1,5 +1,5 @@
-//! CrossFusionConcat, the ablation of the paper's repository whose streams are put side by side and projected instead of
-//! convolved.
+//! CrossFusionConcat, the ablation of the paper's repository whose streams are put side by side and
+//! projected instead of convolved.
 
 use super::{
     BagGrads, Bags, Config, Context, Network, Scale,

@@ -1,4 +1,5 @@
-//! CrossFusionSingle, the ablation of the paper's repository that looks at x20 alone: one stream, convolved without a mix.
+//! CrossFusionSingle, the ablation of the paper's repository that looks at x20 alone: one stream,
+//! convolved without a mix.
 
 use super::{
     BagGrads, Bags, Config, Context, Network, Scale, dropout_sites,

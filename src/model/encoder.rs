@@ -1,5 +1,5 @@
-//! The three streams of tokens (Soraki et al. 2026, fig. 1, left): x10's own, and what it finds at x5 and at x20 by
-//! cross-attention; each then goes through a transformer.
+//! The three streams of tokens (Soraki et al. 2026, fig. 1, left): x10's own, and what it finds at
+//! x5 and at x20 by cross-attention; each then goes through a transformer.
 
 use super::{
     BagGrads, Bags, Config, Context, Scale,

@@ -1,4 +1,5 @@
-//! What makes one stream of several: their norms, then a convolution over their mix, or a linear map of all side by side.
+//! What makes one stream of several: their norms, then a convolution over their mix, or a linear
+//! map of all side by side.
 
 use super::{
     Config, Context, Fusion,
@@ -94,7 +95,8 @@ impl LinearNorm {
     }
 }
 
-/// Spec, step 4: the streams are mixed, convolved on the tokens' grid and projected back to the model's width.
+/// Spec, step 4: the streams are mixed, convolved on the tokens' grid and projected back to the
+/// model's width.
 pub(super) struct ConvFuse {
     /// None of a single stream.
     mix: Option<(Param, Param)>,
@@ -140,7 +142,8 @@ impl ConvFuse {
         ConvFusion { streams, weights: self.weights(ctx.params), grid, dropout, out }
     }
 
-    /// Streams `[side^2, dim]`, in the mix's order, to `out` of that shape. A single stream stands thrice.
+    /// Streams `[side^2, dim]`, in the mix's order, to `out` of that shape. A single stream stands
+    /// thrice.
     pub fn forward<T: Element>(
         &self,
         ctx: &mut Context,

@@ -1,9 +1,10 @@
 //! The unit that the whole model is made of: attention, norm, feed-forward.
 //!
-//!   u = x + out_proj(attention(q_proj(x), k_proj(c), v_proj(c))),   y = LayerNorm(u),   out = y + ffn(y)
-//! A cross-attention block queries another bag's tokens c, with one scale embedding added to x and c before the projections; a
-//! self-attention block ([`SelfLayer`]) first normalises its input, x = c = LayerNorm(input). The residuals start from the NORMALISED
-//! values. Every function takes a group of layers, which run in lockstep so that each op is one launch.
+//! u = x + out_proj(attention(q_proj(x), k_proj(c), v_proj(c))),   y = LayerNorm(u),   out = y +
+//! ffn(y) A cross-attention block queries another bag's tokens c, with one scale embedding added to
+//! x and c before the projections; a self-attention block ([`SelfLayer`]) first normalises its
+//! input, x = c = LayerNorm(input). The residuals start from the NORMALISED values. Every function
+//! takes a group of layers, which run in lockstep so that each op is one launch.
 
 use std::ops::Range;
 
@@ -173,7 +174,8 @@ pub(super) fn norm_grad<T: Element>(
     NormGrad { x, stats, weight: norm.weight.of(ctx.params), dy, dx, dweight, dbias }
 }
 
-/// Each layer's x `[n, d]` and context `[m, d]`; returns what backward needs, and each out `[n, d]` on the saved stack.
+/// Each layer's x `[n, d]` and context `[m, d]`; returns what backward needs, and each out `[n, d]`
+/// on the saved stack.
 pub(super) fn forward<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
@@ -278,7 +280,8 @@ fn launch_projections<T: Element>(ctx: &mut Context, projections: &[Projection<T
     matmul::forward(ctx.device, &products)
 }
 
-/// From attention's output to out. Where all is kept there is one piece, and this is what backward needs of it.
+/// From attention's output to out. Where all is kept there is one piece, and this is what backward
+/// needs of it.
 pub(super) fn tail<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
@@ -329,7 +332,8 @@ fn residual_norm<T: Element>(
     Ok(tails)
 }
 
-/// y = LayerNorm(u), finding its statistics (`layer_norm::forward`) or by them (`layer_norm::apply`).
+/// y = LayerNorm(u), finding its statistics (`layer_norm::forward`) or by them
+/// (`layer_norm::apply`).
 fn norms<T: Element>(
     ctx: &Context,
     layers: &[&Layer],
@@ -365,7 +369,8 @@ pub(super) fn scratch<T: Element>(ctx: &mut Context, like: &[View<T>], cols: usi
     like.iter().map(|x| ctx.arena.scratch(x.rows(), cols)).collect()
 }
 
-/// One layer's tensors in backward. In self-attention x is the context's first rows, and dx the context's gradient's.
+/// One layer's tensors in backward. In self-attention x is the context's first rows, and dx the
+/// context's gradient's.
 pub(super) struct LayerGrad<T> {
     pub x: View<T>,
     pub context: View<T>,
@@ -447,8 +452,8 @@ pub(super) fn attention_grad<T: Element>(
     AttentionGrad { forward, dout, dq, dk: dkv.cols_range(0..d), dv: dkv.cols_range(d..2 * d) }
 }
 
-/// Where the gradients of the projections' biases, queries' and keys' and values', are summed: apart from the parameters' own where a
-/// scale embedding is folded in, see [`fold_backward`].
+/// Where the gradients of the projections' biases, queries' and keys' and values', are summed:
+/// apart from the parameters' own where a scale embedding is folded in, see [`fold_backward`].
 pub(super) fn bias_grads<T: Real>(ctx: &mut Context, layers: &[&Layer]) -> Result<Vec<[View<T>; 2]>> {
     let folded = layers.iter().filter(|layer| layer.embedding.is_some()).count();
     let mut columns = ctx.arena.scratch(1, folded * 3 * ctx.config.dim)?;
@@ -507,7 +512,8 @@ pub(super) fn input_grads<T: Element>(
     products.collect()
 }
 
-/// From dout to du and dattended, through out = y + ffn(y), y = LayerNorm(u) and u = x + out_proj(attended).
+/// From dout to du and dattended, through out = y + ffn(y), y = LayerNorm(u) and u = x +
+/// out_proj(attended).
 pub(super) fn tail_backward<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
@@ -541,8 +547,8 @@ pub(super) fn tail_backward<T: Element>(
     Ok(())
 }
 
-/// From dout to du of some rows. Returns the weight gradients that are still to be summed: the tail's go as one launch, while their
-/// operands stay on the scratch stack.
+/// From dout to du of some rows. Returns the weight gradients that are still to be summed: the
+/// tail's go as one launch, while their operands stay on the scratch stack.
 fn feed_forward_backward<T: Element>(
     ctx: &mut Context,
     layers: &[&Layer],
@@ -634,7 +640,8 @@ impl SelfLayer {
         Self { norm, layer: Layer::new(layout, &names, dim, None, attention_dropout, site) }
     }
 
-    /// Each x `[n0, d]`, padded to `rows` by repeating its first rows; out has the first `queries` rows only.
+    /// Each x `[n0, d]`, padded to `rows` by repeating its first rows; out has the first `queries`
+    /// rows only.
     pub fn forward<T: Element>(
         ctx: &mut Context,
         layers: &[&Self],
@@ -661,7 +668,8 @@ impl SelfLayer {
         Ok((saved.collect(), outs))
     }
 
-    /// dout is in the first rows, as many as forward's queries; `gradient` has dx in its first n0 afterwards. They may be one.
+    /// dout is in the first rows, as many as forward's queries; `gradient` has dx in its first n0
+    /// afterwards. They may be one.
     pub fn backward<T: Element>(
         ctx: &mut Context,
         layers: &[&Self],

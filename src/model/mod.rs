@@ -138,7 +138,8 @@ fn dropout_sites(next: &mut u32, sites: u32) -> u32 {
 }
 
 impl Config {
-    /// An error if the kernels cannot run this model: they move 16 bytes at a time, 8 columns of bf16.
+    /// An error if the kernels cannot run this model: they move 16 bytes at a time, 8 columns of
+    /// bf16.
     pub fn check_for_kernels(&self) -> Result<()> {
         let widths = [("features", self.features, 8), ("dim", self.dim, 16), ("dim / heads", self.dim / self.heads, 8)];
         if let Some((name, width, of)) = widths.into_iter().find(|(_, width, of)| !width.is_multiple_of(*of)) {

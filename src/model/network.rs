@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::{BagGrads, Bags, Config, Context, CrossFusion, CrossFusionConcat, CrossFusionSingle, Layout, Scale};
 use crate::{Result, device::Element, ops::head::HeadGrad};
 
-/// A model, as the engine, the plans, checkpoints and evaluations know it: from a slide's bags to the one row that the
-/// head reads, and back.
+/// A model, as the engine, the plans, checkpoints and evaluations know it: from a slide's bags to
+/// the one row that the head reads, and back.
 pub(crate) trait Network {
     /// What backward needs of a forward pass; its views lie on the arena's saved stack.
     type Saved<'a, T: Element>;
@@ -29,8 +29,8 @@ pub(crate) trait Network {
     /// The head on top of a forward pass, and where its gradients go.
     fn head<T: Element>(&self, saved: &Self::Saved<'_, T>) -> HeadGrad<T>;
 
-    /// After the head's backward pass: adds the parameters' gradients of one slide to `ctx.grads`. `dbags` receives the bags'
-    /// gradients, which training does not need.
+    /// After the head's backward pass: adds the parameters' gradients of one slide to `ctx.grads`.
+    /// `dbags` receives the bags' gradients, which training does not need.
     fn backward<T: Element>(
         &self,
         ctx: &mut Context,

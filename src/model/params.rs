@@ -1,7 +1,8 @@
 //! A model's parameters: one flat arena and a table of names.
 //!
-//! Names and shapes are those of the public checkpoints; offsets are ours, so that weights that are used together (a query's, key's
-//! and value's projection) lie together. Gradients and Adam's moments are arenas with the same offsets.
+//! Names and shapes are those of the public checkpoints; offsets are ours, so that weights that are
+//! used together (a query's, key's and value's projection) lie together. Gradients and Adam's
+//! moments are arenas with the same offsets.
 
 use std::ops::Range;
 
@@ -38,7 +39,8 @@ enum Init {
     Normal(f64),
 }
 
-/// A matrix of the parameter arena. The same handle names the parameter, its gradient and its moments.
+/// A matrix of the parameter arena. The same handle names the parameter, its gradient and its
+/// moments.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Param {
     offset: usize,
@@ -165,7 +167,8 @@ impl Layout {
         Norm { weight, bias }
     }
 
-    /// A convolution's weight `[out, inputs a group, taps..]` and bias; Kaiming normal over out * taps, gain sqrt(2).
+    /// A convolution's weight `[out, inputs a group, taps..]` and bias; Kaiming normal over out *
+    /// taps, gain sqrt(2).
     pub(super) fn convolution(&mut self, name: &str, out: usize, inputs: usize, taps: &[usize]) -> (Param, Param) {
         self.align();
         let fan_out = out * taps.iter().product::<usize>();
@@ -183,7 +186,8 @@ impl Layout {
     }
 }
 
-/// Standard normals by Box and Muller (1958) from a splitmix64 stream that starts at the name's FNV-1a hash.
+/// Standard normals by Box and Muller (1958) from a splitmix64 stream that starts at the name's
+/// FNV-1a hash.
 fn normals(seed: u64, name: &str) -> impl Iterator<Item = f64> {
     let hash =
         name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3));

@@ -1,15 +1,16 @@
-//! What a pass keeps in memory, and what it computes again. Every policy gives the same gradients (docs/giant-bags.md).
+//! What a pass keeps in memory, and what it computes again. Every policy gives the same gradients
+//! (docs/giant-bags.md).
 
 use serde::Serialize;
 
 /// How a training step trades memory for time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct Policy {
-    /// Of each layer keep only input, attention's output and its log-sum-exp; backward computes the rest again, this many tokens at a
-    /// time. None keeps everything.
+    /// Of each layer keep only input, attention's output and its log-sum-exp; backward computes the
+    /// rest again, this many tokens at a time. None keeps everything.
     pub recompute: Option<usize>,
-    /// Hold at most this many patches of each bag that the model can read part by part (`Network::STREAMED`). None
-    /// holds the bags whole.
+    /// Hold at most this many patches of each bag that the model can read part by part
+    /// (`Network::STREAMED`). None holds the bags whole.
     pub stream: Option<usize>,
 }
 

@@ -1,5 +1,5 @@
-//! The input projection: Linear and LayerNorm of a bag, from its features to tokens of the model's width. A bag that
-//! is as wide as the model is its own tokens.
+//! The input projection: Linear and LayerNorm of a bag, from its features to tokens of the model's
+//! width. A bag that is as wide as the model is its own tokens.
 
 use super::{
     Context,
@@ -49,7 +49,8 @@ impl Projection {
     }
 }
 
-/// Each bag's tokens, on the saved stack if `save`, else on the scratch stack. All bags are one launch.
+/// Each bag's tokens, on the saved stack if `save`, else on the scratch stack. All bags are one
+/// launch.
 pub(super) fn project<T: Element>(
     ctx: &mut Context,
     projections: &[Projection],

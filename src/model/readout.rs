@@ -1,5 +1,5 @@
-//! From the fused tokens to the head's one row: a class token in front, a last transformer, and the head's norm and linear
-//! map (spec, step 5).
+//! From the fused tokens to the head's one row: a class token in front, a last transformer, and the
+//! head's norm and linear map (spec, step 5).
 
 use super::{
     Config, Context,
@@ -43,7 +43,8 @@ impl Readout {
         layout.token("cls_token", config.dim, 1e-6)
     }
 
-    /// Room for the fused tokens `[side^2 + 1, dim]`, on the saved stack, with the class token in the first row.
+    /// Room for the fused tokens `[side^2 + 1, dim]`, on the saved stack, with the class token in
+    /// the first row.
     pub fn room<T: Element>(&self, ctx: &mut Context, side: usize) -> Result<View<T>> {
         let fused = ctx.arena.save(side * side + 1, ctx.config.dim)?;
         elementwise::sum(ctx.device, &[self.class_token.of(ctx.params)], fused.rows_range(0..1))?;
@@ -74,8 +75,8 @@ impl Readout {
         Ok(SavedReadout { last, head })
     }
 
-    /// From the head's dx: the gradient of the fused tokens, on the scratch stack and the caller's to overwrite. The class token's
-    /// own is summed.
+    /// From the head's dx: the gradient of the fused tokens, on the scratch stack and the caller's
+    /// to overwrite. The class token's own is summed.
     pub fn backward<T: Element>(&self, ctx: &mut Context, saved: SavedReadout<T>, side: usize) -> Result<View<T>> {
         let n = side * side;
         let gradient = ctx.arena.scratch(n + 1, ctx.config.dim)?;

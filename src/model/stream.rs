@@ -54,7 +54,8 @@ impl<'a, T: Element> Stream<'a, T> {
     pub fn parts<'s>(&'s self, device: &'s Device) -> impl Iterator<Item = Result<Staged<T>>> + 's {
         let mut before = device.fence();
         pieces(self.longest(), Some(self.patches)).enumerate().map(move |(turn, range)| {
-            // where this part goes was last read by the last but one, whose work was all started before the last one's
+            // where this part goes was last read by the last but one, whose work was all started
+            // before the last one's
             let free = std::mem::replace(&mut before, device.fence())?;
             let mut bags = Vec::new();
             for (place, (bag, buffers)) in self.bags.iter().zip(&self.buffers).enumerate() {

@@ -1,4 +1,5 @@
-//! The pad-transformer: self-attention layers, the positional encoding PPEG on a square grid, self-attention layers.
+//! The pad-transformer: self-attention layers, the positional encoding PPEG on a square grid,
+//! self-attention layers.
 
 use super::{
     Config, Context,
@@ -57,8 +58,9 @@ impl PadTransformer {
         Self { pre, post, kernels: convolutions.map(|c| c.0), biases: convolutions.map(|c| c.1) }
     }
 
-    /// Each x `[n0, d]`, padded to `rows` = side^2 (one more with a class token in front). out has the first `queries` rows: all, or
-    /// the class token's alone, which is all that the head looks at.
+    /// Each x `[n0, d]`, padded to `rows` = side^2 (one more with a class token in front). out has
+    /// the first `queries` rows: all, or the class token's alone, which is all that the head looks
+    /// at.
     pub fn forward<T: Element>(
         ctx: &mut Context,
         group: &[&Self],
@@ -95,8 +97,9 @@ impl PadTransformer {
         Ok((SavedTransformer { pre, post, x: ppeg_x, before_ppeg }, x))
     }
 
-    /// From dout `[queries, d]`. `gradient` `[rows, d]` is overwritten, and may hold dout in its first rows. Returns dx in the
-    /// first n0 rows of matrices `[rows, d]` that this takes from the scratch stack: the caller releases them.
+    /// From dout `[queries, d]`. `gradient` `[rows, d]` is overwritten, and may hold dout in its
+    /// first rows. Returns dx in the first n0 rows of matrices `[rows, d]` that this takes from the
+    /// scratch stack: the caller releases them.
     pub fn backward<T: Element>(
         ctx: &mut Context,
         group: &[&Self],

@@ -1,4 +1,5 @@
-//! Adam with L2 weight decay (Kingma & Ba 2015, algorithm 1; the decay is added to the gradient, not decoupled), over a whole arena.
+//! Adam with L2 weight decay (Kingma & Ba 2015, algorithm 1; the decay is added to the gradient,
+//! not decoupled), over a whole arena.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -21,7 +22,8 @@ pub struct Adam {
 pub(crate) struct Arenas<T: Element> {
     /// What is trained.
     pub params: View<T::Sum>,
-    /// What the ops read: the same rounded to `T`, written by every step; the same memory where nothing is rounded.
+    /// What the ops read: the same rounded to `T`, written by every step; the same memory where
+    /// nothing is rounded.
     pub weights: View<T>,
     pub grads: View<T::Sum>,
     /// First and second moments.
@@ -49,7 +51,8 @@ pub(crate) fn step<T: Element>(device: &Device, adam: &Adam, arenas: Arenas<T>, 
     Ok(())
 }
 
-/// The rate, and what the second moment's root is multiplied by, corrected for the moments' start at 0.
+/// The rate, and what the second moment's root is multiplied by, corrected for the moments' start
+/// at 0.
 fn corrected(adam: &Adam, step: u64) -> (f64, f64) {
     let correction = |beta: f64| 1.0 - beta.powf(step as f64);
     (adam.learning_rate / correction(adam.beta1), 1.0 / correction(adam.beta2).sqrt())

@@ -1,17 +1,20 @@
-//! Fused multi-head attention: out = dropout(softmax(q kᵀ / sqrt(head_dim))) v for each head, never holding an n x m matrix.
+//! Fused multi-head attention: out = dropout(softmax(q kᵀ / sqrt(head_dim))) v for each head, never
+//! holding an n x m matrix.
 //!
-//! Shapes: q, out `[n, d]`; k, v `[m, d]`; head h owns columns `h * d / heads ..`. Saved for backward: the log-sum-exp of each row's
-//! scaled scores, lse `[heads, n]`. A list of problems of any lengths runs as one launch: the coarse and the fine context of a
-//! cross-attention, or the three branches' self-attention.
+//! Shapes: q, out `[n, d]`; k, v `[m, d]`; head h owns columns `h * d / heads ..`. Saved for
+//! backward: the log-sum-exp of each row's scaled scores, lse `[heads, n]`. A list of problems of
+//! any lengths runs as one launch: the coarse and the fine context of a cross-attention, or the
+//! three branches' self-attention.
 //!
-//! Forward is the online softmax of FlashAttention-2 (Dao 2023, algorithm 1), backward its algorithm 2: with
-//! P = exp(scale q kᵀ - lse), F dropout's factors and delta = rowsum(dout * out),
-//!   dv = (P F)ᵀ dout,   dS = P * (F * (dout vᵀ) - delta) * scale,   dq = dS k,   dk = dSᵀ q   (all `=`).
-//! An empty context gives out = 0.
+//! Forward is the online softmax of FlashAttention-2 (Dao 2023, algorithm 1), backward its
+//! algorithm 2: with P = exp(scale q kᵀ - lse), F dropout's factors and delta = rowsum(dout * out),
+//! dv = (P F)ᵀ dout,   dS = P * (F * (dout vᵀ) - delta) * scale,   dq = dS k,   dk = dSᵀ q   (all
+//! `=`). An empty context gives out = 0.
 //!
-//! A context may come in parts ([`merge`]): with out_i and lse_i of part i alone, lse = log(sum_i exp(lse_i)) and
-//! out = sum_i exp(lse_i - lse) out_i (FlashAttention-2, section 3.1). Backward of a part is [`backward`] with the whole context's out and
-//! lse: its dk and dv are final, its dq is a term of a sum.
+//! A context may come in parts ([`merge`]): with out_i and lse_i of part i alone, lse = log(sum_i
+//! exp(lse_i)) and out = sum_i exp(lse_i - lse) out_i (FlashAttention-2, section 3.1). Backward of
+//! a part is [`backward`] with the whole context's out and lse: its dk and dv are final, its dq is
+//! a term of a sum.
 
 pub(crate) mod kernel;
 
@@ -98,10 +101,11 @@ impl<T: Element> Attention<T> {
     }
 }
 
-/// Multi-head attention: out = dropout(softmax(q kᵀ / sqrt(head_dim))) v of each head, and the scores' log-sum-exp.
+/// Multi-head attention: out = dropout(softmax(q kᵀ / sqrt(head_dim))) v of each head, and the
+/// scores' log-sum-exp.
 ///
-/// Shapes: q and out `[n, d]`, k and v `[m, d]` (n and m may differ), lse `[heads, n]`; `heads` divides d.
-/// Source: FlashAttention-2 (Dao 2023, algorithm 1).
+/// Shapes: q and out `[n, d]`, k and v `[m, d]` (n and m may differ), lse `[heads, n]`; `heads`
+/// divides d. Source: FlashAttention-2 (Dao 2023, algorithm 1).
 #[derive(Clone, Copy)]
 pub struct AttentionInput<'a, T: Element> {
     pub q: Mat<'a, T>,
@@ -135,7 +139,8 @@ pub fn attention<T: Element>(
     workspace.run("attention", &on, |device, arena| forward(device, arena, &[problem]))
 }
 
-/// dq `[n, d]`, dk and dv `[m, d]` =, from dout `[n, d]` and what [`attention`] wrote. Source: FlashAttention-2, algorithm 2.
+/// dq `[n, d]`, dk and dv `[m, d]` =, from dout `[n, d]` and what [`attention`] wrote. Source:
+/// FlashAttention-2, algorithm 2.
 pub fn attention_backward<T: Element>(
     workspace: &mut Workspace,
     input: &AttentionInput<T>,
@@ -153,8 +158,9 @@ pub(crate) fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: 
     forward_with(device, arena, problems, Kernels::Mma)
 }
 
-/// [`forward`] by Hopper's wgmma, where the device and `T` have it (an H100 and bf16) and heads are wider than 64; elsewhere the same. NOT YET
-/// RUN ON A GPU: training does not take it before it has been measured.
+/// [`forward`] by Hopper's wgmma, where the device and `T` have it (an H100 and bf16) and heads are
+/// wider than 64; elsewhere the same. NOT YET RUN ON A GPU: training does not take it before it has
+/// been measured.
 pub(crate) fn forward_wgmma<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
     let at_hand = device.has_wgmma() && T::KERNELS == Some(Storage::Bf16);
     forward_with(device, arena, problems, if at_hand { Kernels::Wgmma } else { Kernels::Mma })
@@ -271,8 +277,9 @@ pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems:
     backward_with(device, arena, problems, kernel::backward_launches, |_| 0)
 }
 
-/// [`backward`] with five products instead of the kernels' seven: dq is summed by atomics, over the keys' blocks in another order on
-/// every run. Takes n x d f32 of scratch more for each problem. On a CPU the same as [`backward`].
+/// [`backward`] with five products instead of the kernels' seven: dq is summed by atomics, over the
+/// keys' blocks in another order on every run. Takes n x d f32 of scratch more for each problem. On
+/// a CPU the same as [`backward`].
 pub(crate) fn backward_atomic<T: Element>(
     device: &Device,
     arena: &mut Arena,
@@ -351,11 +358,13 @@ const KEYS: usize = dropout::BLOCK;
 const ROWS: usize = 8 * tile::ROWS;
 /// Queries of a forward task: they share the packing of the keys.
 const QUERIES: usize = 4 * ROWS;
-/// A backward task takes all queries and a segment of a head's keys. Segments are few, because each costs a dq of its own.
+/// A backward task takes all queries and a segment of a head's keys. Segments are few, because each
+/// costs a dq of its own.
 const MOST_SEGMENTS: usize = 4;
 const BACKWARD_TASKS: usize = 16;
 
-/// Segments of a head's keys in backward: a function of the shapes alone, so that sums have the same order on every machine.
+/// Segments of a head's keys in backward: a function of the shapes alone, so that sums have the
+/// same order on every machine.
 fn segments(heads: usize, keys: usize) -> usize {
     (BACKWARD_TASKS / heads.max(1)).clamp(1, MOST_SEGMENTS).min(keys.div_ceil(KEYS).max(1))
 }
@@ -428,7 +437,8 @@ impl<T: Real> Kernel for Forward<'_, T> {
             out.fill(T::ZERO);
             max.fill(T::of(f64::NEG_INFINITY));
             total.fill(T::ZERO);
-            // SAFETY: the views are live, and each task writes its own rows and columns of out and lse.
+            // SAFETY: the views are live, and each task writes its own rows and columns of out and
+            // lse.
             unsafe { copy(q.rows_range(rows.clone()), queries.as_mut_ptr()) };
             for key in (0..m).step_by(KEYS) {
                 let keys_here = KEYS.min(m - key);
@@ -441,7 +451,8 @@ impl<T: Real> Kernel for Forward<'_, T> {
                     let rows_here = ROWS.min(n - start);
                     let (a, b) =
                         (Lhs::rows(queries[start * HEAD..].as_ptr(), HEAD), Rhs::panels::<S>(keys.as_ptr(), d));
-                    // SAFETY: the workspace holds the queries, the packed keys and the scores of a tile.
+                    // SAFETY: the workspace holds the queries, the packed keys and the scores of a
+                    // tile.
                     unsafe { tile::multiply(simd, (rows_here, keys_here, d), a, b, scores.as_mut_ptr(), KEYS, false) };
                     for r in 0..rows_here {
                         let row = &mut scores[r * KEYS..r * KEYS + keys_here];
@@ -560,12 +571,14 @@ impl<T: Real> Kernel for Backward<'_, T> {
             let (dvalues, space) = space.split_at_mut(KEYS * HEAD);
             let (queries, space) = space.split_at_mut(ROWS * HEAD);
             let (douts, space) = space.split_at_mut(ROWS * HEAD);
-            // one row more than the tile: a transposed tile's last register block reads past its columns
+            // one row more than the tile: a transposed tile's last register block reads past its
+            // columns
             let (probs, dscores) = space.split_at_mut((ROWS + 1) * KEYS);
             for key in segment.clone().step_by(KEYS) {
                 let here = key..segment.end.min(key + KEYS);
                 let keys_here = here.len();
-                // SAFETY: the views are live; each task writes its own rows and columns of dk, dv and its own dq.
+                // SAFETY: the views are live; each task writes its own rows and columns of dk, dv
+                // and its own dq.
                 unsafe {
                     pack_transposed::<T, S>(k.rows_range(here.clone()), keys_t.as_mut_ptr());
                     pack_transposed::<T, S>(v.rows_range(here.clone()), values_t.as_mut_ptr());

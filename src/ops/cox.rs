@@ -1,4 +1,5 @@
-//! The Cox partial likelihood by kernels/cox.cu; the CPU's is [`CoxCohort::loglik_and_gradient`], where the formula stands.
+//! The Cox partial likelihood by kernels/cox.cu; the CPU's is [`CoxCohort::loglik_and_gradient`],
+//! where the formula stands.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -129,7 +130,8 @@ impl<'d> DeviceCohort<'d> {
         &self.risk
     }
 
-    /// The kernels that write gradient and log-likelihood; O(n), the same bits on every run. None for an empty cohort.
+    /// The kernels that write gradient and log-likelihood; O(n), the same bits on every run. None
+    /// for an empty cohort.
     pub(crate) fn launches(&self, ties: Ties) -> Vec<Launch> {
         let (blocks, _) = grid(self.n);
         let args = vec![Arg::new(KernelCox { efron: i32::from(ties == Ties::Efron), ..self.kernel })];
@@ -146,7 +148,8 @@ impl<'d> DeviceCohort<'d> {
         if self.n == 0 { Vec::new() } else { kernels.map(launch).to_vec() }
     }
 
-    /// The log-likelihood that the launches wrote; an error where the risks are too far apart for the sums.
+    /// The log-likelihood that the launches wrote; an error where the risks are too far apart for
+    /// the sums.
     pub(crate) fn loglik(&self) -> Result<f64> {
         if self.n == 0 {
             return Ok(0.0);

@@ -1,7 +1,9 @@
-//! Depthwise convolution of tokens on a grid, channels last: the CPU core of `ppeg` and `conv_fusion`.
+//! Depthwise convolution of tokens on a grid, channels last: the CPU core of `ppeg` and
+//! `conv_fusion`.
 //!
-//! A sum of convolutions with 7, 5, 3 (and 1) taps a side is one convolution whose kernel is the sum of the small kernels, centred;
-//! each small kernel's gradient is the centre crop of the merged kernel's.
+//! A sum of convolutions with 7, 5, 3 (and 1) taps a side is one convolution whose kernel is the
+//! sum of the small kernels, centred; each small kernel's gradient is the centre crop of the merged
+//! kernel's.
 
 use crate::device::{Arg, Cpu, Launch, Real, Storage, View, cpu::with_workspace};
 
@@ -10,7 +12,8 @@ const SIDE: usize = 7;
 /// Channels that one task or inner loop takes.
 const CHANNELS: usize = 32;
 
-/// How tokens lie and how a kernel spans them: a `height x width` grid and a `tall x 7` kernel, tall = 7 (or 1 for sequences).
+/// How tokens lie and how a kernel spans them: a `height x width` grid and a `tall x 7` kernel,
+/// tall = 7 (or 1 for sequences).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Grid {
     pub height: usize,
@@ -62,7 +65,8 @@ impl Grid {
     }
 }
 
-/// merged `[taps, c]` = the sum of the small kernels, each given as (side, `[c, taps_of(side)]`), plus the identity if asked.
+/// merged `[taps, c]` = the sum of the small kernels, each given as (side, `[c, taps_of(side)]`),
+/// plus the identity if asked.
 pub(super) fn merge<T: Real>(grid: Grid, kernels: &[(usize, View<T>)], identity: bool, merged: View<T>) {
     // SAFETY: the views are live, and this is one thread.
     unsafe {
@@ -230,7 +234,8 @@ impl Grid {
     }
 }
 
-/// The part of a launch that depends on shapes: `problems` are (grid, channels); a kernel's table holds them in this order.
+/// The part of a launch that depends on shapes: `problems` are (grid, channels); a kernel's table
+/// holds them in this order.
 pub(super) struct KernelShape<'a> {
     pub problems: &'a [(Grid, usize)],
     pub storage: Storage,
@@ -262,7 +267,8 @@ impl KernelShape<'_> {
         self.tiled(kernel, false, position, 0)
     }
 
-    /// A block a part and 32 channels; `extra`: bytes of shared memory beside the tile and the merged kernel.
+    /// A block a part and 32 channels; `extra`: bytes of shared memory beside the tile and the
+    /// merged kernel.
     pub(super) fn backward(&self, kernel: &'static str, position: usize, extra: usize) -> Launch {
         self.tiled(kernel, true, position, extra)
     }

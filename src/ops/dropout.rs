@@ -1,17 +1,20 @@
-//! Dropout by counter: an element's fate is a pure function of (seed, step, site, row, column), so that no mask is stored, the
-//! backward pass draws it again, and every device draws the same one.
+//! Dropout by counter: an element's fate is a pure function of (seed, step, site, row, column), so
+//! that no mask is stored, the backward pass draws it again, and every device draws the same one.
 //!
-//! Generator: Philox4x32 with 7 rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011; 7 rounds pass BigCrush,
-//! table 2). Counter (call, row, site, step), key = seed. One call gives eight 16-bit draws. The columns of a row are drawn in
-//! blocks of 32: call `4 * (col / 32) + col / 2 % 4`, word `col / 8 % 4`, half `col % 2`. That is the order in which
-//! one thread of a tensor-core fragment holds a row's columns, so that a GPU thread uses all that it draws.
+//! Generator: Philox4x32 with 7 rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3,
+//! SC 2011; 7 rounds pass BigCrush, table 2). Counter (call, row, site, step), key = seed. One call
+//! gives eight 16-bit draws. The columns of a row are drawn in blocks of 32: call `4 * (col / 32) +
+//! col / 2 % 4`, word `col / 8 % 4`, half `col % 2`. That is the order in which one thread of a
+//! tensor-core fragment holds a row's columns, so that a GPU thread uses all that it draws.
 //!
-//! An element is dropped when its draw is below `rate * 65536` (rounded); the rest are divided by the exact keep probability.
+//! An element is dropped when its draw is below `rate * 65536` (rounded); the rest are divided by
+//! the exact keep probability.
 
 use crate::device::Real;
 
 const ROUNDS: u32 = 7;
-/// Columns drawn at a time on the CPU: 16 calls side by side, one in each lane of a vector register.
+/// Columns drawn at a time on the CPU: 16 calls side by side, one in each lane of a vector
+/// register.
 pub(crate) const BLOCK: usize = 128;
 
 /// Which draws a forward pass makes: the run's seed and a number that no two slides of a run share.
@@ -108,7 +111,8 @@ fn rounds(mut c: [[u32; 16]; 4], mut key: [u32; 2], rounds: u32) -> [[u32; 16]; 
     c
 }
 
-/// A [`Dropout`] as kernels take it (`Dropout` of kernels/dropout.cuh); a threshold of 0 drops nothing.
+/// A [`Dropout`] as kernels take it (`Dropout` of kernels/dropout.cuh); a threshold of 0 drops
+/// nothing.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct KernelDropout {

@@ -84,7 +84,8 @@ fn cpu_sum<T: Real>(cpu: &Cpu, terms: &[View<T>], out: View<T>) {
     );
 }
 
-/// out = dropout(x), or dropout(GELU(x)), both `[m, n]`: backward's dropout, and what backward needs again of a product's epilogue.
+/// out = dropout(x), or dropout(GELU(x)), both `[m, n]`: backward's dropout, and what backward
+/// needs again of a product's epilogue.
 #[derive(Clone, Copy)]
 pub(crate) struct Map<T> {
     pub x: View<T>,

@@ -1,4 +1,5 @@
-//! GELU in its exact form, x Φ(x) with the normal distribution function (Hendrycks & Gimpel 2016, eq. 1).
+//! GELU in its exact form, x Φ(x) with the normal distribution function (Hendrycks & Gimpel 2016,
+//! eq. 1).
 
 use crate::device::Real;
 

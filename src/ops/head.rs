@@ -1,7 +1,8 @@
 //! The head: logits = W LayerNorm(x) + b of the class token's row.
 //!
-//! Shapes: x `[1, d]`, norm weight and bias `[1, d]`, weight `[classes, d]`, bias and logits `[1, classes]`. Saved: x, the norm's statistics
-//! `[1, 2]` and its output `[1, d]`. `train` goes from x to all gradients at once, a survival loss of the logits between.
+//! Shapes: x `[1, d]`, norm weight and bias `[1, d]`, weight `[classes, d]`, bias and logits `[1,
+//! classes]`. Saved: x, the norm's statistics `[1, 2]` and its output `[1, d]`. `train` goes from x
+//! to all gradients at once, a survival loss of the logits between.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -86,7 +87,8 @@ pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, grad: &He
     Ok(())
 }
 
-/// From x to loss, risk (`[1, 2]` f64 in `result`) and all gradients, which are as in [`backward`]. A kernel writes nothing else.
+/// From x to loss, risk (`[1, 2]` f64 in `result`) and all gradients, which are as in [`backward`].
+/// A kernel writes nothing else.
 pub(crate) fn train<T: Element>(
     device: &Device,
     arena: &mut Arena,

@@ -1,8 +1,10 @@
-//! Layer normalisation (Ba et al. 2016): y = (x - mean) / sqrt(var + 1e-5) * weight + bias over each row.
+//! Layer normalisation (Ba et al. 2016): y = (x - mean) / sqrt(var + 1e-5) * weight + bias over
+//! each row.
 //!
-//! `forward` takes x `[n0, d]` to y `[n, d]` with n0 <= n <= 2 n0: rows from n0 on repeat the first ones, which is the model's padding
-//! to a square; `backward` folds them back, since the op is row by row and linear in dy. Saved: x and the statistics
-//! `[n0, 2]` = (mean, 1 / sqrt(var + eps)); y is recomputed from them by [`apply`].
+//! `forward` takes x `[n0, d]` to y `[n, d]` with n0 <= n <= 2 n0: rows from n0 on repeat the first
+//! ones, which is the model's padding to a square; `backward` folds them back, since the op is row
+//! by row and linear in dy. Saved: x and the statistics `[n0, 2]` = (mean, 1 / sqrt(var + eps)); y
+//! is recomputed from them by [`apply`].
 
 use bytemuck::{Pod, Zeroable};
 
@@ -43,10 +45,11 @@ pub(crate) struct NormGrad<T: Element> {
     pub dbias: View<T::Sum>,
 }
 
-/// y = LayerNorm(x) of each row, and its statistics (mean, 1 / sqrt(var + eps)) for [`layer_norm_backward`].
+/// y = LayerNorm(x) of each row, and its statistics (mean, 1 / sqrt(var + eps)) for
+/// [`layer_norm_backward`].
 ///
-/// Shapes: x `[n0, d]`, weight and bias `[1, d]`, y `[n, d]` with n0 <= n <= 2 n0 (rows from n0 on repeat the first ones), stats
-/// `[n0, 2]`.
+/// Shapes: x `[n0, d]`, weight and bias `[1, d]`, y `[n, d]` with n0 <= n <= 2 n0 (rows from n0 on
+/// repeat the first ones), stats `[n0, 2]`.
 pub fn layer_norm<T: Element>(
     workspace: &mut Workspace,
     x: Mat<T>,
@@ -277,7 +280,8 @@ pub(crate) const MAX_PROBLEMS: usize = 4;
 const WARPS: usize = 8;
 const ROWS_PER_BLOCK: usize = 32;
 
-/// A problem of forward or apply as the kernel takes it; the addresses are contiguous, stats in f32.
+/// A problem of forward or apply as the kernel takes it; the addresses are contiguous, stats in
+/// f32.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub(crate) struct KernelNorm {

@@ -1,13 +1,14 @@
-//! Matrix products of a linear layer, with what stands next to them in the model done while a block is still in cache.
+//! Matrix products of a linear layer, with what stands next to them in the model done while a block
+//! is still in cache.
 //!
-//! For y = x Wᵀ + b with x `[m, in]`, W `[out, in]` (PyTorch's `nn.Linear`):
-//!   [`forward`]          y  = epilogue(x Wᵀ)
-//!   [`backward_input`]   dx = epilogue(dy W)           (`=`, or `+=` with [`Epilogue::accumulate`])
-//!   [`backward_weight`]  dW += dyᵀ x, db += colsum(dy)
-//! Each takes a list of independent problems, which a GPU runs as one launch.
+//! For y = x Wᵀ + b with x `[m, in]`, W `[out, in]` (PyTorch's `nn.Linear`): [`forward`]          y
+//! = epilogue(x Wᵀ) [`backward_input`]   dx = epilogue(dy W)           (`=`, or `+=` with
+//! [`Epilogue::accumulate`]) [`backward_weight`]  dW += dyᵀ x, db += colsum(dy) Each takes a list
+//! of independent problems, which a GPU runs as one launch.
 //!
-//! Each has a `_wgmma` twin, by Hopper's kernels where the device and `T` have them (an H100 and bf16), elsewhere the same. NOT YET RUN ON A
-//! GPU: training does not take them before they have been measured.
+//! Each has a `_wgmma` twin, by Hopper's kernels where the device and `T` have them (an H100 and
+//! bf16), elsewhere the same. NOT YET RUN ON A GPU: training does not take them before they have
+//! been measured.
 
 pub(crate) mod kernel;
 
@@ -47,7 +48,8 @@ impl<T> Default for Epilogue<T> {
     }
 }
 
-/// out `[m, n]` = epilogue(a `[m, k]` times b), b being `[n, k]` in [`forward`] and `[k, n]` in [`backward_input`].
+/// out `[m, n]` = epilogue(a `[m, k]` times b), b being `[n, k]` in [`forward`] and `[k, n]` in
+/// [`backward_input`].
 #[derive(Clone, Copy)]
 pub(crate) struct Matmul<T> {
     pub a: View<T>,
@@ -103,7 +105,8 @@ pub fn linear_backward_input<T: Element>(
     workspace.run("linear backward input", &on, |device, _| backward_input(device, &[problem]))
 }
 
-/// dweight `[out, in]` += dyᵀ x and dbias `[1, out]` += the column sums of dy, from dy `[m, out]` and x `[m, in]`.
+/// dweight `[out, in]` += dyᵀ x and dbias `[1, out]` += the column sums of dy, from dy `[m, out]`
+/// and x `[m, in]`.
 pub fn linear_backward_weight<T: Element>(
     workspace: &mut Workspace,
     dy: Mat<T>,
@@ -238,8 +241,8 @@ fn run<T: Element>(
 }
 
 // ---- CPU ----------------------------------------------------------------------------------------------------------
-// B is packed whole into column panels that all threads share (a weight: at most a few MiB); then each task computes a
-// block of rows, so that the epilogue finds it in cache.
+// B is packed whole into column panels that all threads share (a weight: at most a few MiB); then
+// each task computes a block of rows, so that the epilogue finds it in cache.
 
 const ROW_BLOCK: usize = 96;
 /// Depth of a block: a panel of B is 32 KiB, which leaves room in a 48 KiB L1 cache.
@@ -379,7 +382,8 @@ fn add<T: Real>(to: &mut [T], x: &[T]) {
     }
 }
 
-/// Rows of x and dy that are packed and summed at a time, and problems: x's panels stay in the last-level cache.
+/// Rows of x and dy that are packed and summed at a time, and problems: x's panels stay in the
+/// last-level cache.
 const CHUNK: usize = 1024;
 const GROUP: usize = 3;
 const WEIGHT_ROWS: usize = 48;

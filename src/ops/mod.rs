@@ -1,6 +1,8 @@
-//! The ops of a training step: plain functions over views, forward and backward, checked for shapes.
+//! The ops of a training step: plain functions over views, forward and backward, checked for
+//! shapes.
 //!
-//! Activation gradients overwrite, parameter gradients accumulate; an exception is in the function's name or its docs.
+//! Activation gradients overwrite, parameter gradients accumulate; an exception is in the
+//! function's name or its docs.
 
 pub mod adam;
 pub(crate) mod attention;
@@ -26,7 +28,8 @@ use crate::device::Cpu;
 /// Rows that one task of a row-wise op takes.
 const ROWS_PER_TASK: usize = 64;
 
-/// Runs `row(0) .. row(rows - 1)` on all threads; mark the closure `#[inline(always)]`, see [`Cpu::parallel`].
+/// Runs `row(0) .. row(rows - 1)` on all threads; mark the closure `#[inline(always)]`, see
+/// [`Cpu::parallel`].
 #[inline(always)]
 fn for_rows(cpu: &Cpu, rows: usize, row: impl Fn(usize) + Sync) {
     cpu.parallel(

@@ -1,7 +1,9 @@
-//! PPEG, the positional encoding of TransMIL (Shao et al. 2021, sec. 3.3): y = x + conv7(x) + conv5(x) + conv3(x), depthwise with zero padding
-//! on the tokens' square grid. Rows before the grid (the class token, if there is one) pass through.
+//! PPEG, the positional encoding of TransMIL (Shao et al. 2021, sec. 3.3): y = x + conv7(x) +
+//! conv5(x) + conv3(x), depthwise with zero padding on the tokens' square grid. Rows before the
+//! grid (the class token, if there is one) pass through.
 //!
-//! Shapes: x, y `[first + side^2, c]`; kernels `[c, 49]`, `[c, 25]`, `[c, 9]`; biases `[1, c]`. Saved: x.
+//! Shapes: x, y `[first + side^2, c]`; kernels `[c, 49]`, `[c, 25]`, `[c, 9]`; biases `[1, c]`.
+//! Saved: x.
 
 pub(crate) mod kernel;
 

@@ -1,4 +1,5 @@
-//! A scale embedding e, added to the input of a projection, is a change of its bias: W (x + e) + b = W x + (b + W e).
+//! A scale embedding e, added to the input of a projection, is a change of its bias: W (x + e) + b
+//! = W x + (b + W e).
 //!
 //! Shapes: weight `[out, d]`, bias and folded `[1, out]`, embedding `[1, d]`.
 
@@ -68,7 +69,8 @@ fn cpu_forward<T: Real>(cpu: &Cpu, p: &Fold<T>) {
     );
 }
 
-/// dbias += dfolded; dweight += dfoldedᵀ e (what the projection's own gradient, taken at x, leaves out); dembedding += dfolded W
+/// dbias += dfolded; dweight += dfoldedᵀ e (what the projection's own gradient, taken at x, leaves
+/// out); dembedding += dfolded W
 pub(crate) fn backward<T: Element>(device: &Device, problems: &[FoldGrad<T>]) -> Result<()> {
     const OP: &str = "scale_embedding backward";
     for p in problems {

@@ -1,4 +1,5 @@
-//! How well predictions order and time the events: every statistic of an evaluation with its interval.
+//! How well predictions order and time the events: every statistic of an evaluation with its
+//! interval.
 //!
 //! A statistic that the cohort does not define has no number but a sentence that says why.
 
@@ -44,7 +45,8 @@ impl Estimate {
         }
     }
 
-    /// The interval cut to where the statistic lies: weights for censoring can carry a resampled Brier score past 1.
+    /// The interval cut to where the statistic lies: weights for censoring can carry a resampled
+    /// Brier score past 1.
     fn within(mut self, low: f64, high: f64) -> Self {
         self.interval = self.interval.map(|ends| ends.map(|end| end.clamp(low, high)));
         self
@@ -99,13 +101,15 @@ pub struct Accuracy {
     pub events: usize,
     /// Harrell's C of each fold, in the order of the folds.
     pub c_index_by_fold: Vec<Estimate>,
-    /// Mean over the folds that have a C-index, with Student's t interval over folds on the logit scale; none of two folds.
+    /// Mean over the folds that have a C-index, with Student's t interval over folds on the logit
+    /// scale; none of two folds.
     pub c_index_fold_mean: Estimate,
     /// Harrell's C of all rows, pairs across folds included.
     pub c_index_pooled: Estimate,
     /// One-sided p of the pooled C-index: risks dealt anew within folds. No interval.
     pub c_index_permutation_p: Estimate,
-    /// The last time that Uno's C and the AUC look at: a tenth of the patients are followed longer. Months.
+    /// The last time that Uno's C and the AUC look at: a tenth of the patients are followed longer.
+    /// Months.
     pub horizon: f64,
     /// Events before the horizon.
     pub uno_c: Estimate,
@@ -115,7 +119,8 @@ pub struct Accuracy {
 
 /// Points of the AUC's curve.
 const AUC_TIMES: usize = 16;
-/// The AUC's curve begins when this many events are seen: with fewer, too many resampled cohorts have none.
+/// The AUC's curve begins when this many events are seen: with fewer, too many resampled cohorts
+/// have none.
 const FIRST_EVENTS: usize = 5;
 
 /// The times that statistics look at, chosen once for slides and patients.
@@ -163,8 +168,8 @@ impl Accuracy {
     }
 }
 
-/// One row a patient and fold: the mean of the risks and survival curves of its slides. An error if slides of a patient have
-/// different outcomes.
+/// One row a patient and fold: the mean of the risks and survival curves of its slides. An error if
+/// slides of a patient have different outcomes.
 pub fn by_patient(slides: &[SlideResult]) -> Result<Vec<SlideResult>> {
     let mut places: HashMap<(&str, usize), usize> = HashMap::new();
     let mut rows: Vec<(SlideResult, f64)> = Vec::new();
@@ -225,8 +230,8 @@ impl Columns {
     }
 }
 
-/// What the bootstrap draws: patients with all their rows, within folds. A patient that several folds validate on is
-/// drawn with all of its rows, and then folds are not kept apart.
+/// What the bootstrap draws: patients with all their rows, within folds. A patient that several
+/// folds validate on is drawn with all of its rows, and then folds are not kept apart.
 pub fn draws(rows: &[SlideResult]) -> Result<Patients> {
     let mut numbers = HashMap::new();
     let mut homes = Vec::new();
@@ -354,7 +359,8 @@ fn brier_of_kaplan_meier(cohort: &Columns, times: &[f64]) -> Result<f64> {
     brier_score(&cohort.censoring()?, time, event, &survival.repeat(time.len()), times)?.integrated()
 }
 
-/// The inner edges of the time bins, in months: those of the folds' models, averaged where folds cut their own.
+/// The inner edges of the time bins, in months: those of the folds' models, averaged where folds
+/// cut their own.
 pub fn edge_times(folds: &[Fold]) -> Result<Vec<f64>, String> {
     let edges: Vec<&[f64]> = folds.iter().map(|fold| fold.bin_edges.as_slice()).collect();
     let bins = edges.first().map_or(0, |edges| edges.len());
@@ -364,7 +370,8 @@ pub fn edge_times(folds: &[Fold]) -> Result<Vec<f64>, String> {
     Ok((1..bins - 1).map(|i| edges.iter().map(|edges| edges[i]).sum::<f64>() / edges.len() as f64).collect())
 }
 
-/// Predicted survival at `times`, row by row: at the end of bin k it is survival\[k\], and runs straight between the ends.
+/// Predicted survival at `times`, row by row: at the end of bin k it is survival\[k\], and runs
+/// straight between the ends.
 pub fn survival_at(rows: &[SlideResult], folds: &[Fold], times: &[f64]) -> Result<Vec<f64>, String> {
     let mut all = Vec::with_capacity(rows.len() * times.len());
     for row in rows {

@@ -1,4 +1,5 @@
-//! Calibration: the survival that a model predicts against the survival that was observed, by group of predicted survival.
+//! Calibration: the survival that a model predicts against the survival that was observed, by group
+//! of predicted survival.
 
 use serde::Serialize;
 
@@ -31,7 +32,8 @@ const LEAST: usize = 10;
 const MOST_GROUPS: usize = 4;
 const MOST_TIMES: usize = 3;
 
-/// Up to three of the times at which bins meet, and up to four groups a time, of equal size; or why there are none.
+/// Up to three of the times at which bins meet, and up to four groups a time, of equal size; or why
+/// there are none.
 pub fn calibration(rows: &[SlideResult], folds: &[Fold]) -> Result<Vec<CalibrationPoint>, String> {
     let groups = (rows.len() / LEAST).min(MOST_GROUPS);
     if groups < 2 {
@@ -84,8 +86,8 @@ const TOP: f64 = 30.0;
 /// A panel shows at least this much of survival.
 const LEAST_SPAN: f64 = 0.1;
 
-/// A panel a time, predicted survival to the right and observed upwards; on the diagonal they agree. Each panel shows the part
-/// of 0 to 1 that its points and limits take. None without points.
+/// A panel a time, predicted survival to the right and observed upwards; on the diagonal they
+/// agree. Each panel shows the part of 0 to 1 that its points and limits take. None without points.
 pub fn figure(points: &[CalibrationPoint], screen: Screen) -> Option<Figure> {
     let panels: Vec<&[CalibrationPoint]> = points.chunk_by(|a, b| a.time == b.time).collect();
     let count = panels.len() as f64;

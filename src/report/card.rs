@@ -1,5 +1,5 @@
-//! README.md: the model's card, for whoever finds the folder later. Its headings are those of Mitchell et al. (Model Cards for
-//! Model Reporting, FAT* 2019) as Hugging Face's cards have them.
+//! README.md: the model's card, for whoever finds the folder later. Its headings are those of
+//! Mitchell et al. (Model Cards for Model Reporting, FAT* 2019) as Hugging Face's cards have them.
 
 use std::fmt::Write;
 

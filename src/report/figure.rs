@@ -1,6 +1,8 @@
-//! A figure as SVG text: for the page (colours from the page's scheme), for a file of its own, and as PNG.
+//! A figure as SVG text: for the page (colours from the page's scheme), for a file of its own, and
+//! as PNG.
 //!
-//! Shapes carry classes, never colours; `figure.css` gives the classes their look through the variables of [`PALETTE`].
+//! Shapes carry classes, never colours; `figure.css` gives the classes their look through the
+//! variables of [`PALETTE`].
 
 use std::{fmt::Write, sync::Arc};
 
@@ -12,8 +14,8 @@ const STYLE: &str = include_str!("figure.css");
 /// Subsets of Inter, so that a PNG has its text on a machine without fonts. Licence: fonts/OFL.txt.
 const FONTS: [&[u8]; 2] = [include_bytes!("fonts/Inter-Regular.otf"), include_bytes!("fonts/Inter-SemiBold.otf")];
 
-/// Variable, its colour on light ground, on dark ground. The groups' blue and orange differ in hue for every colour vision
-/// and in lightness for a print in grey.
+/// Variable, its colour on light ground, on dark ground. The groups' blue and orange differ in hue
+/// for every colour vision and in lightness for a print in grey.
 pub const PALETTE: [(&str, &str, &str); 12] = [
     ("--paper", "#ffffff", "#171b21"),
     ("--ground", "#f4f5f7", "#0f1216"),
@@ -182,7 +184,8 @@ pub fn page_style() -> String {
     )
 }
 
-/// Text for XML and HTML, attributes included. Control characters, which XML cannot hold, become U+FFFD.
+/// Text for XML and HTML, attributes included. Control characters, which XML cannot hold, become
+/// U+FFFD.
 pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {

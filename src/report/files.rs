@@ -47,8 +47,9 @@ struct Origin {
 /// Plots, in the folder of a report.
 pub const FIGURES: &str = "figures";
 
-/// Writes predictions.csv, predictions_patients.csv, summary.json, report.html and the model card README.md into `folder`,
-/// and every plot as SVG, PNG and CSV into its folder `figures`, each of them whole or not at all.
+/// Writes predictions.csv, predictions_patients.csv, summary.json, report.html and the model card
+/// README.md into `folder`, and every plot as SVG, PNG and CSV into its folder `figures`, each of
+/// them whole or not at all.
 pub fn write(
     folder: &Path,
     about: &About,
@@ -129,7 +130,8 @@ pub fn save(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
     })
 }
 
-/// A row a slide: case_id, slide_id, fold, time (months), event (1 = observed), risk, hazard_0.., survival_0..; numbers in full.
+/// A row a slide: case_id, slide_id, fold, time (months), event (1 = observed), risk, hazard_0..,
+/// survival_0..; numbers in full.
 pub fn predictions_csv(slides: &[SlideResult]) -> Result<Vec<u8>> {
     let bins = slides.iter().map(|slide| slide.hazards.len()).max().unwrap_or(0);
     let numbered = |name: &str| (0..bins).map(|bin| format!("{name}_{bin}")).collect::<Vec<_>>();
@@ -147,8 +149,9 @@ pub fn predictions_csv(slides: &[SlideResult]) -> Result<Vec<u8>> {
     table.into_inner().map_err(|e| failed(&e))
 }
 
-/// A row a patient and fold: case_id, fold, slides, time (months), event (1 = observed), risk (the mean of the slides'), a
-/// column for each grouping with the patient's group, survival_0.. (means, too); numbers in full.
+/// A row a patient and fold: case_id, fold, slides, time (months), event (1 = observed), risk (the
+/// mean of the slides'), a column for each grouping with the patient's group, survival_0.. (means,
+/// too); numbers in full.
 pub fn predictions_patients_csv(summary: &Summary, slides: &[SlideResult]) -> Result<Vec<u8>> {
     let mut counts: HashMap<_, usize> = HashMap::new();
     slides.iter().for_each(|slide| *counts.entry(summary.row_of(slide)).or_default() += 1);
@@ -172,8 +175,8 @@ pub fn predictions_patients_csv(summary: &Summary, slides: &[SlideResult]) -> Re
     table(&heads, summary.rows.iter().enumerate().map(row).collect())
 }
 
-/// The predictions of an evaluation's folder. An error if they are not those that its summary.json was
-/// made from.
+/// The predictions of an evaluation's folder. An error if they are not those that its summary.json
+/// was made from.
 pub fn read_evaluation(folder: &Path) -> Result<Vec<SlideResult>> {
     let (path, summary) = (folder.join(PREDICTIONS), folder.join(SUMMARY));
     if summary.exists() {

@@ -1,4 +1,5 @@
-//! A forest plot: a row a statistic, its estimate as a point on its interval, with the numbers beside it.
+//! A forest plot: a row a statistic, its estimate as a point on its interval, with the numbers
+//! beside it.
 
 use super::{
     accuracy::Estimate,

@@ -1,5 +1,6 @@
-//! Patients grouped by predicted risk: at the median, in thirds, or at a cut learnt where the patients are not. With several
-//! folds, whose models need not share a scale of risk, patients are first of all cut at their rank within the fold.
+//! Patients grouped by predicted risk: at the median, in thirds, or at a cut learnt where the
+//! patients are not. With several folds, whose models need not share a scale of risk, patients are
+//! first of all cut at their rank within the fold.
 
 use std::collections::{HashMap, HashSet};
 
@@ -24,15 +25,16 @@ pub struct LogRankResult {
     pub p_value: f64,
 }
 
-/// How the hazard rises from one group to the next: a Cox model whose one covariate is the group's number.
+/// How the hazard rises from one group to the next: a Cox model whose one covariate is the group's
+/// number.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct HazardRatioResult {
     /// None where it is undefined; `note` says why.
     pub ratio: Option<f64>,
     /// 95 %.
     pub interval: Option<[f64; 2]>,
-    /// Whether the groups of higher risk live longer by more than chance: the interval lies below 1 or,
-    /// where there is none, the log-rank test is below 0.05.
+    /// Whether the groups of higher risk live longer by more than chance: the interval lies below 1
+    /// or, where there is none, the log-rank test is below 0.05.
     pub reversed: bool,
     pub note: Option<String>,
 }
@@ -74,11 +76,12 @@ pub struct SurvivalAt {
 /// One way to group patients.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Grouping {
-    /// "fold_median" and "fold_tertiles" of several folds, cut within each; "median" and, of one fold, "tertiles", cut over
-    /// all; "learnt_cut".
+    /// "fold_median" and "fold_tertiles" of several folds, cut within each; "median" and, of one
+    /// fold, "tertiles", cut over all; "learnt_cut".
     pub name: &'static str,
-    /// A patient belongs to a higher group from each cut on, the cut itself included: risks, one list for all folds; or a list
-    /// a fold, of risks or, of "learnt_cut", of the share of the fold's patients that are below.
+    /// A patient belongs to a higher group from each cut on, the cut itself included: risks, one
+    /// list for all folds; or a list a fold, of risks or, of "learnt_cut", of the share of the
+    /// fold's patients that are below.
     pub cuts: Vec<Vec<f64>>,
     /// From low to high risk.
     pub patients: Vec<usize>,
@@ -144,9 +147,10 @@ impl Grouping {
         Self::new(name, rows, shares.len() + 1, cuts, group)
     }
 
-    /// Each fold's patients are cut at a rank among themselves: the one at which the log-rank statistic of the *other* folds'
-    /// patients, ranked in their own folds, is greatest. Ranks, as the models of two folds need not share a scale of
-    /// risk. No patient's outcome has a say in its own cut.
+    /// Each fold's patients are cut at a rank among themselves: the one at which the log-rank
+    /// statistic of the *other* folds' patients, ranked in their own folds, is greatest. Ranks, as
+    /// the models of two folds need not share a scale of risk. No patient's outcome has a say in
+    /// its own cut.
     pub fn learnt_cut(rows: &[SlideResult], folds: &[Fold]) -> Result<Self> {
         let undefined = |reason: String| Error::Statistic { statistic: "the learnt cut", reason };
         if folds.len() < 2 {
@@ -257,7 +261,8 @@ fn survival(rows: &[SlideResult], group: &[usize], g: usize) -> Vec<SurvivalAt> 
     YEARS.iter().zip(at_risk).map(at).collect()
 }
 
-/// For each row, the share of its fold's rows of lower risk, half of those of equal risk (itself included) counted.
+/// For each row, the share of its fold's rows of lower risk, half of those of equal risk (itself
+/// included) counted.
 fn shares_below(rows: &[SlideResult]) -> Vec<f64> {
     let mut risks: HashMap<usize, Vec<f64>> = HashMap::new();
     rows.iter().for_each(|row| risks.entry(row.fold).or_default().push(row.risk));
@@ -271,8 +276,8 @@ fn shares_below(rows: &[SlideResult]) -> Vec<f64> {
     rows.iter().map(share).collect()
 }
 
-/// The share at which the log-rank statistic of these rows is greatest (Lausen & Schumacher, Biometrics 48:73, 1992), halfway
-/// between two of them; of equals the lowest.
+/// The share at which the log-rank statistic of these rows is greatest (Lausen & Schumacher,
+/// Biometrics 48:73, 1992), halfway between two of them; of equals the lowest.
 fn best_cut(rows: &[SlideResult], share: &[f64], of: &[usize]) -> Option<f64> {
     let time: Vec<f64> = of.iter().map(|&row| rows[row].time).collect();
     let event: Vec<bool> = of.iter().map(|&row| rows[row].event).collect();

@@ -18,8 +18,9 @@ type Metric = fn(&EpochMetrics) -> Option<f64>;
 const LOSS: [Metric; 2] = [|e| Some(e.train_loss), |e| Some(e.val_loss)];
 const C_INDEX: [Metric; 2] = [|e| e.train_c_index, |e| e.val_c_index];
 
-/// One figure for each fold, all on the same axes so that folds compare at a glance: the loss above, the C-index below,
-/// training in grey, validation in blue, the best epoch marked. Epochs come fold by fold and in order, and are shown from 1.
+/// One figure for each fold, all on the same axes so that folds compare at a glance: the loss
+/// above, the C-index below, training in grey, validation in blue, the best epoch marked. Epochs
+/// come fold by fold and in order, and are shown from 1.
 pub fn figures(epochs: &[EpochMetrics]) -> Vec<Figure> {
     let range = |metrics: [Metric; 2], start: (f64, f64)| {
         let values = epochs.iter().flat_map(|epoch| metrics.map(|metric| metric(epoch))).flatten();
@@ -42,8 +43,9 @@ pub fn csv(epochs: &[EpochMetrics]) -> Result<Vec<u8>> {
     table(&heads, epochs.iter().map(row).collect())
 }
 
-/// A sentence where no fold's best epoch lies between the first that may be chosen, which follows `warmup` others, and the
-/// last of `most`: the choice then was made by the ends of training and not by the validation.
+/// A sentence where no fold's best epoch lies between the first that may be chosen, which follows
+/// `warmup` others, and the last of `most`: the choice then was made by the ends of training and
+/// not by the validation.
 pub fn best_epoch_note(epochs: &[EpochMetrics], warmup: usize, most: usize) -> Option<String> {
     let (mut first, mut last) = (0, 0);
     for fold in epochs.chunk_by(|a, b| a.fold == b.fold) {

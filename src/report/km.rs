@@ -1,4 +1,5 @@
-//! The Kaplan-Meier figure: curves with 95 % bands, censor marks, medians, log-rank p and the numbers at risk.
+//! The Kaplan-Meier figure: curves with 95 % bands, censor marks, medians, log-rank p and the
+//! numbers at risk.
 
 use std::fmt::Write;
 
@@ -31,8 +32,9 @@ pub struct Tests {
 
 /// Confidence level of the bands (log limits, as R's `survfit`).
 const LEVEL: f64 = 0.95;
-/// The time axis ends where fewer patients are left, and a group's curve is pale from where it has fewer: what is drawn of a
-/// handful looks like a finding. Groups of fewer than twice as many are drawn whole.
+/// The time axis ends where fewer patients are left, and a group's curve is pale from where it has
+/// fewer: what is drawn of a handful looks like a finding. Groups of fewer than twice as many are
+/// drawn whole.
 pub const LEAST_AT_RISK: usize = 10;
 const ROW: f64 = 19.0;
 const RIGHT: f64 = 20.0;
@@ -65,7 +67,8 @@ pub fn figure(groups: &[Group], tests: &Tests, screen: Screen) -> Result<Figure>
             }
         }
     }
-    // The results stand below the legend, in one line; on a phone, where the legend takes two lines a group, in several.
+    // The results stand below the legend, in one line; on a phone, where the legend takes two lines
+    // a group, in several.
     let legend_lines = screen.pick(rows, 2.0 * rows);
     let result_lines = if phone { results.len() } else { results.len().min(1) };
     let top = 24.0 + ROW * (legend_lines + result_lines as f64);
@@ -148,7 +151,8 @@ fn colour(group: usize, groups: usize) -> String {
     format!("c{series}")
 }
 
-/// A row a group and distinct time: at risk, events, censored, survival and its limits, blank where they are undefined.
+/// A row a group and distinct time: at risk, events, censored, survival and its limits, blank where
+/// they are undefined.
 pub fn csv(groups: &[Group]) -> Result<Vec<u8>> {
     let mut rows = Vec::new();
     for group in groups.iter().filter(|group| !group.time.is_empty()) {
@@ -189,8 +193,8 @@ fn curve_path(curve: &KaplanMeier, (from, to): (f64, f64), x: Axis, y: Axis) -> 
     d
 }
 
-/// From the first event, before which both limits are 1, up to where the variance is known: a curve that falls to zero has
-/// no limits from there.
+/// From the first event, before which both limits are 1, up to where the variance is known: a curve
+/// that falls to zero has no limits from there.
 fn band_path(curve: &KaplanMeier, to: f64, x: Axis, y: Axis) -> String {
     let Some(end) = curve.steps.iter().find(|step| step.limits.is_none()).or(curve.steps.last()) else {
         return String::new();

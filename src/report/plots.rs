@@ -1,4 +1,5 @@
-//! All plots of an evaluation, each with its numbers and a caption: on the page, and as SVG, PNG and CSV files.
+//! All plots of an evaluation, each with its numbers and a caption: on the page, and as SVG, PNG
+//! and CSV files.
 
 use super::{
     Summary,

@@ -23,7 +23,8 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// A bin's edge lies on `cut`, so that every bin is of one group. None where all risks are equal.
+    /// A bin's edge lies on `cut`, so that every bin is of one group. None where all risks are
+    /// equal.
     pub fn new(rows: &[SlideResult], cut: f64) -> Option<Self> {
         let risks = || rows.iter().map(|row| row.risk);
         let (low, high) = (risks().fold(f64::INFINITY, f64::min), risks().fold(f64::NEG_INFINITY, f64::max));

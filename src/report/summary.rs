@@ -41,7 +41,8 @@ pub struct Fold {
     pub train_slides: Option<usize>,
     /// The epoch whose weights were kept, from 0 as in metrics.jsonl; people are shown it from 1.
     pub best_epoch: Option<usize>,
-    /// Where the model's time bins begin and end, in months; empty where it has none, or a checkpoint does not say.
+    /// Where the model's time bins begin and end, in months; empty where it has none, or a
+    /// checkpoint does not say.
     pub bin_edges: Vec<f64>,
 }
 
@@ -93,10 +94,11 @@ pub struct Summary {
     pub by_patient: Option<Accuracy>,
     /// Of all patients, whatever their fold.
     pub median_risk: f64,
-    /// High risk against low risk, cut at `median_risk`. None where the test is undefined; `notes` says why.
+    /// High risk against low risk, cut at `median_risk`. None where the test is undefined; `notes`
+    /// says why.
     pub log_rank: Option<LogRankResult>,
-    /// The ways to group patients, the leading one first: by rank within folds where there are several; at one cut over all;
-    /// and at a learnt cut where there is one.
+    /// The ways to group patients, the leading one first: by rank within folds where there are
+    /// several; at one cut over all; and at a learnt cut where there is one.
     pub risk_groups: Vec<Grouping>,
     /// Predicted against observed survival, empty where it is undefined.
     pub calibration: Vec<CalibrationPoint>,
@@ -107,7 +109,8 @@ pub struct Summary {
     pub warnings: Vec<String>,
     /// Sentences that a reader of these numbers should know.
     pub notes: Vec<String>,
-    /// What `risk_groups` and `calibration` are made of: a row a patient, or a slide where patients cannot be told.
+    /// What `risk_groups` and `calibration` are made of: a row a patient, or a slide where patients
+    /// cannot be told.
     #[serde(skip)]
     pub rows: Vec<SlideResult>,
     /// What a row of `rows` is.
@@ -119,8 +122,8 @@ pub struct Summary {
 pub const RESAMPLING: Bootstrap = Bootstrap { replicates: 1000, seed: 0, level: 0.95 };
 
 impl Summary {
-    /// A statistic that the cohort does not define becomes a note, not an error. An error if there is no prediction, or
-    /// one is not finite.
+    /// A statistic that the cohort does not define becomes a note, not an error. An error if there
+    /// is no prediction, or one is not finite.
     pub fn new(folds: &[Fold], predictions: &[SlideResult], plan: Bootstrap) -> Result<Self> {
         if predictions.is_empty() {
             return Err(Error::Usage("there are no slides to evaluate".into()));
@@ -211,7 +214,8 @@ impl Summary {
         })
     }
 
-    /// Which row of `rows` a slide belongs to: the patient and fold, or the slide itself where patients cannot be told.
+    /// Which row of `rows` a slide belongs to: the patient and fold, or the slide itself where
+    /// patients cannot be told.
     pub fn row_of<'a>(&self, slide: &'a SlideResult) -> (&'a str, &'a str, usize) {
         let id = if self.unit == Unit::Patient { "" } else { slide.slide_id.as_str() };
         (&slide.case_id, id, slide.fold)
@@ -283,8 +287,8 @@ fn worse_than_no_model(accuracy: &Accuracy) -> Option<String> {
     })
 }
 
-/// That the groups of higher risk live longer, in the leading grouping: one cut over all folds may part
-/// folds and not patients.
+/// That the groups of higher risk live longer, in the leading grouping: one cut over all folds may
+/// part folds and not patients.
 fn reversed_groups(leading: &Grouping) -> Option<String> {
     let title = leading.title().to_lowercase();
     let evidence = match (leading.hazard_ratio.ratio, &leading.log_rank) {

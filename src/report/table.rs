@@ -1,4 +1,5 @@
-//! The summary as rows of text: the table that a terminal shows, and the rows that the page shares with it.
+//! The summary as rows of text: the table that a terminal shows, and the rows that the page shares
+//! with it.
 
 use super::{
     FoldResult, Summary,

@@ -12,13 +12,15 @@ const NAME: &str = "the dynamic AUC";
 pub struct DynamicAuc {
     pub times: Vec<f64>,
     pub auc: Vec<f64>,
-    /// The AUCs weighted by the fall of the Kaplan-Meier curve up to each time (Lambert & Chevret 2016).
+    /// The AUCs weighted by the fall of the Kaplan-Meier curve up to each time (Lambert & Chevret
+    /// 2016).
     pub mean: f64,
 }
 
-/// How well `risk` tells those who died by t (cases, weighted 1 / G(their time)) from those alive after t (controls), at
-/// each of `times` (Uno et al., JASA 2007; Hung & Chiang 2010). scikit-survival's `cumulative_dynamic_auc`, which
-/// joins a run of risks to one threshold when each is within [`RISK_TIE`] of the next. O(n log n + n times).
+/// How well `risk` tells those who died by t (cases, weighted 1 / G(their time)) from those alive
+/// after t (controls), at each of `times` (Uno et al., JASA 2007; Hung & Chiang 2010).
+/// scikit-survival's `cumulative_dynamic_auc`, which joins a run of risks to one threshold when
+/// each is within [`RISK_TIE`] of the next. O(n log n + n times).
 ///
 /// `times` ascend strictly and lie in [min, max) of `time`. An error where nobody has died yet.
 pub fn dynamic_auc(
@@ -50,7 +52,8 @@ pub fn dynamic_auc(
     Ok(DynamicAuc { times: times.to_vec(), auc, mean })
 }
 
-/// The area under the ROC curve at t, by trapezoids from the highest risk down. `weight` is 0 where there was no event.
+/// The area under the ROC curve at t, by trapezoids from the highest risk down. `weight` is 0 where
+/// there was no event.
 fn auc_at(t: f64, time: &[f64], weight: &[f64], risk: &[f64], by_risk: &[usize]) -> Result<f64> {
     let (mut cases, mut controls, mut area) = (0.0, 0.0, 0.0);
     for tied in by_risk.chunk_by(|&a, &b| risk[b] - risk[a] <= RISK_TIE).rev() {

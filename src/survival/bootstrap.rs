@@ -1,4 +1,5 @@
-//! Uncertainty by resampling patients: bootstrap intervals, the paired comparison of two runs, a permutation test.
+//! Uncertainty by resampling patients: bootstrap intervals, the paired comparison of two runs, a
+//! permutation test.
 //!
 //! Draws are counter-based: replicate b of a seed is the same whatever the number of threads.
 
@@ -21,8 +22,9 @@ pub struct Patients {
 }
 
 impl Patients {
-    /// `patient` labels the patient of each row, `fold` its fold, from which as many patients are drawn as it has.
-    /// Without `fold` all are drawn from one. An error if a patient is in two folds.
+    /// `patient` labels the patient of each row, `fold` its fold, from which as many patients are
+    /// drawn as it has. Without `fold` all are drawn from one. An error if a patient is in two
+    /// folds.
     pub fn new(patient: &[usize], fold: Option<&[usize]>) -> Result<Self> {
         if patient.is_empty() {
             return Err(undefined(NAME, "the cohort has no patients"));
@@ -91,13 +93,14 @@ pub struct Interval {
     pub level: f64,
     /// Standard deviation of the replicates.
     pub std_error: f64,
-    /// Replicates on which the statistic was not defined (no event drawn, say). They are left out; more than one in
-    /// ten is an error.
+    /// Replicates on which the statistic was not defined (no event drawn, say). They are left out;
+    /// more than one in ten is an error.
     pub undefined: usize,
 }
 
-/// Percentile interval (Efron & Tibshirani 1993, chapter 13) of any statistic of a cohort: `statistic` gets the row numbers
-/// of a resampled cohort, rows of a patient drawn twice occurring twice.
+/// Percentile interval (Efron & Tibshirani 1993, chapter 13) of any statistic of a cohort:
+/// `statistic` gets the row numbers of a resampled cohort, rows of a patient drawn twice occurring
+/// twice.
 ///
 /// ```
 /// use crossfusion::survival::{Bootstrap, Patients, bootstrap, concordance_index};
@@ -129,12 +132,13 @@ pub struct PairedComparison {
     pub b: f64,
     /// Of a - b.
     pub difference: Interval,
-    /// Two-sided: twice the smaller share of replicates on either side of 0, counting the observed one:
-    /// 2 (1 + count) / (1 + replicates), at most 1.
+    /// Two-sided: twice the smaller share of replicates on either side of 0, counting the observed
+    /// one: 2 (1 + count) / (1 + replicates), at most 1.
     pub p_value: f64,
 }
 
-/// Bootstrap of the difference of two statistics on the same draws, which keeps what the two runs have in common.
+/// Bootstrap of the difference of two statistics on the same draws, which keeps what the two runs
+/// have in common.
 pub fn bootstrap_difference<A, B>(patients: &Patients, plan: Bootstrap, a: A, b: B) -> Result<PairedComparison>
 where
     A: Fn(&[usize]) -> Result<f64> + Sync,
@@ -204,12 +208,13 @@ fn percentile(sorted: &[f64], p: f64) -> f64 {
 pub struct PermutationTest {
     /// Harrell's C of the cohort.
     pub index: f64,
-    /// One-sided, against C no better than chance: (1 + permutations with a C as high) / (1 + permutations)
-    /// (Phipson & Smyth 2010), so never 0.
+    /// One-sided, against C no better than chance: (1 + permutations with a C as high) / (1 +
+    /// permutations) (Phipson & Smyth 2010), so never 0.
     pub p_value: f64,
 }
 
-/// Is the C-index better than chance? Risks are dealt out anew among the patients of each fold. One row a patient.
+/// Is the C-index better than chance? Risks are dealt out anew among the patients of each fold. One
+/// row a patient.
 pub fn concordance_permutation_test(
     time: &[f64],
     event: &[bool],

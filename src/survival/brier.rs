@@ -14,11 +14,11 @@ pub struct BrierScore {
     pub score: Vec<f64>,
 }
 
-/// The mean squared error of the predicted survival at each of `times`, weighted for censoring by 1 / G (Graf et al.,
-/// Statistics in Medicine 1999). scikit-survival's `brier_score`. O(n times).
+/// The mean squared error of the predicted survival at each of `times`, weighted for censoring by 1
+/// / G (Graf et al., Statistics in Medicine 1999). scikit-survival's `brier_score`. O(n times).
 ///
-/// `survival` is \[patients, times\], patient by patient: the predicted S(t). `times` ascend strictly and lie in
-/// [min, max) of `time`.
+/// `survival` is \[patients, times\], patient by patient: the predicted S(t). `times` ascend
+/// strictly and lie in [min, max) of `time`.
 pub fn brier_score(
     censoring: &CensoringDistribution,
     time: &[f64],
@@ -63,7 +63,8 @@ pub fn brier_score(
 }
 
 impl BrierScore {
-    /// The score's mean over the span of its times, by trapezoids; scikit-survival's `integrated_brier_score`.
+    /// The score's mean over the span of its times, by trapezoids; scikit-survival's
+    /// `integrated_brier_score`.
     pub fn integrated(&self) -> Result<f64> {
         let [first, .., last] = self.times[..] else {
             return Err(undefined("the integrated Brier score", "it needs at least two times"));

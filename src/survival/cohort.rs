@@ -12,7 +12,8 @@ pub struct RiskSet {
     pub censored: usize,
 }
 
-/// The distinct times of a cohort in ascending order, with the counts at each. Times are tied when they are equal.
+/// The distinct times of a cohort in ascending order, with the counts at each. Times are tied when
+/// they are equal.
 pub fn risk_sets(time: &[f64], event: &[bool]) -> Result<Vec<RiskSet>> {
     check_cohort("the table of risk sets", time, event)?;
     let mut sets: Vec<RiskSet> = Vec::new();
@@ -25,7 +26,8 @@ pub fn risk_sets(time: &[f64], event: &[bool]) -> Result<Vec<RiskSet>> {
     Ok(sets)
 }
 
-/// For each of `at`, the number of patients whose `time` is not earlier: the row under a Kaplan-Meier plot.
+/// For each of `at`, the number of patients whose `time` is not earlier: the row under a
+/// Kaplan-Meier plot.
 pub fn number_at_risk(time: &[f64], at: &[f64]) -> Result<Vec<usize>> {
     const NAME: &str = "the number at risk";
     check_column(NAME, "time", time, time.len())?;
@@ -35,7 +37,8 @@ pub fn number_at_risk(time: &[f64], at: &[f64]) -> Result<Vec<usize>> {
     Ok(at.iter().map(|&t| time.len() - sorted.partition_point(|&other| other < t)).collect())
 }
 
-/// A number for a sentence: six digits that count, without the noise of binary fractions or hundreds of zeros.
+/// A number for a sentence: six digits that count, without the noise of binary fractions or
+/// hundreds of zeros.
 pub(crate) fn short(value: f64) -> String {
     let rounded: f64 = format!("{value:.5e}").parse().unwrap_or(value);
     if rounded == 0.0 || (1e-4..1e9).contains(&rounded.abs()) || !rounded.is_finite() {

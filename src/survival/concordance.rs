@@ -9,8 +9,8 @@ pub const RISK_TIE: f64 = 1e-8;
 
 /// Harrell's C-index and the comparable pairs it counts.
 ///
-/// A pair is comparable when one patient's event came before the other's time, or at the same time if the other was
-/// censored. It is concordant when the patient with the event has the higher risk.
+/// A pair is comparable when one patient's event came before the other's time, or at the same time
+/// if the other was censored. It is concordant when the patient with the event has the higher risk.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Concordance {
     /// (concordant + tied_risk / 2) / (concordant + discordant + tied_risk)
@@ -23,7 +23,8 @@ pub struct Concordance {
     pub tied_time: u64,
 }
 
-/// Harrell's C (Harrell et al., JAMA 1982); scikit-survival's `concordance_index_censored`. O(n log n).
+/// Harrell's C (Harrell et al., JAMA 1982); scikit-survival's `concordance_index_censored`. O(n log
+/// n).
 pub fn concordance_index(time: &[f64], event: &[bool], risk: &[f64]) -> Result<Concordance> {
     const NAME: &str = "the C-index";
     check_cohort(NAME, time, event)?;
@@ -37,11 +38,13 @@ pub fn concordance_index(time: &[f64], event: &[bool], risk: &[f64]) -> Result<C
     Ok(Concordance { index: total.score() / total.comparable() as f64, concordant, discordant, tied_risk, tied_time })
 }
 
-/// Uno's C (Uno et al., Statistics in Medicine 2011, eq. 6): as Harrell's, but the pairs of an event at t count
-/// 1 / G(t)^2, where G is the `censoring` distribution (of the training patients, or of the same cohort). Events at or
-/// after `tau` are not counted. scikit-survival's `concordance_index_ipcw`. O(n log n).
+/// Uno's C (Uno et al., Statistics in Medicine 2011, eq. 6): as Harrell's, but the pairs of an
+/// event at t count 1 / G(t)^2, where G is the `censoring` distribution (of the training patients,
+/// or of the same cohort). Events at or after `tau` are not counted. scikit-survival's
+/// `concordance_index_ipcw`. O(n log n).
 ///
-/// An error if G is not known, or zero, at an event that counts: choose `tau` within the training follow-up.
+/// An error if G is not known, or zero, at an event that counts: choose `tau` within the training
+/// follow-up.
 pub fn concordance_index_ipcw(
     censoring: &CensoringDistribution,
     time: &[f64],
@@ -107,10 +110,12 @@ impl Pairs {
     }
 }
 
-/// Calls `visit(row, pairs)` for every event with the pairs in which it is the earlier one, latest event first.
+/// Calls `visit(row, pairs)` for every event with the pairs in which it is the earlier one, latest
+/// event first.
 ///
-/// The comparable patients so far are held in a Fenwick tree by their rank in risk. "Within 1e-8" is not transitive, so
-/// the ties of a patient are no class of equals but a window `first..end` of ranks of its own.
+/// The comparable patients so far are held in a Fenwick tree by their rank in risk. "Within 1e-8"
+/// is not transitive, so the ties of a patient are no class of equals but a window `first..end` of
+/// ranks of its own.
 fn for_each_event(time: &[f64], event: &[bool], risk: &[f64], mut visit: impl FnMut(usize, Pairs)) {
     let by_risk = order_by(risk);
     let ranks = rank_windows(&by_risk, risk);
@@ -138,7 +143,8 @@ fn for_each_event(time: &[f64], event: &[bool], risk: &[f64], mut visit: impl Fn
     }
 }
 
-/// A patient's place in the order of risk, and the half-open range of places whose risks are tied with its own.
+/// A patient's place in the order of risk, and the half-open range of places whose risks are tied
+/// with its own.
 #[derive(Clone, Copy, Default)]
 struct RankWindow {
     rank: usize,
@@ -146,7 +152,8 @@ struct RankWindow {
     end: usize,
 }
 
-/// Both ends of the windows only move up as the risk does (rounded subtraction is monotone), so one sweep finds all.
+/// Both ends of the windows only move up as the risk does (rounded subtraction is monotone), so one
+/// sweep finds all.
 fn rank_windows(by_risk: &[usize], risk: &[f64]) -> Vec<RankWindow> {
     let mut windows = vec![RankWindow::default(); risk.len()];
     let (mut first, mut end) = (0, 0);

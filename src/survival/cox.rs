@@ -16,7 +16,8 @@ const NAME: &str = "the Cox partial likelihood";
 pub enum Ties {
     /// Each is compared with the whole risk set (Breslow 1974).
     Breslow,
-    /// The l-th of d is compared with the risk set less l/d of the tied events (Efron 1977); R's default.
+    /// The l-th of d is compared with the risk set less l/d of the tied events (Efron 1977); R's
+    /// default.
     Efron,
 }
 
@@ -50,17 +51,20 @@ impl Scalar for f64 {
 
 /// A cohort sorted for the Cox likelihood, once for any number of evaluations.
 ///
-/// With w the weights (1 if none are given), t_g the distinct event times of a stratum, D_g the d events at t_g,
-/// W = sum of w over D_g, R = sum of w e^r over the risk set {t >= t_g} and E that over D_g:
+/// With w the weights (1 if none are given), t_g the distinct event times of a stratum, D_g the d
+/// events at t_g, W = sum of w over D_g, R = sum of w e^r over the risk set {t >= t_g} and E that
+/// over D_g:
 ///
 /// ```text
 /// loglik = sum over g of [ sum over D_g of w r  -  W/d  sum over l < d of log(R - c_l E) ]
 /// ```
 ///
-/// with c_l = l/d for Efron and 0 for Breslow. The gradient in r is w times R's martingale residuals.
+/// with c_l = l/d for Efron and 0 for Breslow. The gradient in r is w times R's martingale
+/// residuals.
 #[derive(Debug, Clone)]
 pub struct CoxCohort {
-    /// The row at each place in the order of (stratum, time); `None` if the rows came in that order.
+    /// The row at each place in the order of (stratum, time); `None` if the rows came in that
+    /// order.
     rows: Option<Vec<u32>>,
     flags: Vec<u8>,
     /// By place; empty if all weights are 1.
@@ -90,7 +94,8 @@ pub(crate) struct Columns<'a> {
     pub weights: Vec<f32>,
 }
 
-/// Places `start..end`, whole ties of one stratum: the unit of parallel work, the same for any number of threads.
+/// Places `start..end`, whole ties of one stratum: the unit of parallel work, the same for any
+/// number of threads.
 #[derive(Debug, Clone)]
 struct Chunk {
     start: usize,
@@ -195,8 +200,9 @@ impl CoxCohort {
         self.events
     }
 
-    /// Writes d loglik / d risk to `gradient` and returns loglik, risks and gradient in the caller's row order.
-    /// O(n); the same bits for any number of threads. Without events both are 0. Risks may be of any finite size.
+    /// Writes d loglik / d risk to `gradient` and returns loglik, risks and gradient in the
+    /// caller's row order. O(n); the same bits for any number of threads. Without events both are
+    /// 0. Risks may be of any finite size.
     pub fn loglik_and_gradient<T: Scalar>(&self, risk: &[T], ties: Ties, gradient: &mut [T]) -> Result<f64> {
         let n = self.flags.len();
         check_length(NAME, "risk", risk.len(), n)?;
@@ -271,9 +277,10 @@ impl CoxCohort {
         Ok(highest)
     }
 
-    /// Gives each chunk a shift such that e^(r - shift) neither overflows nor leaves a risk set empty: no risk exceeds
-    /// it by more than [`HEADROOM`], and one in every risk set reaches it. Where the risks rise further (from one time to
-    /// an earlier one) the chunk is split. Shifts only rise towards the earlier times of a stratum.
+    /// Gives each chunk a shift such that e^(r - shift) neither overflows nor leaves a risk set
+    /// empty: no risk exceeds it by more than [`HEADROOM`], and one in every risk set reaches it.
+    /// Where the risks rise further (from one time to an earlier one) the chunk is split. Shifts
+    /// only rise towards the earlier times of a stratum.
     fn pieces(&self, risk: &[f64], highest: &[f64]) -> Vec<Piece> {
         let mut pieces = Vec::with_capacity(self.chunks.len());
         let mut shift = f64::NEG_INFINITY;
@@ -325,8 +332,9 @@ impl CoxCohort {
         piece.sum = sum(exp_risk.iter().copied());
     }
 
-    /// Backward in time through a piece: the risk sets, and the increments of the hazard. Forward: their sums.
-    /// Whether a patient had an event is chance, so wherever it can be it is an index and not a branch.
+    /// Backward in time through a piece: the risk sets, and the increments of the hazard. Forward:
+    /// their sums. Whether a patient had an event is chance, so wherever it can be it is an index
+    /// and not a branch.
     fn scan(
         &self,
         exp_risk: &[f64],
@@ -398,7 +406,8 @@ impl CoxCohort {
     }
 }
 
-/// Log-likelihood and gradient of one cohort that is used once; see [`CoxCohort`] for the formula and for more.
+/// Log-likelihood and gradient of one cohort that is used once; see [`CoxCohort`] for the formula
+/// and for more.
 pub fn cox_loglik_and_gradient<T: Scalar>(
     time: &[f64],
     event: &[bool],
@@ -410,7 +419,8 @@ pub fn cox_loglik_and_gradient<T: Scalar>(
     Ok((loglik, gradient))
 }
 
-/// A chunk, or part of one, with its shift: e^r = e^(r - shift) e^shift, and a hazard h stands for h e^-shift.
+/// A chunk, or part of one, with its shift: e^r = e^(r - shift) e^shift, and a hazard h stands for
+/// h e^-shift.
 struct Piece {
     start: usize,
     end: usize,
@@ -434,7 +444,8 @@ impl Piece {
 
 const HEADROOM: f64 = 300.0;
 
-/// What the events of one time add to the hazard of the others in the risk set (0), and to their own (1 = [`EVENT`]).
+/// What the events of one time add to the hazard of the others in the risk set (0), and to their
+/// own (1 = [`EVENT`]).
 type Increment = [f64; 2];
 
 /// The pieces' parts of a column.

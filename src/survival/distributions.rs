@@ -1,5 +1,6 @@
-//! The three distributions that the statistics refer to. Degrees of freedom are whole numbers here, so every
-//! distribution function is a finite sum (Abramowitz & Stegun 1964) and no incomplete gamma or beta is needed.
+//! The three distributions that the statistics refer to. Degrees of freedom are whole numbers here,
+//! so every distribution function is a finite sum (Abramowitz & Stegun 1964) and no incomplete
+//! gamma or beta is needed.
 
 use std::f64::consts::{FRAC_2_PI, FRAC_PI_2, SQRT_2};
 
@@ -9,7 +10,8 @@ pub(super) fn chi_squared_upper(x: f64, df: usize) -> f64 {
     if half <= 0.0 {
         return 1.0;
     }
-    // Terms half^k exp(-half) / Gamma(k + 1), k = 0, 1, ... or 1/2, 3/2, ...; by logarithm, for exp(-half) may underflow.
+    // Terms half^k exp(-half) / Gamma(k + 1), k = 0, 1, ... or 1/2, 3/2, ...; by logarithm, for
+    // exp(-half) may underflow.
     let (mut tail, first) = if df.is_multiple_of(2) { (0.0, 0.0) } else { (libm::erfc(half.sqrt()), 0.5) };
     for i in 0..df / 2 {
         let k = first + i as f64;
@@ -23,7 +25,8 @@ pub(super) fn normal_two_sided(level: f64) -> f64 {
     invert(|z| libm::erfc(z / SQRT_2), 1.0 - level)
 }
 
-/// t with P(|T| <= t) = `level`, T Student's with `df` >= 1 degrees of freedom (A&S 26.7.3, 26.7.4).
+/// t with P(|T| <= t) = `level`, T Student's with `df` >= 1 degrees of freedom (A&S 26.7.3,
+/// 26.7.4).
 pub(super) fn student_two_sided(level: f64, df: usize) -> f64 {
     invert(|t| 1.0 - student_within(t, df), 1.0 - level)
 }
@@ -35,7 +38,8 @@ fn student_within(t: f64, df: usize) -> f64 {
     let odd = df % 2;
     let mut term = if odd == 1 { cos } else { 1.0 };
     let mut sum = 0.0;
-    // Odd: cos + 2/3 cos^3 + 2*4/(3*5) cos^5 ...; even: 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 ...; df / 2 terms.
+    // Odd: cos + 2/3 cos^3 + 2*4/(3*5) cos^5 ...; even: 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 ...; df / 2
+    // terms.
     for k in 1..=df / 2 {
         sum += term;
         let k = (2 * k + odd) as f64;
@@ -44,7 +48,8 @@ fn student_within(t: f64, df: usize) -> f64 {
     if odd == 1 { FRAC_2_PI * (theta + sin * sum) } else { sin * sum }
 }
 
-/// x >= 0 with `tail(x)` = `target`, for a tail that falls from 1 to 0: bisection of the angle of x down to the last bit.
+/// x >= 0 with `tail(x)` = `target`, for a tail that falls from 1 to 0: bisection of the angle of x
+/// down to the last bit.
 fn invert(tail: impl Fn(f64) -> f64, target: f64) -> f64 {
     let (mut low, mut high) = (0.0, FRAC_PI_2);
     loop {

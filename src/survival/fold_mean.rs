@@ -9,7 +9,8 @@ pub struct FoldMean {
     pub mean: f64,
     /// Standard deviation with the divisor `folds - ddof`.
     pub sd: f64,
-    /// Delta degrees of freedom of `sd`: the field's papers print 0 (numpy's default), statisticians 1.
+    /// Delta degrees of freedom of `sd`: the field's papers print 0 (numpy's default),
+    /// statisticians 1.
     pub ddof: usize,
     /// mean -+ t(folds - 1) * (the standard deviation of ddof 1) / sqrt(folds), whatever `ddof`.
     pub lower: f64,
@@ -17,8 +18,9 @@ pub struct FoldMean {
     pub level: f64,
 }
 
-/// Mean over folds with Student's t interval. Folds share training patients, so they are not independent and
-/// the interval is too narrow (Bengio & Grandvalet 2004): it tells how folds vary, not how patients do.
+/// Mean over folds with Student's t interval. Folds share training patients, so they are not
+/// independent and the interval is too narrow (Bengio & Grandvalet 2004): it tells how folds vary,
+/// not how patients do.
 pub fn fold_mean(values: &[f64], ddof: usize, level: f64) -> Result<FoldMean> {
     const NAME: &str = "the mean over folds";
     check_column(NAME, "values", values, values.len())?;
@@ -35,11 +37,13 @@ pub fn fold_mean(values: &[f64], ddof: usize, level: f64) -> Result<FoldMean> {
     Ok(FoldMean { mean, sd, ddof, lower: mean - margin, upper: mean + margin, level })
 }
 
-/// The same for a statistic that lies in 0..1, as a C-index does: the limits are those of the mean's logit,
-/// `logit(mean) -+ t(folds - 1) * s / sqrt(folds) / (mean (1 - mean))`, turned back, so that they lie in 0..1, too
-/// (the delta method; what Stata's `proportion` prints). Where all folds agree both limits are the mean.
+/// The same for a statistic that lies in 0..1, as a C-index does: the limits are those of the
+/// mean's logit, `logit(mean) -+ t(folds - 1) * s / sqrt(folds) / (mean (1 - mean))`, turned back,
+/// so that they lie in 0..1, too (the delta method; what Stata's `proportion` prints). Where all
+/// folds agree both limits are the mean.
 ///
-/// An error of fewer than three folds: Student's t of one degree of freedom is 12.7, which says nothing.
+/// An error of fewer than three folds: Student's t of one degree of freedom is 12.7, which says
+/// nothing.
 pub fn fold_mean_in_unit(values: &[f64], ddof: usize, level: f64) -> Result<FoldMean> {
     const NAME: &str = "the mean over folds";
     if let Some(row) = values.iter().position(|value| !(0.0..=1.0).contains(value)) {

@@ -19,11 +19,12 @@ pub struct HazardRatio {
     pub std_error: f64,
 }
 
-/// A Cox model (JRSS B 1972) with the one covariate, Efron's ties; R's `coxph(Surv(time, event) ~ covariate)`.
-/// O(n log n). For two groups the covariate is 0 in one and 1 in the other.
+/// A Cox model (JRSS B 1972) with the one covariate, Efron's ties; R's `coxph(Surv(time, event) ~
+/// covariate)`. O(n log n). For two groups the covariate is 0 in one and 1 in the other.
 ///
-/// An error where the likelihood has no maximum: where nobody at risk at an event differs from the others, or every
-/// event falls on the highest (the ratio is infinite), or on the lowest (it is zero), of those at risk.
+/// An error where the likelihood has no maximum: where nobody at risk at an event differs from the
+/// others, or every event falls on the highest (the ratio is infinite), or on the lowest (it is
+/// zero), of those at risk.
 pub fn hazard_ratio(time: &[f64], event: &[bool], covariate: &[f64], level: f64) -> Result<HazardRatio> {
     check_cohort(NAME, time, event)?;
     check_column(NAME, "covariate", covariate, time.len())?;
@@ -43,8 +44,8 @@ pub fn hazard_ratio(time: &[f64], event: &[bool], covariate: &[f64], level: f64)
         }
         (false, false) => {}
     }
-    // Newton's method on a concave function of one number, in units of the covariate's range; a step that
-    // overshoots is halved.
+    // Newton's method on a concave function of one number, in units of the covariate's range; a
+    // step that overshoots is halved.
     let (low, high) = covariate.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &z| (a.min(z), b.max(z)));
     let scale = high - low;
     let z: Vec<f64> = covariate.iter().map(|value| (value - low) / scale).collect();
@@ -74,8 +75,8 @@ pub fn hazard_ratio(time: &[f64], event: &[bool], covariate: &[f64], level: f64)
     Err(undefined(NAME, "its likelihood has no maximum that a double can hold"))
 }
 
-/// Whether every event is of the highest covariate at risk, and whether of the lowest: the likelihood then grows without
-/// end. `tied` are rows of one time, the last time first.
+/// Whether every event is of the highest covariate at risk, and whether of the lowest: the
+/// likelihood then grows without end. `tied` are rows of one time, the last time first.
 fn separation(tied: &[&[usize]], event: &[bool], covariate: &[f64]) -> (bool, bool) {
     let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
     let (mut of_highest, mut of_lowest) = (true, true);

@@ -3,9 +3,9 @@
 use super::cohort::{risk_sets, short, undefined};
 use crate::Result;
 
-/// G(t) = P(a patient is still uncensored after t), the Kaplan-Meier estimate with the roles of event and censoring
-/// exchanged; at a tied time the events come first and leave the risk set. scikit-survival's
-/// `CensoringDistributionEstimator`.
+/// G(t) = P(a patient is still uncensored after t), the Kaplan-Meier estimate with the roles of
+/// event and censoring exchanged; at a tied time the events come first and leave the risk set.
+/// scikit-survival's `CensoringDistributionEstimator`.
 #[derive(Debug, Clone)]
 pub struct CensoringDistribution {
     time: Vec<f64>,
@@ -29,7 +29,8 @@ impl CensoringDistribution {
         Ok(Self { time, uncensored })
     }
 
-    /// G(t), a step function continuous from the right. `None` after the last time unless G is zero there.
+    /// G(t), a step function continuous from the right. `None` after the last time unless G is zero
+    /// there.
     pub fn uncensored_at(&self, t: f64) -> Option<f64> {
         let last = self.uncensored.len() - 1; // a fitted cohort is not empty
         if t > self.time[last] && self.uncensored[last] > 0.0 || t.is_nan() {

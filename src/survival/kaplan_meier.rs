@@ -22,8 +22,8 @@ pub struct Step {
     pub events: usize,
     pub censored: usize,
     pub survival: f64,
-    /// Pointwise (lower, upper). `None` where S = 0, and on the log-log scale where S = 1: there is no estimate of the
-    /// variance (R prints NA).
+    /// Pointwise (lower, upper). `None` where S = 0, and on the log-log scale where S = 1: there is
+    /// no estimate of the variance (R prints NA).
     pub limits: Option<(f64, f64)>,
 }
 
@@ -34,7 +34,8 @@ pub struct KaplanMeier {
     pub level: f64,
 }
 
-/// A time at which the curve falls to a given survival; `None` where it, or its limit, does not fall so far.
+/// A time at which the curve falls to a given survival; `None` where it, or its limit, does not
+/// fall so far.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Quantile {
     pub estimate: Option<f64>,
@@ -87,7 +88,8 @@ fn pointwise_limits(survival: f64, margin: f64, limits: Limits) -> Option<(f64, 
 }
 
 impl KaplanMeier {
-    /// S(t), continuous from the right. `None` after the last time unless everyone has died by then.
+    /// S(t), continuous from the right. `None` after the last time unless everyone has died by
+    /// then.
     pub fn survival_at(&self, t: f64) -> Option<f64> {
         let last = self.steps.last()?;
         if t > last.time && last.survival > 0.0 || t.is_nan() {
@@ -108,13 +110,14 @@ impl KaplanMeier {
         }
     }
 
-    /// Median survival with limits, as R prints it (Brookmeyer & Crowley, Biometrics 1982): where the curve and
-    /// its two limits cross 1/2.
+    /// Median survival with limits, as R prints it (Brookmeyer & Crowley, Biometrics 1982): where
+    /// the curve and its two limits cross 1/2.
     pub fn median(&self) -> Quantile {
         self.crossing(0.5)
     }
 
-    /// The time at which the curve falls to `1 - p`, 0 < p < 1: `quantile(0.25)` is the time by which a quarter has died.
+    /// The time at which the curve falls to `1 - p`, 0 < p < 1: `quantile(0.25)` is the time by
+    /// which a quarter has died.
     pub fn quantile(&self, p: f64) -> Result<Quantile> {
         if p > 0.0 && p < 1.0 {
             return Ok(self.crossing(1.0 - p));
@@ -134,8 +137,8 @@ impl KaplanMeier {
     }
 }
 
-/// The first time at which a falling curve is at or below `level`; where it runs along `level`, the middle of that run.
-/// Equality is to the square root of the machine precision, as in R.
+/// The first time at which a falling curve is at or below `level`; where it runs along `level`, the
+/// middle of that run. Equality is to the square root of the machine precision, as in R.
 fn first_crossing(mut curve: impl Iterator<Item = (f64, f64)>, level: f64) -> Option<f64> {
     let tolerance = f64::EPSILON.sqrt();
     let (start, height) = curve.find(|&(_, y)| y < level + tolerance)?;

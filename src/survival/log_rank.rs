@@ -18,11 +18,12 @@ pub struct LogRank {
     pub expected: Vec<f64>,
 }
 
-/// Log-rank test of two or more groups (Mantel 1966; Kalbfleisch & Prentice 2002, section 1.5), stratified if `strata`
-/// are given: sums over strata of O - E and of its hypergeometric covariance. R's `survdiff`.
+/// Log-rank test of two or more groups (Mantel 1966; Kalbfleisch & Prentice 2002, section 1.5),
+/// stratified if `strata` are given: sums over strata of O - E and of its hypergeometric
+/// covariance. R's `survdiff`.
 ///
-/// `group` numbers each patient's group from 0; `strata` may be any labels. O(n log n + k^2 event times), k groups.
-/// An error if a group is empty or was never at risk when an event occurred.
+/// `group` numbers each patient's group from 0; `strata` may be any labels. O(n log n + k^2 event
+/// times), k groups. An error if a group is empty or was never at risk when an event occurred.
 pub fn log_rank(time: &[f64], event: &[bool], group: &[usize], strata: Option<&[usize]>) -> Result<LogRank> {
     check_cohort(NAME, time, event)?;
     check_length(NAME, "group", group.len(), time.len())?;
@@ -100,8 +101,8 @@ fn group_sizes(group: &[usize]) -> Result<Vec<usize>> {
     }
 }
 
-/// u' V^-1 u without the last group, which the others determine: by the Cholesky factor L of V, it is |L^-1 u|^2.
-/// `None` if V is singular.
+/// u' V^-1 u without the last group, which the others determine: by the Cholesky factor L of V, it
+/// is |L^-1 u|^2. `None` if V is singular.
 fn quadratic_form(covariance: &[f64], excess: &[f64]) -> Option<f64> {
     let (groups, n) = (excess.len(), excess.len() - 1);
     let mut factor = vec![0.0; n * n];

@@ -1,10 +1,11 @@
 //! Survival statistics on plain slices; usable without the rest of the crate.
 //!
-//! Every function takes columns of one cohort, one entry a patient: `time` (any one unit; event or censoring, whichever
-//! came first), `event` (`true` = the event was observed, `false` = censored) and, where it is needed, `risk` (any
-//! score; higher means an earlier event is expected). A statistic that is not defined on the cohort is
-//! [`Error::Statistic`](crate::Error::Statistic), which says why; no function returns NaN.
-//! `docs/survival.md` gives each formula, its source and what it equals in R and scikit-survival.
+//! Every function takes columns of one cohort, one entry a patient: `time` (any one unit; event or
+//! censoring, whichever came first), `event` (`true` = the event was observed, `false` = censored)
+//! and, where it is needed, `risk` (any score; higher means an earlier event is expected). A
+//! statistic that is not defined on the cohort is [`Error::Statistic`](crate::Error::Statistic),
+//! which says why; no function returns NaN. `docs/survival.md` gives each formula, its source and
+//! what it equals in R and scikit-survival.
 //!
 //! ```
 //! use crossfusion::survival::{Limits, concordance_index, kaplan_meier};

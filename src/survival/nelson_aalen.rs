@@ -4,7 +4,8 @@ use super::cohort::{check_cohort, check_column, order_by, risk_sets, undefined};
 use super::cox::Ties;
 use crate::Result;
 
-/// A cumulative hazard H, a step function: `hazard[i]` from `time[i]` on, 0 before. One entry a distinct time.
+/// A cumulative hazard H, a step function: `hazard[i]` from `time[i]` on, 0 before. One entry a
+/// distinct time.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CumulativeHazard {
     pub time: Vec<f64>,
@@ -24,8 +25,8 @@ impl CumulativeHazard {
     }
 }
 
-/// The Nelson-Aalen estimate sum(d / n), and its standard errors sqrt(sum(d / n^2)) (Nelson 1972, Aalen 1978); `cumhaz`
-/// and `std.chaz` of R's `survfit`. O(n log n).
+/// The Nelson-Aalen estimate sum(d / n), and its standard errors sqrt(sum(d / n^2)) (Nelson 1972,
+/// Aalen 1978); `cumhaz` and `std.chaz` of R's `survfit`. O(n log n).
 pub fn nelson_aalen(time: &[f64], event: &[bool]) -> Result<(CumulativeHazard, Vec<f64>)> {
     check_cohort("the Nelson-Aalen estimate", time, event)?;
     let (mut total, mut variance) = (0.0, 0.0);
@@ -41,17 +42,18 @@ pub fn nelson_aalen(time: &[f64], event: &[bool]) -> Result<(CumulativeHazard, V
     Ok((CumulativeHazard { time: times, hazard }, std_error))
 }
 
-/// The baseline hazard of a Cox model whose `risk` is the log hazard ratio: that of a patient of risk 0, so that
-/// S(t | risk) = exp(-H0(t) e^risk). Breslow 1972: sum(d / R), R = the sum of e^risk over the risk set; with
-/// [`Ties::Efron`] sum over l < d of 1 / (R - l/d E), E = that of the events. R's `basehaz(centered = FALSE)`. O(n log n).
+/// The baseline hazard of a Cox model whose `risk` is the log hazard ratio: that of a patient of
+/// risk 0, so that S(t | risk) = exp(-H0(t) e^risk). Breslow 1972: sum(d / R), R = the sum of
+/// e^risk over the risk set; with [`Ties::Efron`] sum over l < d of 1 / (R - l/d E), E = that of
+/// the events. R's `basehaz(centered = FALSE)`. O(n log n).
 ///
 /// An error if H0 does not fit a double, for risks of several hundred: subtract their mean first.
 pub fn baseline_hazard(time: &[f64], event: &[bool], risk: &[f64], ties: Ties) -> Result<CumulativeHazard> {
     const NAME: &str = "the baseline hazard";
     check_cohort(NAME, time, event)?;
     check_column(NAME, "risk", risk, time.len())?;
-    // From the last time to the first: (time, increment). The sum over the risk set is `sum * e^shift`, shift its
-    // largest risk, so that nothing overflows and no risk set vanishes.
+    // From the last time to the first: (time, increment). The sum over the risk set is `sum *
+    // e^shift`, shift its largest risk, so that nothing overflows and no risk set vanishes.
     let mut increments = Vec::new();
     let (mut shift, mut sum) = (f64::NEG_INFINITY, 0.0);
     for tied in order_by(time).chunk_by(|&a, &b| time[a] == time[b]).rev() {

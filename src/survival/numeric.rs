@@ -1,16 +1,18 @@
 //! Sums, exponentials and logarithms of long columns.
 
-/// Every x becomes e^x, to 2 units in the last place, for x <= 709; below -708 (where e^x < 1e-307) x counts as -708.
+/// Every x becomes e^x, to 2 units in the last place, for x <= 709; below -708 (where e^x < 1e-307)
+/// x counts as -708.
 pub(super) fn exp_in_place(column: &mut [f64]) {
-    // The loop is compiled for each vector width and the widest that the machine has is run. The arithmetic is
-    // the same in all of them (no fused multiply-add), so the bits are too.
+    // The loop is compiled for each vector width and the widest that the machine has is run. The
+    // arithmetic is the same in all of them (no fused multiply-add), so the bits are too.
     pulp::Arch::new().dispatch(
         #[inline(always)]
         || column.iter_mut().for_each(|x| *x = exp(*x)),
     );
 }
 
-/// e^x = 2^k e^r, k the nearest integer to x / log 2, |r| <= log(2) / 2; e^r by its Taylor series to r^13 / 13!.
+/// e^x = 2^k e^r, k the nearest integer to x / log 2, |r| <= log(2) / 2; e^r by its Taylor series
+/// to r^13 / 13!.
 #[inline(always)]
 fn exp(x: f64) -> f64 {
     const ROUND: f64 = 6755399441055744.0; // 1.5 * 2^52: the sum with it ends in an integer's bits
@@ -60,7 +62,8 @@ impl LogSum {
     }
 }
 
-/// Eight sums side by side: the adder's latency is hidden, and less is lost to rounding than in one.
+/// Eight sums side by side: the adder's latency is hidden, and less is lost to rounding than in
+/// one.
 pub(super) fn sum(values: impl Iterator<Item = f64>) -> f64 {
     let mut lanes = [0.0; 8];
     for (i, value) in values.enumerate() {

@@ -19,8 +19,9 @@ impl<'a> TimeOrder<'a> {
         let Some(&first) = time.first() else {
             return Self { time, words: Vec::new(), exact: true };
         };
-        // The keys less their minimum, without the low bits in which no two differ (whole days, or f32, leave most of
-        // a double's 52 bits zero), usually fit 32 bits; what is cut off is put in order afterwards.
+        // The keys less their minimum, without the low bits in which no two differ (whole days, or
+        // f32, leave most of a double's 52 bits zero), usually fit 32 bits; what is cut off is put
+        // in order afterwards.
         let first = key(first);
         let (min, max, differing) = time
             .par_iter()
@@ -74,10 +75,12 @@ fn key(time: f64) -> u64 {
     if bits >> 63 == 0 { bits | 1 << 63 } else { !bits }
 }
 
-/// Stable sort by the `bits` low bits of the upper halves: least significant digit first, at most 11 bits a digit.
+/// Stable sort by the `bits` low bits of the upper halves: least significant digit first, at most
+/// 11 bits a digit.
 ///
-/// Every thread counts the digits of its block of words and then moves that block, to places that no other thread has.
-/// Atomics say so without unsafe code; a relaxed load or store is an ordinary one.
+/// Every thread counts the digits of its block of words and then moves that block, to places that
+/// no other thread has. Atomics say so without unsafe code; a relaxed load or store is an ordinary
+/// one.
 fn sort_upper_half(mut words: Vec<AtomicU64>, bits: u32) -> Vec<u64> {
     let digits = bits.div_ceil(11);
     let width = bits.div_ceil(digits.max(1));

@@ -1,8 +1,9 @@
 //! Files of a run that hold tensors: `best.safetensors`, a model in public parameter names, and
 //! `checkpoint.safetensors`, all that an interrupted fold needs to go on bit by bit.
 //!
-//! Each carries a checksum of itself in its metadata, under `sha256`: the SHA-256 (FIPS 180-4) of the
-//! whole file with 64 zeros in the checksum's own place. A file that does not match is an error.
+//! Each carries a checksum of itself in its metadata, under `sha256`: the SHA-256 (FIPS 180-4) of
+//! the whole file with 64 zeros in the checksum's own place. A file that does not match is an
+//! error.
 
 use std::{
     collections::BTreeSet,
@@ -97,7 +98,8 @@ pub fn read_card(path: &Path) -> Result<Option<ModelCard>> {
     json.map(|json| parse(path, &json)).transpose()
 }
 
-/// What a checkpoint belongs to. With anything else a fold would go on, but not as it began, so that is refused.
+/// What a checkpoint belongs to. With anything else a fold would go on, but not as it began, so
+/// that is refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
     format: u32,
@@ -106,8 +108,8 @@ pub struct Origin {
     slides: u64,
 }
 
-/// Version of the arenas' layout and of the JSON beside them. 2: the projections of queries, keys and
-/// values lie side by side. 3: files carry their checksum.
+/// Version of the arenas' layout and of the JSON beside them. 2: the projections of queries, keys
+/// and values lie side by side. 3: files carry their checksum.
 const FORMAT: u32 = 3;
 
 impl Origin {
@@ -128,8 +130,8 @@ impl Origin {
         Ok(())
     }
 
-    /// An error if the checkpoint at `path` was written by other settings, but for those of the machine
-    /// and of the data's place.
+    /// An error if the checkpoint at `path` was written by other settings, but for those of the
+    /// machine and of the data's place.
     pub fn check_settings(&self, path: &Path, now: &RunConfig) -> Result<()> {
         let now = now.without_machine().without_paths();
         if self.format != FORMAT {
@@ -153,7 +155,8 @@ impl Origin {
 const ARENAS: [(&str, State); 4] =
     [("params", State::Params), ("grads", State::Grads), ("adam_m", State::M), ("adam_v", State::V)];
 
-/// Writes an engine's whole state, with the trainer's as JSON. Without an engine: a finished fold's, which needs no tensors.
+/// Writes an engine's whole state, with the trainer's as JSON. Without an engine: a finished
+/// fold's, which needs no tensors.
 pub fn save_state<S: Serialize, T: Element<Sum = f32>>(
     path: &Path,
     engine: Option<&Engine<T>>,
@@ -179,7 +182,8 @@ pub fn load_state<T: Element<Sum = f32>>(path: &Path, engine: &mut Engine<T>) ->
     let len = engine.model().layout().len();
     for (name, which) in ARENAS {
         for start in (0..len).step_by(PIECE) {
-            // mapped anew for each piece: what has been read no longer counts as the process's memory
+            // mapped anew for each piece: what has been read no longer counts as the process's
+            // memory
             let bytes = map(path)?;
             let file = SafeTensors::deserialize(&bytes);
             let file = file.map_err(|e| Error::file(path, format!("is not a safetensors file: {e}")))?;
@@ -207,7 +211,8 @@ struct Stored {
     range: Range<usize>,
 }
 
-/// A safetensors file, piece by piece: an engine under a memory budget has no room for a copy of itself.
+/// A safetensors file, piece by piece: an engine under a memory budget has no room for a copy of
+/// itself.
 fn save<S: Serialize, T: Element<Sum = f32>>(
     path: &Path,
     engine: Option<&Engine<T>>,
@@ -275,7 +280,8 @@ fn verify(path: &Path) -> Result<Option<String>> {
             return Err(Error::file(path, message));
         }
     };
-    // Read, not through the map: the pages of a large checkpoint would count as the process's memory.
+    // Read, not through the map: the pages of a large checkpoint would count as the process's
+    // memory.
     let mut file = File::open(path).map_err(unreadable)?;
     let mut length = [0; size_of::<u64>()];
     file.read_exact(&mut length).map_err(unreadable)?;

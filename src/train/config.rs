@@ -1,6 +1,7 @@
 //! What a run is: every setting of `cf-train`, from defaults, a TOML file and flags, in this order.
 //!
-//! Names and defaults are those of the published script where it has the setting; its spellings of the paths, and `--loss`, are aliases.
+//! Names and defaults are those of the published script where it has the setting; its spellings of
+//! the paths, and `--loss`, are aliases.
 
 use std::{
     ops::Range,
@@ -38,11 +39,13 @@ const MACHINE: &str = "Machine and output";
 #[derive(Clone, Debug, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// (required) Clinical table: CSV (of commas, semicolons or tabs), or a zip of one, with case_id, slide_id, censorship, survival_months
+    /// (required) Clinical table: CSV (of commas, semicolons or tabs), or a zip of one, with
+    /// case_id, slide_id, censorship, survival_months
     #[arg(help_heading = DATA, long, alias = "clinical-path", default_value = "", hide_default_value = true, value_parser = path)]
     pub clinical: PathBuf,
-    /// Columns of other names: case_id=A,slide_id=B,time=C,event=D. `censorship=D` where 1 is censored; `time=C:days`, `:months` or
-    /// `:years` where the name does not say. OS_MONTHS, OS_STATUS and the like are found without
+    /// Columns of other names: case_id=A,slide_id=B,time=C,event=D. `censorship=D` where 1 is
+    /// censored; `time=C:days`, `:months` or `:years` where the name does not say. OS_MONTHS,
+    /// OS_STATUS and the like are found without
     #[arg(help_heading = DATA, long, value_name = "KEY=COLUMN,...", default_value = "", hide_default_value = true)]
     #[serde(skip_serializing_if = "Columns::are_usual")]
     pub columns: Columns,
@@ -50,10 +53,12 @@ pub struct RunConfig {
     #[arg(help_heading = DATA, long, alias = "csv-path")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub manifest: Option<PathBuf>,
-    /// (required) Folder of splits_0.csv, splits_1.csv, ... with columns train, val and perhaps test, of cases or slides
+    /// (required) Folder of splits_0.csv, splits_1.csv, ... with columns train, val and perhaps
+    /// test, of cases or slides
     #[arg(help_heading = DATA, long, alias = "splits-path", default_value = "", hide_default_value = true, value_parser = path)]
     pub splits: PathBuf,
-    /// (required) Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt, of TRIDENT's {5,10,20}x_*/features_BACKBONE, or of STAMP's x{5,10,20}/BACKBONE
+    /// (required) Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt, of TRIDENT's
+    /// {5,10,20}x_*/features_BACKBONE, or of STAMP's x{5,10,20}/BACKBONE
     #[arg(help_heading = DATA, long, default_value = "", hide_default_value = true, value_parser = path)]
     pub pt_dir: PathBuf,
     /// Ids of slides to leave out, as --skip-bad writes them
@@ -110,7 +115,8 @@ pub struct RunConfig {
     /// Negative log-likelihood or cross-entropy of the survival bins, or the Cox partial likelihood
     #[arg(help_heading = LOSS, long, alias = "loss", value_enum, default_value_t = Loss::NllSurv)]
     pub loss_fn: Loss,
-    /// Cox: most slides (patients, with --cox-unit patient) that are compared, for one update; a number or `all`
+    /// Cox: most slides (patients, with --cox-unit patient) that are compared, for one update; a
+    /// number or `all`
     #[arg(help_heading = LOSS, long, default_value_t = BatchSize::AtMost(32), value_name = "N|all")]
     pub cox_batch: BatchSize,
     /// Cox: what events at one time share
@@ -151,8 +157,8 @@ pub struct RunConfig {
     #[arg(help_heading = TRAINING, long, alias = "random-seed", default_value_t = 7, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: u64,
 
-    /// Most memory for a step, on a GPU of the GPU's: 8GiB, say. Slides that need more are computed in other ways, with the same
-    /// result; on a CPU no bags are then read ahead
+    /// Most memory for a step, on a GPU of the GPU's: 8GiB, say. Slides that need more are computed
+    /// in other ways, with the same result; on a CPU no bags are then read ahead
     #[arg(help_heading = MACHINE, long, value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "in_bytes")]
     pub memory_budget: Option<ByteSize>,
@@ -165,7 +171,8 @@ pub struct RunConfig {
     /// Write TensorBoard event files into the run folder: `tensorboard --logdir RUN/tensorboard`
     #[arg(help_heading = MACHINE, long)]
     pub tensorboard: bool,
-    /// How activations and weights are stored: auto is bf16 on a GPU, f32 on a CPU. Master weights and sums are f32
+    /// How activations and weights are stored: auto is bf16 on a GPU, f32 on a CPU. Master weights
+    /// and sums are f32
     #[arg(help_heading = MACHINE, long, value_enum, default_value_t = Precision::Auto)]
     pub precision: Precision,
     /// Where to run: auto, cpu or cuda
@@ -237,8 +244,9 @@ fn in_line(text: &str, e: &toml::de::Error) -> String {
 }
 
 impl RunConfig {
-    /// Settings from a table (a file's, say, called `name` in messages), overridden by the flags that were given; `self` is what clap made of the
-    /// command line, with defaults where nothing was given.
+    /// Settings from a table (a file's, say, called `name` in messages), overridden by the flags
+    /// that were given; `self` is what clap made of the command line, with defaults where nothing
+    /// was given.
     pub fn resolve(&self, matches: &ArgMatches, name: &str, table: toml::Table) -> Result<Self> {
         let mut settings = toml::Table::try_from(self).map_err(|e| Error::Usage(format!("{name}: {e}")))?;
         let given = |key: &str| {
@@ -400,7 +408,8 @@ impl RunConfig {
         }
     }
 
-    /// The settings but for those of the machine, which do not touch the result: a resumed run may change these.
+    /// The settings but for those of the machine, which do not touch the result: a resumed run may
+    /// change these.
     pub fn without_machine(&self) -> Self {
         let Self { device, threads, memory_budget, prefetch_factor, checkpoint_every, tensorboard, .. } =
             Self::default();
@@ -430,7 +439,8 @@ impl RunConfig {
         }
     }
 
-    /// The optimizer in an epoch: cosine annealing (Loshchilov & Hutter 2017, eq. 5), stepped once an epoch, that goes on past its period.
+    /// The optimizer in an epoch: cosine annealing (Loshchilov & Hutter 2017, eq. 5), stepped once
+    /// an epoch, that goes on past its period.
     pub fn adam(&self, epoch: usize) -> Adam {
         let phase = std::f64::consts::PI * epoch as f64 / self.cosine_t_max as f64;
         let learning_rate = self.eta_min + (self.learning_rate - self.eta_min) * 0.5 * (1.0 + phase.cos());

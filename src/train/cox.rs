@@ -1,6 +1,8 @@
-//! Cox training. The loss compares slides, so a batch's gradient needs the risks of all of them before the first slide's backward pass.
-//! In the memory of one slide: each slide forward, keeping its risk; the loss and its derivative in each risk; each slide forward again with
-//! the same dropout, and backward with its own derivative. By the chain rule the sum is the batch's gradient, exactly.
+//! Cox training. The loss compares slides, so a batch's gradient needs the risks of all of them
+//! before the first slide's backward pass. In the memory of one slide: each slide forward, keeping
+//! its risk; the loss and its derivative in each risk; each slide forward again with the same
+//! dropout, and backward with its own derivative. By the chain rule the sum is the batch's
+//! gradient, exactly.
 
 use std::{
     fmt::{Display, Formatter},
@@ -97,7 +99,8 @@ impl Display for BatchSize {
 /// A slide, or a patient's slides, as indices into the dataset.
 pub type Unit = Vec<usize>;
 
-/// The units of these slides, in the order of their first slides. A patient whose slides differ in outcome is an error.
+/// The units of these slides, in the order of their first slides. A patient whose slides differ in
+/// outcome is an error.
 pub fn units(unit: CoxUnit, dataset: &Dataset, slides: &[usize]) -> Result<Vec<Unit>> {
     if unit == CoxUnit::Slide {
         return Ok(slides.iter().map(|&slide| vec![slide]).collect());
@@ -131,8 +134,8 @@ pub fn cohort(dataset: &Dataset, units: &[Unit], ties: Ties) -> Result<CoxBatch>
     CoxBatch::new(units.iter().map(Vec::len).collect(), &time, &event, ties)
 }
 
-/// The batches of an epoch: every unit once, in an order of the epoch's, in as few batches as the size allows, which are equally large
-/// but for one unit.
+/// The batches of an epoch: every unit once, in an order of the epoch's, in as few batches as the
+/// size allows, which are equally large but for one unit.
 pub fn batches(units: &[Unit], size: BatchSize, seed: u64, fold: usize, epoch: usize) -> Vec<Vec<Unit>> {
     let n = units.len();
     let count = match size {
@@ -144,8 +147,8 @@ pub fn batches(units: &[Unit], size: BatchSize, seed: u64, fold: usize, epoch: u
     (0..count).map(batch).collect()
 }
 
-/// An error if there is nobody to compare in fold `i`'s slides, on either side, or in any batch of an
-/// epoch, which then would not update the weights.
+/// An error if there is nobody to compare in fold `i`'s slides, on either side, or in any batch of
+/// an epoch, which then would not update the weights.
 pub fn check(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold)) -> Result<()> {
     for (side, slides) in [("training", &fold.train), ("validation", &fold.val)] {
         let units = units(config.cox_unit, dataset, slides)?;
@@ -177,9 +180,10 @@ pub fn check(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold)) -
 /// Takes the `i`-th slide of a batch and returns its risk.
 pub type Work<'a, T> = dyn FnMut(usize, Bags<'_, T>) -> Result<f64> + 'a;
 
-/// Adds the gradient of a batch's loss, and returns the loss and the slides' risks; None if `show` stopped, when the gradients are those of
-/// some of the slides. `show` hands each slide of the batch to the work, in order, and is called twice; once where nobody
-/// can be compared, the loss is 0 and there is no gradient. `draw` is each slide's dropout.
+/// Adds the gradient of a batch's loss, and returns the loss and the slides' risks; None if `show`
+/// stopped, when the gradients are those of some of the slides. `show` hands each slide of the
+/// batch to the work, in order, and is called twice; once where nobody can be compared, the loss is
+/// 0 and there is no gradient. `draw` is each slide's dropout.
 pub fn accumulate<T: Element>(
     engine: &mut Engine<T>,
     batch: &CoxBatch,
@@ -210,7 +214,8 @@ pub fn accumulate<T: Element>(
 }
 
 impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
-    /// The batches of an epoch that are not done yet, each with an update. A stop discards the batch in hand, which is done anew.
+    /// The batches of an epoch that are not done yet, each with an update. A stop discards the
+    /// batch in hand, which is done anew.
     pub(super) fn train_cox(
         &mut self,
         batches: &[Vec<Unit>],

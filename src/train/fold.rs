@@ -38,10 +38,12 @@ pub(super) struct Progress {
     /// Slides of this epoch that are done: whole batches of them with the Cox loss.
     pub position: usize,
     pub updates: u64,
-    /// Sum of this epoch's losses so far (log-likelihoods with the Cox loss), and each slide's risk, in the order shown.
+    /// Sum of this epoch's losses so far (log-likelihoods with the Cox loss), and each slide's
+    /// risk, in the order shown.
     pub loss_sum: f64,
     pub risks: Vec<f64>,
-    /// With the Cox loss: events of the batches so far, and batches in which nobody could be compared.
+    /// With the Cox loss: events of the batches so far, and batches in which nobody could be
+    /// compared.
     #[serde(default)]
     pub events: usize,
     #[serde(default)]
@@ -160,7 +162,8 @@ impl FoldTrainer<'_> {
         Err(Error::file(path, message))
     }
 
-    /// An error if the fold's checkpoint, if any, was written with other settings or for other slides than these.
+    /// An error if the fold's checkpoint, if any, was written with other settings or for other
+    /// slides than these.
     pub fn check(config: &RunConfig, dataset: &Dataset, bins: &Bins, slides: &Fold, folder: &Path) -> Result<()> {
         let path = Self::checkpoint_path(folder);
         let record = checkpoint::read_state::<Record>(&path)?;
@@ -312,7 +315,8 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         (terms > 0).then(|| self.progress.loss_sum / terms as f64)
     }
 
-    /// The slides of an epoch that are not done yet. A GPU is given the next slide before the host waits for the one in hand.
+    /// The slides of an epoch that are not done yet. A GPU is given the next slide before the host
+    /// waits for the one in hand.
     fn train(&mut self, order: &[usize], patches: &mut usize, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
         let (dataset, config, epoch) = (self.dataset, self.config, self.progress.epoch);
         let ahead = usize::from(self.engine.device().runs_kernels());
@@ -376,7 +380,8 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         Ok(observer.slide(&done))
     }
 
-    /// Mean loss (alpha = 0; with the Cox loss, that of one cohort) and C-index of the fold's validation slides, without dropout. None if stopped; a resumed run validates anew.
+    /// Mean loss (alpha = 0; with the Cox loss, that of one cohort) and C-index of the fold's
+    /// validation slides, without dropout. None if stopped; a resumed run validates anew.
     fn validate(&mut self, patches: &mut usize, observer: &mut dyn Observer) -> Result<Option<(f64, Option<f64>)>> {
         let (dataset, order) = (self.dataset, self.slides.val.clone());
         let (mut loss_sum, mut risks) = (0.0, Vec::new());
@@ -458,8 +463,9 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
     }
 }
 
-/// One slide of training: forward, loss, backward, and an update after every `grad_accum_steps`-th slide of the epoch. Gradients left at an
-/// epoch's end carry into the next epoch's first update, as published.
+/// One slide of training: forward, loss, backward, and an update after every `grad_accum_steps`-th
+/// slide of the epoch. Gradients left at an epoch's end carry into the next epoch's first update,
+/// as published.
 pub fn train_slide<T: Element<Sum = f32>>(
     engine: &mut Engine<T>,
     config: &RunConfig,
@@ -478,7 +484,8 @@ pub fn train_slide<T: Element<Sum = f32>>(
     Ok(loss)
 }
 
-/// FNV-1a (64 bit) of what a fold shows: its slides in order, their outcomes and patches, and the bins.
+/// FNV-1a (64 bit) of what a fold shows: its slides in order, their outcomes and patches, and the
+/// bins.
 fn fingerprint(dataset: &Dataset, bins: &Bins, fold: &Fold) -> u64 {
     let mut text = format!("{} {} {:?}", dataset.features, fold.train.len(), bins.edges);
     for &i in fold.train.iter().chain(&fold.val) {

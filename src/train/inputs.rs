@@ -1,5 +1,5 @@
-//! What a run has read: a fingerprint of every table and feature file, in `inputs.json`. A resumed run
-//! refuses inputs that have changed since it began, and an evaluation names them.
+//! What a run has read: a fingerprint of every table and feature file, in `inputs.json`. A resumed
+//! run refuses inputs that have changed since it began, and an evaluation names them.
 
 use std::{
     collections::BTreeMap,
@@ -20,8 +20,8 @@ use crate::{
     },
 };
 
-/// The fingerprints of a run's inputs, by name: the role of a table, and a feature file's path within
-/// `--pt-dir`, so that a cohort that has moved as a whole is still the same.
+/// The fingerprints of a run's inputs, by name: the role of a table, and a feature file's path
+/// within `--pt-dir`, so that a cohort that has moved as a whole is still the same.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Inputs {
     tables: BTreeMap<String, Fingerprint>,

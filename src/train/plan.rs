@@ -1,5 +1,5 @@
-//! What a step on a slide takes: found by running the model's own code on the device that only counts, before there is an
-//! engine or any memory.
+//! What a step on a slide takes: found by running the model's own code on the device that only
+//! counts, before there is an engine or any memory.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,7 +27,8 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Memory {
     Policy(Policy),
-    /// The policy of the fewest operations whose [`Plan::peak_bytes`] are at most so many, for each slide.
+    /// The policy of the fewest operations whose [`Plan::peak_bytes`] are at most so many, for each
+    /// slide.
     Budget(usize),
 }
 
@@ -73,14 +74,16 @@ pub struct Parts {
 }
 
 impl Plan {
-    /// What the step holds at most: of a GPU's memory, or of the process's. A process holds some 50 MB besides (docs/giant-bags.md).
+    /// What the step holds at most: of a GPU's memory, or of the process's. A process holds some 50
+    /// MB besides (docs/giant-bags.md).
     pub fn peak_bytes(&self) -> usize {
         let Parts { parameters, gradients, moments, bags, stream, saved, scratch } = self.parts;
         parameters + gradients + moments + bags + stream + saved + scratch
     }
 }
 
-/// The plan of a policy, of the bags that the model reads; those that the policy streams are read from files.
+/// The plan of a policy, of the bags that the model reads; those that the policy streams are read
+/// from files.
 pub fn plan<T: Element>(facts: Facts, model: &Model, sizes: BagSizes, training: bool, policy: Policy) -> Result<Plan> {
     each!(model, network => plan_of::<_, T>(facts, network, sizes, training, policy))
 }
@@ -261,8 +264,8 @@ impl<T: Element> Planner<T> {
         least::<T>(self.facts, &self.model, sizes, training)
     }
 
-    /// How slides are read, each for training or for evaluation. Where bags lie in the memory that a budget is for, none is read
-    /// ahead.
+    /// How slides are read, each for training or for evaluation. Where bags lie in the memory that
+    /// a budget is for, none is read ahead.
     pub fn reading(&self, dataset: &Dataset, slides: &[(usize, bool)], ahead: usize) -> Result<Reading> {
         let mut reading = Reading { ahead, streamed: HashSet::new(), scales: self.model.streamed() };
         for &(slide, training) in slides {

@@ -1,5 +1,5 @@
-//! What a run shows: a bar on a terminal, plain lines elsewhere, and a row an epoch. No line is wider
-//! than 80 columns.
+//! What a run shows: a bar on a terminal, plain lines elsewhere, and a row an epoch. No line is
+//! wider than 80 columns.
 
 use std::{
     io::IsTerminal,

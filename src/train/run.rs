@@ -1,4 +1,5 @@
-//! A run: its folds one after the other, and what is shown meanwhile. Its folder is [`crate::folder`]'s.
+//! A run: its folds one after the other, and what is shown meanwhile. Its folder is
+//! [`crate::folder`]'s.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -50,7 +51,8 @@ pub fn is_finished(run: &Path, folds: Range<usize>) -> Result<bool> {
     Ok(run.join("report.html").is_file())
 }
 
-/// Keeps a second process from training in the same folder, until it is dropped or the process ends.
+/// Keeps a second process from training in the same folder, until it is dropped or the process
+/// ends.
 fn lock(run: &Path) -> Result<File> {
     let path = run.join(".lock");
     let file = File::create(&path).map_err(|e| Error::file(&path, format!("cannot be made: {e}")))?;
@@ -156,7 +158,8 @@ impl Run {
         self.memory.as_deref()
     }
 
-    /// How many training slides are computed by each policy; an error naming a slide that does not fit.
+    /// How many training slides are computed by each policy; an error naming a slide that does not
+    /// fit.
     fn policies<T: Element<Sum = f32>>(&self, facts: Facts) -> Result<BTreeMap<String, usize>> {
         let config = self.config.model_config(self.dataset.features);
         if facts.runs_kernels {
@@ -197,8 +200,8 @@ impl Run {
         if moved == before { Ok(()) } else { write_text(&path, &moved.to_toml()?) }
     }
 
-    /// An error if the inputs are no longer those that the run in `folder` was begun with. Files that
-    /// were merely written again, or mended, are taken down as they are now.
+    /// An error if the inputs are no longer those that the run in `folder` was begun with. Files
+    /// that were merely written again, or mended, are taken down as they are now.
     fn check_inputs(&self, folder: &Path) -> Result<()> {
         let Some(before) = Inputs::load(folder)? else { return Ok(()) };
         let now = Inputs::read(&self.config, &self.dataset)?;
@@ -217,7 +220,8 @@ impl Run {
         if now == before { Ok(()) } else { now.save(folder) }
     }
 
-    /// Trains all folds, from the beginning or from where the folder's checkpoints are. `interrupted` asks for a stop after the slide in hand.
+    /// Trains all folds, from the beginning or from where the folder's checkpoints are.
+    /// `interrupted` asks for a stop after the slide in hand.
     pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<()> {
         let _lock = lock(folder)?;
         let begun = |part: &Part| FoldTrainer::checkpoint_path(&folder::fold_folder(folder, part.fold)).exists();
@@ -298,7 +302,8 @@ fn allow_mending(run: &Path, error: &Error) {
     }
 }
 
-/// Appends each epoch to `metrics.jsonl` and the event file, if there is one, and passes on to the display.
+/// Appends each epoch to `metrics.jsonl` and the event file, if there is one, and passes on to the
+/// display.
 struct Log<'a, 'b> {
     path: PathBuf,
     events: Option<Events>,

@@ -1,10 +1,12 @@
-//! One training step, from bags to updated weights. `slide_step` and [`Engine::update`] show the whole flow:
+//! One training step, from bags to updated weights. `slide_step` and [`Engine::update`] show the
+//! whole flow:
 //!
-//!   bags -> forward -> head -> loss and its gradient -> head's backward -> backward -> gradients, summed over slides
+//! bags -> forward -> head -> loss and its gradient -> head's backward -> backward -> gradients,
+//! summed over slides
 //!        -> Adam -> weights
 //!
-//! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one arena for a step's
-//! activations. What a step takes is planned beforehand ([`super::plan`]).
+//! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one
+//! arena for a step's activations. What a step takes is planned beforehand ([`super::plan`]).
 
 use std::ops::Range;
 
@@ -27,7 +29,8 @@ pub struct Engine<T: Element> {
     planner: Planner<T>,
     /// What is trained, in `T::Sum`.
     params: Buffer,
-    /// What the ops read: the parameters rounded to `T`. None where that is the parameters themselves.
+    /// What the ops read: the parameters rounded to `T`. None where that is the parameters
+    /// themselves.
     weights: Option<Buffer>,
     grads: Buffer,
     moments: [Buffer; 2],
@@ -38,8 +41,8 @@ pub struct Engine<T: Element> {
     results: [Buffer; 2],
     /// Passes so far.
     passes: usize,
-    /// Slides fit the budget one by one, but not the largest arena beside the largest bags: memory is then as large as the slide in hand
-    /// wants it, and given back behind it.
+    /// Slides fit the budget one by one, but not the largest arena beside the largest bags: memory
+    /// is then as large as the slide in hand wants it, and given back behind it.
     tight: bool,
     /// The largest bags that memory was reserved for.
     largest_bags: usize,
@@ -136,13 +139,15 @@ impl<T: Element> Engine<T> {
         self.forward(bags, None)
     }
 
-    /// Logits of a slide under a dropout: the very ones that [`Engine::accumulate`] finds with the same draw.
+    /// Logits of a slide under a dropout: the very ones that [`Engine::accumulate`] finds with the
+    /// same draw.
     pub fn forward(&mut self, bags: Bags<'_, T>, draw: Option<Draw>) -> Result<Vec<f64>> {
         self.pass(bags, draw, Goal::Logits, None)
     }
 
-    /// Forward, `loss` (from logits to their gradient, scaled as it shall be summed), backward: adds one slide's gradients.
-    /// `draw` is the slide's dropout; `dbags` receives the bags' gradients. Returns the logits.
+    /// Forward, `loss` (from logits to their gradient, scaled as it shall be summed), backward:
+    /// adds one slide's gradients. `draw` is the slide's dropout; `dbags` receives the bags'
+    /// gradients. Returns the logits.
     pub fn accumulate(
         &mut self,
         bags: Bags<'_, T>,
@@ -153,8 +158,9 @@ impl<T: Element> Engine<T> {
         self.pass(bags, draw, Goal::Gradients(Box::new(loss)), dbags)
     }
 
-    /// [`Engine::accumulate`] with a loss of the slide alone. On a GPU the host goes on while the device works: the next slide may be
-    /// started before this one's loss is asked for; the one after that overwrites it.
+    /// [`Engine::accumulate`] with a loss of the slide alone. On a GPU the host goes on while the
+    /// device works: the next slide may be started before this one's loss is asked for; the one
+    /// after that overwrites it.
     pub fn accumulate_loss(&mut self, bags: Bags<'_, T>, draw: Option<Draw>, loss: &SlideLoss) -> Result<Pending> {
         let turn = self.passes % 2;
         self.pass(bags, draw, Goal::Loss(loss), None)?;
@@ -168,7 +174,8 @@ impl<T: Element> Engine<T> {
         Ok((values[0], values[1]))
     }
 
-    /// [`slide_step`] on an empty arena that is large enough for it, also for the bags' gradients if they are wanted.
+    /// [`slide_step`] on an empty arena that is large enough for it, also for the bags' gradients
+    /// if they are wanted.
     fn pass(
         &mut self,
         bags: Bags<'_, T>,
@@ -227,8 +234,8 @@ impl<T: Element> Engine<T> {
         self.planner.plan(sizes, training)
     }
 
-    /// Makes memory large enough for slides of these sizes, so that a step need not grow it; under a budget only where that holds the largest
-    /// arena and the largest bags together.
+    /// Makes memory large enough for slides of these sizes, so that a step need not grow it; under
+    /// a budget only where that holds the largest arena and the largest bags together.
     pub fn reserve(&mut self, sizes: impl IntoIterator<Item = BagSizes>, training: bool) -> Result<()> {
         let (mut arena, mut room, mut state) = (self.arena.bytes(), self.rooms[0].bytes(), 0);
         for sizes in sizes {
@@ -270,7 +277,8 @@ impl<T: Element> Engine<T> {
         self.arena.bytes()
     }
 
-    /// The most that the arena held since it was made; equals what the plan of the largest slide says.
+    /// The most that the arena held since it was made; equals what the plan of the largest slide
+    /// says.
     pub fn arena_peak(&self) -> usize {
         self.arena.peak()
     }
@@ -311,7 +319,8 @@ impl<T: Element> Engine<T> {
         self.device.download(self.state(which).view(entry.offset, 1, entry.len()))
     }
 
-    /// Replaces all parameters; every tensor of the model must be there with its shape, and no other. On an error nothing has changed.
+    /// Replaces all parameters; every tensor of the model must be there with its shape, and no
+    /// other. On an error nothing has changed.
     pub fn load(&mut self, tensors: &StateDict) -> Result<()> {
         let entries = self.model().layout().entries();
         for entry in entries {
@@ -343,12 +352,13 @@ enum Goal<'a> {
     Logits,
     /// Gradients of the caller's loss, a function from logits to their gradient.
     Gradients(LogitLoss<'a>),
-    /// Gradients of a loss of the slide alone, which the device finds itself, so that nobody waits for the logits.
+    /// Gradients of a loss of the slide alone, which the device finds itself, so that nobody waits
+    /// for the logits.
     Loss(&'a SlideLoss),
 }
 
-/// A slide's way through the model and, for gradients, back. Gives the logits; of [`Goal::Loss`] none, but loss and risk,
-/// f64, in `result`.
+/// A slide's way through the model and, for gradients, back. Gives the logits; of [`Goal::Loss`]
+/// none, but loss and risk, f64, in `result`.
 fn slide_step<M: Network, T: Element>(
     model: &M,
     ctx: &mut Context,

@@ -1,7 +1,8 @@
-//! TensorBoard's event files: a folder a fold in `RUN/tensorboard`, a step an epoch (counted from 1).
+//! TensorBoard's event files: a folder a fold in `RUN/tensorboard`, a step an epoch (counted from
+//! 1).
 //!
-//! The format is TensorFlow's: records (`tensorflow/core/lib/io/record_writer.h`) of protocol buffers
-//! (`tensorflow/core/util/event.proto`, `summary.proto`), of which a few fields are needed.
+//! The format is TensorFlow's: records (`tensorflow/core/lib/io/record_writer.h`) of protocol
+//! buffers (`tensorflow/core/util/event.proto`, `summary.proto`), of which a few fields are needed.
 
 use std::{
     fs::{File, OpenOptions},

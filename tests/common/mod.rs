@@ -1,4 +1,5 @@
-//! The goldens' generator and reader, shared by the integration tests (reference: spec.md, "Goldens").
+//! The goldens' generator and reader, shared by the integration tests (reference: spec.md,
+//! "Goldens").
 #![allow(dead_code)] // each test uses its part
 
 use std::{collections::BTreeMap, path::PathBuf};
@@ -14,7 +15,8 @@ pub fn goldens() -> PathBuf {
     }
 }
 
-/// Uniform on [-1, 1): splitmix64 of (fnv1a64(name) + (i + 1) * golden ratio), top 24 bits; then offset + scale * u in float32.
+/// Uniform on [-1, 1): splitmix64 of (fnv1a64(name) + (i + 1) * golden ratio), top 24 bits; then
+/// offset + scale * u in float32.
 pub fn fill(name: &str, count: usize, law: Law) -> Vec<f32> {
     let hash = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3));
     let value = |i: u64| {

@@ -1,4 +1,5 @@
-//! kernels/attention_forward.cu, attention_forward_wgmma.cu and attention_backward.cu against src/ops/attention.rs.
+//! kernels/attention_forward.cu, attention_forward_wgmma.cu and attention_backward.cu against
+//! src/ops/attention.rs.
 
 use crossfusion::{
     Result,
@@ -131,7 +132,8 @@ fn merging_has_no_races() {
     check_races(&Parts { heads: 2, head_dim: 128, n: 6, keys: vec![0, 5, 9] });
 }
 
-/// As eager PyTorch does it: scores, probabilities and their gradients are tensors of their own, in bf16.
+/// As eager PyTorch does it: scores, probabilities and their gradients are tensors of their own, in
+/// bf16.
 fn plainly<T: Element>(bed: &Bed<T>, p: &AttentionGrad<T>) {
     let Attention { q, k, v, out, lse, heads, dropout } = p.forward;
     let (n, m, head_dim) = (q.rows(), k.rows(), q.cols() / heads);
@@ -205,7 +207,8 @@ fn small() -> Vec<Attentions> {
         case(1, 32, 0.0, &[[65, 33], [2, 130]]),
         case(2, 64, 0.3, &[[66, 70]]),
         case(1, 128, 0.2, &[[34, 67], [1, 5]]),
-        // log-sum-exps of about -270: exp(0 - lse) is infinite, so what lies past the end must not count at all
+        // log-sum-exps of about -270: exp(0 - lse) is infinite, so what lies past the end must not
+        // count at all
         Attentions { apart: 7.0, ..case(1, 32, 0.0, &[[35, 37]]) },
     ]
 }

@@ -1,4 +1,5 @@
-//! An op on one shape, run on several devices and in several precisions on the same numbers, and compared.
+//! An op on one shape, run on several devices and in several precisions on the same numbers, and
+//! compared.
 
 use crossfusion::{
     Result,
@@ -15,12 +16,13 @@ use super::{
     gpu,
 };
 
-/// What a case takes its tensors from. Inputs are the same numbers everywhere: rounded to the storage that is being tested.
+/// What a case takes its tensors from. Inputs are the same numbers everywhere: rounded to the
+/// storage that is being tested.
 pub struct Bed<'a, T: Element> {
     pub device: &'a Device,
     pub arena: Arena,
-    /// Whether this is the plain computation in bf16, on the CPU in f32: outputs are rounded at the end, and a case whose op would
-    /// plainly store more than those rounds that too.
+    /// Whether this is the plain computation in bf16, on the CPU in f32: outputs are rounded at the
+    /// end, and a case whose op would plainly store more than those rounds that too.
     pub plainly: bool,
     storage: Storage,
     keep: Vec<Buffer>,
@@ -148,8 +150,8 @@ fn by_kernels(case: &impl Case, storage: Storage, options: Options) -> Tensors {
     }
 }
 
-/// At most twice the error of the same computation done plainly in the storage type, and an ulp of f32: of the tensor, and of numbers
-/// of size 1, which the inputs are, where the truth is zero.
+/// At most twice the error of the same computation done plainly in the storage type, and an ulp of
+/// f32: of the tensor, and of numbers of size 1, which the inputs are, where the truth is zero.
 fn compare(case: &impl Case, storage: Storage, got: &Tensors) {
     let cpu = Device::Cpu(Cpu::new(1).unwrap());
     let truth = run::<f64>(case, &cpu, storage, false);

@@ -25,8 +25,8 @@ struct Fusion {
 }
 
 const UNIT: Law = Law { offset: 0.1, scale: 1.0 };
-/// Kernels and dout are mostly positive: the mix's gradients are single numbers, sums over all tokens and channels, and where such a
-/// sum cancels its relative error is chance.
+/// Kernels and dout are mostly positive: the mix's gradients are single numbers, sums over all
+/// tokens and channels, and where such a sum cancels its relative error is chance.
 const KERNEL: Law = Law { offset: 0.1, scale: 0.3 };
 const POSITIVE: Law = Law { offset: 1.0, scale: 1.0 };
 

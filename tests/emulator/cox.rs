@@ -63,7 +63,8 @@ fn large() -> Vec<Patients> {
             strata: Some((0..5003).map(|i| usize::from(i > 1700)).collect()),
             ..patients("a stratum over blocks", 5003, 900, some)
         },
-        // weight e^(risk) overflows unless the highest risk is found: in a lane, a warp and a block that are not the first
+        // weight e^(risk) overflows unless the highest risk is found: in a lane, a warp and a block
+        // that are not the first
         Patients {
             time: (0..2500).map(f64::from).collect(),
             weights: Some(vec![1e5; 2500]),

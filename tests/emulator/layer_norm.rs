@@ -23,8 +23,8 @@ struct Case {
     cols: usize,
 }
 
-/// One element, ragged rows and columns, a whole square, twice the rows, packs in one storage type only, the model's width,
-/// and one that no shared memory would hold whole.
+/// One element, ragged rows and columns, a whole square, twice the rows, packs in one storage type
+/// only, the model's width, and one that no shared memory would hold whole.
 const CASES: [Case; 8] = [
     Case { rows: 1, padded: 1, cols: 1 },
     Case { rows: 1, padded: 2, cols: 7 },
@@ -186,7 +186,8 @@ fn run<T: Element>(cases: &[Case], options: Options) -> Vec<[Vec<f64>; 5]> {
     problems.iter().map(Problem::outputs).collect()
 }
 
-/// At most twice the error of the same computation done plainly in the storage type, and an ulp of f32 where that has none.
+/// At most twice the error of the same computation done plainly in the storage type, and an ulp of
+/// f32 where that has none.
 fn check<T: Element>(case: Case, got: &[Vec<f64>; 5]) {
     let inputs = inputs::<T>(case);
     let (truth, mut plain) = (reference::<f64, T>(case, &inputs), reference::<f32, T>(case, &inputs));

@@ -69,7 +69,8 @@ impl Case for Products {
                 continue;
             }
             let o = self.epilogue;
-            // the rows of a, b and, where it is read, out lie in wider matrices; what stands beside out must stay
+            // the rows of a, b and, where it is read, out lie in wider matrices; what stands beside
+            // out must stay
             let a = bed.input(&of("a"), m, k + 8, UNIT).cols_range(8..k + 8);
             let b = match self.part {
                 Part::Forward => bed.input(&of("b"), n, k + 8, UNIT).cols_range(0..k),
@@ -177,8 +178,8 @@ fn wgmma_has_no_races() {
     by_wgmma(vec![products(Part::Weight, NONE, &[[1100, 136, 24]])]).for_each(|case| check_races(&case));
 }
 
-/// bf16 fragments reach the registers without bank conflicts, in both tiles and all layouts. Counted by hand: a warp reads 2 fragments
-/// of b and 4 (large tile) or 2 of a per 16 of the depth.
+/// bf16 fragments reach the registers without bank conflicts, in both tiles and all layouts.
+/// Counted by hand: a warp reads 2 fragments of b and 4 (large tile) or 2 of a per 16 of the depth.
 #[test]
 fn fragments_have_no_bank_conflicts() {
     if super::gpu().is_some() {
@@ -215,7 +216,8 @@ fn fragments_have_no_bank_conflicts() {
     }
 }
 
-/// What a kernel would multiply with whatever lies beside it is refused: 12 columns of bf16 in rows of 16, and an address between.
+/// What a kernel would multiply with whatever lies beside it is refused: 12 columns of bf16 in rows
+/// of 16, and an address between.
 #[test]
 fn operands_that_kernels_cannot_take_are_refused() {
     use crossfusion::{

@@ -1,6 +1,7 @@
-//! The CUDA kernels on the emulator: the instructions that they use, the emulator's detectors, each op against its CPU twin.
-//! They are a part of the crate's unit tests (src/lib.rs), since ops over views are not public.
-//! With CROSSFUSION_DEVICE=cuda the same launches run on a GPU, where a schedule is the hardware's own and nothing looks for races.
+//! The CUDA kernels on the emulator: the instructions that they use, the emulator's detectors, each
+//! op against its CPU twin. They are a part of the crate's unit tests (src/lib.rs), since ops over
+//! views are not public. With CROSSFUSION_DEVICE=cuda the same launches run on a GPU, where a
+//! schedule is the hardware's own and nothing looks for races.
 
 mod attention;
 mod bed;
@@ -47,7 +48,8 @@ fn gpu() -> Option<&'static Device> {
     GPU.get_or_init(open).as_ref()
 }
 
-/// Runs a kernel to its end, on the GPU if there is one to be used. `options` and the statistics are the emulator's.
+/// Runs a kernel to its end, on the GPU if there is one to be used. `options` and the statistics
+/// are the emulator's.
 fn launch(launch: &Launch, options: Options) -> Result<Stats> {
     let Some(gpu) = gpu() else { return emulator::launch(launch, options) };
     gpu.launch([launch.clone()])?;

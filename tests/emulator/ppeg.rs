@@ -49,8 +49,8 @@ impl Case for Encodings {
     }
 }
 
-/// From a single token to tiles that the grid fills, exceeds by one row and cuts; rows before the grid; groups of channels that the
-/// columns fill, exceed and cut.
+/// From a single token to tiles that the grid fills, exceeds by one row and cuts; rows before the
+/// grid; groups of channels that the columns fill, exceed and cut.
 const SINGLE: [(usize, usize, usize); 8] =
     [(1, 0, 8), (2, 1, 16), (3, 0, 32), (7, 1, 96), (8, 0, 64), (13, 1, 40), (16, 0, 32), (20, 1, 40)];
 

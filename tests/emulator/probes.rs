@@ -1,4 +1,5 @@
-//! kernels/probes.cu: fragment layouts against CuTe's tables, arithmetic against half's, seeded bugs against the detectors.
+//! kernels/probes.cu: fragment layouts against CuTe's tables, arithmetic against half's, seeded
+//! bugs against the detectors.
 
 use crossfusion::{
     device::{
@@ -29,7 +30,8 @@ fn layout(lane: usize, value: usize, lane_strides: [usize; 2], value_strides: &[
     lane % 4 * lane_strides[0] + lane / 4 * lane_strides[1] + values
 }
 
-/// cutlass/include/cute/atom/mma_traits_sm80.hpp, SM80_16x8x16_F32BF16BF16F32_TN and SM80_16x8x8_F32TF32TF32F32_TN.
+/// cutlass/include/cute/atom/mma_traits_sm80.hpp, SM80_16x8x16_F32BF16BF16F32_TN and
+/// SM80_16x8x8_F32TF32TF32F32_TN.
 #[test]
 fn mma_fragments() {
     for tf32 in [false, true] {
@@ -72,7 +74,8 @@ fn mma_fragments() {
     }
 }
 
-/// copy_traits_sm75.hpp, SM75_U32x4_LDSM_N and SM75_U16x8_LDSM_T: (lane, register, half) to an element of 32 rows of 8.
+/// copy_traits_sm75.hpp, SM75_U32x4_LDSM_N and SM75_U16x8_LDSM_T: (lane, register, half) to an
+/// element of 32 rows of 8.
 #[test]
 fn ldmatrix_fragments() {
     for trans in [false, true] {
@@ -112,7 +115,8 @@ struct Places {
     b: [u32; 3],
 }
 
-/// The canonical layouts of mma_traits_sm90_gmma.hpp for B128, in bytes; Swizzle<3,4,3> is the last line's.
+/// The canonical layouts of mma_traits_sm90_gmma.hpp for B128, in bytes; Swizzle<3,4,3> is the last
+/// line's.
 fn canonical(mn_major: bool, [start, leading, stride]: [u32; 3], i: usize, k: usize) -> usize {
     let (leading, stride) = (leading as usize, stride as usize);
     let offset = start as usize
@@ -214,8 +218,8 @@ fn attempt<T: bytemuck::Pod>(
     output.read().map_err(|e| e.to_string())
 }
 
-/// The sound kernel gives `truth` under every schedule and in race mode; race mode reports every bug, in these words and
-/// with the line; and some schedule of plain mode sees those of `seen`.
+/// The sound kernel gives `truth` under every schedule and in race mode; race mode reports every
+/// bug, in these words and with the line; and some schedule of plain mode sees those of `seen`.
 fn detects<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(
     run: impl Fn(&'static str, Options) -> Result<Vec<T>, String>,
     sound: &'static str,

@@ -22,7 +22,8 @@ fn number(cell: &str) -> f64 {
     cell.parse().unwrap_or_else(|_| panic!("`{cell}` is no number"))
 }
 
-/// G(t), the Kaplan-Meier curve of censoring, events of a time leaving first: a product over the distinct times.
+/// G(t), the Kaplan-Meier curve of censoring, events of a time leaving first: a product over the
+/// distinct times.
 fn uncensored(rows: &[SlideResult], t: f64) -> f64 {
     let mut times: Vec<f64> = rows.iter().filter(|r| !r.event && r.time <= t).map(|r| r.time).collect();
     times.sort_by(f64::total_cmp);
@@ -48,7 +49,8 @@ fn uno(rows: &[SlideResult], tau: f64) -> f64 {
     score / pairs
 }
 
-/// Uno et al. 2007: the weighted share of (case, control) pairs in which the case has the higher risk.
+/// Uno et al. 2007: the weighted share of (case, control) pairs in which the case has the higher
+/// risk.
 fn auc(rows: &[SlideResult], t: f64) -> f64 {
     let (mut score, mut pairs) = (0.0, 0.0);
     for case in rows.iter().filter(|r| r.event && r.time <= t) {
@@ -94,7 +96,8 @@ fn statistics_over_time_are_those_of_their_definitions() {
     }
 }
 
-/// Risks that order a cohort without a fault order every resampled one so, too: the interval is a point.
+/// Risks that order a cohort without a fault order every resampled one so, too: the interval is a
+/// point.
 #[test]
 fn a_perfect_order_has_an_interval_of_no_width() {
     let mut predictions = cohort(40, 2);
@@ -110,8 +113,9 @@ fn a_perfect_order_has_an_interval_of_no_width() {
     assert!(mean.note.as_ref().unwrap().contains("two folds are too few"), "{mean:?}");
 }
 
-/// Folds of three patients, whose C-indices are 1/3, 2/3 and 1 by hand; R's t.test(c(1, 2, 3) / 3)$conf.int is -0.16 to 1.49, which
-/// no C-index is. On the logit scale, by scipy: tests/survival/uncertainty.rs.
+/// Folds of three patients, whose C-indices are 1/3, 2/3 and 1 by hand; R's t.test(c(1, 2, 3) /
+/// 3)$conf.int is -0.16 to 1.49, which no C-index is. On the logit scale, by scipy:
+/// tests/survival/uncertainty.rs.
 #[test]
 fn the_mean_of_folds_has_an_interval_between_0_and_1() {
     let template = cohort(1, 1).remove(0);
@@ -171,7 +175,8 @@ fn a_patients_slides_are_averaged() {
     assert!(notes.contains("Nothing is reported by patient"), "{notes}");
 }
 
-/// The other folds teach a fold's cut: its own outcomes do not move it, nor does the scale of its risks.
+/// The other folds teach a fold's cut: its own outcomes do not move it, nor does the scale of its
+/// risks.
 #[test]
 fn a_learnt_cut_knows_nothing_of_the_patients_it_cuts() {
     let predictions = cohort(150, 3);
@@ -207,7 +212,8 @@ fn the_tables_of_the_plots_are_what_is_drawn() {
     assert_eq!(Some(number(&c[1][2])), summary.folds[1].c_index);
     assert_eq!(Some([number(&c[3][3]), number(&c[3][4])]), summary.by_slide.c_index_pooled.interval);
 
-    // Kaplan-Meier of the group of high risk, as a plain product: cut at each fold's median, and at one
+    // Kaplan-Meier of the group of high risk, as a plain product: cut at each fold's median, and at
+    // one
     let median = |fold: usize| {
         let mut risks: Vec<f64> = predictions.iter().filter(|p| p.fold == fold).map(|p| p.risk).collect();
         risks.sort_by(f64::total_cmp);
@@ -314,7 +320,8 @@ fn undefined_statistics_say_why() {
     assert!(table.contains("needs 5 events") && !table.contains("NaN"), "{table}");
 }
 
-/// Cut within each fold, the groups do not know the scales of the folds' risks; cut over all, they do.
+/// Cut within each fold, the groups do not know the scales of the folds' risks; cut over all, they
+/// do.
 #[test]
 fn groups_by_rank_lead_and_know_no_scale_of_risk() {
     let predictions = cohort(150, 3);
@@ -334,7 +341,8 @@ fn groups_by_rank_lead_and_know_no_scale_of_risk() {
     assert_eq!(one.risk_groups.iter().map(|grouping| grouping.name).collect::<Vec<_>>(), ["median", "tertiles"]);
 }
 
-/// By the functions that tests/survival.rs holds against R and statsmodels, on the groups picked by hand.
+/// By the functions that tests/survival.rs holds against R and statsmodels, on the groups picked by
+/// hand.
 #[test]
 fn groups_have_their_hazard_ratio_and_survival_by_year() {
     let predictions = cohort(150, 3);
@@ -415,7 +423,8 @@ fn a_reversed_model_is_no_success() {
     assert!(even.warnings.iter().all(|warning| !warning.contains("reversed")), "{:?}", even.warnings);
 }
 
-/// fault-11: three slides a patient, of 6 patients 3 with an event; 18 slides, 9 of them of such a patient.
+/// fault-11: three slides a patient, of 6 patients 3 with an event; 18 slides, 9 of them of such a
+/// patient.
 #[test]
 fn events_of_slides_and_of_patients_are_two_numbers() {
     let predictions: Vec<SlideResult> = (0..18)

@@ -1,5 +1,6 @@
-//! Every drawn path against its CSV: figures are rasterised, and the pixels along what the table says have its colour, and those
-//! beside it have not. Where a number lies in the picture is read off the labels of the axes.
+//! Every drawn path against its CSV: figures are rasterised, and the pixels along what the table
+//! says have its colour, and those beside it have not. Where a number lies in the picture is read
+//! off the labels of the axes.
 
 use super::{cohort, epochs, summary};
 use crossfusion::report::{
@@ -233,7 +234,8 @@ fn kaplan_meier_figures_are_their_tables() {
     on_page(&[7.0], &[true]);
 }
 
-/// What was drawn once: a band that runs straight from 1 at time 0 to the first event's lower limit.
+/// What was drawn once: a band that runs straight from 1 at time 0 to the first event's lower
+/// limit.
 #[test]
 #[should_panic(expected = "beside the band")]
 fn a_wedge_before_the_first_event_is_noticed() {
@@ -248,7 +250,8 @@ fn a_wedge_before_the_first_event_is_noticed() {
     kaplan_meier(&late, &figure);
 }
 
-/// With two groups the curves keep their colours, pale where fewer than ten are at risk, and nothing is drawn beyond the axis.
+/// With two groups the curves keep their colours, pale where fewer than ten are at risk, and
+/// nothing is drawn beyond the axis.
 #[test]
 fn curves_of_two_groups_have_their_colours() {
     let predictions = cohort(160, 2);

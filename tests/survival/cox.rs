@@ -79,7 +79,8 @@ fn cox_with_strata_and_weights_equals_r() {
     }
 }
 
-/// The log-likelihood by log(e^a + e^b) from the last row to the first: exact for any risks, but without Efron's correction.
+/// The log-likelihood by log(e^a + e^b) from the last row to the first: exact for any risks, but
+/// without Efron's correction.
 fn breslow_in_the_log_domain(time: &[f64], event: &[bool], risk: &[f64]) -> f64 {
     let mut order: Vec<usize> = (0..time.len()).collect();
     order.sort_by(|&a, &b| time[a].total_cmp(&time[b]));
@@ -128,7 +129,8 @@ fn cox_of_huge_risks_is_exact() {
         let event: Vec<bool> = (0..n).map(|_| random.below(3) > 0).collect();
         let mut risk: Vec<f64> = (0..n).map(|_| scale * (random.below(2001) as f64 / 1000.0 - 1.0)).collect();
         if n > 1000 {
-            // The risks fall with time, all through the range: every shift and split of the large cohort is used.
+            // The risks fall with time, all through the range: every shift and split of the large
+            // cohort is used.
             risk.iter_mut().zip(&time).for_each(|(r, t)| *r = 0.01 * *r + scale * (1.0 - 4.0 * t / n as f64));
         }
         for (ties, key) in BOTH_TIES {
@@ -148,7 +150,8 @@ fn cox_of_huge_risks_is_exact() {
 
 #[test]
 fn cox_over_many_chunks_equals_its_definition() {
-    // Ties within and across the chunks of 2^14 rows, strata, and the definition in O(n) per event time.
+    // Ties within and across the chunks of 2^14 rows, strata, and the definition in O(n) per event
+    // time.
     let n = 70_000;
     let mut random = Random(5);
     let time: Vec<f64> = (0..n).map(|_| random.below(40) as f64).collect();

@@ -63,7 +63,8 @@ fn kaplan_meier_log_log_limits_medians_and_censored_equal_r() {
 
 #[test]
 fn kaplan_meier_edges() {
-    // The curve runs along 1/2 from 2 to 3: R's median is 2.5. It never falls to 1/2 in the second cohort.
+    // The curve runs along 1/2 from 2 to 3: R's median is 2.5. It never falls to 1/2 in the second
+    // cohort.
     let curve = kaplan_meier(&[1.0, 2.0, 3.0, 4.0], &[true; 4], Limits::Log, 0.95).unwrap();
     assert_eq!(curve.median().estimate, Some(2.5));
     assert_eq!(curve.quantile(0.3).unwrap().estimate, Some(2.0));

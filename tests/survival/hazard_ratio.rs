@@ -1,10 +1,10 @@
-//! The hazard ratio against statsmodels 0.14.6 (PHReg, ties = "efron", Newton steps on its score and Hessian until they end;
-//! lifelines agrees to 1e-7) and R, and what has none.
+//! The hazard ratio against statsmodels 0.14.6 (PHReg, ties = "efron", Newton steps on its score
+//! and Hessian until they end; lifelines agrees to 1e-7) and R, and what has none.
 
 use super::*;
 
-/// 1 at the median risk and above, the golden's `risk` itself, and the coefficient, its standard error, and the 95 % limits of the
-/// ratio.
+/// 1 at the median risk and above, the golden's `risk` itself, and the coefficient, its standard
+/// error, and the 95 % limits of the ratio.
 const STATSMODELS: [(&str, &str, f64, f64, f64, f64); 10] = [
     ("colon_death", "median", 0.07886574383149046, 0.09530956497807391, 0.89768363625573, 1.3043033392426073),
     ("colon_death", "risk", -0.05936032792221847, 0.12604266487022, 0.7360925568404179, 1.2064458892733132),
@@ -35,7 +35,8 @@ fn hazard_ratio_equals_statsmodels() {
         ] {
             assert_relative_eq!(got, want, max_relative = 1e-10);
         }
-        // the other group as the high one turns the ratio over, and a unit of another size takes its power
+        // the other group as the high one turns the ratio over, and a unit of another size takes
+        // its power
         let other: Vec<f64> = covariate.iter().map(|z| 100.0 - 3.0 * z).collect();
         let turned = hazard_ratio(&time, &event, &other, 0.95).unwrap();
         assert_relative_eq!(turned.coefficient, -coefficient / 3.0, max_relative = 1e-9);
@@ -43,8 +44,9 @@ fn hazard_ratio_equals_statsmodels() {
     }
 }
 
-/// Two patients a group, by hand: times 1, 2, 3, 4 of groups 1, 0, 1, 0, all events. With h the ratio the likelihood is
-/// h / (2h + 2) * 1 / (h + 2) * h / (h + 1), greatest where h^2 - h - 4 = 0.
+/// Two patients a group, by hand: times 1, 2, 3, 4 of groups 1, 0, 1, 0, all events. With h the
+/// ratio the likelihood is h / (2h + 2) * 1 / (h + 2) * h / (h + 1), greatest where h^2 - h - 4 =
+/// 0.
 #[test]
 fn a_small_ratio_is_that_of_hand() {
     let got = hazard_ratio(&[1.0, 2.0, 3.0, 4.0], &[true; 4], &[1.0, 0.0, 1.0, 0.0], 0.95).unwrap();

@@ -2,7 +2,8 @@
 
 use super::*;
 
-/// 200 patients of two rows each, in four folds, with a risk `signal` that tells something and one that is noise.
+/// 200 patients of two rows each, in four folds, with a risk `signal` that tells something and one
+/// that is noise.
 struct Cohort {
     time: Vec<f64>,
     event: Vec<bool>,
@@ -117,7 +118,8 @@ fn paired_comparison_and_permutation_tell_signal_from_noise() {
 
 #[test]
 fn permutation_p_is_uniform_without_signal() {
-    // Exact test: the share of p <= alpha is at most alpha; over 200 cohorts of noise within 4 standard errors.
+    // Exact test: the share of p <= alpha is at most alpha; over 200 cohorts of noise within 4
+    // standard errors.
     let mut random = Random(9);
     let small = (0..200)
         .filter(|&seed| {
@@ -166,7 +168,8 @@ fn fold_mean_equals_r() {
     assert!(reason(fold_mean(&[0.6, f64::NAN], 0, 0.95)).contains("entry 1 of `values` is NaN"));
 }
 
-/// scipy: m, e = mean(x), sem(x); l, d = logit(m), t.ppf(0.975, k - 1) * e / (m (1 - m)); expit(l - d), expit(l + d).
+/// scipy: m, e = mean(x), sem(x); l, d = logit(m), t.ppf(0.975, k - 1) * e / (m (1 - m)); expit(l -
+/// d), expit(l + d).
 #[test]
 fn a_mean_of_shares_stays_between_0_and_1() {
     for (values, mean, lower, upper) in [

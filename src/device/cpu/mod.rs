@@ -1,7 +1,8 @@
 //! The CPU: a thread pool and the widest vector unit it has, chosen at run time.
 //!
-//! Work is cut into tasks by the shape alone, never by the number of threads, and every sum is taken inside one task in a
-//! fixed order: the same inputs give the same bits with any number of threads.
+//! Work is cut into tasks by the shape alone, never by the number of threads, and every sum is
+//! taken inside one task in a fixed order: the same inputs give the same bits with any number of
+//! threads.
 
 mod peak;
 pub mod real;
@@ -29,7 +30,8 @@ pub struct Cpu {
     shared: Mutex<Vec<u64>>,
 }
 
-/// A kernel that needs the vector types by name; plain loops use [`Cpu::parallel`] and are vectorized by the compiler.
+/// A kernel that needs the vector types by name; plain loops use [`Cpu::parallel`] and are
+/// vectorized by the compiler.
 pub(crate) trait Kernel: Sync {
     fn run<S: Simd>(&self, simd: S, task: usize);
 }
@@ -71,8 +73,8 @@ impl Cpu {
         self.pool.install(work)
     }
 
-    /// Runs `task(0) .. task(tasks - 1)` on all threads. Mark the closure `#[inline(always)]`: only what is inlined is
-    /// compiled for the wide vector unit.
+    /// Runs `task(0) .. task(tasks - 1)` on all threads. Mark the closure `#[inline(always)]`: only
+    /// what is inlined is compiled for the wide vector unit.
     #[inline(always)]
     pub(crate) fn parallel(&self, tasks: usize, task: impl Fn(usize) + Sync) {
         let run = |i| {
@@ -100,7 +102,8 @@ impl Cpu {
 
     /// Hands `work` one row of `len` elements of arbitrary content that all its tasks may use.
     pub(crate) fn with_panels<T: Real>(&self, len: usize, work: impl FnOnce(View<T>)) {
-        // Taken out while in use: a thread that waits inside `work` may start another op on this device.
+        // Taken out while in use: a thread that waits inside `work` may start another op on this
+        // device.
         let take = |pages: &mut Vec<u64>| std::mem::take(pages);
         let mut pages = take(&mut self.shared.lock().unwrap_or_else(PoisonError::into_inner));
         let words = (len * size_of::<T>()).div_ceil(8);

@@ -30,7 +30,8 @@ impl<T: Real> Kernel for Chains<T> {
 }
 
 impl Cpu {
-    /// Floating-point operations a second of all threads together, the best of `repeats` short runs.
+    /// Floating-point operations a second of all threads together, the best of `repeats` short
+    /// runs.
     pub fn fma_peak<T: Real>(&self, repeats: usize) -> f64 {
         let tasks = 16 * self.threads();
         let flop = (2 * tasks * STEPS * CHAINS * self.lanes::<T>()) as f64;
@@ -42,7 +43,8 @@ impl Cpu {
         (0..repeats).map(run).fold(0.0, f64::max)
     }
 
-    /// Bytes a second of a large copy by all threads, read plus written, the best of `repeats` after one that takes the pages.
+    /// Bytes a second of a large copy by all threads, read plus written, the best of `repeats`
+    /// after one that takes the pages.
     pub fn copy_rate(&self, repeats: usize) -> f64 {
         let (from, mut to) = (vec![1u64; COPY], vec![0u64; COPY]);
         let part = COPY.div_ceil(4 * self.threads());

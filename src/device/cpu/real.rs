@@ -1,6 +1,8 @@
-//! The element types of the CPU, f32 for work and f64 for checks, with the elementary functions that the ops need.
+//! The element types of the CPU, f32 for work and f64 for checks, with the elementary functions
+//! that the ops need.
 //!
-//! The f32 functions are branch-free polynomials, so that loops over them vectorize; the f64 ones are libm's.
+//! The f32 functions are branch-free polynomials, so that loops over them vectorize; the f64 ones
+//! are libm's.
 
 use pulp::Simd;
 
@@ -59,7 +61,8 @@ impl Real for f32 {
         f32::sqrt(self)
     }
 
-    /// Splits x into n + f with |f| <= 1/2 and takes the Taylor polynomial of 2^f; relative error below 2e-7.
+    /// Splits x into n + f with |f| <= 1/2 and takes the Taylor polynomial of 2^f; relative error
+    /// below 2e-7.
     #[inline(always)]
     fn exp2(self) -> Self {
         const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
@@ -80,7 +83,8 @@ impl Real for f32 {
         p * f32::from_bits(exponent as u32)
     }
 
-    /// Rational approximation x P(x^2) / Q(x^2) on |x| <= 4 (the one of Eigen and XLA); its own error is 7e-8, with f32 rounding 5e-7.
+    /// Rational approximation x P(x^2) / Q(x^2) on |x| <= 4 (the one of Eigen and XLA); its own
+    /// error is 7e-8, with f32 rounding 5e-7.
     #[inline(always)]
     fn erf(self) -> Self {
         let x = if self < -4.0 { -4.0 } else { self };
@@ -156,7 +160,8 @@ impl Real for f64 {
     }
 }
 
-/// Sum with 16 running sums, added up pairwise: vectorizes, and has the same order on every machine.
+/// Sum with 16 running sums, added up pairwise: vectorizes, and has the same order on every
+/// machine.
 #[inline(always)]
 pub fn sum<T: Real>(n: usize, term: impl Fn(usize) -> T) -> T {
     let mut lanes = [T::ZERO; 16];

@@ -1,8 +1,10 @@
-//! The matrix kernel under `matmul` and `attention`: C[m, n] (+)= A[m, k] B[k, n] on tiles that fit the caches.
+//! The matrix kernel under `matmul` and `attention`: C[m, n] (+)= A[m, k] B[k, n] on tiles that fit
+//! the caches.
 //!
-//! The inner loop keeps an `MR x 2 vectors` block of C in registers (Goto & van de Geijn 2008, fig. 8). A is read element by
-//! element through two strides, so packed slivers, row-major tiles and their transposes are all the same code; B is read
-//! by whole vectors from column panels of [`panel_width`] columns.
+//! The inner loop keeps an `MR x 2 vectors` block of C in registers (Goto & van de Geijn 2008, fig.
+//! 8). A is read element by element through two strides, so packed slivers, row-major tiles and
+//! their transposes are all the same code; B is read by whole vectors from column panels of
+//! [`panel_width`] columns.
 
 use pulp::Simd;
 
@@ -21,8 +23,9 @@ pub fn panel_width<T: Real, S: Simd>() -> usize {
     2 * T::lanes::<S>()
 }
 
-/// A[i, p] is at `ptr + (i / ROWS) * sliver + (i % ROWS) * row + p * col`. Rows up to the next multiple of [`ROWS`] are read.
-/// Strides that are constants at the call site end up as immediate offsets.
+/// A[i, p] is at `ptr + (i / ROWS) * sliver + (i % ROWS) * row + p * col`. Rows up to the next
+/// multiple of [`ROWS`] are read. Strides that are constants at the call site end up as immediate
+/// offsets.
 #[derive(Clone, Copy)]
 pub struct Lhs<T> {
     pub ptr: *const T,
@@ -174,7 +177,8 @@ pub unsafe fn copy_rows<T: Real>(
     }
 }
 
-/// Packs columns `j0 .. j0 + width` of a row-major `[k, n]` matrix into one panel; columns from `n` on become zero.
+/// Packs columns `j0 .. j0 + width` of a row-major `[k, n]` matrix into one panel; columns from `n`
+/// on become zero.
 ///
 /// # Safety
 /// As [`copy_rows`]; `to` holds k rows of the panel width.
@@ -199,7 +203,8 @@ pub unsafe fn pack_panel<T: Real, S: Simd>(
     }
 }
 
-/// Packs rows `j0 .. j0 + width` of a row-major `[n, k]` matrix into one panel of its transpose; rows from `n` on become zero.
+/// Packs rows `j0 .. j0 + width` of a row-major `[n, k]` matrix into one panel of its transpose;
+/// rows from `n` on become zero.
 ///
 /// # Safety
 /// As [`pack_panel`].

@@ -1,4 +1,5 @@
-//! kernels/attention_forward.cu, attention_forward_wgmma.cu and attention_backward.cu: what their launches are for given shapes.
+//! kernels/attention_forward.cu, attention_forward_wgmma.cu and attention_backward.cu: what their
+//! launches are for given shapes.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -95,7 +96,8 @@ struct Table<P> {
     padding: i32,
 }
 
-// SAFETY: all problems are Pod with a size that is a multiple of 8, so there is no padding that is not a field.
+// SAFETY: all problems are Pod with a size that is a multiple of 8, so there is no padding that is
+// not a field.
 unsafe impl<P: Zeroable> Zeroable for Table<P> {}
 // SAFETY: as above.
 unsafe impl<P: Pod> Pod for Table<P> {}
@@ -183,8 +185,8 @@ impl Kernels {
     }
 }
 
-/// In how many parts each problem's keys are attended to: the number, of few enough blocks, with which a large GPU is done first, if
-/// the keys are long enough.
+/// In how many parts each problem's keys are attended to: the number, of few enough blocks, with
+/// which a large GPU is done first, if the keys are long enough.
 pub(crate) fn splits(kernels: Kernels, problems: &[KernelAttention]) -> Vec<usize> {
     let blocks: usize = problems.iter().map(|p| kernels.blocks(p)).sum();
     let at_a_time = MULTIPROCESSORS * kernels.block()[1];

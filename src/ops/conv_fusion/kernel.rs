@@ -78,7 +78,8 @@ pub(crate) fn partial_lens(grid: Grid, d: usize) -> [usize; 2] {
     [grid.partial_len(d), grid.backward_blocks(d) * 4]
 }
 
-/// Of the four forms of a kernel: mixed on a grid and on a sequence, a single stream on a grid and on a sequence.
+/// Of the four forms of a kernel: mixed on a grid and on a sequence, a single stream on a grid and
+/// on a sequence.
 fn form(names: [&'static str; 4], p: &KernelFusion, grid: Grid) -> &'static str {
     names[2 * usize::from(p.mix_weight == 0) + usize::from(grid.is_sequence())]
 }
@@ -112,7 +113,8 @@ pub(crate) fn backward_launches(storage: Storage, grid: Grid, p: &KernelFusionGr
     let [backward, reduce] = [backward, reduce].map(|names| form(names, &p.forward, grid));
     // a block more for the mix
     let mixed = usize::from(p.forward.mix_weight != 0);
-    // beside the tile: the channels' factors and the warps' sums for the mix, each from a multiple of 128 bytes on
+    // beside the tile: the channels' factors and the warps' sums for the mix, each from a multiple
+    // of 128 bytes on
     [shape.backward(backward, 16 * size_of::<f32>(), 384), shape.reduce(reduce, mixed)]
 }
 

@@ -15,7 +15,8 @@ const STAGES: usize = 3;
 /// Bytes of the depth in a stage.
 const DEPTH_BYTES: usize = 128;
 
-/// Blocks that fill a large GPU (an H100 has 132 multiprocessors); below it smaller tiles, or a split sum, spread the work.
+/// Blocks that fill a large GPU (an H100 has 132 multiprocessors); below it smaller tiles, or a
+/// split sum, spread the work.
 const FULL: usize = 132;
 /// Rows that a split of the weight gradient's sum takes at least.
 const SPLIT_ROWS: usize = 512;
@@ -172,7 +173,8 @@ fn launches(
     problems.chunks(PROBLEMS).map(launch).collect()
 }
 
-/// In how many parts each problem's rows are summed: about two blocks a multiprocessor, shared out by rows.
+/// In how many parts each problem's rows are summed: about two blocks a multiprocessor, shared out
+/// by rows.
 pub(crate) fn splits(kernels: Kernels, problems: &[KernelWeightGrad]) -> Vec<usize> {
     let shape = weight_shape(kernels, problems);
     let work: usize = problems.iter().map(|p| shape.tiles(p.dw) * p.dy.rows as usize).sum();
