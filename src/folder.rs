@@ -6,7 +6,7 @@
 //! RUN/left_out.csv           the slides that the run does not use, and why; absent where it uses all
 //! RUN/metrics.jsonl          a line an epoch
 //! RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
-//! RUN/report.html, ...       what `crate::report::write` leaves, once all folds are trained
+//! RUN/report.html, ...       what an evaluation leaves, once all folds are trained
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -42,10 +42,16 @@ pub fn fresh_folder(name: &str) -> PathBuf {
 pub fn make_folder(out: Option<PathBuf>, name: &str) -> Result<PathBuf> {
     let failed = |folder: &Path, e: std::io::Error| Error::file(folder, format!("cannot be made: {e}"));
     if let Some(out) = out {
+        if out.exists() && !out.is_dir() {
+            return Err(Error::Usage(format!("--out {}: is a file, expected a folder", out.display())));
+        }
         std::fs::create_dir_all(&out).map_err(|e| failed(&out, e))?;
         if std::fs::read_dir(&out).map_err(|e| failed(&out, e))?.next().is_some() {
-            let message = format!("{} is not empty; choose another --out, or go on with --resume {0}", out.display());
-            return Err(Error::Usage(message));
+            let resume = match config_path(&out).is_file() {
+                true => format!(", or go on with --resume {}", out.display()),
+                false => String::new(),
+            };
+            return Err(Error::Usage(format!("{} is not empty; choose another --out{resume}", out.display())));
         }
         return Ok(out);
     }

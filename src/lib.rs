@@ -80,3 +80,72 @@ extern crate self as crossfusion;
 #[cfg(all(test, feature = "emulator"))]
 #[path = "../tests/emulator/mod.rs"]
 mod emulator_tests;
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    /// The rooms of docs/architecture.md, each above those that may import it.
+    const ROOMS: [&str; 14] = [
+        "error", "text", "survival", "loss", "device", "ops", "model", "data", "folder", "train", "report", "eval",
+        "bench", "cli",
+    ];
+
+    /// The rooms that a source names: `crate::ROOM::`, or ROOM at the top of `use crate::{...}`.
+    fn imports(source: &str) -> Vec<&str> {
+        let name = |text: &str| text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
+        let mut found: Vec<&str> = source.split("crate::").skip(1).map(|rest| &rest[..name(rest)]).collect();
+        for list in source.split("crate::{").skip(1) {
+            let mut depth = 0;
+            let mut begins = true;
+            for (at, c) in list.char_indices() {
+                match c {
+                    '}' if depth == 0 => break,
+                    '{' => depth += 1,
+                    '}' => depth -= 1,
+                    ',' if depth == 0 => begins = true,
+                    c if begins && depth == 0 && c.is_alphabetic() => {
+                        found.push(&list[at..at + name(&list[at..])]);
+                        begins = false;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        found
+    }
+
+    fn sources(folder: &Path, found: &mut Vec<std::path::PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                sources(&path, found);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push(path);
+            }
+        }
+    }
+
+    #[test]
+    fn rooms_import_only_what_stands_above_them() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let mut files = Vec::new();
+        sources(&folder, &mut files);
+        let floor = |room: &str| ROOMS.iter().position(|known| *known == room);
+        let mut seen = 0;
+        for path in files {
+            let relative = path.strip_prefix(&folder).unwrap();
+            let room = relative.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs");
+            let Some(own) = floor(room) else { continue };
+            let text = fs::read_to_string(&path).unwrap();
+            let source = text.split("#[cfg(test)]").next().unwrap();
+            for import in imports(source) {
+                if let Some(other) = floor(import) {
+                    assert!(other <= own, "{} imports {import}, which stands below {room}", relative.display());
+                    seen += 1;
+                }
+            }
+        }
+        assert!(seen > 150, "only {seen} imports were found");
+    }
+}

@@ -452,7 +452,7 @@ fn every_slide_left_out_is_listed() {
              patients, and are 10; case_id should name the patient"
                 .into(),
             format!(
-                "1 of the other 11 slides left out, without features (0 at x5, 1 at x10, 0 at x20); the first is `S4.ndpi`, looked for as \
+                "1 of 12 slides left out, without features (0 at x5, 1 at x10, 0 at x20); the first is `S4.ndpi`, looked for as \
                  {looked_for}"
             ),
         ]

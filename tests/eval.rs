@@ -484,6 +484,10 @@ fn a_run_predicts_as_the_mean_of_its_folds() {
     let again = cf_eval(&arguments, &out);
     let refused = String::from_utf8(again.stderr).unwrap();
     assert!(again.status.code() == Some(2) && refused.contains("--out told: holds told/predictions.csv"), "{refused}");
+    std::fs::write(&table, "slide_id;x\nDEMO-003-A;1\n;2\n").unwrap();
+    let blank = [&arguments[..8], &["--out", "blank"]].concat();
+    let refused = String::from_utf8(cf_eval(&blank, &out).stderr).unwrap();
+    assert!(refused.contains("slides.csv, row 3, column `slide_id`: the cell is empty"), "{refused}");
     std::fs::write(&table, "slide_id\n").unwrap();
     let arguments = [&arguments[..8], &["--out", "empty"]].concat();
     let refused = String::from_utf8(cf_eval(&arguments, &out).stderr).unwrap();
@@ -629,7 +633,7 @@ fn a_run_is_evaluated_by_the_settings_of_its_training_alone() {
     std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
     std::fs::write(run.join("fold_0/checkpoint.safetensors"), checkpoint).unwrap();
     std::fs::remove_file(run.join("fold_0/best.safetensors")).unwrap();
-    assert!(said().contains("best.safetensors: is gone, though its fold is trained to its end"), "{}", said());
+    assert!(said().contains("best.safetensors: is gone, though its fold has chosen it"), "{}", said());
     let resumed = Run::open(config.clone()).unwrap().train(&run, &AtomicBool::new(false)).unwrap_err().to_string();
     assert!(resumed.contains("is gone, though its fold"), "{resumed}");
 }

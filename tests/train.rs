@@ -23,6 +23,7 @@ use crossfusion::{
         checkpoint::read_card,
         config::RunConfig,
         fold::{FoldTrainer, Observer, Outcome, SlideDone},
+        run,
     },
 };
 
@@ -502,6 +503,34 @@ fn slides_that_cannot_choose_an_epoch_are_told_before_training() {
 
 /// Every bit of a checkpoint and of a best model counts: a flipped one is an error and not another
 /// model.
+/// A best model that is gone or damaged is told before anything is trained; and what config.toml lacks.
+#[test]
+fn a_resumed_run_wants_its_best_model_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = RunConfig { num_epochs: 3, warmup_epochs: 0, folds: Some(1), ..config() };
+    let out = folder.path().join("run");
+    std::fs::create_dir_all(&out).unwrap();
+    let run = run::Run::open(config).unwrap();
+    run.save_config(&out).unwrap();
+    run.train(&out, &std::sync::atomic::AtomicBool::new(false)).unwrap();
+    let best = out.join("fold_0/best.safetensors");
+    let mut bytes = std::fs::read(&best).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&best, &bytes).unwrap();
+    let resumed = || String::from_utf8(cf_train(&["--resume", "run"], folder.path()).stderr).unwrap();
+    assert!(resumed().contains("best.safetensors: is damaged: it does not match its own checksum"), "{}", resumed());
+    std::fs::remove_file(&best).unwrap();
+    assert!(resumed().contains("best.safetensors: is gone, though its fold has chosen it"), "{}", resumed());
+    let path = out.join("config.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let without: String =
+        text.lines().filter(|line| !line.starts_with("clinical")).map(|l| l.to_string() + "\n").collect();
+    std::fs::write(&path, without).unwrap();
+    let said = resumed();
+    assert!(said.contains("run/config.toml: lacks `clinical`"), "{said}");
+}
+
 #[test]
 fn a_flipped_bit_in_a_runs_tensors_is_an_error() {
     let config = RunConfig { num_epochs: 1, ..config() };
@@ -741,7 +770,7 @@ fn a_check_lists_what_is_wrong_and_skip_bad_leaves_it_out() {
     let stdout = cf_train(&["--config", settings, "--check"], folder.path()).stdout;
     let stdout = String::from_utf8_lossy(&stdout);
     assert!(
-        stdout.contains("171 slides, 513 feature files") && stdout.contains("1 of the other 169 slides left out"),
+        stdout.contains("171 slides, 513 feature files") && stdout.contains("1 of 172 slides left out"),
         "{stdout}"
     );
     std::fs::rename(folder.path().join("gone.pt"), &gone).unwrap();

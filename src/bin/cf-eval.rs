@@ -37,7 +37,7 @@ cf-eval [OPTIONS] <RUN>
 /// Evaluates a run's folds, or one checkpoint on any cohort: C-index, Kaplan-Meier curves,
 /// predictions and a report
 #[derive(Parser)]
-#[command(name = "cf-eval", version = crossfusion::report::VERSION, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, override_usage = USAGE, after_help = EXAMPLES)]
+#[command(name = "cf-eval", allow_negative_numbers = true, version = crossfusion::report::VERSION, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, override_usage = USAGE, after_help = EXAMPLES)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
@@ -136,7 +136,8 @@ enum Command {
         /// Name of the feature extractor, a folder in --pt-dir
         #[arg(long, value_name = "NAME")]
         backbone: String,
-        /// Table with a column slide_id: the slides to predict [default: all that have features]
+        /// Table with a column slide_id: the slides to predict [default: all that have features, by the names of their
+        /// files without extension]
         #[arg(long, value_name = "F")]
         slides: Option<PathBuf>,
         /// Attention heads of a model that does not say, as published ones [default: 4]
@@ -183,6 +184,7 @@ fn evaluate(arguments: Arguments) -> Result<()> {
     match arguments.command {
         Some(Command::Compare { run_a, run_b, out, resampling }) => {
             let out = out.unwrap_or_else(|| folder::fresh_folder("compare"));
+            eval::check_out(&out)?;
             let comparison = compare::compare_runs(&run_a, &run_b, &out, resampling.plan())?;
             crossfusion::say(comparison.table().trim_end());
             crossfusion::say(format!("comparison {}", out.join(compare::FILE).display()));
@@ -191,7 +193,7 @@ fn evaluate(arguments: Arguments) -> Result<()> {
         Some(Command::Predict { model, pt_dir, backbone, slides, num_heads, out, machine }) => {
             let device = Device::from_name(&machine.device, machine.threads)?;
             let out = out.unwrap_or_else(|| folder::fresh_folder(&format!("predict-{backbone}")));
-            predict::check_folder(&out)?;
+            eval::check_out(&out)?;
             let request = predict::Request {
                 model: &model,
                 heads: num_heads,
@@ -248,6 +250,7 @@ fn evaluate_models(arguments: &Arguments) -> Result<()> {
             let source =
                 Source { clinical, columns, manifest: manifest.as_deref(), pt_dir, backbone, scales: &[], skip: &[] };
             let out = out.clone().unwrap_or_else(|| folder::fresh_folder(&format!("eval-{backbone}")));
+            eval::check_out(&out)?;
             let checkpoint = Checkpoint { path, source, split, heads: *num_heads };
             (eval::evaluate_checkpoint(&checkpoint, &out, device, budget, plan)?, out)
         }

@@ -266,7 +266,7 @@ impl Cohort {
             self.skipped.push(LeftOut { slide_id: slide.slide_id, case_id: slide.case_id, reason });
         }
         if let Some(first) = ids.first() {
-            let total = self.slides.len() + ids.len();
+            let total = self.rows.len();
             self.notes.push(format!("{} of {total} slides left out by skip_slides; the first is `{first}`", ids.len()));
         }
         Ok(())

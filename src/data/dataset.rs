@@ -15,7 +15,7 @@ use super::{
     labels::Bins,
     layout::{Missing, find_features, slides_with_features},
     patches::PatchReader,
-    table::Sheet,
+    table::{Sheet, is_missing},
 };
 use crate::{
     Error, Result,
@@ -153,7 +153,12 @@ impl Dataset {
             Some(path) => {
                 let sheet = Sheet::open(path)?;
                 let place = sheet.find("slide_id")?.ok_or_else(|| sheet.lacks("slide_id"))?;
-                sheet.table(&[place])?.rows().map(|(_, cells)| cells[0].clone()).collect()
+                let table = sheet.table(&[place])?;
+                let id = |(row, cells): (usize, &[String])| match is_missing(&cells[0]) {
+                    true => Err(table.error(row, 0, "the cell is empty, expected an identifier")),
+                    false => Ok(cells[0].clone()),
+                };
+                table.rows().map(id).collect::<Result<_>>()?
             }
             None => slides_with_features(pt_dir, backbone, scales)?,
         };
@@ -168,7 +173,9 @@ impl Dataset {
             }
         }
         let dataset = Self::of_cohort(Cohort::of_slides(slides), pt_dir, backbone, scales, &[])?;
-        let left_out = dataset.missing.slides.clone();
+        // nothing is known of their cases
+        let left_out = dataset.missing.slides.iter().cloned();
+        let left_out = left_out.map(|slide| LeftOut { case_id: String::new(), ..slide }).collect();
         Ok((dataset, left_out))
     }
 
@@ -195,9 +202,9 @@ impl Dataset {
         let counts: Vec<_> = by_scale.iter().map(|(scale, n)| format!("{n} at {scale}")).collect();
         let without_features = slides.first().map(|slide| {
             format!(
-                "{} of the other {} slides left out, without features ({}); the first is `{}`, looked for as {}",
+                "{} of {} slides left out, without features ({}); the first is `{}`, looked for as {}",
                 slides.len(),
-                self.slides.len() + slides.len(),
+                self.cohort.rows.len(),
                 counts.join(", "),
                 slide.slide_id,
                 first.display()

@@ -39,6 +39,8 @@ pub struct Comparison {
     /// A row a fold, then the mean of folds, then all folds pooled. Where the runs split patients
     /// differently, the last alone.
     pub rows: Vec<Difference>,
+    /// What the evaluations warned of, each with the run's letter.
+    pub warnings: Vec<String>,
     pub notes: Vec<String>,
 }
 
@@ -62,8 +64,10 @@ type Pair = (SlideResult, SlideResult);
 
 /// Compares the evaluations of two runs and writes the comparison into `out`.
 pub fn compare_runs(run_a: &Path, run_b: &Path, out: &Path, plan: Bootstrap) -> Result<Comparison> {
-    let [a, b] = [read_run(run_a)?, read_run(run_b)?];
-    let comparison = compare((run_a, &a), (run_b, &b), plan)?;
+    let [(a, of_a), (b, of_b)] = [read_run(run_a)?, read_run(run_b)?];
+    let mut comparison = compare((run_a, &a), (run_b, &b), plan)?;
+    let named = |run: &'static str| move |warning: String| format!("{run}: {warning}");
+    comparison.warnings = of_a.into_iter().map(named("A")).chain(of_b.into_iter().map(named("B"))).collect();
     let plot = plot(&comparison)?;
     let mut files = vec![(FILE.into(), serde_json::to_vec_pretty(&comparison).map_err(|e| Error::file(out, e))?)];
     files.extend(report::files_of(&plot)?);
@@ -75,7 +79,7 @@ pub fn compare_runs(run_a: &Path, run_b: &Path, out: &Path, plan: Bootstrap) -> 
 
 /// The patients of an evaluated run, or of a checkpoint's evaluation. An error if the run is not
 /// finished.
-fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
+fn read_run(folder: &Path) -> Result<(Vec<SlideResult>, Vec<String>)> {
     let config = folder::config_path(folder);
     let path = folder.join("predictions.csv");
     let command = format!("cf-eval {}", crate::quote(&folder.display().to_string()));
@@ -94,17 +98,18 @@ fn read_run(folder: &Path) -> Result<Vec<SlideResult>> {
         if !path.is_file() {
             return Err(Error::file(folder, format!("has no predictions.csv yet; run {command}")));
         }
-        let slides = report::read_evaluation(folder)?;
+        let (slides, warnings) = report::read_evaluation(folder)?;
         if let Some(fold) = numbers.clone().find(|&fold| slides.iter().all(|slide| slide.fold != fold)) {
             let message = format!("has no prediction of fold {fold}, which was trained after it; run {command}");
             return Err(Error::file(&path, message));
         }
-        return by_patient(&slides).map_err(|e| Error::file(&path, e));
+        return Ok((by_patient(&slides).map_err(|e| Error::file(&path, e))?, warnings));
     }
     if !path.is_file() {
         return Err(Error::file(folder, "is neither a run nor an evaluation, it has no predictions.csv"));
     }
-    by_patient(&report::read_evaluation(folder)?).map_err(|e| Error::file(&path, e))
+    let (slides, warnings) = report::read_evaluation(folder)?;
+    Ok((by_patient(&slides).map_err(|e| Error::file(&path, e))?, warnings))
 }
 
 /// The comparison of two runs' patients, each with the folder that it is named by.
@@ -170,6 +175,7 @@ pub fn compare(
         only_b,
         resampling: Resampling { replicates: plan.replicates, seed: plan.seed, level: plan.level },
         rows,
+        warnings: Vec::new(),
         notes,
     })
 }
@@ -255,6 +261,7 @@ impl Comparison {
             "{percent:.0} % intervals and two-sided p from {} bootstrap cohorts (seed {}), the same for both runs\n",
             self.resampling.replicates, self.resampling.seed
         );
+        self.warnings.iter().for_each(|warning| table += &format!("WARNING: {warning}\n"));
         self.notes.iter().for_each(|note| table += &format!("note: {note}\n"));
         table
     }

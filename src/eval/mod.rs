@@ -131,6 +131,9 @@ pub fn evaluate_run(
         let part = dataset.fold(&config.splits, fold)?;
         let card = read_card(&path)?;
         let epoch = card.as_ref().map(|card| card.epoch);
+        if let Some(card) = card.as_ref().filter(|card| card.model.features != dataset.features) {
+            return Err(wrong_width(&path, card.model.features, &config.backbone, dataset.features));
+        }
         load(&mut engine, &path, &read_state_dict(&path)?)?;
         if let Some(card) = &card {
             if card.model != *engine.model().config() {
@@ -187,6 +190,15 @@ pub fn evaluate_run(
     tidy(run)?;
     report::write(run, &about, &summary, &slides, &metrics)?;
     Ok(summary)
+}
+
+/// An error if a folder holds a run or results, which others would replace.
+pub fn check_out(out: &Path) -> Result<()> {
+    let results = ["config.toml", predict::CSV, predict::JSON, compare::FILE];
+    let taken = results.map(|name| out.join(name)).into_iter().find(|path| path.exists());
+    taken.map_or(Ok(()), |path| {
+        Err(Error::Usage(format!("--out {}: holds {} already; choose another", out.display(), path.display())))
+    })
 }
 
 /// Evaluates one checkpoint and writes the files into `out`.
@@ -262,8 +274,7 @@ impl Network {
         if dataset.features == self.config.features {
             return Ok(());
         }
-        let (takes, has) = (self.config.features, dataset.features);
-        Err(Error::file(path, format!("takes features of width {takes}, but {backbone}'s are {has}")))
+        Err(wrong_width(path, self.config.features, backbone, dataset.features))
     }
 
     /// An engine with these parameters.
@@ -273,6 +284,10 @@ impl Network {
         load(&mut engine, path, &self.tensors)?;
         Ok(engine)
     }
+}
+
+fn wrong_width(model: &Path, takes: usize, backbone: &str, has: usize) -> Error {
+    Error::file(model, format!("takes features of width {takes}, but {backbone}'s are {has}"))
 }
 
 /// What a model file says of its fold.

@@ -179,20 +179,11 @@ fn median(survival: &[f64], edges: &[f64]) -> Option<f64> {
     Some(edges[bin] + share * (edges[bin + 1] - edges[bin]))
 }
 
-/// An error if a folder holds a run or predictions, which those of another request would replace.
-pub fn check_folder(folder: &Path) -> Result<()> {
-    let taken =
-        [folder::config_path(folder), folder.join(CSV), folder.join(JSON)].into_iter().find(|path| path.exists());
-    taken.map_or(Ok(()), |path| {
-        Err(Error::Usage(format!("--out {}: holds {} already; choose another", folder.display(), path.display())))
-    })
-}
-
 impl Predictions {
     /// Writes `predictions.csv`, `predictions.json` and, where slides are left out, `left_out.csv`
     /// into a folder that has none yet.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        check_folder(folder)?;
+        super::check_out(folder)?;
         std::fs::create_dir_all(folder).map_err(|e| Error::file(folder, format!("cannot be made: {e}")))?;
         let json = serde_json::to_string_pretty(self).map_err(|e| Error::file(folder, e))?;
         write_left_out(folder, &self.left_out)?;
@@ -238,6 +229,9 @@ impl Predictions {
                 first.slide_id,
                 first.reason
             ));
+        }
+        if self.slides.iter().all(|slide| slide.survival.is_empty()) {
+            lines.push("note: the model has no time bins: there are no hazards, survival curves or medians".into());
         }
         lines.extend(self.notes.iter().map(|note| format!("note: {note}")));
         lines.join("\n")

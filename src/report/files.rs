@@ -42,6 +42,8 @@ struct SummaryFile<'a> {
 struct Origin {
     /// None in a file of version 0.1.
     predictions_sha256: Option<String>,
+    #[serde(default)]
+    warnings: Vec<String>,
 }
 
 /// Plots, in the folder of a report.
@@ -175,20 +177,22 @@ pub fn predictions_patients_csv(summary: &Summary, slides: &[SlideResult]) -> Re
     table(&heads, summary.rows.iter().enumerate().map(row).collect())
 }
 
-/// The predictions of an evaluation's folder. An error if they are not those that its summary.json
-/// was made from.
-pub fn read_evaluation(folder: &Path) -> Result<Vec<SlideResult>> {
+/// The predictions of an evaluation's folder, and the warnings that it gave. An error if they are not
+/// those that its summary.json was made from.
+pub fn read_evaluation(folder: &Path) -> Result<(Vec<SlideResult>, Vec<String>)> {
     let (path, summary) = (folder.join(PREDICTIONS), folder.join(SUMMARY));
-    if summary.exists() {
-        let origin: Origin = serde_json::from_slice(&read_bytes(&summary, MOST)?)
-            .map_err(|e| Error::file(&summary, format!("is damaged: {e}")))?;
-        let now = sha256(&read_bytes(&path, MOST)?);
-        if origin.predictions_sha256.is_some_and(|before| before != now) {
-            let message = "has changed since the evaluation wrote it and summary.json; evaluate again";
-            return Err(Error::file(&path, message));
-        }
+    if !summary.exists() {
+        let unknown = format!("There is no {SUMMARY}, so that nobody knows whether {PREDICTIONS} is as evaluated.");
+        return Ok((read_predictions(&path)?, vec![unknown]));
     }
-    read_predictions(&path)
+    let origin: Origin = serde_json::from_slice(&read_bytes(&summary, MOST)?)
+        .map_err(|e| Error::file(&summary, format!("is damaged: {e}")))?;
+    let now = sha256(&read_bytes(&path, MOST)?);
+    if origin.predictions_sha256.is_some_and(|before| before != now) {
+        let message = "has changed since the evaluation wrote it and summary.json; evaluate again";
+        return Err(Error::file(&path, message));
+    }
+    Ok((read_predictions(&path)?, origin.warnings))
 }
 
 /// A predictions.csv again; hazards and survival are read where it has them.
@@ -204,7 +208,7 @@ pub fn read_predictions(path: &Path) -> Result<Vec<SlideResult>> {
         [place("case_id")?, place("slide_id")?, place("fold")?, place("time")?, place("event")?, place("risk")?];
     let numbered = |name: &str| (0..).map_while(|bin| place(&format!("{name}_{bin}")).ok()).collect::<Vec<_>>();
     let (hazards, survival) = (numbered("hazard"), numbered("survival"));
-    let mut slides = Vec::new();
+    let (mut slides, mut rows) = (Vec::new(), HashMap::new());
     for (i, record) in table.records().enumerate() {
         let record = record.map_err(|e| Error::file(path, e))?;
         let cell = |place: usize| record.get(place).unwrap_or_default();
@@ -215,6 +219,16 @@ pub fn read_predictions(path: &Path) -> Result<Vec<SlideResult>> {
         };
         let [case, slide, fold, time, event, risk] = first;
         let whole = |name: &str| Error::cell(path, i + 2, name, format!("`{}`, expected a whole number", cell(fold)));
+        for place in [case, slide] {
+            if cell(place).trim().is_empty() {
+                let name = heads.get(place).unwrap_or_default();
+                return Err(Error::cell(path, i + 2, name, "the cell is empty, expected an identifier"));
+            }
+        }
+        if let Some(first) = rows.insert((cell(slide).to_string(), cell(fold).to_string()), i + 2) {
+            let message = format!("`{}` stands in row {first} of the same fold already", cell(slide));
+            return Err(Error::cell(path, i + 2, "slide_id", message));
+        }
         slides.push(SlideResult {
             case_id: cell(case).into(),
             slide_id: cell(slide).into(),

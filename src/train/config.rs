@@ -282,22 +282,33 @@ impl RunConfig {
 
     pub fn read(path: &Path) -> Result<Self> {
         let text = read_text(path, MOST_SETTINGS)?;
-        toml::from_str(&text).map_err(|e| Error::file(path, in_line(&text, &e)))
+        let config: Self = toml::from_str(&text).map_err(|e| Error::file(path, in_line(&text, &e)))?;
+        match config.missing().first() {
+            Some(flag) => {
+                Err(Error::file(path, format!("lacks `{}`", flag.trim_start_matches("--").replace('-', "_"))))
+            }
+            None => Ok(config),
+        }
     }
 
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(|e| Error::Usage(format!("the settings cannot be written as TOML: {e}")))
     }
 
-    fn check(&self) -> Result<()> {
-        let usage = |message: String| Err(Error::Usage(message));
+    /// The flags of the paths that every run needs and this one lacks.
+    fn missing(&self) -> Vec<&'static str> {
         let given = [
             ("--clinical", self.clinical.as_os_str().is_empty()),
             ("--splits", self.splits.as_os_str().is_empty()),
             ("--pt-dir", self.pt_dir.as_os_str().is_empty()),
             ("--backbone", self.backbone.is_empty()),
         ];
-        let missing: Vec<_> = given.iter().filter(|(_, empty)| *empty).map(|(flag, _)| *flag).collect();
+        given.into_iter().filter(|(_, empty)| *empty).map(|(flag, _)| flag).collect()
+    }
+
+    fn check(&self) -> Result<()> {
+        let usage = |message: String| Err(Error::Usage(message));
+        let missing = self.missing();
         if !missing.is_empty() {
             return usage(format!("missing {}; see --help, or try --demo", missing.join(", ")));
         }

@@ -151,14 +151,17 @@ impl FoldTrainer<'_> {
         record.map_or(Ok(()), |record| record.origin.check_settings(&path, config))
     }
 
-    /// An error if the fold is trained to its end and its model is gone.
+    /// An error if the fold has chosen a model, or is trained to its end, and the model is gone or damaged.
     pub fn check_model(folder: &Path) -> Result<()> {
-        let path = Self::best_path(folder);
-        if path.is_file() || !Self::progress(folder)?.finished {
+        let (path, progress) = (Self::best_path(folder), Self::progress(folder)?);
+        if !progress.finished && progress.best.is_none() {
             return Ok(());
         }
-        let message = "is gone, though its fold is trained to its end; put it back, or remove the fold's folder and train \
-                       it again with cf-train --resume";
+        if path.is_file() {
+            return checkpoint::read_card(&path).map(drop);
+        }
+        let message = "is gone, though its fold has chosen it; put it back, or remove the fold's folder and train it \
+                       again with cf-train --resume";
         Err(Error::file(path, message))
     }
 

@@ -102,15 +102,16 @@ pub struct Part {
 pub fn prepare(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold)) -> Result<Part> {
     let nested = config.protocol == Protocol::Nested;
     let of = |slides: &mut dyn Iterator<Item = usize>| slides.map(|slide| dataset.slides[slide].clone()).collect();
+    let of_fold = |e: Error| Error::Usage(format!("fold {i}: {e}"));
     let bins = match (config.loss_fn, nested) {
         (Loss::CoxSurv, _) => Bins::default(),
         (_, false) => {
             let seen: Vec<Slide> = of(&mut (0..dataset.slides.len()).filter(|slide| !fold.test.contains(slide)));
-            Bins::cut(&seen, config.n_classes)?
+            Bins::cut(&seen, config.n_classes).map_err(of_fold)?
         }
         (_, true) => {
             let training: Vec<Slide> = of(&mut fold.train.iter().copied());
-            Bins::cut(&training, config.n_classes)?
+            Bins::cut(&training, config.n_classes).map_err(of_fold)?
         }
     };
     let (slides, held_out) = match (nested, fold.test.len()) {

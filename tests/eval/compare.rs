@@ -182,7 +182,21 @@ fn predictions_are_those_of_the_evaluation() {
     let error = compare().unwrap_err().to_string();
     assert!(error.contains("predictions.csv: has changed since the evaluation wrote it"), "{error}");
     std::fs::remove_file(edited.join("summary.json")).unwrap();
-    assert!(compare().is_ok(), "a table of other origin has nothing to be compared with");
+    let of_b = || {
+        let warnings = compare().unwrap().warnings.into_iter();
+        warnings.filter(|warning| warning.starts_with("B: ")).collect::<Vec<_>>()
+    };
+    let warnings = of_b();
+    assert!(warnings.len() == 1 && warnings[0].starts_with("B: There is no summary.json"), "{warnings:?}");
+    let last = text.lines().next_back().unwrap();
+    std::fs::write(&path, format!("{text}{last}\n")).unwrap();
+    let error = compare().unwrap_err().to_string();
+    assert!(error.contains("column `slide_id`: `DEMO-") && error.contains("of the same fold already"), "{error}");
+
+    // what an evaluation warned of is said again
+    std::fs::write(&path, &text).unwrap();
+    std::fs::write(edited.join("summary.json"), r#"{"warnings": ["The model was trained on these slides."]}"#).unwrap();
+    assert_eq!(of_b(), ["B: The model was trained on these slides."]);
 }
 
 /// Of a handful of patients, whose resampled C-indices are 0 and 1 often.
