@@ -6,25 +6,55 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// A result whose error is ours.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What can go wrong.
 #[derive(Debug)]
 pub enum Error {
     /// The command line or the configuration asks for something impossible (exit code 2).
     Usage(String),
     /// A file cannot be read, or does not hold what it should.
-    File { path: PathBuf, message: String },
+    File {
+        /// Which.
+        path: PathBuf,
+        /// The rest of the sentence.
+        message: String,
+    },
     /// One cell or row of a table is wrong. `row` counts from 1 and includes the header, as editors
     /// do.
-    Cell { path: PathBuf, row: usize, column: String, message: String },
+    Cell {
+        /// The table.
+        path: PathBuf,
+        /// From 1, with the header.
+        row: usize,
+        /// As the header names it.
+        column: String,
+        /// The rest of the sentence.
+        message: String,
+    },
     /// Several files are not what they should be; each has been named.
     Data(String),
     /// An op or a model was handed a tensor of the wrong shape.
-    Shape { op: &'static str, tensor: String, got: Vec<usize>, expected: Vec<usize> },
+    Shape {
+        /// Which op, or what else wanted the tensor.
+        op: &'static str,
+        /// Which of its operands.
+        tensor: String,
+        /// The shape that came.
+        got: Vec<usize>,
+        /// The shape that was wanted.
+        expected: Vec<usize>,
+    },
     /// A device cannot be used, or ran out of something.
     Device(String),
     /// A statistic is not defined on this cohort.
-    Statistic { statistic: &'static str, reason: String },
+    Statistic {
+        /// Which.
+        statistic: &'static str,
+        /// Why.
+        reason: String,
+    },
     /// Training was interrupted; the message says how to go on.
     Interrupted(String),
 }
@@ -50,10 +80,12 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
+    /// [`Error::File`] of this path.
     pub fn file(path: impl AsRef<Path>, message: impl std::fmt::Display) -> Self {
         Self::File { path: path.as_ref().to_path_buf(), message: message.to_string() }
     }
 
+    /// [`Error::Cell`] of this place.
     pub fn cell(path: impl AsRef<Path>, row: usize, column: &str, message: impl std::fmt::Display) -> Self {
         Self::Cell { path: path.as_ref().to_path_buf(), row, column: column.into(), message: message.to_string() }
     }

@@ -33,6 +33,7 @@ const OLDEST: (i32, i32) = (8, 0);
 /// Elements that one thread copies at a time.
 const COPIED: usize = 1 << 19;
 
+/// An NVIDIA GPU: the first that the driver shows.
 pub struct Cuda {
     pinned: Mutex<Pinned>,
     context: Arc<CudaContext>,

@@ -15,7 +15,9 @@ pub trait Element: Pod + Default + Send + Sync + PartialEq + std::fmt::Debug {
     type Sum: Real;
     /// The kernels compiled for this type; f64 has none.
     const KERNELS: Option<Storage>;
+    /// The nearest number of this type.
     fn from_sum(x: Self::Sum) -> Self;
+    /// The same number, as sums are kept.
     fn to_sum(self) -> Self::Sum;
 }
 

@@ -23,14 +23,18 @@ use crate::{Error, Result};
 pub enum Schedule {
     /// The lowest warp that can, and its lowest lane.
     Ordered,
+    /// Any that can, by chance.
     Random,
     /// One warp as far ahead as it can get: finds missing barriers that `Random` does not.
     Skewed,
 }
 
+/// How kernels are run.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
+    /// Who runs next.
     pub schedule: Schedule,
+    /// Of the chance.
     pub seed: u64,
     /// Check every access; some twenty times slower.
     pub race: bool,
@@ -56,6 +60,7 @@ struct Queue {
 }
 
 impl Emulator {
+    /// With nothing to do yet.
     pub fn new(options: Options) -> Self {
         Self { options, queue: Mutex::default() }
     }

@@ -8,11 +8,14 @@ use super::{Element, View};
 /// How a kernel's activations and weights are stored; its arithmetic is f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Storage {
+    /// f32, 4 bytes.
     F32,
+    /// bfloat16, 2 bytes.
     Bf16,
 }
 
 impl Storage {
+    /// Of one number.
     pub fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,

@@ -89,10 +89,12 @@ impl<'d, T: Element> Tensor<'d, T> {
         self.device.download(self.view())
     }
 
+    /// Its rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
+    /// Its columns.
     pub fn cols(&self) -> usize {
         self.cols
     }
@@ -140,10 +142,12 @@ impl<'a, T: Element> Mat<'a, T> {
         Ok(Self { device, view, owner: PhantomData })
     }
 
+    /// Its rows.
     pub fn rows(&self) -> usize {
         self.view.rows()
     }
 
+    /// Its columns.
     pub fn cols(&self) -> usize {
         self.view.cols()
     }
@@ -185,10 +189,12 @@ impl<'a, T: Element> MatMut<'a, T> {
         Ok(Self { device, view, owner: PhantomData })
     }
 
+    /// Its rows.
     pub fn rows(&self) -> usize {
         self.view.rows()
     }
 
+    /// Its columns.
     pub fn cols(&self) -> usize {
         self.view.cols()
     }

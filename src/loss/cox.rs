@@ -24,6 +24,7 @@ impl CoxBatch {
         Ok(Self { slides, cohort: CoxCohort::new(time, event, None, None)?, ties, comparable })
     }
 
+    /// How many of the batch had an event.
     pub fn events(&self) -> usize {
         self.cohort.events()
     }

@@ -40,6 +40,7 @@ pub struct Prediction {
 }
 
 impl Prediction {
+    /// Of one output the risk alone; of several the hazards of as many time bins, and what follows from them.
     pub fn from_logits(logits: &[f64]) -> Self {
         if let &[risk] = logits {
             return Self { hazards: Vec::new(), survival: Vec::new(), risk };
@@ -69,7 +70,9 @@ impl Prediction {
 /// A slide's outcome in bins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
+    /// The time bin of the event or of the last visit.
     pub label: usize,
+    /// Whether no event was seen.
     pub censored: bool,
 }
 

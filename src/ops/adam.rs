@@ -8,12 +8,18 @@ use crate::{
     device::{Arg, Cpu, Device, Element, Launch, Real, Storage, View, on_cpu, storage},
 };
 
+/// The optimizer (Kingma & Ba 2015), with L2 weight decay.
 #[derive(Clone, Copy, Debug)]
 pub struct Adam {
+    /// Step size.
     pub learning_rate: f64,
+    /// L2: this share of a weight is added to its gradient.
     pub weight_decay: f64,
+    /// How much of the first moment is kept.
     pub beta1: f64,
+    /// How much of the second moment is kept.
     pub beta2: f64,
+    /// Added to the second moment's root.
     pub epsilon: f64,
 }
 

@@ -108,9 +108,13 @@ impl<T: Element> Attention<T> {
 /// divides d. Source: FlashAttention-2 (Dao 2023, algorithm 1).
 #[derive(Clone, Copy)]
 pub struct AttentionInput<'a, T: Element> {
+    /// `[n, d]`
     pub q: Mat<'a, T>,
+    /// `[m, d]`
     pub k: Mat<'a, T>,
+    /// `[m, d]`
     pub v: Mat<'a, T>,
+    /// Divides d.
     pub heads: usize,
     /// Of the probabilities; head h draws at its site + h.
     pub dropout: Option<Dropout>,

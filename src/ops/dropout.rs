@@ -20,13 +20,16 @@ pub(crate) const BLOCK: usize = 128;
 /// Which draws a forward pass makes: the run's seed and a number that no two slides of a run share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draw {
+    /// The run's seed.
     pub seed: u64,
+    /// A number that no two slides of a run share.
     pub step: u32,
 }
 
 /// Dropout of one tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Dropout {
+    /// The pass's draws.
     pub draw: Draw,
     /// Tells the model's dropouts (and attention's heads) apart.
     pub site: u32,

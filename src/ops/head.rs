@@ -38,7 +38,9 @@ pub(crate) struct HeadGrad<T: Element> {
 /// A slide's loss, of its time bins.
 #[derive(Clone, Copy, Debug)]
 pub struct SlideLoss {
+    /// Which loss.
     pub loss: Loss,
+    /// The slide's outcome.
     pub target: Target,
     /// Weighs the uncensored part up (`Loss::evaluate`).
     pub alpha: f64,

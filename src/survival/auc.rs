@@ -8,9 +8,12 @@ use crate::Result;
 
 const NAME: &str = "the dynamic AUC";
 
+/// Cumulative/dynamic AUC at several times.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DynamicAuc {
+    /// In months, or whatever the times of the cohort are in.
     pub times: Vec<f64>,
+    /// The AUC at each of them.
     pub auc: Vec<f64>,
     /// The AUCs weighted by the fall of the Kaplan-Meier curve up to each time (Lambert & Chevret
     /// 2016).

@@ -72,8 +72,11 @@ impl Patients {
 /// How many replicates are drawn, from which seed, and the level of the interval.
 #[derive(Debug, Clone, Copy)]
 pub struct Bootstrap {
+    /// Resampled cohorts.
     pub replicates: usize,
+    /// Of the draws: the same seed gives the same intervals.
     pub seed: u64,
+    /// Of the intervals: 0.95, say.
     pub level: f64,
 }
 
@@ -83,13 +86,16 @@ impl Default for Bootstrap {
     }
 }
 
+/// An estimate with a percentile interval.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Interval {
     /// The statistic on the cohort itself.
     pub estimate: f64,
     /// Percentiles (1 - level) / 2 and (1 + level) / 2 of the replicates.
     pub lower: f64,
+    /// The interval's upper end.
     pub upper: f64,
+    /// The interval's level: 0.95, say.
     pub level: f64,
     /// Standard deviation of the replicates.
     pub std_error: f64,
@@ -128,7 +134,9 @@ where
 /// Two runs on the same patients.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairedComparison {
+    /// The first statistic's estimate.
     pub a: f64,
+    /// The second statistic's estimate.
     pub b: f64,
     /// Of a - b.
     pub difference: Interval,
@@ -204,6 +212,7 @@ fn percentile(sorted: &[f64], p: f64) -> f64 {
     low + (high - low) * place.fract()
 }
 
+/// What a permutation test found.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PermutationTest {
     /// Harrell's C of the cohort.

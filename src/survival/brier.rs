@@ -7,8 +7,10 @@ use crate::Result;
 
 const NAME: &str = "the Brier score";
 
+/// The Brier score at several times.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BrierScore {
+    /// In months, or whatever the times of the cohort are in.
     pub times: Vec<f64>,
     /// 0 is perfect; 0.25 is what S = 1/2 for everyone scores without censoring.
     pub score: Vec<f64>,

@@ -5,10 +5,13 @@ use crate::{Error, Result};
 /// One distinct time of a cohort, and what happened at it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RiskSet {
+    /// When.
     pub time: f64,
     /// Patients whose time is not earlier, those of this time included.
     pub at_risk: usize,
+    /// Events at this time.
     pub events: usize,
+    /// Censored at this time.
     pub censored: usize,
 }
 

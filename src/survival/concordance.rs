@@ -15,7 +15,9 @@ pub const RISK_TIE: f64 = 1e-8;
 pub struct Concordance {
     /// (concordant + tied_risk / 2) / (concordant + discordant + tied_risk)
     pub index: f64,
+    /// Pairs whose risks are in the order of their times.
     pub concordant: u64,
+    /// Pairs whose risks are in the opposite order.
     pub discordant: u64,
     /// Comparable pairs whose risks differ by [`RISK_TIE`] or less.
     pub tied_risk: u64,

@@ -23,7 +23,9 @@ pub enum Ties {
 
 /// How risks and gradients are stored: f32 or f64. All sums are f64.
 pub trait Scalar: Copy + Send + Sync {
+    /// The same number.
     fn to_f64(self) -> f64;
+    /// The nearest number.
     fn from_f64(value: f64) -> Self;
 }
 

@@ -4,8 +4,10 @@ use super::cohort::{check_column, check_level, undefined};
 use super::distributions::student_two_sided;
 use crate::Result;
 
+/// The mean of a statistic over folds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FoldMean {
+    /// Over the folds.
     pub mean: f64,
     /// Standard deviation with the divisor `folds - ddof`.
     pub sd: f64,
@@ -14,7 +16,9 @@ pub struct FoldMean {
     pub ddof: usize,
     /// mean -+ t(folds - 1) * (the standard deviation of ddof 1) / sqrt(folds), whatever `ddof`.
     pub lower: f64,
+    /// The interval's upper end.
     pub upper: f64,
+    /// The interval's level: 0.95, say.
     pub level: f64,
 }
 

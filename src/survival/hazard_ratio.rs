@@ -9,13 +9,17 @@ const NAME: &str = "the hazard ratio";
 /// How much the hazard is multiplied by for each unit of the covariate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HazardRatio {
+    /// exp of the coefficient.
     pub ratio: f64,
     /// Wald limits: exp(coefficient -+ z * standard error).
     pub lower: f64,
+    /// The interval's upper end.
     pub upper: f64,
+    /// The interval's level: 0.95, say.
     pub level: f64,
     /// log(ratio), and its standard error.
     pub coefficient: f64,
+    /// Standard error of the coefficient.
     pub std_error: f64,
 }
 

@@ -16,19 +16,25 @@ pub enum Limits {
 /// The curve at one distinct time, valid from this time to the next.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
+    /// When.
     pub time: f64,
     /// Patients at risk just before `time`.
     pub at_risk: usize,
+    /// Events at this time.
     pub events: usize,
+    /// Censored at this time.
     pub censored: usize,
+    /// The estimate after this time.
     pub survival: f64,
     /// Pointwise (lower, upper). `None` where S = 0, and on the log-log scale where S = 1: there is
     /// no estimate of the variance (R prints NA).
     pub limits: Option<(f64, f64)>,
 }
 
+/// The estimate of Kaplan and Meier (1958).
 #[derive(Debug, Clone, PartialEq)]
 pub struct KaplanMeier {
+    /// One for each time at which something happened, in order.
     pub steps: Vec<Step>,
     /// Confidence level of the limits.
     pub level: f64,
@@ -38,8 +44,11 @@ pub struct KaplanMeier {
 /// fall so far.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Quantile {
+    /// None where the curve does not fall so far.
     pub estimate: Option<f64>,
+    /// The interval's lower end; None where its curve does not fall so far.
     pub lower: Option<f64>,
+    /// The interval's upper end; None where its curve does not fall so far.
     pub upper: Option<f64>,
 }
 

@@ -6,15 +6,20 @@ use crate::Result;
 
 const NAME: &str = "the log-rank test";
 
+/// The log-rank test of several groups (Mantel 1966).
 #[derive(Debug, Clone, PartialEq)]
 pub struct LogRank {
+    /// Of as many degrees of freedom as there are groups, less one.
     pub chi_squared: f64,
     /// Number of groups less one.
     pub degrees_of_freedom: usize,
+    /// Of the chi-squared.
     pub p_value: f64,
     /// For each group: patients, events, and the events expected if all groups had one hazard.
     pub patients: Vec<usize>,
+    /// Events of each group.
     pub observed: Vec<usize>,
+    /// Events of each group that the hypothesis expects.
     pub expected: Vec<f64>,
 }
 

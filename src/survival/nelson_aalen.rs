@@ -8,7 +8,9 @@ use crate::Result;
 /// distinct time.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CumulativeHazard {
+    /// Times of events, in order.
     pub time: Vec<f64>,
+    /// The cumulative hazard after each.
     pub hazard: Vec<f64>,
 }
 

@@ -23,6 +23,7 @@ use crate::{Error, Result};
 /// More threads than this are a slip of the pen, and would only take memory.
 const MOST_THREADS: usize = 1024;
 
+/// All cores of this machine, with the widest instruction set that it has.
 pub struct Cpu {
     pool: rayon::ThreadPool,
     arch: Arch,
@@ -55,6 +56,7 @@ impl Cpu {
         Ok(Self { pool, arch, shared: Mutex::default() })
     }
 
+    /// How many threads work.
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
     }
@@ -69,6 +71,7 @@ impl Cpu {
         }
     }
 
+    /// Runs `work` on the threads of this device.
     pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
     }

@@ -8,6 +8,7 @@ use pulp::Simd;
 
 use crate::device::Element;
 
+/// A number that the CPU computes in: f32 or f64.
 pub trait Real:
     Element<Sum = Self>
     + PartialOrd
@@ -19,26 +20,36 @@ pub trait Real:
     + std::ops::AddAssign
     + std::ops::MulAssign
 {
+    /// 0
     const ZERO: Self;
+    /// 1
     const ONE: Self;
+    /// The nearest number.
     fn of(x: f64) -> Self;
+    /// The same number.
     fn f64(self) -> f64;
+    /// The square root.
     fn sqrt(self) -> Self;
     /// 2^x; in f32, 0 where the result would be below 2^-126.5, and NaN of NaN.
     fn exp2(self) -> Self;
+    /// The error function.
     fn erf(self) -> Self;
 
     /// A vector register of elements.
     type Vector<S: Simd>: Copy;
+    /// A vector of one number.
     fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
+    /// a + b of each lane.
     fn sum<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// a * b + c, fused where the machine can.
     fn mul_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
+    /// Numbers in a vector register.
     #[inline(always)]
     fn lanes<S: Simd>() -> usize {
         size_of::<Self::Vector<S>>() / size_of::<Self>()
     }
 
+    /// The larger of two.
     #[inline(always)]
     fn max(self, other: Self) -> Self {
         if self > other { self } else { other }
