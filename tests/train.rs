@@ -502,8 +502,8 @@ fn slides_that_cannot_choose_an_epoch_are_told_before_training() {
 }
 
 /// Every bit of a checkpoint and of a best model counts: a flipped one is an error and not another
-/// model.
-/// A best model that is gone or damaged is told before anything is trained; and what config.toml lacks.
+/// model. A best model that is gone or damaged is told before anything is trained; and what
+/// config.toml lacks.
 #[test]
 fn a_resumed_run_wants_its_best_model_at_once() {
     let folder = tempfile::tempdir().unwrap();

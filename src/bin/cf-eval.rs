@@ -136,8 +136,8 @@ enum Command {
         /// Name of the feature extractor, a folder in --pt-dir
         #[arg(long, value_name = "NAME")]
         backbone: String,
-        /// Table with a column slide_id: the slides to predict [default: all that have features, by the names of their
-        /// files without extension]
+        /// Table with a column slide_id: the slides to predict [default: all that have features, by
+        /// the names of their files without extension]
         #[arg(long, value_name = "F")]
         slides: Option<PathBuf>,
         /// Attention heads of a model that does not say, as published ones [default: 4]

@@ -1,7 +1,9 @@
 //! Two runs side by side, on the patients that both predicted out of fold.
 //!
-//! predictions.csv of both -> patients in common -> [`Comparison`] -> compare.json,
-//! figures/compare.{svg,png,csv}
+//! ```text
+//! predictions.csv of both -> patients in common -> Comparison
+//!                         -> compare.json, figures/compare.{svg,png,csv}
+//! ```
 
 use std::{collections::HashMap, path::Path};
 

@@ -1,7 +1,9 @@
 //! Evaluation: of a run's folds, each on its validation slides, or of one checkpoint on any cohort.
 //!
-//! model files + cohort -> a prediction a slide -> [`Summary`] -> predictions.csv, summary.json,
-//! report.html, figures/
+//! ```text
+//! model files + cohort -> a prediction a slide -> Summary
+//!                      -> predictions.csv, summary.json, report.html, figures/
+//! ```
 //!
 //! [`compare`] sets two runs side by side that predicted the same patients.
 

@@ -2,8 +2,8 @@
 //! slide.
 //!
 //! With n discrete time bins: hazards h = sigmoid(logits), survival S_t = product over u <= t of (1
-//! - h_u), S_-1 = 1, risk = -sum of S. The label y is the slide's bin, c = 1 when it is censored
-//! there.
+//! - h_u), S_-1 = 1, and the risk is minus the sum of S. The label y is the slide's bin, and c = 1
+//! when it is censored there.
 //!
 //! The Cox loss compares slides, so it is one of a batch: [`CoxBatch`].
 
@@ -40,7 +40,8 @@ pub struct Prediction {
 }
 
 impl Prediction {
-    /// Of one output the risk alone; of several the hazards of as many time bins, and what follows from them.
+    /// Of one output the risk alone; of several the hazards of as many time bins, and what follows
+    /// from them.
     pub fn from_logits(logits: &[f64]) -> Self {
         if let &[risk] = logits {
             return Self { hazards: Vec::new(), survival: Vec::new(), risk };

@@ -1,10 +1,15 @@
 //! The unit that the whole model is made of: attention, norm, feed-forward.
 //!
-//! u = x + out_proj(attention(q_proj(x), k_proj(c), v_proj(c))),   y = LayerNorm(u),   out = y +
-//! ffn(y) A cross-attention block queries another bag's tokens c, with one scale embedding added to
-//! x and c before the projections; a self-attention block ([`SelfLayer`]) first normalises its
-//! input, x = c = LayerNorm(input). The residuals start from the NORMALISED values. Every function
-//! takes a group of layers, which run in lockstep so that each op is one launch.
+//! ```text
+//! u   = x + out_proj(attention(q_proj(x), k_proj(c), v_proj(c)))
+//! y   = LayerNorm(u)
+//! out = y + ffn(y)
+//! ```
+//!
+//! A cross-attention block queries another bag's tokens c, with one scale embedding added to x and
+//! c before the projections; a self-attention block ([`SelfLayer`]) first normalises its input, x =
+//! c = LayerNorm(input). The residuals start from the NORMALISED values. Every function takes a
+//! group of layers, which run in lockstep so that each op is one launch.
 
 use std::ops::Range;
 

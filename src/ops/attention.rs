@@ -4,17 +4,21 @@
 //! Shapes: q, out `[n, d]`; k, v `[m, d]`; head h owns columns `h * d / heads ..`. Saved for
 //! backward: the log-sum-exp of each row's scaled scores, lse `[heads, n]`. A list of problems of
 //! any lengths runs as one launch: the coarse and the fine context of a cross-attention, or the
-//! three branches' self-attention.
+//! three streams' self-attention.
 //!
 //! Forward is the online softmax of FlashAttention-2 (Dao 2023, algorithm 1), backward its
 //! algorithm 2: with P = exp(scale q kᵀ - lse), F dropout's factors and delta = rowsum(dout * out),
-//! dv = (P F)ᵀ dout,   dS = P * (F * (dout vᵀ) - delta) * scale,   dq = dS k,   dk = dSᵀ q   (all
-//! `=`). An empty context gives out = 0.
 //!
-//! A context may come in parts ([`merge`]): with out_i and lse_i of part i alone, lse = log(sum_i
-//! exp(lse_i)) and out = sum_i exp(lse_i - lse) out_i (FlashAttention-2, section 3.1). Backward of
-//! a part is [`backward`] with the whole context's out and lse: its dk and dv are final, its dq is
-//! a term of a sum.
+//! ```text
+//! dv = (P F)ᵀ dout,   dS = P * (F * (dout vᵀ) - delta) * scale,   dq = dS k,   dk = dSᵀ q
+//! ```
+//!
+//! all of which overwrite. An empty context gives out = 0.
+//!
+//! A context may come in parts ([`merge`]): with out_i and lse_i of part i alone,
+//! lse = log(sum_i exp(lse_i)) and out = sum_i exp(lse_i - lse) out_i (FlashAttention-2, section
+//! 3.1). Backward of a part is [`backward`] with the whole context's out and lse: its dk and dv are
+//! final, its dq is a term of a sum.
 
 pub(crate) mod kernel;
 

@@ -1,11 +1,14 @@
 //! Conv fusion (Soraki et al. 2026, the multi-scale fusion block): the streams are mixed, convolved
 //! on the tokens' grid, and rectified.
 //!
-//! mixed[t, c] = sum_s w_s x_s[t, c] + w_0            (one weight a stream and one bias) out[t, j]
-//! = F_j relu(b_j + sum over channels 2j, 2j + 1 and taps of K * mixed) with K the sum of grouped
-//! 7-, 5-, 3- and 1-tap kernels (two inputs a group, d -> d / 2), zero padding, and F_j the factor
-//! of channel dropout (Dropout2d: a whole channel lives or dies). On a sequence grid the kernels
-//! have one row.
+//! ```text
+//! mixed[t, c] = sum_s w_s x_s[t, c] + w_0            (one weight a stream and one bias)
+//! out[t, j]   = F_j relu(b_j + sum over channels 2j, 2j + 1 and taps of K * mixed)
+//! ```
+//!
+//! with K the sum of grouped 7-, 5-, 3- and 1-tap kernels (two inputs a group, d -> d / 2), zero
+//! padding, and F_j the factor of channel dropout (Dropout2d: a whole channel lives or dies). On a
+//! sequence grid the kernels have one row. A single stream is its own mix.
 //!
 //! Shapes: x_s `[n, d]`; kernels `[d / 2, 2 taps]`; biases `[1, d / 2]`; mix weight `[1, 3]`, mix
 //! bias `[1, 1]`; out `[n, d / 2]`. Saved: the streams and out (which is positive exactly where a

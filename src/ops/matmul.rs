@@ -1,10 +1,15 @@
 //! Matrix products of a linear layer, with what stands next to them in the model done while a block
 //! is still in cache.
 //!
-//! For y = x Wᵀ + b with x `[m, in]`, W `[out, in]` (PyTorch's `nn.Linear`): [`forward`]          y
-//! = epilogue(x Wᵀ) [`backward_input`]   dx = epilogue(dy W)           (`=`, or `+=` with
-//! [`Epilogue::accumulate`]) [`backward_weight`]  dW += dyᵀ x, db += colsum(dy) Each takes a list
-//! of independent problems, which a GPU runs as one launch.
+//! For y = x Wᵀ + b with x `[m, in]`, W `[out, in]` (PyTorch's `nn.Linear`):
+//!
+//! ```text
+//! forward          y  = epilogue(x Wᵀ)
+//! backward_input   dx = epilogue(dy W)           (=, or += with Epilogue::accumulate)
+//! backward_weight  dW += dyᵀ x, db += colsum(dy)
+//! ```
+//!
+//! Each takes a list of independent problems, which a GPU runs as one launch.
 //!
 //! Each has a `_wgmma` twin, by Hopper's kernels where the device and `T` have them (an H100 and
 //! bf16), elsewhere the same. NOT YET RUN ON A GPU: training does not take them before they have

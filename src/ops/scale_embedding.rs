@@ -1,5 +1,5 @@
-//! A scale embedding e, added to the input of a projection, is a change of its bias: W (x + e) + b
-//! = W x + (b + W e).
+//! A scale embedding e, added to the input of a projection, is a change of its bias:
+//! W (x + e) + b = W x + (b + W e).
 //!
 //! Shapes: weight `[out, d]`, bias and folded `[1, out]`, embedding `[1, d]`.
 

@@ -177,8 +177,8 @@ pub fn predictions_patients_csv(summary: &Summary, slides: &[SlideResult]) -> Re
     table(&heads, summary.rows.iter().enumerate().map(row).collect())
 }
 
-/// The predictions of an evaluation's folder, and the warnings that it gave. An error if they are not
-/// those that its summary.json was made from.
+/// The predictions of an evaluation's folder, and the warnings that it gave. An error if they are
+/// not those that its summary.json was made from.
 pub fn read_evaluation(folder: &Path) -> Result<(Vec<SlideResult>, Vec<String>)> {
     let (path, summary) = (folder.join(PREDICTIONS), folder.join(SUMMARY));
     if !summary.exists() {

@@ -151,7 +151,8 @@ impl FoldTrainer<'_> {
         record.map_or(Ok(()), |record| record.origin.check_settings(&path, config))
     }
 
-    /// An error if the fold has chosen a model, or is trained to its end, and the model is gone or damaged.
+    /// An error if the fold has chosen a model, or is trained to its end, and the model is gone or
+    /// damaged.
     pub fn check_model(folder: &Path) -> Result<()> {
         let (path, progress) = (Self::best_path(folder), Self::progress(folder)?);
         if !progress.finished && progress.best.is_none() {

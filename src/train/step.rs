@@ -1,9 +1,10 @@
 //! One training step, from bags to updated weights. `slide_step` and [`Engine::update`] show the
 //! whole flow:
 //!
-//! bags -> forward -> head -> loss and its gradient -> head's backward -> backward -> gradients,
-//! summed over slides
-//!        -> Adam -> weights
+//! ```text
+//! bags -> forward -> head -> loss and its gradient -> head's backward -> backward
+//!      -> gradients, summed over slides -> Adam -> weights
+//! ```
 //!
 //! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one
 //! arena for a step's activations. What a step takes is planned beforehand ([`super::plan`]).
