@@ -1,9 +1,14 @@
 //! Survival losses of one slide's logits, each with its gradient, in f64: a handful of numbers a
 //! slide.
 //!
-//! With n discrete time bins: hazards h = sigmoid(logits), survival S_t = product over u <= t of (1
-//! - h_u), S_-1 = 1, and the risk is minus the sum of S. The label y is the slide's bin, and c = 1
-//! when it is censored there.
+//! With n discrete time bins:
+//!
+//! ```text
+//! hazards h = sigmoid(logits),   survival S_t = product over u <= t of (1 - h_u),   S_-1 = 1
+//! risk = -sum of S
+//! ```
+//!
+//! The label y is the slide's bin; c is 1 when it is censored there, else 0.
 //!
 //! The Cox loss compares slides, so it is one of a batch: [`CoxBatch`].
 
