@@ -79,15 +79,6 @@ enum Precision {
     Bf16,
 }
 
-impl Precision {
-    fn check(self, device: &Device) -> Result<()> {
-        if self == Self::Bf16 && !device.runs_kernels() {
-            return Err(Error::Usage("--precision bf16 needs --device cuda: the CPU computes in f32".into()));
-        }
-        Ok(())
-    }
-}
-
 /// With [`MOST_FEATURES`] more than any file holds, and few enough that no number of bytes
 /// overflows.
 const MOST_PATCHES: usize = 1 << 31;
@@ -204,7 +195,6 @@ impl<T: Element<Sum = f32>> Slide<T> {
 }
 
 fn measure<T: Element<Sum = f32>>(device: Device, arguments: &StepArguments) -> Result<StepReport> {
-    arguments.precision.check(&device)?;
     let name = device.description();
     let peak_before = ceilings::peak::<T>(&device)?;
     let config = Config { model: arguments.model, ..Config::new(arguments.features) };

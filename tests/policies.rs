@@ -14,6 +14,7 @@ use crossfusion::{
     ops::{Draw, adam::Adam, head::SlideLoss},
     train::step::{Engine, Memory, State},
 };
+use half::bf16;
 
 const FEATURES: usize = 48;
 const WHOLE: usize = usize::MAX;
@@ -204,6 +205,39 @@ fn all_policies_agree_in_f64() {
     for (projected, sizes) in [(true, [70, 33, 257]), (false, [5, 10, 65])] {
         for config in configs(projected) {
             check_all::<f64>(|| Device::from_name("cpu", 2).unwrap(), &config, sizes, 1e-13);
+        }
+    }
+}
+
+/// In bf16, which rounds what is stored between the parts: as near to the truth as twice the error of
+/// keeping everything.
+#[test]
+fn all_policies_are_as_good_in_bf16() {
+    let cpu = || Device::from_name("cpu", 2).unwrap();
+    // on the emulator, which takes minutes, one model
+    let models = if device().runs_kernels() { 1 } else { 3 };
+    for config in &configs(true)[..models] {
+        let sizes = [9, 21, 130];
+        let (slide, rounded) = (slide::<f64>(sizes), slide::<bf16>(sizes));
+        let truth = step(&mut engine::<f64>(cpu(), config), &slide, false).unwrap();
+        let error = |got: &Step<f32>| {
+            let grads: Vec<f64> = got.grads.iter().map(|&g| f64::from(g)).collect();
+            [relative(&got.logits, &truth.logits), relative(&grads, &truth.grads)]
+        };
+        let expected = step(&mut engine::<bf16>(device(), config), &rounded, false).unwrap();
+        let plain = error(&expected);
+        for (policy, exact) in policies() {
+            let mut engine = engine::<bf16>(device(), config);
+            engine.set_memory(Memory::Policy(policy));
+            let got = step(&mut engine, &rounded, policy.stream.is_some()).unwrap();
+            if exact {
+                assert!(got.logits == expected.logits && got.grads == expected.grads, "{policy}: other bits");
+            }
+            let ours = error(&got);
+            assert!(
+                ours.iter().zip(plain).all(|(&ours, plain)| ours <= 2.0 * plain),
+                "{policy}: {ours:?} of {plain:?}"
+            );
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     Result,
-    device::{Arena, Buffer, Device, Element, Matrix, Real, Storage, View, on_cpu},
+    device::{Arena, Buffer, Device, Element, Matrix, Real, Storage, View},
     model::{BagSizes, Scale},
     ops::{
         Draw, Dropout,
@@ -409,10 +409,7 @@ fn rowwise<T: Element>(make: &mut Maker, n: usize, parameters: usize, cases: &mu
         elementwise::sum(device, &[x, dy, dx], y)
     }));
     let [params, grads, m, v] = make.rows::<T::Sum, 4>(parameters)?;
-    let weights = match on_cpu::<_, View<T>>(&[params]) {
-        Ok(same) => same[0],
-        Err(_) => make.matrix(1, parameters)?,
-    };
+    let weights = make.matrix(1, parameters)?;
     elementwise::zero(make.device, v)?; // a second moment is not negative
     let arenas = Arenas { params, weights, grads, m, v };
     // rate 0: a thousand runs must not wander off

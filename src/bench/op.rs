@@ -154,7 +154,6 @@ fn microseconds(time: Option<f64>) -> String {
 }
 
 fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Report> {
-    arguments.precision.check(device)?;
     let mut arena = Arena::new(device, cases::ARENA)?;
     let (peak, copy) = (ceilings::peak::<T>(device)?, ceilings::copy_rate(device)?);
     let parameters = Model::new(&Config::new(arguments.features))?.layout().len();

@@ -72,7 +72,6 @@ pub fn plan(arguments: &PlanArguments) -> Result<()> {
         "cuda" => Device::Dry(Dry::new(Facts { runs_kernels: true, has_wgmma: false })),
         name => Device::from_name(name, arguments.threads)?,
     };
-    arguments.precision.check(&device)?;
     let report = match arguments.precision {
         Precision::F32 => make::<f32>(&device, arguments)?,
         Precision::Bf16 => make::<bf16>(&device, arguments)?,

@@ -147,7 +147,6 @@ fn train() -> Result<()> {
         let resolve = |run: &Path| settings.resolve(&matches, "--demo", demo::settings(&run.join(run::DEMO_DATA))?);
         let config = resolve(Path::new("."))?;
         let device = Device::from_name(&config.device, config.threads)?;
-        config.precision.storage(&device)?;
         let folder = folder::make_folder(arguments.out, "demo")?;
         let cohort = folder.join(run::DEMO_DATA);
         crossfusion::say(format!("writing a synthetic cohort to {}", cohort.display()));

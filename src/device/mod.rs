@@ -27,7 +27,7 @@ pub(crate) use cuda::copy_by_all_threads;
 pub(crate) use dry::Counts;
 pub use dry::{Dry, Facts};
 pub use element::Element;
-pub(crate) use element::{on_cpu, storage};
+pub(crate) use element::{is_rounded, round, storage, widen};
 pub use fatbins::{NVCC, fatbins};
 pub use launch::Storage;
 pub(crate) use launch::{Arg, Launch, Matrix, Stored};
@@ -143,6 +143,43 @@ impl Device {
         if let Self::Dry(dry) = self {
             dry.count(flop);
         }
+    }
+
+    /// Runs an op where the ops of this device run: `cpu`, or the launches of `kernels`, which a
+    /// plan counts. Their memory must be this device's.
+    pub(crate) fn run<L: IntoIterator<Item = Launch>>(
+        &self,
+        cpu: impl FnOnce(&Cpu),
+        kernels: impl FnOnce() -> Result<L>,
+    ) -> Result<()> {
+        if self.runs_kernels() {
+            return self.launch(kernels()?);
+        }
+        if let Some(device) = self.cpu() {
+            cpu(device);
+        }
+        Ok(())
+    }
+
+    /// [`Device::run`] for an op that takes scratch from the arena. Each way takes its own, in a
+    /// plan too, and answers with its work; the scratch is given back when that has been started.
+    pub(crate) fn run_with_scratch<W: FnOnce(&Cpu), L: IntoIterator<Item = Launch>>(
+        &self,
+        arena: &mut Arena,
+        cpu: impl FnOnce(&mut Arena) -> Result<W>,
+        kernels: impl FnOnce(&mut Arena) -> Result<L>,
+    ) -> Result<()> {
+        let mark = arena.mark();
+        if self.runs_kernels() {
+            self.launch(kernels(arena)?)?;
+        } else {
+            let work = cpu(arena)?;
+            if let Some(device) = self.cpu() {
+                work(device);
+            }
+        }
+        arena.release_scratch(mark);
+        Ok(())
     }
 
     /// Runs kernels one after another. The launches' addresses must be this device's memory.

@@ -7,7 +7,7 @@ use memmap2::MmapMut;
 
 #[cfg(feature = "emulator")]
 use super::emulator::Registered;
-use super::{Cuda, Element, pinned::PageLocked};
+use super::{Cuda, Element, is_rounded, pinned::PageLocked};
 use crate::{Error, Result};
 
 /// Memory of one device, zeroed when new and freed when dropped.
@@ -177,6 +177,12 @@ impl<T: Element> View<T> {
     pub(crate) fn reshape(self, rows: usize, cols: usize) -> Self {
         assert!(rows * cols == self.rows * self.cols && (self.stride == self.cols || self.rows == 1));
         Self { rows, cols, stride: cols, ..self }
+    }
+
+    /// The same matrix as one that sums are kept in, where they are stored without rounding.
+    pub(crate) fn as_sums(self) -> Option<View<T::Sum>> {
+        let Self { address, rows, cols, stride, .. } = self;
+        (!is_rounded::<T>()).then_some(View { address, rows, cols, stride, element: PhantomData })
     }
 
     /// Where the first element lies, as kernels take it.

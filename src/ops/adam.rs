@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{
     Error, Result,
-    device::{Arg, Cpu, Device, Element, Launch, Real, Storage, View, on_cpu, storage},
+    device::{Arg, Cpu, Device, Element, Launch, Real, Storage, View, is_rounded, round, storage},
 };
 
 /// The optimizer (Kingma & Ba 2015), with L2 weight decay.
@@ -45,16 +45,15 @@ pub(crate) fn step<T: Element>(device: &Device, adam: &Adam, arenas: Arenas<T>, 
         tensor.check(OP, name, &[1, n])?;
     }
     arenas.weights.check(OP, "weights", &[1, n])?;
-    if let Some(cpu) = device.cpu() {
-        cpu_step::<T::Sum>(cpu, adam, on_cpu(&[arenas])?[0], step);
-    }
-    if device.runs_kernels() {
-        if !n.is_multiple_of(4) {
-            return Err(Error::Usage(format!("adam: an arena of {n} elements, a kernel takes a multiple of 4")));
-        }
-        device.launch(launch(storage::<T>()?, adam, &arenas, step))?;
-    }
-    Ok(())
+    device.run(
+        |cpu| cpu_step(cpu, adam, arenas, step),
+        || {
+            if !n.is_multiple_of(4) {
+                return Err(Error::Usage(format!("adam: an arena of {n} elements, a kernel takes a multiple of 4")));
+            }
+            Ok(launch(storage::<T>()?, adam, &arenas, step))
+        },
+    )
 }
 
 /// The rate, and what the second moment's root is multiplied by, corrected for the moments' start
@@ -110,19 +109,19 @@ fn launch<T: Element>(storage: Storage, adam: &Adam, arenas: &Arenas<T>, step: u
     })
 }
 
-fn cpu_step<T: Real>(cpu: &Cpu, adam: &Adam, state: Arenas<T>, step: u64) {
+fn cpu_step<T: Element>(cpu: &Cpu, adam: &Adam, state: Arenas<T>, step: u64) {
     let n = state.params.cols();
     let (rate, unbias) = corrected(adam, step);
-    let (rate, unbias) = (T::of(rate), T::of(unbias));
-    let (beta1, beta2, decay, epsilon) =
-        (T::of(adam.beta1), T::of(adam.beta2), T::of(adam.weight_decay), T::of(adam.epsilon));
+    let [rate, unbias, beta1, beta2, decay, epsilon] =
+        [rate, unbias, adam.beta1, adam.beta2, adam.weight_decay, adam.epsilon].map(T::Sum::of);
+    let one = T::Sum::ONE;
     const CHUNK: usize = 1 << 15;
     cpu.parallel(
         n.div_ceil(CHUNK),
         #[inline(always)]
         |task| {
             let range = task * CHUNK..n.min((task + 1) * CHUNK);
-            let of = |tensor: View<T>| tensor.cols_range(range.clone());
+            let of = |tensor: View<T::Sum>| tensor.cols_range(range.clone());
             // SAFETY: the views are live, and each range is one task's.
             let (params, grads, m, v) = unsafe {
                 (
@@ -134,10 +133,14 @@ fn cpu_step<T: Real>(cpu: &Cpu, adam: &Adam, state: Arenas<T>, step: u64) {
             };
             for (((p, g), m), v) in params.iter_mut().zip(grads).zip(m).zip(v) {
                 let gradient = *g + decay * *p;
-                *m = beta1 * *m + (T::ONE - beta1) * gradient;
-                *v = beta2 * *v + (T::ONE - beta2) * gradient * gradient;
+                *m = beta1 * *m + (one - beta1) * gradient;
+                *v = beta2 * *v + (one - beta2) * gradient * gradient;
                 *p += -(rate * *m / ((*v).sqrt() * unbias + epsilon));
-                *g = T::ZERO;
+                *g = T::Sum::ZERO;
+            }
+            if is_rounded::<T>() {
+                // SAFETY: as above.
+                round(params, unsafe { state.weights.cols_range(range.clone()).row_mut(0) });
             }
         },
     );

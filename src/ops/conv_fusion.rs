@@ -16,6 +16,8 @@
 
 pub(crate) mod kernel;
 
+use kernel::KernelFusionGrad;
+
 use super::{
     Dropout,
     depthwise::{self, Grid as TokenGrid},
@@ -26,7 +28,7 @@ pub(crate) use depthwise::Grid;
 
 use crate::{
     Error, Result,
-    device::{Arena, Cpu, Device, Element, Real, View, cpu::with_workspace, on_cpu},
+    device::{Arena, Cpu, Device, Element, Real, View, cpu::real::sum, round, storage, widen},
 };
 
 /// Kernel sides, in the checkpoint's order proj, proj1, proj2, x_proj.
@@ -60,10 +62,7 @@ pub(crate) struct ConvFusionGrad<T: Element> {
     pub grads: Weights<T::Sum>,
 }
 
-fn check_for_kernels<T: Element>(op: &'static str, device: &Device, p: &ConvFusion<T>) -> Result<()> {
-    if !device.runs_kernels() {
-        return Ok(());
-    }
+fn check_for_kernels<T: Element>(op: &'static str, p: &ConvFusion<T>) -> Result<()> {
     p.out.check_for_kernels(op, "out")?;
     p.streams.iter().try_for_each(|x| x.check_for_kernels(op, "stream"))
 }
@@ -89,7 +88,7 @@ fn check<T: Element, P: Element>(op: &'static str, p: &ConvFusion<T>, weights: &
 }
 
 /// `[d / 2, 2 taps]` is `[d, taps]`: the two inputs of output j are channels 2j and 2j + 1.
-fn sided<T: Real>(grid: Grid, kernels: [View<T>; 4]) -> [(usize, View<T>); 4] {
+fn sided<T: Element>(grid: Grid, kernels: [View<T>; 4]) -> [(usize, View<T>); 4] {
     [0, 1, 2, 3].map(|i| (SIDES[i], kernels[i].reshape(2 * kernels[i].rows(), grid.taps_of(SIDES[i]))))
 }
 
@@ -98,21 +97,22 @@ fn flop<T: Element>(p: &ConvFusion<T>) -> f64 {
 }
 
 pub(crate) fn forward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusion<T>) -> Result<()> {
-    check("conv_fusion forward", p, &p.weights)?;
-    check_for_kernels("conv_fusion forward", device, p)?;
+    const OP: &str = "conv_fusion forward";
+    check(OP, p, &p.weights)?;
     device.count(flop(p));
-    if device.runs_kernels() {
-        return kernel::forward(device, p);
-    }
-    let d = p.streams[0].cols();
-    let mark = arena.mark();
-    let merged = arena.scratch(p.grid.taps(), d)?;
-    let mixed = arena.scratch(p.grid.tokens(), d)?;
-    if let Some(cpu) = device.cpu() {
-        cpu_forward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged, mixed);
-    }
-    arena.release_scratch(mark);
-    Ok(())
+    device.run_with_scratch(
+        arena,
+        |arena| {
+            let d = p.streams[0].cols();
+            let merged = arena.scratch(p.grid.taps(), d)?;
+            let mixed = arena.scratch(p.grid.tokens(), d)?;
+            Ok(move |cpu: &Cpu| cpu_forward(cpu, p, merged, mixed))
+        },
+        |_| {
+            check_for_kernels(OP, p)?;
+            Ok([kernel::forward_launch(storage::<T>()?, p.grid, &p.into())])
+        },
+    )
 }
 
 /// From dout `[n, d / 2]`: dstreams =, parameter gradients +=.
@@ -121,55 +121,66 @@ pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvF
     let forward = &p.forward;
     check(OP, forward, &forward.weights)?;
     check(OP, forward, &p.grads)?;
-    check_for_kernels(OP, device, forward)?;
     let (n, d) = (forward.grid.tokens(), forward.streams[0].cols());
     p.dout.check(OP, "dout", &[n, d / 2])?;
     for dx in p.dstreams {
         dx.check(OP, "dstream", &[n, d])?;
     }
     device.count(2.0 * flop(forward));
-    if device.runs_kernels() {
-        return kernel::backward(device, arena, p);
-    }
-    let mark = arena.mark();
-    let taps = forward.grid.taps();
-    let scratch = Scratch::<T> {
-        merged: arena.scratch(taps, d)?,
-        flipped: arena.scratch(taps, d)?,
-        mixed: arena.scratch(n, d)?,
-        dconv: arena.scratch(n, d)?,
-        dsum: arena.scratch(n, d / 2)?,
-    };
-    if let Some(cpu) = device.cpu() {
-        cpu_backward::<T::Sum>(cpu, on_cpu(&[*p])?[0], on_cpu(&[scratch])?[0]);
-    }
-    arena.release_scratch(mark);
-    Ok(())
+    device.run_with_scratch(
+        arena,
+        |arena| {
+            let taps = forward.grid.taps();
+            let scratch = Scratch {
+                merged: arena.scratch(taps, d)?,
+                flipped: arena.scratch(taps, d)?,
+                mixed: arena.scratch(n, d)?,
+                dconv: arena.scratch(n, d)?,
+                dsum: arena.scratch(n, d / 2)?,
+            };
+            Ok(move |cpu: &Cpu| cpu_backward(cpu, p, scratch))
+        },
+        |arena| {
+            check_for_kernels(OP, forward)?;
+            let [partial, mix] = kernel::partial_lens(forward.grid, d);
+            let partial = arena.scratch::<f32>(1, partial)?.address();
+            let mix_partial = arena.scratch::<f32>(1, mix)?.address();
+            let kernel = KernelFusionGrad { partial, mix_partial, ..p.into() };
+            Ok(kernel::backward_launches(storage::<T>()?, forward.grid, &kernel))
+        },
+    )
 }
 
-fn cpu_forward<T: Real>(cpu: &Cpu, p: ConvFusion<T>, merged: View<T>, mixed: View<T>) {
-    let d = mixed.cols();
+fn cpu_forward<T: Element>(cpu: &Cpu, p: &ConvFusion<T>, merged: View<T::Sum>, mixed: View<T::Sum>) {
     depthwise::merge(p.grid, &sided(p.grid, p.weights.kernels), false, merged);
-    mix(cpu, &p, mixed);
-    let factors = channel_factors(p.dropout, d / 2);
+    mix(cpu, p, mixed);
+    let factors: Vec<T::Sum> = channel_factors(p.dropout, mixed.cols() / 2);
     for_rows(
         cpu,
         p.grid.tokens(),
         #[inline(always)]
         |t| {
-            with_workspace(d, |products: &mut [T]| {
-                // SAFETY: the views are live, and each row of out is one task's.
-                unsafe {
-                    depthwise::convolve(p.grid, mixed, merged, t, products);
-                    let [b0, b1, b2, b3] = p.weights.biases.map(|b| b.row(0));
-                    let out = p.out.row_mut(t);
-                    for j in 0..d / 2 {
-                        let sum = products[2 * j] + products[2 * j + 1] + (b0[j] + b1[j] + b2[j] + b3[j]);
-                        // written so that NaN passes
-                        out[j] = if sum < T::ZERO { T::ZERO } else { sum * factors[j] };
-                    }
-                }
-            });
+            // SAFETY: the views are live, and each row of out is one task's.
+            unsafe {
+                let biases = p.weights.biases.map(|b| b.row(0));
+                let out = p.out.row_mut(t);
+                depthwise::convolve(
+                    p.grid,
+                    mixed,
+                    merged,
+                    t,
+                    #[inline(always)]
+                    |c, products| {
+                        for (j, pair) in (c / 2..).zip(products.chunks_exact(2)) {
+                            let [b0, b1, b2, b3] = biases.map(|b| b[j].to_sum());
+                            let sum = pair[0] + pair[1] + (b0 + b1 + b2 + b3);
+                            // written so that NaN passes
+                            let value = if sum < T::Sum::ZERO { T::Sum::ZERO } else { sum * factors[j] };
+                            out[j] = T::from_sum(value);
+                        }
+                    },
+                );
+            }
         },
     );
 }
@@ -185,14 +196,14 @@ struct Scratch<T> {
     dsum: View<T>,
 }
 
-fn cpu_backward<T: Real>(cpu: &Cpu, p: ConvFusionGrad<T>, scratch: Scratch<T>) {
+fn cpu_backward<T: Element>(cpu: &Cpu, p: &ConvFusionGrad<T>, scratch: Scratch<T::Sum>) {
     let ConvFusionGrad { forward, dout, dstreams, grads } = p;
     let Scratch { merged, flipped, mixed, dconv, dsum } = scratch;
     let (grid, n, d) = (forward.grid, forward.grid.tokens(), mixed.cols());
     depthwise::merge(grid, &sided(grid, forward.weights.kernels), false, merged);
     depthwise::flip(merged, flipped);
-    mix(cpu, &forward, mixed);
-    let factors = channel_factors::<T>(forward.dropout, d / 2);
+    mix(cpu, forward, mixed);
+    let factors: Vec<T::Sum> = channel_factors(forward.dropout, d / 2);
     for_rows(
         cpu,
         n,
@@ -203,7 +214,8 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: ConvFusionGrad<T>, scratch: Scratch<T>) {
                 let (out, dout) = (forward.out.row(t), dout.row(t));
                 let (dsum, dconv) = (dsum.row_mut(t), dconv.row_mut(t));
                 for j in 0..d / 2 {
-                    dsum[j] = if out[j] > T::ZERO { dout[j] * factors[j] } else { T::ZERO };
+                    let passes = out[j].to_sum() > T::Sum::ZERO;
+                    dsum[j] = if passes { dout[j].to_sum() * factors[j] } else { T::Sum::ZERO };
                     (dconv[2 * j], dconv[2 * j + 1]) = (dsum[j], dsum[j]);
                 }
             }
@@ -218,10 +230,22 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: ConvFusionGrad<T>, scratch: Scratch<T>) {
         cpu,
         n,
         #[inline(always)]
-        // SAFETY: the views are live, and each row of dmixed is one task's.
-        |t| unsafe { depthwise::convolve(grid, dconv, flipped, t, dmixed.row_mut(t)) },
+        |t| {
+            // SAFETY: the views are live, and each row of dmixed is one task's.
+            unsafe {
+                let to = dmixed.row_mut(t);
+                depthwise::convolve(
+                    grid,
+                    dconv,
+                    flipped,
+                    t,
+                    #[inline(always)]
+                    |c, sums| to[c..c + sums.len()].copy_from_slice(sums),
+                );
+            }
+        },
     );
-    unmix(cpu, &forward, dmixed, &dstreams, &grads);
+    unmix(cpu, forward, dmixed, dstreams, grads);
 }
 
 fn channel_factors<T: Real>(dropout: Option<Dropout>, channels: usize) -> Vec<T> {
@@ -233,7 +257,7 @@ fn channel_factors<T: Real>(dropout: Option<Dropout>, channels: usize) -> Vec<T>
 }
 
 /// mixed = the weighted sum of the streams.
-fn mix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, mixed: View<T>) {
+fn mix<T: Element>(cpu: &Cpu, p: &ConvFusion<T>, mixed: View<T::Sum>) {
     for_rows(
         cpu,
         mixed.rows(),
@@ -243,13 +267,14 @@ fn mix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, mixed: View<T>) {
             unsafe {
                 let to = mixed.row_mut(t);
                 let Some((weight, bias)) = p.weights.mix else {
-                    to.copy_from_slice(p.streams[0].row(t));
+                    widen(p.streams[0].row(t), to);
                     return;
                 };
-                to.fill(bias.row(0)[0]);
+                to.fill(bias.row(0)[0].to_sum());
                 for (x, &w) in p.streams.iter().zip(weight.row(0)) {
-                    for (to, &x) in to.iter_mut().zip(x.row(t)) {
-                        *to += w * x;
+                    let w = w.to_sum();
+                    for (to, x) in to.iter_mut().zip(x.row(t)) {
+                        *to += w * x.to_sum();
                     }
                 }
             }
@@ -258,7 +283,13 @@ fn mix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, mixed: View<T>) {
 }
 
 /// The streams' gradients, and += the mix's.
-fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[View<T>], grads: &Weights<T>) {
+fn unmix<T: Element>(
+    cpu: &Cpu,
+    p: &ConvFusion<T>,
+    dmixed: View<T::Sum>,
+    dstreams: &[View<T>],
+    grads: &Weights<T::Sum>,
+) {
     const STREAMS: usize = 3;
     let n = dmixed.rows();
     let (Some((weight, _)), Some((dweight, dbias))) = (p.weights.mix, grads.mix) else {
@@ -267,10 +298,10 @@ fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[Vie
             n,
             #[inline(always)]
             // SAFETY: the views are live, and each row is one task's.
-            |t| unsafe { dstreams[0].row_mut(t).copy_from_slice(dmixed.row(t)) },
+            |t| unsafe { round(dmixed.row(t), dstreams[0].row_mut(t)) },
         );
     };
-    cpu.with_panels(n * (STREAMS + 1), |sums: View<T>| {
+    cpu.with_panels(n * (STREAMS + 1), |sums: View<T::Sum>| {
         let sums = sums.reshape(n, STREAMS + 1);
         for_rows(
             cpu,
@@ -281,19 +312,19 @@ fn unmix<T: Real>(cpu: &Cpu, p: &ConvFusion<T>, dmixed: View<T>, dstreams: &[Vie
                 unsafe {
                     let (g, sums) = (dmixed.row(t), sums.row_mut(t));
                     for s in 0..STREAMS {
-                        let w = weight.row(0)[s];
+                        let w = weight.row(0)[s].to_sum();
                         let x = p.streams[s].row(t);
                         let dx = dstreams[s].row_mut(t);
                         for j in 0..g.len() {
-                            dx[j] = w * g[j];
+                            dx[j] = T::from_sum(w * g[j]);
                         }
-                        sums[s] = crate::device::cpu::real::sum(
+                        sums[s] = sum(
                             g.len(),
                             #[inline(always)]
-                            |j| g[j] * x[j],
+                            |j| g[j] * x[j].to_sum(),
                         );
                     }
-                    sums[STREAMS] = crate::device::cpu::real::sum(
+                    sums[STREAMS] = sum(
                         g.len(),
                         #[inline(always)]
                         |j| g[j],

@@ -5,7 +5,7 @@
 //! sum of the small kernels, centred; each small kernel's gradient is the centre crop of the merged
 //! kernel's.
 
-use crate::device::{Arg, Cpu, Launch, Real, Storage, View, cpu::with_workspace};
+use crate::device::{Arg, Cpu, Element, Launch, Real, Storage, View, cpu::with_workspace};
 
 /// The largest kernel's side.
 const SIDE: usize = 7;
@@ -67,17 +67,17 @@ impl Grid {
 
 /// merged `[taps, c]` = the sum of the small kernels, each given as (side, `[c, taps_of(side)]`),
 /// plus the identity if asked.
-pub(super) fn merge<T: Real>(grid: Grid, kernels: &[(usize, View<T>)], identity: bool, merged: View<T>) {
+pub(super) fn merge<T: Element>(grid: Grid, kernels: &[(usize, View<T>)], identity: bool, merged: View<T::Sum>) {
     // SAFETY: the views are live, and this is one thread.
     unsafe {
         for tap in 0..grid.taps() {
             let centre = identity && tap == grid.taps() / 2;
-            merged.row_mut(tap).fill(if centre { T::ONE } else { T::ZERO });
+            merged.row_mut(tap).fill(if centre { T::Sum::ONE } else { T::Sum::ZERO });
         }
         for &(k, kernel) in kernels {
             for c in 0..kernel.rows() {
                 for (t, &w) in kernel.row(c).iter().enumerate() {
-                    merged.row_mut(grid.merged_tap(k, t))[c] += w;
+                    merged.row_mut(grid.merged_tap(k, t))[c] += w.to_sum();
                 }
             }
         }
@@ -106,15 +106,22 @@ pub(super) fn flip<T: Real>(merged: View<T>, flipped: View<T>) {
     }
 }
 
-/// out `[c]` = the convolution at token t of x `[tokens, c]` with the merged kernel `[taps, c]`.
+/// Gives `store` the convolution at token t of x `[tokens, c]` with the merged kernel `[taps, c]`, 32
+/// channels at a time, with the first one's number.
 ///
 /// # Safety
 /// The views must be live.
 #[inline(always)]
-pub(super) unsafe fn convolve<T: Real>(grid: Grid, x: View<T>, kernel: View<T>, t: usize, out: &mut [T]) {
-    for c in (0..out.len()).step_by(CHANNELS) {
-        let channels = c..out.len().min(c + CHANNELS);
-        let mut sum = [T::ZERO; CHANNELS];
+pub(super) unsafe fn convolve<T: Element>(
+    grid: Grid,
+    x: View<T>,
+    kernel: View<T::Sum>,
+    t: usize,
+    mut store: impl FnMut(usize, &[T::Sum]),
+) {
+    for c in (0..x.cols()).step_by(CHANNELS) {
+        let channels = c..x.cols().min(c + CHANNELS);
+        let mut sum = [T::Sum::ZERO; CHANNELS];
         grid.neighbours(
             t,
             #[inline(always)]
@@ -123,21 +130,21 @@ pub(super) unsafe fn convolve<T: Real>(grid: Grid, x: View<T>, kernel: View<T>, 
                 let (w, x) = unsafe { (&kernel.row(tap)[channels.clone()], &x.row(token)[channels.clone()]) };
                 if w.len() == CHANNELS {
                     for j in 0..CHANNELS {
-                        sum[j] += w[j] * x[j];
+                        sum[j] += w[j] * x[j].to_sum();
                     }
                 } else {
                     for j in 0..w.len() {
-                        sum[j] += w[j] * x[j];
+                        sum[j] += w[j] * x[j].to_sum();
                     }
                 }
             },
         );
-        out[channels.clone()].copy_from_slice(&sum[..channels.len()]);
+        store(c, &sum[..channels.len()]);
     }
 }
 
 /// dkernel `[taps, c]` = the merged kernel's gradient from x and dy, both `[tokens, c]`.
-pub(super) fn kernel_gradient<T: Real>(cpu: &Cpu, grid: Grid, x: View<T>, dy: View<T>, dkernel: View<T>) {
+pub(super) fn kernel_gradient<T: Element>(cpu: &Cpu, grid: Grid, x: View<T>, dy: View<T>, dkernel: View<T::Sum>) {
     let c = x.cols();
     let taps = grid.taps();
     cpu.parallel(
@@ -147,43 +154,47 @@ pub(super) fn kernel_gradient<T: Real>(cpu: &Cpu, grid: Grid, x: View<T>, dy: Vi
             let channels = task * CHANNELS..c.min((task + 1) * CHANNELS);
             let cols = channels.len();
             // a block's sum and the total apart, so that long bags lose no precision
-            with_workspace(2 * taps * CHANNELS, |sums: &mut [T]| {
-                let (total, block) = sums.split_at_mut(taps * CHANNELS);
-                total.fill(T::ZERO);
-                for start in (0..grid.tokens()).step_by(64) {
-                    block.fill(T::ZERO);
-                    for t in start..grid.tokens().min(start + 64) {
-                        // SAFETY: the views are live, and each task writes its own channels.
-                        let dy = &unsafe { dy.row(t) }[channels.clone()];
-                        grid.neighbours(
-                            t,
-                            #[inline(always)]
-                            |tap, token| {
-                                // SAFETY: the view is live, and nobody writes it.
-                                let x = &unsafe { x.row(token) }[channels.clone()];
-                                let sum = &mut block[tap * CHANNELS..(tap + 1) * CHANNELS];
-                                if cols == CHANNELS {
-                                    for j in 0..CHANNELS {
-                                        sum[j] += dy[j] * x[j];
+            with_workspace(
+                2 * taps * CHANNELS,
+                #[inline(always)]
+                |sums: &mut [T::Sum]| {
+                    let (total, block) = sums.split_at_mut(taps * CHANNELS);
+                    total.fill(T::Sum::ZERO);
+                    for start in (0..grid.tokens()).step_by(64) {
+                        block.fill(T::Sum::ZERO);
+                        for t in start..grid.tokens().min(start + 64) {
+                            // SAFETY: the views are live, and each task writes its own channels.
+                            let dy = &unsafe { dy.row(t) }[channels.clone()];
+                            grid.neighbours(
+                                t,
+                                #[inline(always)]
+                                |tap, token| {
+                                    // SAFETY: the view is live, and nobody writes it.
+                                    let x = &unsafe { x.row(token) }[channels.clone()];
+                                    let sum = &mut block[tap * CHANNELS..(tap + 1) * CHANNELS];
+                                    if cols == CHANNELS {
+                                        for j in 0..CHANNELS {
+                                            sum[j] += dy[j].to_sum() * x[j].to_sum();
+                                        }
+                                    } else {
+                                        for j in 0..cols {
+                                            sum[j] += dy[j].to_sum() * x[j].to_sum();
+                                        }
                                     }
-                                } else {
-                                    for j in 0..cols {
-                                        sum[j] += dy[j] * x[j];
-                                    }
-                                }
-                            },
-                        );
+                                },
+                            );
+                        }
+                        for (total, &block) in total.iter_mut().zip(block.iter()) {
+                            *total += block;
+                        }
                     }
-                    for (total, &block) in total.iter_mut().zip(block.iter()) {
-                        *total += block;
+                    for tap in 0..taps {
+                        // SAFETY: the view is live, and these channels are one task's.
+                        let to = unsafe { dkernel.cols_range(channels.clone()).row_mut(tap) };
+                        to.copy_from_slice(&total[tap * CHANNELS..][..cols]);
                     }
-                }
-                for tap in 0..taps {
-                    // SAFETY: the view is live, and these channels are one task's.
-                    let to = unsafe { dkernel.cols_range(channels.clone()).row_mut(tap) };
-                    to.copy_from_slice(&total[tap * CHANNELS..][..cols]);
-                }
-            });
+                },
+            );
         },
     );
 }

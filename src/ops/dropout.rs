@@ -78,12 +78,18 @@ impl Dropout {
     /// Multiplies row `row` of a tensor by its factors.
     #[inline(always)]
     pub(crate) fn apply<T: Real>(self, row: usize, values: &mut [T]) {
-        let mut factors = [T::ZERO; BLOCK];
         for (block, values) in values.chunks_mut(BLOCK).enumerate() {
-            self.factors(row, block, &mut factors);
-            for (v, &f) in values.iter_mut().zip(&factors) {
-                *v *= f;
-            }
+            self.apply_block(row, block, values);
+        }
+    }
+
+    /// Multiplies columns `block * 128 ..` of a row by their factors, at most 128 of them.
+    #[inline(always)]
+    pub(crate) fn apply_block<T: Real>(self, row: usize, block: usize, values: &mut [T]) {
+        let mut factors = [T::ZERO; BLOCK];
+        self.factors(row, block, &mut factors);
+        for (v, &f) in values.iter_mut().zip(&factors) {
+            *v *= f;
         }
     }
 }

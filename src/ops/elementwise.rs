@@ -2,10 +2,14 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Dropout, dropout::KernelDropout, for_rows, gelu};
+use super::{
+    Dropout,
+    dropout::{BLOCK, KernelDropout},
+    for_rows, gelu,
+};
 use crate::{
     Error, Result,
-    device::{Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View, on_cpu, storage},
+    device::{Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View, round as store, storage, widen},
 };
 
 /// out = the sum of the terms, all `[m, n]`; out may be one of them.
@@ -13,72 +17,84 @@ pub(crate) fn sum<T: Element>(device: &Device, terms: &[View<T>], out: View<T>) 
     for term in terms {
         term.check("sum", "term", &[out.rows(), out.cols()])?;
     }
-    if let Some(cpu) = device.cpu() {
-        cpu_sum::<T::Sum>(cpu, &on_cpu(terms)?, on_cpu(&[out])?[0]);
-    }
-    if device.runs_kernels() {
-        terms.iter().chain([&out]).try_for_each(|&x| check_for_kernels("sum", x))?;
-        if terms.len() > TERMS {
-            return Err(Error::Usage(format!("sum: {} terms, a kernel takes at most {TERMS}", terms.len())));
-        }
-        let mut term = [Matrix::zeroed(); TERMS];
-        term.iter_mut().zip(terms).for_each(|(place, &x)| *place = x.into());
-        let sum = KernelSum { term, out: out.into(), terms: terms.len() as i32, padding: 0 };
-        device.launch(launch("elementwise_sum", storage::<T>()?, &[out.into()], vec![Arg::new(sum)]))?;
-    }
-    Ok(())
+    device.run(
+        |cpu| cpu_sum(cpu, terms, out),
+        || {
+            terms.iter().chain([&out]).try_for_each(|&x| check_for_kernels("sum", x))?;
+            if terms.len() > TERMS {
+                return Err(Error::Usage(format!("sum: {} terms, a kernel takes at most {TERMS}", terms.len())));
+            }
+            let mut term = [Matrix::zeroed(); TERMS];
+            term.iter_mut().zip(terms).for_each(|(place, &x)| *place = x.into());
+            let sum = KernelSum { term, out: out.into(), terms: terms.len() as i32, padding: 0 };
+            Ok(launch("elementwise_sum", storage::<T>()?, &[out.into()], vec![Arg::new(sum)]))
+        },
+    )
 }
 
 /// sums += x, both `[m, n]`: activations into a parameter's gradient.
 pub(crate) fn accumulate<T: Element>(device: &Device, x: View<T>, sums: View<T::Sum>) -> Result<()> {
     x.check("accumulate", "x", &[sums.rows(), sums.cols()])?;
-    if let Some(cpu) = device.cpu() {
-        cpu_sum(cpu, &[sums, on_cpu(&[x])?[0]], sums);
-    }
-    if device.runs_kernels() {
-        check_for_kernels("accumulate", x)?;
-        check_for_kernels("accumulate", sums)?;
-        let args = vec![Arg::new(Matrix::from(x)), Arg::new(Matrix::from(sums))];
-        device.launch(launch("elementwise_accumulate", storage::<T>()?, &[x.into()], args))?;
-    }
-    Ok(())
+    device.run(
+        |cpu| cpu_accumulate(cpu, x, sums),
+        || {
+            check_for_kernels("accumulate", x)?;
+            check_for_kernels("accumulate", sums)?;
+            let args = vec![Arg::new(Matrix::from(x)), Arg::new(Matrix::from(sums))];
+            Ok(launch("elementwise_accumulate", storage::<T>()?, &[x.into()], args))
+        },
+    )
 }
 
 /// out = sums, rounded to the type of activations.
 pub(crate) fn round<T: Element>(device: &Device, sums: View<T::Sum>, out: View<T>) -> Result<()> {
     sums.check("round", "sums", &[out.rows(), out.cols()])?;
-    if let Some(cpu) = device.cpu() {
-        cpu_sum(cpu, &[sums], on_cpu(&[out])?[0]);
-    }
-    if device.runs_kernels() {
-        check_for_kernels("round", sums)?;
-        check_for_kernels("round", out)?;
-        let args = vec![Arg::new(Matrix::from(sums)), Arg::new(Matrix::from(out))];
-        device.launch(launch("elementwise_round", storage::<T>()?, &[out.into()], args))?;
-    }
-    Ok(())
+    device.run(
+        |cpu| cpu_sum(cpu, &[sums], out),
+        || {
+            check_for_kernels("round", sums)?;
+            check_for_kernels("round", out)?;
+            let args = vec![Arg::new(Matrix::from(sums)), Arg::new(Matrix::from(out))];
+            Ok(launch("elementwise_round", storage::<T>()?, &[out.into()], args))
+        },
+    )
 }
 
-fn cpu_sum<T: Real>(cpu: &Cpu, terms: &[View<T>], out: View<T>) {
+/// out = the sum of the terms, rounded once; out may be one of them.
+pub(super) fn cpu_sum<T: Element, O: Element<Sum = T::Sum>>(cpu: &Cpu, terms: &[View<T>], out: View<O>) {
     for_rows(
         cpu,
         out.rows(),
         #[inline(always)]
         |i| {
-            let mut block = [T::ZERO; 128];
-            for start in (0..out.cols()).step_by(128) {
-                let cols = start..out.cols().min(start + 128);
+            let mut block = [T::Sum::ZERO; BLOCK];
+            for start in (0..out.cols()).step_by(BLOCK) {
+                let cols = start..out.cols().min(start + BLOCK);
                 let block = &mut block[..cols.len()];
-                block.fill(T::ZERO);
+                block.fill(T::Sum::ZERO);
                 for term in terms {
                     // SAFETY: the views are live, and each row is one task's.
                     for (sum, &x) in block.iter_mut().zip(&unsafe { term.row(i) }[cols.clone()]) {
-                        *sum += x;
+                        *sum += x.to_sum();
                     }
                 }
                 // SAFETY: as above: the row is this task's.
-                let out = unsafe { &mut out.row_mut(i)[cols] };
-                out.copy_from_slice(block);
+                store(block, unsafe { &mut out.row_mut(i)[cols] });
+            }
+        },
+    );
+}
+
+fn cpu_accumulate<T: Element>(cpu: &Cpu, x: View<T>, sums: View<T::Sum>) {
+    for_rows(
+        cpu,
+        sums.rows(),
+        #[inline(always)]
+        |i| {
+            // SAFETY: the views are live, and each row is one task's.
+            let (x, sums) = unsafe { (x.row(i), sums.row_mut(i)) };
+            for (sum, x) in sums.iter_mut().zip(x) {
+                *sum += x.to_sum();
             }
         },
     );
@@ -98,18 +114,17 @@ pub(crate) fn map<T: Element>(device: &Device, problems: &[Map<T>]) -> Result<()
     for p in problems {
         p.x.check("map", "x", &[p.out.rows(), p.out.cols()])?;
     }
-    if let Some(cpu) = device.cpu() {
-        on_cpu::<_, Map<T::Sum>>(problems)?.iter().for_each(|p| cpu_map(cpu, p));
-    }
-    if device.runs_kernels() {
-        problems.iter().flat_map(|p| [p.x, p.out]).try_for_each(|x| check_for_kernels("map", x))?;
-        let kernels: Vec<_> = problems.iter().map(KernelMap::from).collect();
-        device.launch(map_launches(storage::<T>()?, &kernels))?;
-    }
-    Ok(())
+    device.run(
+        |cpu| problems.iter().for_each(|p| cpu_map(cpu, p)),
+        || {
+            problems.iter().flat_map(|p| [p.x, p.out]).try_for_each(|x| check_for_kernels("map", x))?;
+            let kernels: Vec<_> = problems.iter().map(KernelMap::from).collect();
+            Ok(map_launches(storage::<T>()?, &kernels))
+        },
+    )
 }
 
-fn cpu_map<T: Real>(cpu: &Cpu, p: &Map<T>) {
+fn cpu_map<T: Element>(cpu: &Cpu, p: &Map<T>) {
     let &Map { x, gelu, dropout, out } = p;
     for_rows(
         cpu,
@@ -118,13 +133,17 @@ fn cpu_map<T: Real>(cpu: &Cpu, p: &Map<T>) {
         |i| {
             // SAFETY: the views are live, and each row is one task's.
             let (x, out) = unsafe { (x.row(i), out.row_mut(i)) };
-            if gelu {
-                out.iter_mut().zip(x).for_each(|(out, &x)| *out = gelu::value(x));
-            } else {
-                out.copy_from_slice(x);
-            }
-            if let Some(dropout) = dropout {
-                dropout.apply(i, out);
+            let mut block = [T::Sum::ZERO; BLOCK];
+            for (j, (x, out)) in x.chunks(BLOCK).zip(out.chunks_mut(BLOCK)).enumerate() {
+                let block = &mut block[..x.len()];
+                widen(x, block);
+                if gelu {
+                    block.iter_mut().for_each(|x| *x = gelu::value(*x));
+                }
+                if let Some(dropout) = dropout {
+                    dropout.apply_block(i, j, block);
+                }
+                store(block, out);
             }
         },
     );
@@ -132,21 +151,20 @@ fn cpu_map<T: Real>(cpu: &Cpu, p: &Map<T>) {
 
 /// Fills sums with zeros.
 pub(crate) fn zero<T: Real>(device: &Device, out: View<T>) -> Result<()> {
-    if let Some(cpu) = device.cpu() {
-        // SAFETY: the view is live, and each row is one task's.
+    let fill = |cpu: &Cpu| {
         for_rows(
             cpu,
             out.rows(),
             #[inline(always)]
+            // SAFETY: the view is live, and each row is one task's.
             |i| unsafe { out.row_mut(i) }.fill(T::ZERO),
         );
-    }
-    if device.runs_kernels() {
+    };
+    device.run(fill, || {
         check_for_kernels("zero", out)?;
         let args = vec![Arg::new(Matrix::from(out))];
-        device.launch(launch("elementwise_zero", Storage::F32, &[out.into()], args))?;
-    }
-    Ok(())
+        Ok(launch("elementwise_zero", Storage::F32, &[out.into()], args))
+    })
 }
 
 // ---- kernels/elementwise.cu: a thread for eight columns ----------------------------------------------------------

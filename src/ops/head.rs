@@ -6,10 +6,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{layer_norm, matmul};
+use super::layer_norm;
 use crate::{
     Error, Result,
-    device::{Arena, Arg, Buffer, Device, Element, Launch, Matrix, Real, Storage, View, on_cpu, storage},
+    device::{Arg, Buffer, Cpu, Device, Element, Launch, Matrix, Real, Storage, View, cpu::real::sum, round, storage},
     loss::{Loss, Prediction, Target},
 };
 
@@ -50,73 +50,106 @@ pub struct SlideLoss {
 
 pub(crate) fn forward<T: Element>(device: &Device, head: &Head<T>) -> Result<()> {
     check("head forward", device, head)?;
-    if device.cpu().is_some() {
-        let head = on_cpu::<_, Head<T::Sum>>(&[*head])?[0];
-        layer_norm::forward(device, &[head.norm])?;
-        let epilogue = matmul::Epilogue { bias: Some(head.bias), ..Default::default() };
-        matmul::forward(device, &[matmul::Matmul { a: head.norm.y, b: head.weight, out: head.logits, epilogue }])?;
-    }
-    if device.runs_kernels() {
-        device.launch([launch("head_forward", storage::<T>()?, vec![Arg::new(KernelHead::from(head))])])?;
-    }
-    Ok(())
+    device.run(
+        |cpu| cpu_forward(cpu, head),
+        || Ok([launch("head_forward", storage::<T>()?, vec![Arg::new(KernelHead::from(head))])]),
+    )
 }
 
 /// dx =, parameter gradients +=.
-pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, grad: &HeadGrad<T>) -> Result<()> {
+pub(crate) fn backward<T: Element>(device: &Device, grad: &HeadGrad<T>) -> Result<()> {
     check("head backward", device, &grad.forward)?;
-    if device.cpu().is_some() {
-        let grad = on_cpu::<_, HeadGrad<T::Sum>>(&[*grad])?[0];
-        let Head { norm, weight, .. } = grad.forward;
-        let weight_grad = matmul::WeightGrad { dy: grad.dlogits, x: norm.y, dw: grad.dweight, db: grad.dbias };
-        matmul::backward_weight(device, arena, &[weight_grad])?;
-        let product = matmul::Matmul { a: grad.dlogits, b: weight, out: grad.dx, epilogue: Default::default() };
-        matmul::backward_input(device, &[product])?;
-        let norm = layer_norm::NormGrad {
-            x: norm.x,
-            stats: norm.stats,
-            weight: norm.weight,
-            dy: grad.dx,
-            dx: grad.dx,
-            dweight: grad.dnorm_weight,
-            dbias: grad.dnorm_bias,
-        };
-        layer_norm::backward(device, arena, &[norm])?;
-    }
-    if device.runs_kernels() {
-        device.launch([launch("head_backward", storage::<T>()?, vec![Arg::new(KernelHeadGrad::from(grad))])])?;
-    }
-    Ok(())
+    device.run(
+        |cpu| cpu_backward(cpu, grad),
+        || Ok([launch("head_backward", storage::<T>()?, vec![Arg::new(KernelHeadGrad::from(grad))])]),
+    )
 }
 
 /// From x to loss, risk (`[1, 2]` f64 in `result`) and all gradients, which are as in [`backward`].
 /// A kernel writes nothing else.
-pub(crate) fn train<T: Element>(
-    device: &Device,
-    arena: &mut Arena,
-    grad: &HeadGrad<T>,
-    loss: &SlideLoss,
-    result: &Buffer,
-) -> Result<()> {
+pub(crate) fn train<T: Element>(device: &Device, grad: &HeadGrad<T>, loss: &SlideLoss, result: &Buffer) -> Result<()> {
     check("head train", device, &grad.forward)?;
     let classes = grad.forward.logits.cols();
     if loss.target.label >= classes {
         return Err(Error::Usage(format!("head train: label {} of {classes} classes", loss.target.label)));
     }
-    if device.cpu().is_some() {
-        forward(device, &grad.forward)?;
-        let logits: Vec<f64> = device.download(grad.forward.logits)?.into_iter().map(Real::f64).collect();
-        let (value, dlogits) = loss.loss.evaluate(&logits, loss.target, loss.alpha);
-        let dlogits: Vec<T::Sum> = dlogits.into_iter().map(|g| T::Sum::of(g * loss.share)).collect();
-        device.upload(&dlogits, grad.dlogits)?;
-        device.write(bytemuck::bytes_of(&[value, Prediction::from_logits(&logits).risk]), result)?;
-        backward(device, arena, grad)?;
+    device.run(
+        |cpu| cpu_train(cpu, grad, loss, result),
+        || {
+            let args = vec![Arg::new(KernelHeadGrad::from(grad)), Arg::new(KernelLoss::new(loss, result))];
+            Ok([launch("head_train", storage::<T>()?, args)])
+        },
+    )
+}
+
+fn cpu_forward<T: Element>(cpu: &Cpu, head: &Head<T>) {
+    layer_norm::cpu_forward(cpu, &head.norm);
+    // SAFETY: the views are live, and this is one thread.
+    unsafe {
+        let (x, bias) = (normed(&head.norm), head.bias.row(0));
+        for (class, logit) in head.logits.row_mut(0).iter_mut().enumerate() {
+            let weight = head.weight.row(class);
+            *logit = sum(x.len(), |j| weight[j].to_sum() * x[j]) + bias[class].to_sum();
+        }
     }
-    if device.runs_kernels() {
-        let args = vec![Arg::new(KernelHeadGrad::from(grad)), Arg::new(KernelLoss::new(loss, result))];
-        device.launch([launch("head_train", storage::<T>()?, args)])?;
+}
+
+/// The norm's output, before it is rounded.
+///
+/// # Safety
+/// The views must be live.
+unsafe fn normed<T: Element>(norm: &layer_norm::Norm<T>) -> Vec<T::Sum> {
+    // SAFETY: the caller's.
+    let (x, stats, weight, bias) = unsafe { (norm.x.row(0), norm.stats.row(0), norm.weight.row(0), norm.bias.row(0)) };
+    let of = |j: usize| (x[j].to_sum() - stats[0]) * stats[1] * weight[j].to_sum() + bias[j].to_sum();
+    (0..x.len()).map(of).collect()
+}
+
+fn cpu_backward<T: Element>(cpu: &Cpu, grad: &HeadGrad<T>) {
+    let Head { norm, weight, .. } = grad.forward;
+    // SAFETY: the views are live, and this is one thread; the norm's are of vectors that outlive it.
+    unsafe {
+        let (x, dlogits, dbias) = (normed(&norm), grad.dlogits.row(0), grad.dbias.row_mut(0));
+        for (class, &g) in dlogits.iter().enumerate() {
+            dbias[class] += g;
+            for (dw, &x) in grad.dweight.row_mut(class).iter_mut().zip(&x) {
+                *dw += g * x;
+            }
+        }
+        // as sums are kept, up to dx
+        let d = x.len();
+        let mut dx: Vec<_> =
+            (0..d).map(|j| sum(dlogits.len(), |class| dlogits[class] * weight.row(class)[j].to_sum())).collect();
+        let widened = |row: View<T>| row.row(0).iter().map(|x| x.to_sum()).collect::<Vec<_>>();
+        let (x, weight) = (widened(norm.x), widened(norm.weight));
+        let in_place = View::of_slice_mut(&mut dx, 1, d);
+        let norm = layer_norm::NormGrad::<T::Sum> {
+            x: View::of_slice(&x, 1, d),
+            stats: norm.stats,
+            weight: View::of_slice(&weight, 1, d),
+            dy: in_place,
+            dx: in_place,
+            dweight: grad.dnorm_weight,
+            dbias: grad.dnorm_bias,
+        };
+        layer_norm::cpu_backward(cpu, &norm);
+        round(&dx, grad.dx.row_mut(0));
     }
-    Ok(())
+}
+
+fn cpu_train<T: Element>(cpu: &Cpu, grad: &HeadGrad<T>, loss: &SlideLoss, result: &Buffer) {
+    cpu_forward(cpu, &grad.forward);
+    // SAFETY: the views are live, and this is one thread.
+    let (logits, dlogits) = unsafe { (grad.forward.logits.row(0), grad.dlogits.row_mut(0)) };
+    let logits: Vec<f64> = logits.iter().map(|x| x.f64()).collect();
+    let (value, gradient) = loss.loss.evaluate(&logits, loss.target, loss.alpha);
+    for (to, gradient) in dlogits.iter_mut().zip(gradient) {
+        *to = T::Sum::of(gradient * loss.share);
+    }
+    let risk = Prediction::from_logits(&logits).risk;
+    // SAFETY: the buffer is live host memory, and nobody reads it now.
+    unsafe { result.view::<f64>(0, 1, 2).row_mut(0) }.copy_from_slice(&[value, risk]);
+    cpu_backward(cpu, grad);
 }
 
 fn check<T: Element>(op: &'static str, device: &Device, head: &Head<T>) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::{
     device::{
         Arena, Arg, Cpu, Device, Element, Launch, Mat, MatMut, Matrix, Real, Storage, View, Workspace,
         cpu::{real::sum, with_workspace},
-        on_cpu, storage,
+        storage, widen,
     },
 };
 
@@ -101,29 +101,19 @@ pub fn layer_norm_backward<T: Element>(
 /// Statistics and y.
 pub(crate) fn forward<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
     check("layer_norm forward", problems)?;
-    if let Some(cpu) = device.cpu() {
-        let problems = on_cpu::<_, Norm<T::Sum>>(problems)?;
-        problems.iter().for_each(|p| cpu_statistics(cpu, p));
-        problems.iter().for_each(|p| cpu_apply(cpu, p));
-    }
-    if device.runs_kernels() {
-        let problems: Vec<_> = problems.iter().map(KernelNorm::from).collect();
-        device.launch(forward_launches(storage::<T>()?, &problems))?;
-    }
-    Ok(())
+    device.run(
+        |cpu| problems.iter().for_each(|p| cpu_forward(cpu, p)),
+        || Ok(forward_launches(storage::<T>()?, &kernel_norms(problems))),
+    )
 }
 
 /// y from x and its saved statistics.
 pub(crate) fn apply<T: Element>(device: &Device, problems: &[Norm<T>]) -> Result<()> {
     check("layer_norm apply", problems)?;
-    if let Some(cpu) = device.cpu() {
-        on_cpu::<_, Norm<T::Sum>>(problems)?.iter().for_each(|p| cpu_apply(cpu, p));
-    }
-    if device.runs_kernels() {
-        let problems: Vec<_> = problems.iter().map(KernelNorm::from).collect();
-        device.launch(apply_launches(storage::<T>()?, &problems))?;
-    }
-    Ok(())
+    device.run(
+        |cpu| problems.iter().for_each(|p| cpu_apply(cpu, p)),
+        || Ok(apply_launches(storage::<T>()?, &kernel_norms(problems))),
+    )
 }
 
 /// dx = gradient of x, dweight += sum over rows of dy * x_hat, dbias += sum of dy.
@@ -138,20 +128,18 @@ pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems:
         p.dweight.check(OP, "dweight", &[1, d])?;
         p.dbias.check(OP, "dbias", &[1, d])?;
     }
-    if let Some(cpu) = device.cpu() {
-        on_cpu::<_, NormGrad<T::Sum>>(problems)?.iter().for_each(|p| cpu_backward(cpu, p));
-    }
-    if device.runs_kernels() {
-        let mark = arena.mark();
-        let kernel = |p: &NormGrad<T>| {
-            let partial = arena.scratch::<f32>(1, partial_len(p.x.rows(), p.x.cols()))?;
-            Ok(KernelNormGrad { partial: partial.address(), ..p.into() })
-        };
-        let problems = problems.iter().map(kernel).collect::<Result<Vec<_>>>()?;
-        device.launch(backward_launches(storage::<T>()?, &problems))?;
-        arena.release_scratch(mark);
-    }
-    Ok(())
+    device.run_with_scratch(
+        arena,
+        |_| Ok(|cpu: &Cpu| problems.iter().for_each(|p| cpu_backward(cpu, p))),
+        |arena| {
+            let kernel = |p: &NormGrad<T>| {
+                let partial = arena.scratch::<f32>(1, partial_len(p.x.rows(), p.x.cols()))?;
+                Ok(KernelNormGrad { partial: partial.address(), ..p.into() })
+            };
+            let problems = problems.iter().map(kernel).collect::<Result<Vec<_>>>()?;
+            Ok(backward_launches(storage::<T>()?, &problems))
+        },
+    )
 }
 
 fn check<T: Element>(op: &'static str, problems: &[Norm<T>]) -> Result<()> {
@@ -165,7 +153,12 @@ fn check<T: Element>(op: &'static str, problems: &[Norm<T>]) -> Result<()> {
     Ok(())
 }
 
-fn cpu_statistics<T: Real>(cpu: &Cpu, p: &Norm<T>) {
+pub(super) fn cpu_forward<T: Element>(cpu: &Cpu, p: &Norm<T>) {
+    cpu_statistics(cpu, p);
+    cpu_apply(cpu, p);
+}
+
+fn cpu_statistics<T: Element>(cpu: &Cpu, p: &Norm<T>) {
     for_rows(
         cpu,
         p.x.rows(),
@@ -173,23 +166,23 @@ fn cpu_statistics<T: Real>(cpu: &Cpu, p: &Norm<T>) {
         |i| {
             // SAFETY: the views are live, and each row is one task's.
             let (x, stats) = unsafe { (p.x.row(i), p.stats.row_mut(i)) };
-            let d = T::of(x.len() as f64);
+            let d = T::Sum::of(x.len() as f64);
             let mean = sum(
                 x.len(),
                 #[inline(always)]
-                |j| x[j],
+                |j| x[j].to_sum(),
             ) / d;
             let var = sum(
                 x.len(),
                 #[inline(always)]
-                |j| (x[j] - mean) * (x[j] - mean),
+                |j| (x[j].to_sum() - mean) * (x[j].to_sum() - mean),
             ) / d;
-            stats.copy_from_slice(&[mean, T::ONE / (var + T::of(EPSILON)).sqrt()]);
+            stats.copy_from_slice(&[mean, T::Sum::ONE / (var + T::Sum::of(EPSILON)).sqrt()]);
         },
     );
 }
 
-fn cpu_apply<T: Real>(cpu: &Cpu, p: &Norm<T>) {
+fn cpu_apply<T: Element>(cpu: &Cpu, p: &Norm<T>) {
     for_rows(
         cpu,
         p.y.rows(),
@@ -202,7 +195,8 @@ fn cpu_apply<T: Real>(cpu: &Cpu, p: &Norm<T>) {
                 let (weight, bias) = (p.weight.row(0), p.bias.row(0));
                 let y = p.y.row_mut(i);
                 for j in 0..y.len() {
-                    y[j] = (x[j] - stats[0]) * stats[1] * weight[j] + bias[j];
+                    let normed = (x[j].to_sum() - stats[0]) * stats[1];
+                    y[j] = T::from_sum(normed * weight[j].to_sum() + bias[j].to_sum());
                 }
             }
         },
@@ -214,11 +208,11 @@ fn padded_rows(n: usize, n0: usize) -> usize {
     n.clamp(n0, 2 * n0)
 }
 
-fn cpu_backward<T: Real>(cpu: &Cpu, p: &NormGrad<T>) {
+pub(super) fn cpu_backward<T: Element>(cpu: &Cpu, p: &NormGrad<T>) {
     let (n0, n, d) = (p.x.rows(), p.dy.rows(), p.x.cols());
     let tasks = n0.div_ceil(ROWS_PER_TASK);
     // each task's share of dweight and dbias, summed in order afterwards
-    cpu.with_panels(tasks * 2 * d, |partial: View<T>| {
+    cpu.with_panels(tasks * 2 * d, |partial: View<T::Sum>| {
         let partial = partial.reshape(tasks, 2 * d);
         cpu.parallel(
             tasks,
@@ -226,46 +220,51 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: &NormGrad<T>) {
             |task| {
                 // SAFETY: the views are live; rows of dx and of the partial sums are one task's.
                 let sums = unsafe { partial.row_mut(task) };
-                sums.fill(T::ZERO);
+                sums.fill(T::Sum::ZERO);
                 let (dweight, dbias) = sums.split_at_mut(d);
                 // SAFETY: the views are live, and nobody writes the weight.
                 let weight = unsafe { p.weight.row(0) };
-                with_workspace(d, |dy: &mut [T]| {
-                    for i in task * ROWS_PER_TASK..n0.min((task + 1) * ROWS_PER_TASK) {
-                        // SAFETY: the views are live, and nobody writes x, stats or dy.
-                        let (x, stats) = unsafe { (p.x.row(i), p.stats.row(i)) };
-                        // SAFETY: as above.
-                        dy.copy_from_slice(unsafe { p.dy.row(i) });
-                        if i + n0 < n {
+                with_workspace(
+                    d,
+                    #[inline(always)]
+                    |dy: &mut [T::Sum]| {
+                        for i in task * ROWS_PER_TASK..n0.min((task + 1) * ROWS_PER_TASK) {
+                            // SAFETY: the views are live, and nobody writes x, stats or dy.
+                            let (x, stats) = unsafe { (p.x.row(i), p.stats.row(i)) };
                             // SAFETY: as above.
-                            let repeated = unsafe { p.dy.row(i + n0) };
+                            widen(unsafe { p.dy.row(i) }, dy);
+                            if i + n0 < n {
+                                // SAFETY: as above.
+                                let repeated = unsafe { p.dy.row(i + n0) };
+                                for j in 0..d {
+                                    dy[j] += repeated[j].to_sum();
+                                }
+                            }
+                            let (mean, rstd) = (stats[0], stats[1]);
                             for j in 0..d {
-                                dy[j] += repeated[j];
+                                dbias[j] += dy[j];
+                                dweight[j] += dy[j] * ((x[j].to_sum() - mean) * rstd);
+                            }
+                            let scale = T::Sum::ONE / T::Sum::of(d as f64);
+                            let mean_g = sum(
+                                d,
+                                #[inline(always)]
+                                |j| dy[j] * weight[j].to_sum(),
+                            ) * scale;
+                            let mean_gx = sum(
+                                d,
+                                #[inline(always)]
+                                |j| dy[j] * weight[j].to_sum() * ((x[j].to_sum() - mean) * rstd),
+                            ) * scale;
+                            // SAFETY: as above, and the row of dx is this task's.
+                            let dx = unsafe { p.dx.row_mut(i) };
+                            for j in 0..d {
+                                let normed = (x[j].to_sum() - mean) * rstd;
+                                dx[j] = T::from_sum(rstd * (dy[j] * weight[j].to_sum() - mean_g - normed * mean_gx));
                             }
                         }
-                        let (mean, rstd) = (stats[0], stats[1]);
-                        for j in 0..d {
-                            dbias[j] += dy[j];
-                            dweight[j] += dy[j] * ((x[j] - mean) * rstd);
-                        }
-                        let scale = T::ONE / T::of(d as f64);
-                        let mean_g = sum(
-                            d,
-                            #[inline(always)]
-                            |j| dy[j] * weight[j],
-                        ) * scale;
-                        let mean_gx = sum(
-                            d,
-                            #[inline(always)]
-                            |j| dy[j] * weight[j] * ((x[j] - mean) * rstd),
-                        ) * scale;
-                        // SAFETY: as above, and the row of dx is this task's.
-                        let dx = unsafe { p.dx.row_mut(i) };
-                        for j in 0..d {
-                            dx[j] = rstd * (dy[j] * weight[j] - mean_g - (x[j] - mean) * rstd * mean_gx);
-                        }
-                    }
-                });
+                    },
+                );
             },
         );
         column_sums(cpu, &[(partial.cols_range(0..d), p.dweight), (partial.cols_range(d..2 * d), p.dbias)]);
@@ -312,6 +311,10 @@ impl<T: Element> From<&Norm<T>> for KernelNorm {
         let (stats, weight, bias) = (p.stats.address(), p.weight.address(), p.bias.address());
         Self { x: p.x.into(), y: p.y.into(), stats, weight, bias }
     }
+}
+
+fn kernel_norms<T: Element>(problems: &[Norm<T>]) -> Vec<KernelNorm> {
+    problems.iter().map(KernelNorm::from).collect()
 }
 
 impl<T: Element> From<&NormGrad<T>> for KernelNormGrad {

@@ -27,7 +27,7 @@ use crate::{
     device::{
         Arena, Device, Element, Mat, MatMut, Real, Storage, View, Workspace,
         cpu::{Cpu, Kernel, tile, with_workspace},
-        on_cpu, storage,
+        round, storage, widen,
     },
 };
 
@@ -174,30 +174,27 @@ fn run_weight<T: Element>(
         p.dw.check(OP, "dw", &[n, k])?;
         p.db.check(OP, "db", &[1, n])?;
     }
-    if device.runs_kernels() {
-        for p in problems {
-            p.dy.check_for_kernels(OP, "dy")?;
-            p.x.check_for_kernels(OP, "x")?;
-            p.dw.check_for_kernels(OP, "dw")?;
-        }
-    }
     problems.iter().for_each(|p| device.count(2.0 * p.dy.rows() as f64 * (p.dw.rows() * p.dw.cols()) as f64));
-    if let Some(cpu) = device.cpu() {
-        on_cpu(problems)?.chunks(GROUP).for_each(|problems| cpu_backward_weight::<T::Sum>(cpu, problems));
-    }
-    if device.runs_kernels() {
-        let mark = arena.mark();
-        let (storage, mut parts) = (storage::<T>()?, problems.iter().map(KernelWeightGrad::from).collect::<Vec<_>>());
-        let kernels = kernels_at_hand(device, storage, wanted);
-        let splits = kernel::splits(kernels, &parts);
-        for ((p, part), splits) in problems.iter().zip(&mut parts).zip(splits) {
-            let partial = arena.scratch::<f32>(1, kernel::partial_len(splits, p.dw.rows(), p.dw.cols()))?;
-            (part.partial, part.splits) = (partial.address(), splits as i32);
-        }
-        device.launch(kernel::backward_weight_launches(kernels, storage, &parts))?;
-        arena.release_scratch(mark);
-    }
-    Ok(())
+    device.run_with_scratch(
+        arena,
+        |_| Ok(|cpu: &Cpu| problems.chunks(GROUP).for_each(|problems| cpu_backward_weight(cpu, problems))),
+        |arena| {
+            for p in problems {
+                p.dy.check_for_kernels(OP, "dy")?;
+                p.x.check_for_kernels(OP, "x")?;
+                p.dw.check_for_kernels(OP, "dw")?;
+            }
+            let (storage, mut parts) =
+                (storage::<T>()?, problems.iter().map(KernelWeightGrad::from).collect::<Vec<_>>());
+            let kernels = kernels_at_hand(device, storage, wanted);
+            let splits = kernel::splits(kernels, &parts);
+            for ((p, part), splits) in problems.iter().zip(&mut parts).zip(splits) {
+                let partial = arena.scratch::<f32>(1, kernel::partial_len(splits, p.dw.rows(), p.dw.cols()))?;
+                (part.partial, part.splits) = (partial.address(), splits as i32);
+            }
+            Ok(kernel::backward_weight_launches(kernels, storage, &parts))
+        },
+    )
 }
 
 fn run<T: Element>(
@@ -221,26 +218,23 @@ fn run<T: Element>(
             }
         }
     }
-    if device.runs_kernels() {
-        for p in problems {
-            let e = &p.epilogue;
-            for (name, tensor) in [("a", Some(p.a)), ("b", Some(p.b)), ("out", Some(p.out))].into_iter().chain([
-                ("bias", e.bias),
-                ("pre-activation", e.gelu.or(e.gelu_grad)),
-                ("residual", e.residual),
-            ]) {
-                tensor.map_or(Ok(()), |tensor| tensor.check_for_kernels(op, name))?;
-            }
-        }
-    }
     problems.iter().for_each(|p| device.count(2.0 * (p.out.rows() * p.out.cols()) as f64 * p.a.cols() as f64));
-    if let Some(cpu) = device.cpu() {
-        cpu_run::<T::Sum>(cpu, &on_cpu(problems)?, transposed);
-    }
-    if device.runs_kernels() {
-        let (storage, problems) = (storage::<T>()?, problems.iter().map(KernelMatmul::from).collect::<Vec<_>>());
-        let launches = if transposed { kernel::forward_launches } else { kernel::backward_input_launches };
-        device.launch(launches(kernels_at_hand(device, storage, wanted), storage, &problems))?;
+    device.run(
+        |cpu| cpu_run(cpu, problems, transposed),
+        || {
+            problems.iter().try_for_each(|p| check_for_kernels(op, p))?;
+            let (storage, problems) = (storage::<T>()?, problems.iter().map(KernelMatmul::from).collect::<Vec<_>>());
+            let launches = if transposed { kernel::forward_launches } else { kernel::backward_input_launches };
+            Ok(launches(kernels_at_hand(device, storage, wanted), storage, &problems))
+        },
+    )
+}
+
+fn check_for_kernels<T: Element>(op: &'static str, p: &Matmul<T>) -> Result<()> {
+    let Epilogue { bias, gelu, gelu_grad, residual, .. } = p.epilogue;
+    let optional = [("bias", bias), ("pre-activation", gelu.or(gelu_grad)), ("residual", residual)];
+    for (name, tensor) in [("a", Some(p.a)), ("b", Some(p.b)), ("out", Some(p.out))].into_iter().chain(optional) {
+        tensor.map_or(Ok(()), |tensor| tensor.check_for_kernels(op, name))?;
     }
     Ok(())
 }
@@ -271,10 +265,10 @@ fn panel_offsets<P>(problems: &[P], width: usize, size: impl Fn(&P) -> (usize, u
     (problems.iter().map(offset).collect(), total)
 }
 
-fn cpu_run<T: Real>(cpu: &Cpu, problems: &[Matmul<T>], transposed: bool) {
-    let width = 2 * cpu.lanes::<T>();
+fn cpu_run<T: Element>(cpu: &Cpu, problems: &[Matmul<T>], transposed: bool) {
+    let width = 2 * cpu.lanes::<T::Sum>();
     let (offsets, len) = panel_offsets(problems, width, |p: &Matmul<T>| (p.a.cols(), p.out.cols()));
-    cpu.with_panels(len, |panels: View<T>| {
+    cpu.with_panels(len, |panels: View<T::Sum>| {
         let pack = tasks(problems, width, |p| p.out.cols());
         cpu.parallel_kernel(pack.len(), &Pack { problems, transposed, offsets: &offsets, panels, tasks: &pack });
         let blocks = tasks(problems, ROW_BLOCK, |p| p.out.rows());
@@ -282,15 +276,15 @@ fn cpu_run<T: Real>(cpu: &Cpu, problems: &[Matmul<T>], transposed: bool) {
     });
 }
 
-struct Pack<'a, T> {
+struct Pack<'a, T: Element> {
     problems: &'a [Matmul<T>],
     transposed: bool,
     offsets: &'a [usize],
-    panels: View<T>,
+    panels: View<T::Sum>,
     tasks: &'a [(usize, usize)],
 }
 
-impl<T: Real> Kernel for Pack<'_, T> {
+impl<T: Element> Kernel for Pack<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(&self, _: S, task: usize) {
         let (i, j0) = self.tasks[task];
@@ -308,53 +302,71 @@ impl<T: Real> Kernel for Pack<'_, T> {
     }
 }
 
-struct Product<'a, T> {
+struct Product<'a, T: Element> {
     problems: &'a [Matmul<T>],
     offsets: &'a [usize],
-    panels: View<T>,
+    panels: View<T::Sum>,
     tasks: &'a [(usize, usize)],
 }
 
-impl<T: Real> Kernel for Product<'_, T> {
+impl<T: Element> Kernel for Product<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, task: usize) {
         let (i, row) = self.tasks[task];
         let p = &self.problems[i];
         let (n, k) = (p.out.cols(), p.a.cols());
         let rows = ROW_BLOCK.min(p.out.rows() - row);
-        let width = tile::panel_width::<T, S>();
-        with_workspace(ROW_BLOCK * DEPTH, |block: &mut [T]| {
-            // SAFETY: the views are live, and each task writes its own rows of `out`.
-            unsafe {
-                let (a, out) = (p.a.ptr().add(row * p.a.stride()), p.out.ptr().add(row * p.out.stride()));
-                if k == 0 && !p.epilogue.accumulate {
-                    (row..row + rows).for_each(|i| p.out.row_mut(i).fill(T::ZERO));
+        let width = tile::panel_width::<T::Sum, S>();
+        let out = p.out.rows_range(row..row + rows);
+        let in_place = out.as_sums();
+        let sums_len = if in_place.is_some() { 0 } else { rows * n };
+        with_workspace(
+            ROW_BLOCK * DEPTH + sums_len,
+            #[inline(always)]
+            |space: &mut [T::Sum]| {
+                let (block, sums) = space.split_at_mut(ROW_BLOCK * DEPTH);
+                // SAFETY: the workspace is this task's.
+                let sums = in_place.unwrap_or_else(|| unsafe { View::of_slice_mut(sums, rows, n) });
+                // SAFETY: the views are live, and each task writes its own rows of `out`.
+                unsafe {
+                    let a = p.a.ptr().add(row * p.a.stride());
+                    if k == 0 && !p.epilogue.accumulate {
+                        (0..rows).for_each(|i| sums.row_mut(i).fill(T::Sum::ZERO));
+                    }
+                    if in_place.is_none() && p.epilogue.accumulate {
+                        (0..rows).for_each(|i| widen(out.row(i), sums.row_mut(i)));
+                    }
+                    for k0 in (0..k).step_by(DEPTH) {
+                        let depth = DEPTH.min(k - k0);
+                        tile::copy_rows(a.add(k0), p.a.stride(), (rows, depth), block.as_mut_ptr(), DEPTH);
+                        let b = tile::Rhs {
+                            ptr: self.panels.ptr().add(self.offsets[i] + k0 * width),
+                            panel: k * width,
+                            row: width,
+                        };
+                        let a = tile::Lhs::rows(block.as_ptr(), DEPTH);
+                        let accumulate = p.epilogue.accumulate || k0 > 0;
+                        tile::multiply(simd, (rows, n, depth), a, b, sums.ptr(), sums.stride(), accumulate);
+                    }
+                    for i in 0..rows {
+                        let sums = sums.row_mut(i);
+                        apply(&p.epilogue, row + i, sums);
+                        if in_place.is_none() {
+                            round(sums, out.row_mut(i));
+                        }
+                    }
                 }
-                for k0 in (0..k).step_by(DEPTH) {
-                    let depth = DEPTH.min(k - k0);
-                    tile::copy_rows(a.add(k0), p.a.stride(), (rows, depth), block.as_mut_ptr(), DEPTH);
-                    let b = tile::Rhs {
-                        ptr: self.panels.ptr().add(self.offsets[i] + k0 * width),
-                        panel: k * width,
-                        row: width,
-                    };
-                    let a = tile::Lhs::rows(block.as_ptr(), DEPTH);
-                    tile::multiply(simd, (rows, n, depth), a, b, out, p.out.stride(), p.epilogue.accumulate || k0 > 0);
-                }
-                for i in row..row + rows {
-                    apply(&p.epilogue, i, p.out.row_mut(i));
-                }
-            }
-        });
+            },
+        );
     }
 }
 
-/// The epilogue on one row.
+/// The epilogue on one row's sums.
 ///
 /// # Safety
 /// Its views must be live, and the pre-activation's row not shared.
 #[inline(always)]
-unsafe fn apply<T: Real>(epilogue: &Epilogue<T>, i: usize, out: &mut [T]) {
+unsafe fn apply<T: Element>(epilogue: &Epilogue<T>, i: usize, out: &mut [T::Sum]) {
     // SAFETY: the caller's: the epilogue's views are live, and row i of them is this task's.
     unsafe {
         if let Some(bias) = epilogue.bias {
@@ -362,13 +374,13 @@ unsafe fn apply<T: Real>(epilogue: &Epilogue<T>, i: usize, out: &mut [T]) {
         }
         if let Some(pre) = epilogue.gelu {
             for (v, pre) in out.iter_mut().zip(pre.row_mut(i)) {
-                *pre = *v;
+                *pre = T::from_sum(*v);
                 *v = gelu::value(*v);
             }
         }
         if let Some(pre) = epilogue.gelu_grad {
             for (v, &pre) in out.iter_mut().zip(pre.row(i)) {
-                *v *= gelu::derivative(pre);
+                *v *= gelu::derivative(pre.to_sum());
             }
         }
         if let Some(dropout) = epilogue.dropout {
@@ -381,9 +393,9 @@ unsafe fn apply<T: Real>(epilogue: &Epilogue<T>, i: usize, out: &mut [T]) {
 }
 
 #[inline(always)]
-fn add<T: Real>(to: &mut [T], x: &[T]) {
-    for (to, &x) in to.iter_mut().zip(x) {
-        *to += x;
+fn add<T: Element>(to: &mut [T::Sum], x: &[T]) {
+    for (to, x) in to.iter_mut().zip(x) {
+        *to += x.to_sum();
     }
 }
 
@@ -394,11 +406,11 @@ const GROUP: usize = 3;
 const WEIGHT_ROWS: usize = 48;
 const WEIGHT_COLS: usize = 512;
 
-fn cpu_backward_weight<T: Real>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
-    let width = 2 * cpu.lanes::<T>();
+fn cpu_backward_weight<T: Element>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
+    let width = 2 * cpu.lanes::<T::Sum>();
     let (offsets, len) = panel_offsets(problems, width, |p: &WeightGrad<T>| (CHUNK.min(p.x.rows()), p.x.cols()));
     let rows = problems.iter().map(|p| p.x.rows()).max().unwrap_or(0);
-    cpu.with_panels(len, |panels: View<T>| {
+    cpu.with_panels(len, |panels: View<T::Sum>| {
         for start in (0..rows).step_by(CHUNK) {
             let chunk = |p: &WeightGrad<T>| p.x.rows().saturating_sub(start).min(CHUNK);
             let pack = tasks(problems, width, |p| if chunk(p) > 0 { p.x.cols() } else { 0 });
@@ -416,15 +428,15 @@ fn cpu_backward_weight<T: Real>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
     column_sums(cpu, &biases);
 }
 
-struct PackChunk<'a, T: Real> {
+struct PackChunk<'a, T: Element> {
     problems: &'a [WeightGrad<T>],
     start: usize,
     offsets: &'a [usize],
-    panels: View<T>,
+    panels: View<T::Sum>,
     tasks: &'a [(usize, usize)],
 }
 
-impl<T: Real> Kernel for PackChunk<'_, T> {
+impl<T: Element> Kernel for PackChunk<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(&self, _: S, task: usize) {
         let (i, j0) = self.tasks[task];
@@ -438,15 +450,15 @@ impl<T: Real> Kernel for PackChunk<'_, T> {
     }
 }
 
-struct Accumulate<'a, T: Real> {
+struct Accumulate<'a, T: Element> {
     problems: &'a [WeightGrad<T>],
     start: usize,
     offsets: &'a [usize],
-    panels: View<T>,
+    panels: View<T::Sum>,
     tasks: &'a [(usize, usize)],
 }
 
-impl<T: Real> Kernel for Accumulate<'_, T> {
+impl<T: Element> Kernel for Accumulate<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, task: usize) {
         let (i, block) = self.tasks[task];
@@ -456,27 +468,31 @@ impl<T: Real> Kernel for Accumulate<'_, T> {
         let col_blocks = p.x.cols().div_ceil(WEIGHT_COLS);
         let (row, col) = (block / col_blocks * WEIGHT_ROWS, block % col_blocks * WEIGHT_COLS);
         let (rows, cols) = (WEIGHT_ROWS.min(dy.cols() - row), WEIGHT_COLS.min(p.x.cols() - col));
-        let width = tile::panel_width::<T, S>();
-        with_workspace(WEIGHT_ROWS * DEPTH, |tile_: &mut [T]| {
-            // SAFETY: the views are live, and each task writes its own block of `dw`.
-            unsafe {
-                for k0 in (0..k).step_by(DEPTH) {
-                    let depth = DEPTH.min(k - k0);
-                    let from = dy.ptr().add(k0 * dy.stride() + row);
-                    tile::copy_rows(from, dy.stride(), (depth, rows), tile_.as_mut_ptr(), WEIGHT_ROWS);
-                    let a = tile::Lhs::columns(tile_.as_ptr(), WEIGHT_ROWS);
-                    let panels = self.panels.ptr().add(self.offsets[i] + col * k + k0 * width);
-                    let b = tile::Rhs { ptr: panels, panel: k * width, row: width };
-                    let dw = p.dw.ptr().add(row * p.dw.stride() + col);
-                    tile::multiply(simd, (rows, cols, depth), a, b, dw, p.dw.stride(), true);
+        let width = tile::panel_width::<T::Sum, S>();
+        with_workspace(
+            WEIGHT_ROWS * DEPTH,
+            #[inline(always)]
+            |tile_: &mut [T::Sum]| {
+                // SAFETY: the views are live, and each task writes its own block of `dw`.
+                unsafe {
+                    for k0 in (0..k).step_by(DEPTH) {
+                        let depth = DEPTH.min(k - k0);
+                        let from = dy.ptr().add(k0 * dy.stride() + row);
+                        tile::copy_rows(from, dy.stride(), (depth, rows), tile_.as_mut_ptr(), WEIGHT_ROWS);
+                        let a = tile::Lhs::columns(tile_.as_ptr(), WEIGHT_ROWS);
+                        let panels = self.panels.ptr().add(self.offsets[i] + col * k + k0 * width);
+                        let b = tile::Rhs { ptr: panels, panel: k * width, row: width };
+                        let dw = p.dw.ptr().add(row * p.dw.stride() + col);
+                        tile::multiply(simd, (rows, cols, depth), a, b, dw, p.dw.stride(), true);
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 }
 
 /// Each (x, sums): sums `[1, n]` += the column sums of x `[m, n]`, summed in blocks of 64 rows.
-pub(super) fn column_sums<T: Real>(cpu: &Cpu, problems: &[(View<T>, View<T>)]) {
+pub(super) fn column_sums<T: Element>(cpu: &Cpu, problems: &[(View<T>, View<T::Sum>)]) {
     const COLS: usize = 128;
     let blocks = tasks(problems, COLS, |(x, _)| x.cols());
     cpu.parallel(
@@ -489,12 +505,12 @@ pub(super) fn column_sums<T: Real>(cpu: &Cpu, problems: &[(View<T>, View<T>)]) {
             // SAFETY: the views are live, and each task writes its own columns of `sums`.
             let sums = unsafe { sums.cols_range(col..col + cols).row_mut(0) };
             for start in (0..x.rows()).step_by(64) {
-                let mut block = [T::ZERO; COLS];
+                let mut block = [T::Sum::ZERO; COLS];
                 for r in start..x.rows().min(start + 64) {
                     // SAFETY: the views are live, and nobody writes x.
-                    add(&mut block, &unsafe { x.row(r) }[col..col + cols]);
+                    add(&mut block, unsafe { &x.row(r)[col..col + cols] });
                 }
-                add(sums, &block);
+                add::<T::Sum>(sums, &block);
             }
         },
     );

@@ -7,6 +7,8 @@
 
 pub(crate) mod kernel;
 
+use kernel::{KernelPpeg, KernelPpegGrad};
+
 use super::{
     depthwise::{self, Grid},
     for_rows,
@@ -14,7 +16,7 @@ use super::{
 };
 use crate::{
     Result,
-    device::{Arena, Cpu, Device, Element, Real, View, on_cpu},
+    device::{Arena, Cpu, Device, Element, View, round, storage},
 };
 
 /// Kernel sides, in the checkpoint's order proj, proj1, proj2.
@@ -64,24 +66,23 @@ fn flop(side: usize, c: usize) -> f64 {
 pub(crate) fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Ppeg<T>]) -> Result<()> {
     for p in problems {
         check("ppeg forward", (p.x, p.y), p.side, &p.kernels, &p.biases)?;
-        if device.runs_kernels() {
-            p.x.check_for_kernels("ppeg forward", "x")?;
-            p.y.check_for_kernels("ppeg forward", "y")?;
-        }
         device.count(flop(p.side, p.x.cols()));
     }
-    if device.runs_kernels() {
-        return kernel::forward(device, problems);
-    }
-    let mark = arena.mark();
-    for p in problems {
-        let merged = arena.scratch(Grid::square(p.side).taps(), p.x.cols())?;
-        if let Some(cpu) = device.cpu() {
-            cpu_forward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged);
-        }
-        arena.release_scratch(mark);
-    }
-    Ok(())
+    device.run_with_scratch(
+        arena,
+        |arena| {
+            let merged = scratch::<T>(arena, problems.iter().map(|p| p.x))?;
+            Ok(move |cpu: &Cpu| problems.iter().for_each(|p| cpu_forward(cpu, p, merged.cols_range(0..p.x.cols()))))
+        },
+        |_| {
+            for p in problems {
+                p.x.check_for_kernels("ppeg forward", "x")?;
+                p.y.check_for_kernels("ppeg forward", "y")?;
+            }
+            let kernels: Vec<_> = problems.iter().map(KernelPpeg::from).collect();
+            Ok(kernel::forward_launches(storage::<T>()?, &kernels))
+        },
+    )
 }
 
 /// dx =, kernel and bias gradients +=.
@@ -93,30 +94,37 @@ pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems:
         for (kernel, side) in p.kernels.iter().zip(SIDES) {
             kernel.check(OP, "kernel", &[p.x.cols(), side * side])?;
         }
-        if device.runs_kernels() {
-            p.x.check_for_kernels(OP, "x")?;
-            p.dy.check_for_kernels(OP, "dy")?;
-            p.dx.check_for_kernels(OP, "dx")?;
-        }
         device.count(2.0 * flop(p.side, p.x.cols()));
     }
-    if device.runs_kernels() {
-        return kernel::backward(device, arena, problems);
-    }
-    let mark = arena.mark();
-    for p in problems {
-        let taps = Grid::square(p.side).taps();
-        let merged = [arena.scratch(taps, p.x.cols())?, arena.scratch(taps, p.x.cols())?];
-        if let Some(cpu) = device.cpu() {
-            cpu_backward::<T::Sum>(cpu, on_cpu(&[*p])?[0], merged);
-        }
-        arena.release_scratch(mark);
-    }
-    Ok(())
+    device.run_with_scratch(
+        arena,
+        |arena| {
+            let merged = scratch::<T>(arena, problems.iter().map(|p| p.x))?;
+            let flipped = scratch::<T>(arena, problems.iter().map(|p| p.x))?;
+            let of = |kernel: View<T::Sum>, p: &PpegGrad<T>| kernel.cols_range(0..p.x.cols());
+            Ok(move |cpu: &Cpu| problems.iter().for_each(|p| cpu_backward(cpu, p, of(merged, p), of(flipped, p))))
+        },
+        |arena| {
+            let kernel = |p: &PpegGrad<T>| {
+                p.x.check_for_kernels(OP, "x")?;
+                p.dy.check_for_kernels(OP, "dy")?;
+                p.dx.check_for_kernels(OP, "dx")?;
+                let partial = arena.scratch::<f32>(1, kernel::partial_len(p.side, p.x.cols()))?;
+                Ok(KernelPpegGrad { partial: partial.address(), ..p.into() })
+            };
+            let kernels = problems.iter().map(kernel).collect::<Result<Vec<_>>>()?;
+            Ok(kernel::backward_launches(storage::<T>()?, &kernels))
+        },
+    )
+}
+
+/// A merged kernel `[49, c]`, for the most channels of any problem.
+fn scratch<T: Element>(arena: &mut Arena, problems: impl Iterator<Item = View<T>>) -> Result<View<T::Sum>> {
+    arena.scratch(Grid::square(0).taps(), problems.map(View::cols).max().unwrap_or(0))
 }
 
 /// `merged`: scratch for the merged kernel.
-fn cpu_forward<T: Real>(cpu: &Cpu, p: Ppeg<T>, merged: View<T>) {
+fn cpu_forward<T: Element>(cpu: &Cpu, p: &Ppeg<T>, merged: View<T::Sum>) {
     let (grid, first) = (Grid::square(p.side), p.x.rows() - p.side * p.side);
     depthwise::merge(grid, &sided(p.kernels), true, merged);
     let tokens = p.x.rows_range(first..p.x.rows());
@@ -132,18 +140,26 @@ fn cpu_forward<T: Real>(cpu: &Cpu, p: Ppeg<T>, merged: View<T>) {
                     y.copy_from_slice(p.x.row(i));
                     return;
                 }
-                depthwise::convolve(grid, tokens, merged, i - first, y);
                 let [b0, b1, b2] = p.biases.map(|b| b.row(0));
-                for j in 0..y.len() {
-                    y[j] += b0[j] + b1[j] + b2[j];
-                }
+                depthwise::convolve(
+                    grid,
+                    tokens,
+                    merged,
+                    i - first,
+                    #[inline(always)]
+                    |c, sums| {
+                        for (j, &sum) in (c..).zip(sums) {
+                            y[j] = T::from_sum(sum + (b0[j].to_sum() + b1[j].to_sum() + b2[j].to_sum()));
+                        }
+                    },
+                );
             }
         },
     );
 }
 
 /// Scratch: the merged kernel and its mirror image.
-fn cpu_backward<T: Real>(cpu: &Cpu, p: PpegGrad<T>, [merged, flipped]: [View<T>; 2]) {
+fn cpu_backward<T: Element>(cpu: &Cpu, p: &PpegGrad<T>, merged: View<T::Sum>, flipped: View<T::Sum>) {
     let (grid, first) = (Grid::square(p.side), p.x.rows() - p.side * p.side);
     depthwise::merge(grid, &sided(p.kernels), true, merged);
     depthwise::flip(merged, flipped);
@@ -159,7 +175,14 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: PpegGrad<T>, [merged, flipped]: [View<T>;
                 if i < first {
                     dx.copy_from_slice(p.dy.row(i));
                 } else {
-                    depthwise::convolve(grid, dy, flipped, i - first, dx);
+                    depthwise::convolve(
+                        grid,
+                        dy,
+                        flipped,
+                        i - first,
+                        #[inline(always)]
+                        |c, sums| round(sums, &mut dx[c..c + sums.len()]),
+                    );
                 }
             }
         },
@@ -169,6 +192,6 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: PpegGrad<T>, [merged, flipped]: [View<T>;
     column_sums(cpu, &p.dbiases.map(|db| (dy, db)));
 }
 
-fn sided<T: Real>(kernels: [View<T>; 3]) -> [(usize, View<T>); 3] {
+fn sided<T: Element>(kernels: [View<T>; 3]) -> [(usize, View<T>); 3] {
     [0, 1, 2].map(|i| (SIDES[i], kernels[i]))
 }

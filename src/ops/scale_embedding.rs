@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{
     Result,
-    device::{Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View, cpu::real::sum, on_cpu, storage},
+    device::{Arg, Cpu, Device, Element, Launch, Matrix, Storage, View, cpu::real::sum, storage},
 };
 
 #[derive(Clone, Copy)]
@@ -38,16 +38,13 @@ pub(crate) fn forward<T: Element>(device: &Device, problems: &[Fold<T>]) -> Resu
         p.folded.check(OP, "folded", &[1, out])?;
         p.embedding.check(OP, "embedding", &[1, d])?;
     }
-    if let Some(cpu) = device.cpu() {
-        on_cpu::<_, Fold<T::Sum>>(problems)?.iter().for_each(|p| cpu_forward(cpu, p));
-    }
-    if device.runs_kernels() {
-        device.launch(forward_launches(storage::<T>()?, problems))?;
-    }
-    Ok(())
+    device.run(
+        |cpu| problems.iter().for_each(|p| cpu_forward(cpu, p)),
+        || Ok(forward_launches(storage::<T>()?, problems)),
+    )
 }
 
-fn cpu_forward<T: Real>(cpu: &Cpu, p: &Fold<T>) {
+fn cpu_forward<T: Element>(cpu: &Cpu, p: &Fold<T>) {
     cpu.parallel(
         1,
         #[inline(always)]
@@ -57,12 +54,12 @@ fn cpu_forward<T: Real>(cpu: &Cpu, p: &Fold<T>) {
                 let (e, bias, folded) = (p.embedding.row(0), p.bias.row(0), p.folded.row_mut(0));
                 for i in 0..folded.len() {
                     let w = p.weight.row(i);
-                    folded[i] = bias[i]
-                        + sum(
-                            e.len(),
-                            #[inline(always)]
-                            |j| w[j] * e[j],
-                        );
+                    let product = sum(
+                        e.len(),
+                        #[inline(always)]
+                        |j| w[j].to_sum() * e[j].to_sum(),
+                    );
+                    folded[i] = T::from_sum(bias[i].to_sum() + product);
                 }
             }
         },
@@ -81,16 +78,13 @@ pub(crate) fn backward<T: Element>(device: &Device, problems: &[FoldGrad<T>]) ->
         p.embedding.check(OP, "embedding", &[1, d])?;
         p.dembedding.check(OP, "dembedding", &[1, d])?;
     }
-    if let Some(cpu) = device.cpu() {
-        on_cpu::<_, FoldGrad<T::Sum>>(problems)?.iter().for_each(|p| cpu_backward(cpu, p));
-    }
-    if device.runs_kernels() {
-        device.launch(backward_launches(storage::<T>()?, problems))?;
-    }
-    Ok(())
+    device.run(
+        |cpu| problems.iter().for_each(|p| cpu_backward(cpu, p)),
+        || Ok(backward_launches(storage::<T>()?, problems)),
+    )
 }
 
-fn cpu_backward<T: Real>(cpu: &Cpu, p: &FoldGrad<T>) {
+fn cpu_backward<T: Element>(cpu: &Cpu, p: &FoldGrad<T>) {
     cpu.parallel(
         1,
         #[inline(always)]
@@ -103,8 +97,8 @@ fn cpu_backward<T: Real>(cpu: &Cpu, p: &FoldGrad<T>) {
                     let (g, w, dw) = (dfolded[i], p.weight.row(i), p.dweight.row_mut(i));
                     dbias[i] += g;
                     for j in 0..e.len() {
-                        dw[j] += g * e[j];
-                        de[j] += g * w[j];
+                        dw[j] += g * e[j].to_sum();
+                        de[j] += g * w[j].to_sum();
                     }
                 }
             }

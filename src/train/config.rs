@@ -219,15 +219,13 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// What that means on a device; an error for bf16 on a CPU.
-    pub fn storage(self, device: &Device) -> Result<Storage> {
+    /// What that means on a device.
+    pub fn storage(self, device: &Device) -> Storage {
         match self {
-            Self::F32 => Ok(Storage::F32),
-            Self::Auto if !device.runs_kernels() => Ok(Storage::F32),
-            Self::Bf16 if !device.runs_kernels() => {
-                Err(Error::Usage("--precision bf16 needs --device cuda: the CPU computes in f32".into()))
-            }
-            _ => Ok(Storage::Bf16),
+            Self::F32 => Storage::F32,
+            Self::Bf16 => Storage::Bf16,
+            Self::Auto if device.runs_kernels() => Storage::Bf16,
+            Self::Auto => Storage::F32,
         }
     }
 }

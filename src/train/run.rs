@@ -118,7 +118,7 @@ impl Run {
         }
         let left_out = dataset.left_out(folds.iter().map(|(_, fold)| fold));
         let device = Device::from_name(&config.device, config.threads)?;
-        let storage = config.precision.storage(&device)?;
+        let storage = config.precision.storage(&device);
         let plans = Plans::default();
         let mut run = Self { config, dataset, parts, left_out, storage, plans, memory: None };
         if let Some(budget) = run.config.memory_budget {

@@ -16,7 +16,7 @@ use super::plan::{Planner, Plans};
 use crate::{
     Error, Result,
     data::torch::{Parameter, StateDict},
-    device::{Arena, Buffer, Device, Element, Fence, Real},
+    device::{Arena, Buffer, Device, Element, Fence, Real, is_rounded},
     model::{BagGrads, BagSizes, Bags, Config, Context, Model, Network, Policy, Room, each},
     ops::{
         Draw,
@@ -76,7 +76,7 @@ impl<T: Element> Engine<T> {
         if device.runs_kernels() {
             config.check_for_kernels()?;
         }
-        let (len, rounded) = (model.layout().len(), size_of::<T>() != size_of::<T::Sum>());
+        let (len, rounded) = (model.layout().len(), is_rounded::<T>());
         let bytes = len * size_of::<T::Sum>();
         let engine = Self {
             params: device.alloc(bytes)?,
@@ -376,11 +376,11 @@ fn slide_step<M: Network, T: Element>(
             let logits = logits(ctx.device, &head.forward)?;
             let dlogits: Vec<T::Sum> = loss(&logits).into_iter().map(T::Sum::of).collect();
             ctx.device.upload(&dlogits, head.dlogits)?;
-            head::backward(ctx.device, ctx.arena, &head)?;
+            head::backward(ctx.device, &head)?;
             logits
         }
         Goal::Loss(loss) => {
-            head::train(ctx.device, ctx.arena, &head, loss, result)?;
+            head::train(ctx.device, &head, loss, result)?;
             Vec::new()
         }
     };

@@ -183,6 +183,10 @@ pub fn check(case: &impl Case) {
     for &storage in case.storages() {
         let first = by_kernels(case, storage, PLAIN[0]);
         compare(case, storage, &first);
+        if storage == Storage::Bf16 {
+            let cpu = Device::Cpu(Cpu::new(2).unwrap());
+            compare(case, storage, &run::<bf16>(case, &cpu, storage, false));
+        }
         for options in &PLAIN[1..] {
             let again = by_kernels(case, storage, *options);
             if !case.same_bits() {

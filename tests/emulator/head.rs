@@ -2,7 +2,7 @@
 
 use crossfusion::{
     Result,
-    device::{Arena, Device, Element, emulator::Emulator},
+    device::{Device, Element, emulator::Emulator},
     loss::{Loss, Prediction, Target},
     ops::{
         head::{self, Head, HeadGrad, SlideLoss},
@@ -56,7 +56,7 @@ impl Case for ClassToken {
         };
         if let Some((loss, target)) = loss {
             let (loss, result) = (SlideLoss { loss, target, alpha: 0.2, share: 0.5 }, bed.device.alloc(16)?);
-            head::train(bed.device, &mut bed.arena, &grad, &loss, &result)?;
+            head::train(bed.device, &grad, &loss, &result)?;
             let result: Vec<f64> = bytemuck::pod_collect_to_vec(&bed.device.read(&result)?);
             let shown = bed.sums("loss, risk", 1, 2);
             bed.write(&result, shown);
@@ -67,7 +67,7 @@ impl Case for ClassToken {
         grad.forward.logits = bed.sums("logits", 1, classes);
         grad.dlogits = bed.accumulated("dlogits", 1, classes);
         head::forward(bed.device, &grad.forward)?;
-        head::backward(bed.device, &mut bed.arena, &grad)
+        head::backward(bed.device, &grad)
     }
 }
 
@@ -127,7 +127,7 @@ fn losses_equal_the_goldens() {
         let loss = if case.loss == "nll" { Loss::NllSurv } else { Loss::CeSurv };
         let target = Target { label: case.label, censored: case.censorship == 1.0 };
         let (loss, result) = (SlideLoss { loss, target, alpha: case.alpha, share: 0.5 }, device.alloc(16).unwrap());
-        head::train(device, &mut Arena::new(device, 0).unwrap(), &grad, &loss, &result).unwrap();
+        head::train(device, &grad, &loss, &result).unwrap();
         let result: Vec<f64> = bytemuck::pod_collect_to_vec(&device.read(&result).unwrap());
         let close = |what: &str, got: f64, expected: f64| {
             assert!((got - expected).abs() <= 1e-6 * expected.abs().max(1.0), "case {i} {what}: {got}, not {expected}");

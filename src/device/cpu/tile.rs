@@ -9,6 +9,7 @@
 use pulp::Simd;
 
 use super::Real;
+use crate::device::{Element, widen};
 
 /// Rows of the register block where there are 32 vector registers; half of it otherwise.
 const MR: usize = 12;
@@ -159,22 +160,32 @@ unsafe fn block<T: Real, S: Simd, const R: usize>(
     }
 }
 
-/// Copies `rows` rows of `cols` elements into a row-major tile of row stride `to_stride`.
+/// Copies `rows` rows of `cols` elements into a row-major tile of row stride `to_stride`, as sums are
+/// kept.
 ///
 /// # Safety
 /// Both must be live and must not overlap.
 #[inline(always)]
-pub unsafe fn copy_rows<T: Real>(
+pub unsafe fn copy_rows<T: Element>(
     from: *const T,
     stride: usize,
     (rows, cols): (usize, usize),
-    to: *mut T,
+    to: *mut T::Sum,
     to_stride: usize,
 ) {
     for i in 0..rows {
         // SAFETY: the caller's: both matrices hold these rows.
-        unsafe { std::ptr::copy_nonoverlapping(from.add(i * stride), to.add(i * to_stride), cols) };
+        unsafe { copy(from.add(i * stride), to.add(i * to_stride), cols) };
     }
+}
+
+/// # Safety
+/// Both must hold `len` elements and must not overlap.
+#[inline(always)]
+unsafe fn copy<T: Element>(from: *const T, to: *mut T::Sum, len: usize) {
+    // SAFETY: the caller's.
+    let (from, to) = unsafe { (std::slice::from_raw_parts(from, len), std::slice::from_raw_parts_mut(to, len)) };
+    widen(from, to);
 }
 
 /// Packs columns `j0 .. j0 + width` of a row-major `[k, n]` matrix into one panel; columns from `n`
@@ -183,21 +194,21 @@ pub unsafe fn copy_rows<T: Real>(
 /// # Safety
 /// As [`copy_rows`]; `to` holds k rows of the panel width.
 #[inline(always)]
-pub unsafe fn pack_panel<T: Real, S: Simd>(
+pub unsafe fn pack_panel<T: Element, S: Simd>(
     from: *const T,
     stride: usize,
     (k, n): (usize, usize),
     j0: usize,
-    to: *mut T,
+    to: *mut T::Sum,
 ) {
-    let width = panel_width::<T, S>();
+    let width = panel_width::<T::Sum, S>();
     let cols = width.min(n - j0);
     for p in 0..k {
         // SAFETY: the caller's: from holds k rows of n columns, to a panel of k rows.
         unsafe {
-            std::ptr::copy_nonoverlapping(from.add(p * stride + j0), to.add(p * width), cols);
+            copy(from.add(p * stride + j0), to.add(p * width), cols);
             for j in cols..width {
-                *to.add(p * width + j) = T::ZERO;
+                *to.add(p * width + j) = T::Sum::ZERO;
             }
         }
     }
@@ -209,18 +220,21 @@ pub unsafe fn pack_panel<T: Real, S: Simd>(
 /// # Safety
 /// As [`pack_panel`].
 #[inline(always)]
-pub unsafe fn pack_panel_transposed<T: Real, S: Simd>(
+pub unsafe fn pack_panel_transposed<T: Element, S: Simd>(
     from: *const T,
     stride: usize,
     (n, k): (usize, usize),
     j0: usize,
-    to: *mut T,
+    to: *mut T::Sum,
 ) {
-    let width = panel_width::<T, S>();
+    let width = panel_width::<T::Sum, S>();
     for j in 0..width {
         for p in 0..k {
             // SAFETY: the caller's: from holds n rows of k columns, to a panel of k rows.
-            unsafe { *to.add(p * width + j) = if j0 + j < n { *from.add((j0 + j) * stride + p) } else { T::ZERO } };
+            unsafe {
+                *to.add(p * width + j) =
+                    if j0 + j < n { (*from.add((j0 + j) * stride + p)).to_sum() } else { T::Sum::ZERO };
+            }
         }
     }
 }

@@ -4,8 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{ConvFusion, ConvFusionGrad, Grid};
 use crate::{
-    Result,
-    device::{Arena, Arg, Device, Element, Launch, Matrix, Storage, storage},
+    device::{Arg, Element, Launch, Matrix, Storage},
     ops::{depthwise::KernelShape, dropout::KernelDropout},
 };
 
@@ -116,23 +115,6 @@ pub(crate) fn backward_launches(storage: Storage, grid: Grid, p: &KernelFusionGr
     // beside the tile: the channels' factors and the warps' sums for the mix, each from a multiple
     // of 128 bytes on
     [shape.backward(backward, 16 * size_of::<f32>(), 384), shape.reduce(reduce, mixed)]
-}
-
-/// [`super::forward`] by kernels.
-pub(crate) fn forward<T: Element>(device: &Device, p: &ConvFusion<T>) -> Result<()> {
-    device.launch([forward_launch(storage::<T>()?, p.grid, &p.into())])
-}
-
-/// [`super::backward`] by kernels.
-pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, p: &ConvFusionGrad<T>) -> Result<()> {
-    let mark = arena.mark();
-    let grid = p.forward.grid;
-    let [partial, mix] = partial_lens(grid, p.forward.streams[0].cols());
-    let (partial, mix_partial) = (arena.scratch::<f32>(1, partial)?.address(), arena.scratch::<f32>(1, mix)?.address());
-    let kernel = KernelFusionGrad { partial, mix_partial, ..p.into() };
-    device.launch(backward_launches(storage::<T>()?, grid, &kernel))?;
-    arena.release_scratch(mark);
-    Ok(())
 }
 
 #[cfg(test)]

@@ -4,8 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Ppeg, PpegGrad};
 use crate::{
-    Result,
-    device::{Arena, Arg, Device, Element, Launch, Matrix, Storage, storage},
+    device::{Arg, Element, Launch, Matrix, Storage},
     ops::depthwise::{Grid, KernelShape},
 };
 
@@ -102,25 +101,6 @@ fn table<P: Pod>(problems: &[P]) -> [P; PROBLEMS] {
     let mut table = [P::zeroed(); PROBLEMS];
     table[..problems.len()].copy_from_slice(problems);
     table
-}
-
-/// [`super::forward`] by kernels.
-pub(crate) fn forward<T: Element>(device: &Device, problems: &[Ppeg<T>]) -> Result<()> {
-    let kernels: Vec<_> = problems.iter().map(KernelPpeg::from).collect();
-    device.launch(forward_launches(storage::<T>()?, &kernels))
-}
-
-/// [`super::backward`] by kernels.
-pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[PpegGrad<T>]) -> Result<()> {
-    let mark = arena.mark();
-    let kernel = |p: &PpegGrad<T>| {
-        let partial = arena.scratch::<f32>(1, partial_len(p.side, p.x.cols()))?;
-        Ok(KernelPpegGrad { partial: partial.address(), ..p.into() })
-    };
-    let kernels = problems.iter().map(kernel).collect::<Result<Vec<_>>>()?;
-    device.launch(backward_launches(storage::<T>()?, &kernels))?;
-    arena.release_scratch(mark);
-    Ok(())
 }
 
 #[cfg(test)]
