@@ -21,7 +21,7 @@ use crossfusion::{
     model::Scale,
     train::{
         checkpoint::read_card,
-        config::RunConfig,
+        config::{Precision, RunConfig},
         fold::{FoldTrainer, Observer, Outcome, SlideDone},
         run,
     },
@@ -245,8 +245,19 @@ fn metrics(run: &Path) -> Result<Vec<String>> {
 #[cfg(unix)]
 #[test]
 fn a_killed_run_goes_on_bit_by_bit() {
+    goes_on_bit_by_bit(&RunConfig { folds: Some(2), ..config() });
+}
+
+#[cfg(unix)]
+#[test]
+fn a_killed_run_in_bf16_goes_on_bit_by_bit() {
+    goes_on_bit_by_bit(&RunConfig { folds: Some(2), precision: Precision::Bf16, ..config() });
+}
+
+#[cfg(unix)]
+fn goes_on_bit_by_bit(config: &RunConfig) {
     let folder = tempfile::tempdir().unwrap();
-    let settings = write_config(folder.path(), &RunConfig { folds: Some(2), ..config() });
+    let settings = write_config(folder.path(), config);
     let settings = settings.to_str().unwrap();
     let start = Instant::now();
     assert!(cf_train(&["--config", settings, "--out", "whole"], folder.path()).status.success());
