@@ -4,7 +4,7 @@
 //! is no autograd: each op is a plain function with an explicit backward, and a training step is
 //! one readable path through them ([`train::step`]).
 //!
-//! | room | what is in it |
+//! | module | what is in it |
 //! |---|---|
 //! | [`data`] | feature files, cohort tables, labels, folds, sampling |
 //! | [`device`] | where tensors live and ops run: `Cpu`, and `Dry`, which only counts |
@@ -91,13 +91,13 @@ mod emulator_tests;
 mod tests {
     use std::{fs, path::Path};
 
-    /// The rooms of docs/architecture.md, each above those that may import it.
-    const ROOMS: [&str; 14] = [
+    /// The modules of docs/architecture.md, each above those that may import it.
+    const MODULES: [&str; 14] = [
         "error", "text", "survival", "loss", "device", "ops", "model", "data", "folder", "train", "report", "eval",
         "bench", "cli",
     ];
 
-    /// The rooms that a source names: `crate::ROOM::`, or ROOM at the top of `use crate::{...}`.
+    /// The modules that a source names: `crate::MODULE::`, or MODULE at the top of `use crate::{...}`.
     fn imports(source: &str) -> Vec<&str> {
         let name = |text: &str| text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
         let mut found: Vec<&str> = source.split("crate::").skip(1).map(|rest| &rest[..name(rest)]).collect();
@@ -133,21 +133,21 @@ mod tests {
     }
 
     #[test]
-    fn rooms_import_only_what_stands_above_them() {
+    fn modules_import_only_what_stands_above_them() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
         let mut files = Vec::new();
         sources(&folder, &mut files);
-        let floor = |room: &str| ROOMS.iter().position(|known| *known == room);
+        let floor = |module: &str| MODULES.iter().position(|known| *known == module);
         let mut seen = 0;
         for path in files {
             let relative = path.strip_prefix(&folder).unwrap();
-            let room = relative.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs");
-            let Some(own) = floor(room) else { continue };
+            let module = relative.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs");
+            let Some(own) = floor(module) else { continue };
             let text = fs::read_to_string(&path).unwrap();
             let source = text.split("#[cfg(test)]").next().unwrap();
             for import in imports(source) {
                 if let Some(other) = floor(import) {
-                    assert!(other <= own, "{} imports {import}, which stands below {room}", relative.display());
+                    assert!(other <= own, "{} imports {import}, which stands below {module}", relative.display());
                     seen += 1;
                 }
             }

@@ -477,11 +477,11 @@ fn every_flipped_bit_is_counted() {
 }
 
 #[test]
-fn the_wrong_room_is_an_error() {
+fn memory_of_another_size_is_an_error() {
     let path = fixtures().join("good/f32.pt");
     let file = FeatureFile::open(&path).unwrap();
-    for (rows, room) in [(0..14, 84), (0..2, 11), (13..14, 6)] {
-        let error = file.read_rows(rows, &mut vec![0f32; room]).unwrap_err();
+    for (rows, len) in [(0..14, 84), (0..2, 11), (13..14, 6)] {
+        let error = file.read_rows(rows, &mut vec![0f32; len]).unwrap_err();
         assert!(message_about(&path, error).starts_with("was asked for patches"));
     }
 }

@@ -132,7 +132,7 @@ impl FeatureFile {
     pub fn read_rows<T: Element<Sum = f32>>(&self, rows: Range<usize>, out: &mut [T]) -> Result<()> {
         if rows.start > rows.end || rows.end > self.patches || out.len() != rows.len() * self.features {
             let message = format!(
-                "was asked for patches {rows:?} of {} into room for {} numbers of {} a patch",
+                "was asked for patches {rows:?} of {} into memory for {} numbers of {} a patch",
                 self.patches,
                 out.len(),
                 self.features
@@ -162,12 +162,12 @@ impl FeatureFile {
             Numbers::Tensor(_) => (VERIFIED / size_of::<f32>() / self.features).max(1),
             Numbers::H5(bag) => bag.rows_per_read(),
         };
-        let mut room = vec![0f32; block.min(self.patches) * self.features];
+        let mut values = vec![0f32; block.min(self.patches) * self.features];
         let mut crc = Hasher::new();
         for start in (0..self.patches).step_by(block) {
             let rows = start..self.patches.min(start + block);
             let len = rows.len() * self.features;
-            crc.combine(&self.read_blocks(rows, &mut room[..len])?);
+            crc.combine(&self.read_blocks(rows, &mut values[..len])?);
         }
         match seal {
             Some(seal) if self.reads_seal(seal) => self.found(seal, crc.finalize()),

@@ -216,7 +216,7 @@ impl Cuda {
         let piece = HALF / unit * unit;
         let filled = (0..bytes).step_by(piece).try_for_each(|start| {
             let range = start..bytes.min(start + piece);
-            write(range.clone(), pinned.room(range.len()).map_err(failed)?)?;
+            write(range.clone(), pinned.space(range.len()).map_err(failed)?)?;
             // SAFETY: `to` lies in a live buffer of this device that is large enough (the caller's
             // view).
             unsafe { pinned.copy(range.len(), to + start as u64, &self.copies) }.map_err(failed)

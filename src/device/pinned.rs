@@ -73,7 +73,7 @@ impl Pinned {
     }
 
     /// At most [`HALF`] bytes to fill, which the device no longer reads.
-    pub fn room(&mut self, bytes: usize) -> Result<&mut [u8], DriverError> {
+    pub fn space(&mut self, bytes: usize) -> Result<&mut [u8], DriverError> {
         let half = &mut self.halves[self.turn];
         assert!(bytes <= half.memory.bytes);
         if let Some(copied) = half.copied.take() {
@@ -90,7 +90,7 @@ impl Pinned {
     pub unsafe fn copy(&mut self, bytes: usize, to: u64, stream: &CudaStream) -> Result<(), DriverError> {
         let half = &mut self.halves[self.turn];
         assert!(bytes <= half.memory.bytes);
-        // SAFETY: as in `room`; nobody writes there before the event recorded below.
+        // SAFETY: as in `space`; nobody writes there before the event recorded below.
         unsafe { memcpy_htod_async(to, slice::from_raw_parts(half.memory.memory, bytes), stream.cu_stream()) }?;
         half.copied = Some(stream.record_event(None)?);
         self.turn = 1 - self.turn;

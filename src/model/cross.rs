@@ -9,7 +9,7 @@
 
 use super::{
     Context,
-    layer::{self, Forwarded, Layer, LayerGrad, SavedLayer, scratch},
+    layer::{self, Attended, Forwarded, Layer, LayerGrad, SavedLayer, TailGrad, scratch},
     projection::{Input, Projection, project, project_backward},
     stream::Stream,
 };
@@ -18,7 +18,8 @@ use crate::{
     device::{Element, Mark, View},
     ops::{
         attention::{self, Merge},
-        elementwise, matmul,
+        elementwise,
+        matmul::{self, Epilogue},
     },
 };
 
@@ -149,17 +150,17 @@ impl CrossAttention {
             let part = self.part(ctx, &staged.bags)?;
             let (mut attentions, mut merges) = (Vec::new(), Vec::new());
             for ((&g, layer), &kv) in part.places.iter().zip(&part.layers).zip(&part.kv) {
-                let (out, lse) = (ctx.arena.scratch(n, d)?, ctx.arena.scratch(heads, n)?);
-                attentions.push(layer.attention(ctx, q[g], kv, (out, lse)));
-                let first = staged.range.start == 0;
-                merges.push(Merge { part: out, part_lse: lse, out: sums[g], lse: saved[g].lse, first });
+                let part = Attended { out: ctx.arena.scratch(n, d)?, lse: ctx.arena.scratch(heads, n)? };
+                attentions.push(layer.attention(ctx, q[g], kv, part));
+                let (first, lse) = (staged.range.start == 0, saved[g].attended.lse);
+                merges.push(Merge { part: part.out, part_lse: part.lse, out: sums[g], lse, first });
             }
             attention::forward(ctx.device, ctx.arena, &attentions)?;
             attention::merge(ctx.device, &merges)?;
             ctx.arena.release_scratch(mark);
         }
         for (sum, saved) in sums.into_iter().zip(&saved) {
-            elementwise::round(ctx.device, sum, saved.attended)?;
+            elementwise::round(ctx.device, sum, saved.attended.out)?;
         }
         ctx.arena.release_scratch(mark);
         layer::tail(ctx, &layers, &x, &saved, &outs)?;
@@ -179,7 +180,8 @@ impl CrossAttention {
         let d = ctx.config.dim;
         let (layers, x) = (self.layers(), [grad.x; CONTEXTS]);
         let (du, dattended) = (scratch(ctx, &x, d)?, scratch(ctx, &x, d)?);
-        layer::tail_backward(ctx, &layers, (saved, &x), grad.dout, &du, &dattended)?;
+        let tail = TailGrad { x: &x, dout: grad.dout, du: &du, dattended: &dattended };
+        layer::tail_backward(ctx, &layers, saved, &tail)?;
 
         let q = scratch(ctx, &x, d)?;
         layer::queries(ctx, &layers, &x, &q)?;
@@ -196,9 +198,9 @@ impl CrossAttention {
             let after = ctx.arena.mark();
             let mut problems = Vec::new();
             for (i, &g) in part.places.iter().enumerate() {
-                let forward = part.layers[i].attention(ctx, q[g], part.kv[i], (saved[g].attended, saved[g].lse));
+                let forward = part.layers[i].attention(ctx, q[g], part.kv[i], saved[g].attended);
                 let dq = ctx.arena.scratch(q[g].rows(), d)?;
-                problems.push(layer::attention_grad(forward, dattended[g], (dq, dkv[i])));
+                problems.push(layer::attention_grad(forward, dattended[g], dq, dkv[i]));
             }
             attention::backward(ctx.device, ctx.arena, &problems)?;
             for (&g, problem) in part.places.iter().zip(&problems) {
@@ -214,7 +216,7 @@ impl CrossAttention {
             let weights: Vec<_> = weights.collect();
             matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
             let dtokens = scratch(ctx, &part.tokens, d)?;
-            let inputs = layer::input_grads(ctx, &part.layers, Layer::kv, &dkv, &dtokens, (None, false));
+            let inputs = layer::input_grads(ctx, &part.layers, Layer::kv, &dkv, &dtokens, |_| Epilogue::default());
             matmul::backward_input(ctx.device, &inputs)?;
             let dbags = grad.dbags.map(|dbags| {
                 let of = |(&g, input): (&usize, &Input<T>)| {
@@ -234,10 +236,8 @@ impl CrossAttention {
         let weights: Vec<_> = weights.collect();
         matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
         layer::fold_backward::<T>(ctx, &layers, &biases)?;
-        matmul::backward_input(
-            ctx.device,
-            &layer::input_grads(ctx, &layers, Layer::q, &dq, grad.dx, (Some(&du), false)),
-        )?;
+        let residual = |g: usize| Epilogue { residual: Some(du[g]), ..Default::default() };
+        matmul::backward_input(ctx.device, &layer::input_grads(ctx, &layers, Layer::q, &dq, grad.dx, residual))?;
         ctx.arena.release_scratch(start);
         Ok(())
     }

@@ -76,7 +76,7 @@ impl Network for CrossFusion {
             streams.push(ctx.arena.save(n, self.config.dim)?);
         }
         let norms = norms(ctx, &self.norms, &encoded.streams, &streams)?;
-        let fused = self.readout.room(ctx, side)?;
+        let fused = self.readout.fused(ctx, side)?;
         let fuse = self.fuse.forward(ctx, MIXED.map(|i| streams[i]), side, fused.rows_range(1..n + 1))?;
         let readout = self.readout.forward(ctx, fused, side)?;
         Ok(Saved { side, encoder, before_norms, norms, fuse, readout })

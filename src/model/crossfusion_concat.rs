@@ -82,7 +82,7 @@ impl Network for CrossFusionConcat {
         let beside = ctx.arena.save(n, STREAMS * self.config.dim)?;
         let streams = [COARSE, FINE, SOURCE].map(|i| columns(beside, i));
         let norms = norms(ctx, &self.norms, &encoded.streams, &streams)?;
-        let fused = self.readout.room(ctx, side)?;
+        let fused = self.readout.fused(ctx, side)?;
         let fuse = self.fuse.forward(ctx, beside, fused.rows_range(1..n + 1))?;
         let readout = self.readout.forward(ctx, fused, side)?;
         Ok(Saved { side, encoder, before_norms, norms, fuse, readout })

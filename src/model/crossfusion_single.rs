@@ -11,7 +11,7 @@ use super::{
     readout::{Readout, SavedReadout},
     square_side,
     stream::Stream,
-    transformer::{PadTransformer, SavedTransformer, transformer_sites},
+    transformer::{PadTransformer, SavedTransformer, TokenGrid, transformer_sites},
 };
 use crate::{
     Result,
@@ -90,11 +90,12 @@ impl Network for CrossFusionSingle {
                 (Source::Held(input), input.tokens)
             }
         };
-        let (transformer, encoded) = PadTransformer::forward(ctx, &[&self.transformer], &[tokens], (n, side), n)?;
+        let (transformer, encoded) =
+            PadTransformer::forward(ctx, &[&self.transformer], &[tokens], TokenGrid { rows: n, side }, n)?;
         let before_norm = ctx.arena.mark();
         let stream = ctx.arena.save(n, self.config.dim)?;
         let norm = norms(ctx, &[self.norm], &encoded, &[stream])?;
-        let fused = self.readout.room(ctx, side)?;
+        let fused = self.readout.fused(ctx, side)?;
         let fuse = self.fuse.forward(ctx, [stream; 3], side, fused.rows_range(1..n + 1))?;
         let readout = self.readout.forward(ctx, fused, side)?;
         Ok(Saved { side, source, transformer, before_norm, norm, fuse, readout })

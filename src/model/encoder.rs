@@ -10,7 +10,7 @@ use super::{
     projection::{Input, Projection, project, project_backward},
     square_side,
     stream::Stream,
-    transformer::{PadTransformer, SavedTransformer, transformer_sites},
+    transformer::{PadTransformer, SavedTransformer, TokenGrid, transformer_sites},
 };
 use crate::{
     Result,
@@ -99,7 +99,7 @@ impl CrossEncoder {
         let group = self.transformers.each_ref();
         let tokens = [crossed[COARSE], crossed[FINE], source.tokens];
         let n = side * side;
-        let (transformers, streams) = PadTransformer::forward(ctx, &group, &tokens, (n, side), n)?;
+        let (transformers, streams) = PadTransformer::forward(ctx, &group, &tokens, TokenGrid { rows: n, side }, n)?;
         Ok((SavedEncoder { side, patches, source, cross, transformers }, Encoded { side, streams }))
     }
 

@@ -11,20 +11,22 @@
 //! c = LayerNorm(input). The residuals start from the NORMALISED values. Every function takes a
 //! group of layers, which run in lockstep so that each op is one launch.
 
-use std::ops::Range;
+mod self_layer;
+mod tail;
+
+pub(super) use self_layer::{SavedSelf, SelfLayer};
+pub(super) use tail::{Tail, TailGrad, tail, tail_backward};
 
 use super::{
     Context, LinearViews,
     params::{Layout, Linear, Norm, Param},
-    policy::pieces,
 };
 use crate::{
     Result,
-    device::{Device, Element, Mark, Real, View},
+    device::{Element, Real, View},
     ops::{
-        Dropout,
         attention::{self, Attention, AttentionGrad},
-        elementwise::{self, Map},
+        elementwise,
         layer_norm::{self, NormGrad},
         matmul::{self, Epilogue, Matmul, WeightGrad},
         scale_embedding::{self, Fold, FoldGrad},
@@ -58,10 +60,18 @@ pub(super) fn sites(heads: usize) -> u32 {
 /// What backward needs of each layer of a group, and each out.
 pub(super) type Forwarded<S, T> = (Vec<S>, Vec<View<T>>);
 
+/// What attention writes.
+#[derive(Clone, Copy)]
+pub(super) struct Attended<T: Element> {
+    /// `[n, d]`
+    pub out: View<T>,
+    /// `[heads, n]`
+    pub lse: View<T::Sum>,
+}
+
 /// What backward needs of one layer.
 pub(super) struct SavedLayer<T: Element> {
-    pub attended: View<T>,
-    pub lse: View<T::Sum>,
+    pub attended: Attended<T>,
     /// None where backward computes it again.
     kept: Option<(Projected<T>, Tail<T>)>,
 }
@@ -76,28 +86,19 @@ struct Projected<T> {
 }
 
 impl<T: Element> Projected<T> {
-    /// `room` for each matrix of so many rows and columns.
+    /// `matrix` gives memory for so many rows and columns.
     fn new(
         x: View<T>,
         context: View<T>,
         d: usize,
-        mut room: impl FnMut(usize, usize) -> Result<View<T>>,
+        mut matrix: impl FnMut(usize, usize) -> Result<View<T>>,
     ) -> Result<Self> {
         if (x.address(), x.rows()) == (context.address(), context.rows()) {
-            let qkv = room(x.rows(), 3 * d)?;
+            let qkv = matrix(x.rows(), 3 * d)?;
             return Ok(Self { q: qkv.cols_range(0..d), kv: qkv.cols_range(d..3 * d), qkv: Some(qkv) });
         }
-        Ok(Self { q: room(x.rows(), d)?, kv: room(context.rows(), 2 * d)?, qkv: None })
+        Ok(Self { q: matrix(x.rows(), d)?, kv: matrix(context.rows(), 2 * d)?, qkv: None })
     }
-}
-
-/// What the part behind attention computes on its way, of all rows or of a piece.
-#[derive(Clone, Copy)]
-pub(super) struct Tail<T: Element> {
-    u: View<T>,
-    stats: View<T::Sum>,
-    /// Before GELU.
-    hidden: View<T>,
 }
 
 impl Layer {
@@ -142,18 +143,12 @@ impl Layer {
         ctx: &Context,
         q: View<T>,
         kv: View<T>,
-        (out, lse): (View<T>, View<T::Sum>),
+        Attended { out, lse }: Attended<T>,
     ) -> Attention<T> {
         let d = q.cols();
         let (k, v) = (kv.cols_range(0..d), kv.cols_range(d..2 * d));
         let dropout = ctx.dropout(self.site, self.attention_dropout);
         Attention { q, k, v, out, lse, heads: ctx.config.heads, dropout }
-    }
-
-    /// Of the rows from `row` on.
-    fn ffn_dropout(&self, ctx: &Context, which: u32, row: usize) -> Option<Dropout> {
-        let dropout = ctx.dropout(self.site + ctx.config.heads as u32 + which, ctx.config.ffn_dropout);
-        dropout.map(|dropout| dropout.starting_at(row))
     }
 }
 
@@ -192,7 +187,7 @@ pub(super) fn forward<T: Element>(
     let mark = ctx.arena.mark();
     let projected = project(ctx, layers, x, context)?;
     let attention = layers.iter().zip(&projected).zip(&saved);
-    let attention = attention.map(|((layer, p), saved)| layer.attention(ctx, p.q, p.kv, (saved.attended, saved.lse)));
+    let attention = attention.map(|((layer, p), saved)| layer.attention(ctx, p.q, p.kv, saved.attended));
     let attention: Vec<_> = attention.collect();
     attention::forward(ctx.device, ctx.arena, &attention)?;
     ctx.arena.release_scratch(mark);
@@ -206,13 +201,14 @@ pub(super) fn forward<T: Element>(
     Ok((saved, outs))
 }
 
-/// The outs, and room for attention's.
+/// Memory for the outs, and for attention's.
 pub(super) fn allocate<T: Element>(ctx: &mut Context, x: &[View<T>]) -> Result<Forwarded<SavedLayer<T>, T>> {
     let (mut saved, mut outs) = (Vec::new(), Vec::new());
     for x in x {
         let (n, d) = (x.rows(), ctx.config.dim);
         outs.push(ctx.arena.save(n, d)?);
-        saved.push(SavedLayer { attended: ctx.keep(n, d)?, lse: ctx.keep(ctx.config.heads, n)?, kept: None });
+        let attended = Attended { out: ctx.keep(n, d)?, lse: ctx.keep(ctx.config.heads, n)? };
+        saved.push(SavedLayer { attended, kept: None });
     }
     Ok((saved, outs))
 }
@@ -285,90 +281,6 @@ fn launch_projections<T: Element>(ctx: &mut Context, projections: &[Projection<T
     matmul::forward(ctx.device, &products)
 }
 
-/// From attention's output to out. Where all is kept there is one piece, and this is what backward
-/// needs of it.
-pub(super) fn tail<T: Element>(
-    ctx: &mut Context,
-    layers: &[&Layer],
-    x: &[View<T>],
-    saved: &[SavedLayer<T>],
-    outs: &[View<T>],
-) -> Result<Vec<Tail<T>>> {
-    let mut tails = Vec::new();
-    for rows in pieces(x[0].rows(), ctx.policy.recompute) {
-        let mark = ctx.arena.mark();
-        let x: Vec<_> = x.iter().map(|x| x.rows_range(rows.clone())).collect();
-        tails = residual_norm(ctx, layers, &x, saved, &rows)?;
-        let y = scratch(ctx, &x, ctx.config.dim)?;
-        norms(ctx, layers, &tails, &y, layer_norm::forward)?;
-        let z = hidden(ctx, layers, &tails, &y, &rows)?;
-        let products = layers.iter().enumerate().map(|(g, layer)| {
-            let linear = ctx.linear::<T>(layer.ffn[1]);
-            let (dropout, residual) = (layer.ffn_dropout(ctx, 1, rows.start), Some(y[g]));
-            let epilogue = Epilogue { bias: Some(linear.bias), dropout, residual, ..Default::default() };
-            Matmul { a: z[g], b: linear.weight, out: outs[g].rows_range(rows.clone()), epilogue }
-        });
-        matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
-        ctx.arena.release_scratch(mark);
-    }
-    Ok(tails)
-}
-
-/// u = x + out_proj(attended) of some rows; room for the rest of the tail.
-fn residual_norm<T: Element>(
-    ctx: &mut Context,
-    layers: &[&Layer],
-    x: &[View<T>],
-    saved: &[SavedLayer<T>],
-    rows: &Range<usize>,
-) -> Result<Vec<Tail<T>>> {
-    let (n, d) = (rows.len(), ctx.config.dim);
-    let mut tails = Vec::new();
-    for _ in layers {
-        let (u, stats) = (ctx.keep_inner(n, d)?, ctx.keep_inner(n, 2)?);
-        tails.push(Tail { u, stats, hidden: ctx.keep_inner(n, 2 * d)? });
-    }
-    let products = layers.iter().enumerate().map(|(g, layer)| {
-        let out = ctx.linear::<T>(layer.out);
-        let epilogue = Epilogue { bias: Some(out.bias), residual: Some(x[g]), ..Default::default() };
-        Matmul { a: saved[g].attended.rows_range(rows.clone()), b: out.weight, out: tails[g].u, epilogue }
-    });
-    matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
-    Ok(tails)
-}
-
-/// y = LayerNorm(u), finding its statistics (`layer_norm::forward`) or by them
-/// (`layer_norm::apply`).
-fn norms<T: Element>(
-    ctx: &Context,
-    layers: &[&Layer],
-    tails: &[Tail<T>],
-    y: &[View<T>],
-    op: impl FnOnce(&Device, &[layer_norm::Norm<T>]) -> Result<()>,
-) -> Result<()> {
-    let norms = (0..layers.len()).map(|g| norm(ctx, layers[g].norm, tails[g].u, tails[g].stats, y[g]));
-    op(ctx.device, &norms.collect::<Vec<_>>())
-}
-
-/// z = dropout(GELU(hidden)), and hidden.
-fn hidden<T: Element>(
-    ctx: &mut Context,
-    layers: &[&Layer],
-    tails: &[Tail<T>],
-    y: &[View<T>],
-    rows: &Range<usize>,
-) -> Result<Vec<View<T>>> {
-    let z = scratch(ctx, y, 2 * ctx.config.dim)?;
-    let products = layers.iter().enumerate().map(|(g, layer)| {
-        let linear = ctx.linear::<T>(layer.ffn[0]);
-        let (gelu, dropout) = (Some(tails[g].hidden), layer.ffn_dropout(ctx, 0, rows.start));
-        let epilogue = Epilogue { bias: Some(linear.bias), gelu, dropout, ..Default::default() };
-        Matmul { a: y[g], b: linear.weight, out: z[g], epilogue }
-    });
-    matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
-    Ok(z)
-}
-
 /// A scratch matrix of `cols` columns for each of `like`.
 pub(super) fn scratch<T: Element>(ctx: &mut Context, like: &[View<T>], cols: usize) -> Result<Vec<View<T>>> {
     like.iter().map(|x| ctx.arena.scratch(x.rows(), cols)).collect()
@@ -398,7 +310,7 @@ pub(super) fn backward<T: Element>(
     let context: Vec<_> = grads.iter().map(|grad| grad.context).collect();
     let dout: Vec<_> = grads.iter().map(|grad| grad.dout).collect();
     let (du, dattended) = (scratch(ctx, &x, d)?, scratch(ctx, &x, d)?);
-    tail_backward(ctx, layers, (saved, &x), &dout, &du, &dattended)?;
+    tail_backward(ctx, layers, saved, &TailGrad { x: &x, dout: &dout, du: &du, dattended: &dattended })?;
 
     let mut dprojected = Vec::new();
     for (&x, &context) in x.iter().zip(&context) {
@@ -409,8 +321,8 @@ pub(super) fn backward<T: Element>(
         None => project(ctx, layers, &x, &context)?,
     };
     let problems = layers.iter().enumerate().map(|(g, layer)| {
-        let forward = layer.attention(ctx, projected[g].q, projected[g].kv, (saved[g].attended, saved[g].lse));
-        attention_grad(forward, dattended[g], (dprojected[g].q, dprojected[g].kv))
+        let forward = layer.attention(ctx, projected[g].q, projected[g].kv, saved[g].attended);
+        attention_grad(forward, dattended[g], dprojected[g].q, dprojected[g].kv)
     });
     let problems: Vec<_> = problems.collect();
     attention::backward(ctx.device, ctx.arena, &problems)?;
@@ -432,16 +344,20 @@ pub(super) fn backward<T: Element>(
 
     let dx: Vec<_> = grads.iter().map(|grad| grad.dx).collect();
     let dcontext: Vec<_> = grads.iter().map(|grad| grad.dcontext).collect();
+    let residual = |accumulate| {
+        let du = &du;
+        move |g: usize| Epilogue { accumulate, residual: Some(du[g]), ..Default::default() }
+    };
     if let Some(dqkv) = dprojected.iter().map(|dy| dy.qkv).collect::<Option<Vec<_>>>() {
-        matmul::backward_input(ctx.device, &input_grads(ctx, layers, |l| l.qkv, &dqkv, &dx, (Some(&du), false)))?;
+        matmul::backward_input(ctx.device, &input_grads(ctx, layers, |l| l.qkv, &dqkv, &dx, residual(false)))?;
     } else {
         let (dq, dkv): (Vec<_>, Vec<_>) = dprojected.iter().map(|dy| (dy.q, dy.kv)).unzip();
-        let mut products = input_grads(ctx, layers, Layer::kv, &dkv, &dcontext, (None, false));
+        let mut products = input_grads(ctx, layers, Layer::kv, &dkv, &dcontext, |_| Epilogue::default());
         if self_attention {
             matmul::backward_input(ctx.device, &products)?; // queries add to it
             products.clear();
         }
-        products.extend(input_grads(ctx, layers, Layer::q, &dq, &dx, (Some(&du), self_attention)));
+        products.extend(input_grads(ctx, layers, Layer::q, &dq, &dx, residual(self_attention)));
         matmul::backward_input(ctx.device, &products)?;
     }
     ctx.arena.release_scratch(mark);
@@ -451,7 +367,8 @@ pub(super) fn backward<T: Element>(
 pub(super) fn attention_grad<T: Element>(
     forward: Attention<T>,
     dout: View<T>,
-    (dq, dkv): (View<T>, View<T>),
+    dq: View<T>,
+    dkv: View<T>,
 ) -> AttentionGrad<T> {
     let d = dq.cols();
     AttentionGrad { forward, dout, dq, dk: dkv.cols_range(0..d), dv: dkv.cols_range(d..2 * d) }
@@ -501,218 +418,18 @@ pub(super) fn weight_grad<T: Element>(
     WeightGrad { dy, x, dw: linear.weight.of(ctx.grads), db }
 }
 
-/// dx = dy W + residual of one of each layer's linear maps, added to what dx held if `accumulate`.
+/// dx = epilogue(dy W) of one of each layer's linear maps.
 pub(super) fn input_grads<T: Element>(
     ctx: &Context,
     layers: &[&Layer],
     linear: impl Fn(&Layer) -> Linear,
     dy: &[View<T>],
     dx: &[View<T>],
-    (residual, accumulate): (Option<&[View<T>]>, bool),
+    epilogue: impl Fn(usize) -> Epilogue<T>,
 ) -> Vec<Matmul<T>> {
     let products = layers.iter().enumerate().map(|(g, layer)| {
-        let epilogue = Epilogue { accumulate, residual: residual.map(|residual| residual[g]), ..Default::default() };
-        Matmul { a: dy[g], b: linear(layer).weight.of(ctx.params), out: dx[g], epilogue }
+        let b = linear(layer).weight.of(ctx.params);
+        Matmul { a: dy[g], b, out: dx[g], epilogue: epilogue(g) }
     });
     products.collect()
-}
-
-/// From dout to du and dattended, through out = y + ffn(y), y = LayerNorm(u) and u = x +
-/// out_proj(attended).
-pub(super) fn tail_backward<T: Element>(
-    ctx: &mut Context,
-    layers: &[&Layer],
-    (saved, x): (&[SavedLayer<T>], &[View<T>]),
-    dout: &[View<T>],
-    du: &[View<T>],
-    dattended: &[View<T>],
-) -> Result<()> {
-    for rows in pieces(x[0].rows(), ctx.policy.recompute) {
-        let mark = ctx.arena.mark();
-        let of = |views: &[View<T>]| views.iter().map(|view| view.rows_range(rows.clone())).collect::<Vec<_>>();
-        let (x, dout, du, dattended) = (of(x), of(dout), of(du), of(dattended));
-        let mut weights = feed_forward_backward(ctx, layers, (saved, &x), &dout, &du, &rows)?;
-
-        let linear: Vec<LinearViews<T>> = layers.iter().map(|layer| ctx.linear(layer.out)).collect();
-        weights.extend(linear.iter().enumerate().map(|(g, linear)| {
-            let attended = saved[g].attended.rows_range(rows.clone());
-            WeightGrad { dy: du[g], x: attended, dw: linear.dweight, db: linear.dbias }
-        }));
-        matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
-        let inputs = linear.iter().enumerate();
-        let inputs = inputs.map(|(g, linear)| Matmul {
-            a: du[g],
-            b: linear.weight,
-            out: dattended[g],
-            epilogue: Epilogue::default(),
-        });
-        matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
-        ctx.arena.release_scratch(mark);
-    }
-    Ok(())
-}
-
-/// From dout to du of some rows. Returns the weight gradients that are still to be summed: the
-/// tail's go as one launch, while their operands stay on the scratch stack.
-fn feed_forward_backward<T: Element>(
-    ctx: &mut Context,
-    layers: &[&Layer],
-    (saved, x): (&[SavedLayer<T>], &[View<T>]),
-    dout: &[View<T>],
-    du: &[View<T>],
-    rows: &Range<usize>,
-) -> Result<Vec<WeightGrad<T>>> {
-    let d = ctx.config.dim;
-    let y = scratch(ctx, du, d)?;
-    let tails = match saved.iter().map(|saved| saved.kept.map(|kept| kept.1)).collect::<Option<Vec<_>>>() {
-        Some(kept) => {
-            norms(ctx, layers, &kept, &y, layer_norm::apply)?;
-            kept
-        }
-        None => {
-            let tails = residual_norm(ctx, layers, x, saved, rows)?;
-            norms(ctx, layers, &tails, &y, layer_norm::forward)?;
-            let products = layers.iter().enumerate().map(|(g, layer)| {
-                let linear = ctx.linear::<T>(layer.ffn[0]);
-                let epilogue = Epilogue { bias: Some(linear.bias), ..Default::default() };
-                Matmul { a: y[g], b: linear.weight, out: tails[g].hidden, epilogue }
-            });
-            matmul::forward(ctx.device, &products.collect::<Vec<_>>())?;
-            tails
-        }
-    };
-
-    // z = dropout(GELU(hidden)) again, and dz, the gradient behind the second dropout
-    let z = scratch(ctx, du, 2 * d)?;
-    let (mut maps, mut dz) = (Vec::new(), dout.to_vec());
-    for (g, layer) in layers.iter().enumerate() {
-        let dropout = layer.ffn_dropout(ctx, 0, rows.start);
-        maps.push(Map { x: tails[g].hidden, gelu: true, dropout, out: z[g] });
-        let dropout = layer.ffn_dropout(ctx, 1, rows.start);
-        if dropout.is_some() {
-            dz[g] = ctx.arena.scratch(rows.len(), d)?;
-            maps.push(Map { x: dout[g], gelu: false, dropout, out: dz[g] });
-        }
-    }
-    elementwise::map(ctx.device, &maps)?;
-
-    let dhidden = scratch(ctx, du, 2 * d)?;
-    let inputs = layers.iter().enumerate().map(|(g, layer)| {
-        let (gelu_grad, dropout) = (Some(tails[g].hidden), layer.ffn_dropout(ctx, 0, rows.start));
-        let epilogue = Epilogue { gelu_grad, dropout, ..Default::default() };
-        Matmul { a: dz[g], b: layer.ffn[1].weight.of(ctx.params), out: dhidden[g], epilogue }
-    });
-    matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
-    let inputs = layers.iter().enumerate().map(|(g, layer)| {
-        let epilogue = Epilogue { residual: Some(dout[g]), ..Default::default() };
-        Matmul { a: dhidden[g], b: layer.ffn[0].weight.of(ctx.params), out: du[g], epilogue }
-    });
-    matmul::backward_input(ctx.device, &inputs.collect::<Vec<_>>())?;
-    let norms = 0..layers.len();
-    let norms = norms.map(|g| norm_grad(ctx, layers[g].norm, tails[g].u, tails[g].stats, du[g], du[g]));
-    layer_norm::backward(ctx.device, ctx.arena, &norms.collect::<Vec<_>>())?;
-
-    let weights = layers.iter().enumerate().flat_map(|(g, layer)| {
-        let [first, second] = layer.ffn.map(|linear| ctx.linear::<T>(linear));
-        [
-            WeightGrad { dy: dz[g], x: z[g], dw: second.dweight, db: second.dbias },
-            WeightGrad { dy: dhidden[g], x: y[g], dw: first.dweight, db: first.dbias },
-        ]
-    });
-    Ok(weights.collect())
-}
-
-/// A self-attention layer: a norm in front.
-pub(super) struct SelfLayer {
-    norm: Norm,
-    layer: Layer,
-}
-
-pub(super) struct SavedSelf<T: Element> {
-    x: View<T>,
-    stats: View<T::Sum>,
-    layer: SavedLayer<T>,
-    /// The saved stack before the group of layers.
-    pub mark: Mark,
-}
-
-impl SelfLayer {
-    /// `name`: `.0` is the first norm, `.1` attention, `.2` the second norm, `.3` the feed-forward.
-    pub fn new(layout: &mut Layout, name: &str, dim: usize, attention_dropout: f64, site: u32) -> Self {
-        let of = |i: usize| format!("{name}.{i}");
-        let norm = layout.norm(&of(0), dim);
-        let names = Names { attention: &of(1), norm: &of(2), ffn: &of(3) };
-        Self { norm, layer: Layer::new(layout, &names, dim, None, attention_dropout, site) }
-    }
-
-    /// Each x `[n0, d]`, padded to `rows` by repeating its first rows; out has the first `queries`
-    /// rows only.
-    pub fn forward<T: Element>(
-        ctx: &mut Context,
-        layers: &[&Self],
-        x: &[View<T>],
-        rows: usize,
-        queries: usize,
-    ) -> Result<Forwarded<SavedSelf<T>, T>> {
-        let before = ctx.arena.mark();
-        let d = ctx.config.dim;
-        let (mut norms, mut stats) = (Vec::new(), Vec::new());
-        for (g, layer) in layers.iter().enumerate() {
-            stats.push(ctx.arena.save(x[g].rows(), 2)?);
-            let y = ctx.arena.scratch(rows, d)?;
-            norms.push(norm(ctx, layer.norm, x[g], stats[g], y));
-        }
-        layer_norm::forward(ctx.device, &norms)?;
-        let inner: Vec<_> = layers.iter().map(|layer| &layer.layer).collect();
-        let context: Vec<_> = norms.iter().map(|norm| norm.y).collect();
-        let query: Vec<_> = context.iter().map(|y| y.rows_range(0..queries)).collect();
-        let (saved, outs) = forward(ctx, &inner, &query, &context)?;
-        ctx.arena.release_scratch(before);
-        let saved =
-            saved.into_iter().enumerate().map(|(g, layer)| SavedSelf { x: x[g], stats: stats[g], layer, mark: before });
-        Ok((saved.collect(), outs))
-    }
-
-    /// dout is in the first rows, as many as forward's queries; `gradient` has dx in its first n0
-    /// afterwards. They may be one.
-    pub fn backward<T: Element>(
-        ctx: &mut Context,
-        layers: &[&Self],
-        saved: Vec<SavedSelf<T>>,
-        dout: &[View<T>],
-        gradient: &[View<T>],
-    ) -> Result<()> {
-        let mark = ctx.arena.mark();
-        let d = ctx.config.dim;
-        let (mut norms, mut grads) = (Vec::new(), Vec::new());
-        for (g, layer) in layers.iter().enumerate() {
-            let rows = gradient[g].rows();
-            let (y, dy) = (ctx.arena.scratch(rows, d)?, ctx.arena.scratch(rows, d)?);
-            norms.push(norm(ctx, layer.norm, saved[g].x, saved[g].stats, y));
-            let queries = 0..saved[g].layer.attended.rows();
-            grads.push(LayerGrad {
-                x: y.rows_range(queries.clone()),
-                context: y,
-                dout: dout[g].rows_range(queries.clone()),
-                dx: dy.rows_range(queries),
-                dcontext: dy,
-            });
-        }
-        layer_norm::apply(ctx.device, &norms)?;
-        let inner: Vec<_> = layers.iter().map(|layer| &layer.layer).collect();
-        let (outer, inner_saved): (Vec<_>, Vec<_>) =
-            saved.into_iter().map(|s| ((s.x, s.stats, s.mark), s.layer)).unzip();
-        backward(ctx, &inner, &inner_saved, &grads, true)?;
-        let norms = layers.iter().enumerate().map(|(g, layer)| {
-            let (x, stats, _) = outer[g];
-            norm_grad(ctx, layer.norm, x, stats, grads[g].dcontext, gradient[g].rows_range(0..x.rows()))
-        });
-        let norms: Vec<_> = norms.collect();
-        layer_norm::backward(ctx.device, ctx.arena, &norms)?;
-        ctx.arena.release_scratch(mark);
-        if let Some((_, _, before)) = outer.first() {
-            ctx.arena.release_saved(*before);
-        }
-        Ok(())
-    }
 }

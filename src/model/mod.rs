@@ -182,18 +182,18 @@ impl Context<'_> {
     }
 
     /// A matrix on the saved stack, or on the scratch stack.
-    fn room<T: Element>(&mut self, save: bool, rows: usize, cols: usize) -> Result<View<T>> {
+    fn matrix<T: Element>(&mut self, save: bool, rows: usize, cols: usize) -> Result<View<T>> {
         if save { self.arena.save(rows, cols) } else { self.arena.scratch(rows, cols) }
     }
 
     /// Saved for backward, whatever the policy.
     fn keep<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
-        self.room(self.training, rows, cols)
+        self.matrix(self.training, rows, cols)
     }
 
     /// Saved for backward, unless that computes it again.
     fn keep_inner<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
-        self.room(self.keeps_all(), rows, cols)
+        self.matrix(self.keeps_all(), rows, cols)
     }
 
     /// A whole bag where this device's ops can read it.

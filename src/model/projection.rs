@@ -63,8 +63,8 @@ pub(super) fn project<T: Element>(
         inputs.push(match projection.0 {
             None => Input { bag, projected: None, tokens: bag },
             Some(_) => {
-                let projected = Projected { x: ctx.room(save, rows, dim)?, stats: ctx.room(save, rows, 2)? };
-                Input { bag, projected: Some(projected), tokens: ctx.room(save, rows, dim)? }
+                let projected = Projected { x: ctx.matrix(save, rows, dim)?, stats: ctx.matrix(save, rows, 2)? };
+                Input { bag, projected: Some(projected), tokens: ctx.matrix(save, rows, dim)? }
             }
         });
     }

@@ -5,7 +5,7 @@ use super::{
     Config, Context,
     layer::norm,
     params::{Layout, Linear, Norm, Param},
-    transformer::{PadTransformer, SavedTransformer},
+    transformer::{PadTransformer, SavedTransformer, TokenGrid},
 };
 use crate::{
     Result,
@@ -43,9 +43,9 @@ impl Readout {
         layout.token("cls_token", config.dim, 1e-6)
     }
 
-    /// Room for the fused tokens `[side^2 + 1, dim]`, on the saved stack, with the class token in
+    /// Memory for the fused tokens `[side^2 + 1, dim]`, on the saved stack, with the class token in
     /// the first row.
-    pub fn room<T: Element>(&self, ctx: &mut Context, side: usize) -> Result<View<T>> {
+    pub fn fused<T: Element>(&self, ctx: &mut Context, side: usize) -> Result<View<T>> {
         let fused = ctx.arena.save(side * side + 1, ctx.config.dim)?;
         elementwise::sum(ctx.device, &[self.class_token.of(ctx.params)], fused.rows_range(0..1))?;
         Ok(fused)
@@ -53,7 +53,8 @@ impl Readout {
 
     pub fn forward<T: Element>(&self, ctx: &mut Context, fused: View<T>, side: usize) -> Result<SavedReadout<T>> {
         let (dim, classes) = (ctx.config.dim, ctx.config.n_classes);
-        let (last, out) = PadTransformer::forward(ctx, &[&self.last], &[fused], (side * side + 1, side), 1)?;
+        let grid = TokenGrid { rows: side * side + 1, side };
+        let (last, out) = PadTransformer::forward(ctx, &[&self.last], &[fused], grid, 1)?;
         let linear = ctx.linear::<T>(self.head);
         let (stats, normed) = (ctx.arena.save(1, 2)?, ctx.arena.save(1, dim)?);
         let (logits, dlogits) = (ctx.arena.save(1, classes)?, ctx.arena.save(1, classes)?);

@@ -19,6 +19,14 @@ pub(super) struct PadTransformer {
     biases: [Param; 3],
 }
 
+/// The rows of a transformer: tokens on a square grid, and in front of them those that are not on it.
+#[derive(Clone, Copy)]
+pub(super) struct TokenGrid {
+    /// side^2, or one more with a class token.
+    pub rows: usize,
+    pub side: usize,
+}
+
 pub(super) struct SavedTransformer<T: Element> {
     /// A group of layers each.
     pre: Vec<Vec<SavedSelf<T>>>,
@@ -58,14 +66,13 @@ impl PadTransformer {
         Self { pre, post, kernels: convolutions.map(|c| c.0), biases: convolutions.map(|c| c.1) }
     }
 
-    /// Each x `[n0, d]`, padded to `rows` = side^2 (one more with a class token in front). out has
-    /// the first `queries` rows: all, or the class token's alone, which is all that the head looks
-    /// at.
+    /// Each x `[n0, d]`, padded to the grid's rows. out has the first `queries` rows: all, or the
+    /// class token's alone, which is all that the head looks at.
     pub fn forward<T: Element>(
         ctx: &mut Context,
         group: &[&Self],
         x: &[View<T>],
-        (rows, side): (usize, usize),
+        TokenGrid { rows, side }: TokenGrid,
         queries: usize,
     ) -> Result<(SavedTransformer<T>, Vec<View<T>>)> {
         let depth = ctx.config.layers;

@@ -15,20 +15,16 @@
 //! bf16), elsewhere the same. NOT YET RUN ON A GPU: training does not take them before they have
 //! been measured.
 
+mod cpu;
 pub(crate) mod kernel;
 
-use pulp::Simd;
-
+pub(super) use cpu::column_sums;
 use kernel::{KernelMatmul, KernelWeightGrad, Kernels};
 
-use super::{Dropout, gelu};
+use super::Dropout;
 use crate::{
     Result,
-    device::{
-        Arena, Device, Element, Mat, MatMut, Real, Storage, View, Workspace,
-        cpu::{Cpu, Kernel, tile, with_workspace},
-        round, storage, widen,
-    },
+    device::{Arena, Cpu, Device, Element, Mat, MatMut, Storage, View, Workspace, storage},
 };
 
 /// What happens to a product while it is in cache, in this order.
@@ -177,7 +173,7 @@ fn run_weight<T: Element>(
     problems.iter().for_each(|p| device.count(2.0 * p.dy.rows() as f64 * (p.dw.rows() * p.dw.cols()) as f64));
     device.run_with_scratch(
         arena,
-        |_| Ok(|cpu: &Cpu| problems.chunks(GROUP).for_each(|problems| cpu_backward_weight(cpu, problems))),
+        |_| Ok(|cpu: &Cpu| cpu::backward_weight(cpu, problems)),
         |arena| {
             for p in problems {
                 p.dy.check_for_kernels(OP, "dy")?;
@@ -220,7 +216,7 @@ fn run<T: Element>(
     }
     problems.iter().for_each(|p| device.count(2.0 * (p.out.rows() * p.out.cols()) as f64 * p.a.cols() as f64));
     device.run(
-        |cpu| cpu_run(cpu, problems, transposed),
+        |cpu| cpu::run(cpu, problems, transposed),
         || {
             problems.iter().try_for_each(|p| check_for_kernels(op, p))?;
             let (storage, problems) = (storage::<T>()?, problems.iter().map(KernelMatmul::from).collect::<Vec<_>>());
@@ -237,281 +233,4 @@ fn check_for_kernels<T: Element>(op: &'static str, p: &Matmul<T>) -> Result<()> 
         tensor.map_or(Ok(()), |tensor| tensor.check_for_kernels(op, name))?;
     }
     Ok(())
-}
-
-// ---- CPU ----------------------------------------------------------------------------------------------------------
-// B is packed whole into column panels that all threads share (a weight: at most a few MiB); then
-// each task computes a block of rows, so that the epilogue finds it in cache.
-
-const ROW_BLOCK: usize = 96;
-/// Depth of a block: a panel of B is 32 KiB, which leaves room in a 48 KiB L1 cache.
-const DEPTH: usize = 256;
-
-/// Every (problem, start) with `start` in steps of `step` below `len(problem)`.
-fn tasks<P>(problems: &[P], step: usize, len: impl Fn(&P) -> usize) -> Vec<(usize, usize)> {
-    let starts = |(i, p)| (0..len(p)).step_by(step).map(move |start| (i, start));
-    problems.iter().enumerate().flat_map(starts).collect()
-}
-
-/// Where each problem's panels begin in the shared workspace, and its total length.
-fn panel_offsets<P>(problems: &[P], width: usize, size: impl Fn(&P) -> (usize, usize)) -> (Vec<usize>, usize) {
-    let mut total = 0;
-    let offset = |p| {
-        let (k, n) = size(p);
-        let at = total;
-        total += k * n.next_multiple_of(width);
-        at
-    };
-    (problems.iter().map(offset).collect(), total)
-}
-
-fn cpu_run<T: Element>(cpu: &Cpu, problems: &[Matmul<T>], transposed: bool) {
-    let width = 2 * cpu.lanes::<T::Sum>();
-    let (offsets, len) = panel_offsets(problems, width, |p: &Matmul<T>| (p.a.cols(), p.out.cols()));
-    cpu.with_panels(len, |panels: View<T::Sum>| {
-        let pack = tasks(problems, width, |p| p.out.cols());
-        cpu.parallel_kernel(pack.len(), &Pack { problems, transposed, offsets: &offsets, panels, tasks: &pack });
-        let blocks = tasks(problems, ROW_BLOCK, |p| p.out.rows());
-        cpu.parallel_kernel(blocks.len(), &Product { problems, offsets: &offsets, panels, tasks: &blocks });
-    });
-}
-
-struct Pack<'a, T: Element> {
-    problems: &'a [Matmul<T>],
-    transposed: bool,
-    offsets: &'a [usize],
-    panels: View<T::Sum>,
-    tasks: &'a [(usize, usize)],
-}
-
-impl<T: Element> Kernel for Pack<'_, T> {
-    #[inline(always)]
-    fn run<S: Simd>(&self, _: S, task: usize) {
-        let (i, j0) = self.tasks[task];
-        let p = &self.problems[i];
-        let (k, n) = (p.a.cols(), p.out.cols());
-        // SAFETY: the views are live, and each task writes its own panel.
-        unsafe {
-            let to = self.panels.ptr().add(self.offsets[i] + j0 * k);
-            if self.transposed {
-                tile::pack_panel_transposed::<T, S>(p.b.ptr(), p.b.stride(), (n, k), j0, to);
-            } else {
-                tile::pack_panel::<T, S>(p.b.ptr(), p.b.stride(), (k, n), j0, to);
-            }
-        }
-    }
-}
-
-struct Product<'a, T: Element> {
-    problems: &'a [Matmul<T>],
-    offsets: &'a [usize],
-    panels: View<T::Sum>,
-    tasks: &'a [(usize, usize)],
-}
-
-impl<T: Element> Kernel for Product<'_, T> {
-    #[inline(always)]
-    fn run<S: Simd>(&self, simd: S, task: usize) {
-        let (i, row) = self.tasks[task];
-        let p = &self.problems[i];
-        let (n, k) = (p.out.cols(), p.a.cols());
-        let rows = ROW_BLOCK.min(p.out.rows() - row);
-        let width = tile::panel_width::<T::Sum, S>();
-        let out = p.out.rows_range(row..row + rows);
-        let in_place = out.as_sums();
-        let sums_len = if in_place.is_some() { 0 } else { rows * n };
-        with_workspace(
-            ROW_BLOCK * DEPTH + sums_len,
-            #[inline(always)]
-            |space: &mut [T::Sum]| {
-                let (block, sums) = space.split_at_mut(ROW_BLOCK * DEPTH);
-                // SAFETY: the workspace is this task's.
-                let sums = in_place.unwrap_or_else(|| unsafe { View::of_slice_mut(sums, rows, n) });
-                // SAFETY: the views are live, and each task writes its own rows of `out`.
-                unsafe {
-                    let a = p.a.ptr().add(row * p.a.stride());
-                    if k == 0 && !p.epilogue.accumulate {
-                        (0..rows).for_each(|i| sums.row_mut(i).fill(T::Sum::ZERO));
-                    }
-                    if in_place.is_none() && p.epilogue.accumulate {
-                        (0..rows).for_each(|i| widen(out.row(i), sums.row_mut(i)));
-                    }
-                    for k0 in (0..k).step_by(DEPTH) {
-                        let depth = DEPTH.min(k - k0);
-                        tile::copy_rows(a.add(k0), p.a.stride(), (rows, depth), block.as_mut_ptr(), DEPTH);
-                        let b = tile::Rhs {
-                            ptr: self.panels.ptr().add(self.offsets[i] + k0 * width),
-                            panel: k * width,
-                            row: width,
-                        };
-                        let a = tile::Lhs::rows(block.as_ptr(), DEPTH);
-                        let accumulate = p.epilogue.accumulate || k0 > 0;
-                        tile::multiply(simd, (rows, n, depth), a, b, sums.ptr(), sums.stride(), accumulate);
-                    }
-                    for i in 0..rows {
-                        let sums = sums.row_mut(i);
-                        apply(&p.epilogue, row + i, sums);
-                        if in_place.is_none() {
-                            round(sums, out.row_mut(i));
-                        }
-                    }
-                }
-            },
-        );
-    }
-}
-
-/// The epilogue on one row's sums.
-///
-/// # Safety
-/// Its views must be live, and the pre-activation's row not shared.
-#[inline(always)]
-unsafe fn apply<T: Element>(epilogue: &Epilogue<T>, i: usize, out: &mut [T::Sum]) {
-    // SAFETY: the caller's: the epilogue's views are live, and row i of them is this task's.
-    unsafe {
-        if let Some(bias) = epilogue.bias {
-            add(out, bias.row(0));
-        }
-        if let Some(pre) = epilogue.gelu {
-            for (v, pre) in out.iter_mut().zip(pre.row_mut(i)) {
-                *pre = T::from_sum(*v);
-                *v = gelu::value(*v);
-            }
-        }
-        if let Some(pre) = epilogue.gelu_grad {
-            for (v, &pre) in out.iter_mut().zip(pre.row(i)) {
-                *v *= gelu::derivative(pre.to_sum());
-            }
-        }
-        if let Some(dropout) = epilogue.dropout {
-            dropout.apply(i, out);
-        }
-        if let Some(residual) = epilogue.residual {
-            add(out, residual.row(i));
-        }
-    }
-}
-
-#[inline(always)]
-fn add<T: Element>(to: &mut [T::Sum], x: &[T]) {
-    for (to, x) in to.iter_mut().zip(x) {
-        *to += x.to_sum();
-    }
-}
-
-/// Rows of x and dy that are packed and summed at a time, and problems: x's panels stay in the
-/// last-level cache.
-const CHUNK: usize = 1024;
-const GROUP: usize = 3;
-const WEIGHT_ROWS: usize = 48;
-const WEIGHT_COLS: usize = 512;
-
-fn cpu_backward_weight<T: Element>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
-    let width = 2 * cpu.lanes::<T::Sum>();
-    let (offsets, len) = panel_offsets(problems, width, |p: &WeightGrad<T>| (CHUNK.min(p.x.rows()), p.x.cols()));
-    let rows = problems.iter().map(|p| p.x.rows()).max().unwrap_or(0);
-    cpu.with_panels(len, |panels: View<T::Sum>| {
-        for start in (0..rows).step_by(CHUNK) {
-            let chunk = |p: &WeightGrad<T>| p.x.rows().saturating_sub(start).min(CHUNK);
-            let pack = tasks(problems, width, |p| if chunk(p) > 0 { p.x.cols() } else { 0 });
-            cpu.parallel_kernel(pack.len(), &PackChunk { problems, start, offsets: &offsets, panels, tasks: &pack });
-            let cols = |p: &WeightGrad<T>| p.x.cols().div_ceil(WEIGHT_COLS);
-            let blocks =
-                tasks(problems, 1, |p| if chunk(p) > 0 { p.dy.cols().div_ceil(WEIGHT_ROWS) * cols(p) } else { 0 });
-            cpu.parallel_kernel(
-                blocks.len(),
-                &Accumulate { problems, start, offsets: &offsets, panels, tasks: &blocks },
-            );
-        }
-    });
-    let biases: Vec<_> = problems.iter().map(|p| (p.dy, p.db)).collect();
-    column_sums(cpu, &biases);
-}
-
-struct PackChunk<'a, T: Element> {
-    problems: &'a [WeightGrad<T>],
-    start: usize,
-    offsets: &'a [usize],
-    panels: View<T::Sum>,
-    tasks: &'a [(usize, usize)],
-}
-
-impl<T: Element> Kernel for PackChunk<'_, T> {
-    #[inline(always)]
-    fn run<S: Simd>(&self, _: S, task: usize) {
-        let (i, j0) = self.tasks[task];
-        let p = &self.problems[i];
-        let x = p.x.rows_range(self.start..p.x.rows().min(self.start + CHUNK));
-        // SAFETY: the views are live, and each task writes its own panel.
-        unsafe {
-            let to = self.panels.ptr().add(self.offsets[i] + j0 * x.rows());
-            tile::pack_panel::<T, S>(x.ptr(), x.stride(), (x.rows(), x.cols()), j0, to);
-        }
-    }
-}
-
-struct Accumulate<'a, T: Element> {
-    problems: &'a [WeightGrad<T>],
-    start: usize,
-    offsets: &'a [usize],
-    panels: View<T::Sum>,
-    tasks: &'a [(usize, usize)],
-}
-
-impl<T: Element> Kernel for Accumulate<'_, T> {
-    #[inline(always)]
-    fn run<S: Simd>(&self, simd: S, task: usize) {
-        let (i, block) = self.tasks[task];
-        let p = &self.problems[i];
-        let chunk = self.start..p.x.rows().min(self.start + CHUNK);
-        let (dy, k) = (p.dy.rows_range(chunk.clone()), chunk.len());
-        let col_blocks = p.x.cols().div_ceil(WEIGHT_COLS);
-        let (row, col) = (block / col_blocks * WEIGHT_ROWS, block % col_blocks * WEIGHT_COLS);
-        let (rows, cols) = (WEIGHT_ROWS.min(dy.cols() - row), WEIGHT_COLS.min(p.x.cols() - col));
-        let width = tile::panel_width::<T::Sum, S>();
-        with_workspace(
-            WEIGHT_ROWS * DEPTH,
-            #[inline(always)]
-            |tile_: &mut [T::Sum]| {
-                // SAFETY: the views are live, and each task writes its own block of `dw`.
-                unsafe {
-                    for k0 in (0..k).step_by(DEPTH) {
-                        let depth = DEPTH.min(k - k0);
-                        let from = dy.ptr().add(k0 * dy.stride() + row);
-                        tile::copy_rows(from, dy.stride(), (depth, rows), tile_.as_mut_ptr(), WEIGHT_ROWS);
-                        let a = tile::Lhs::columns(tile_.as_ptr(), WEIGHT_ROWS);
-                        let panels = self.panels.ptr().add(self.offsets[i] + col * k + k0 * width);
-                        let b = tile::Rhs { ptr: panels, panel: k * width, row: width };
-                        let dw = p.dw.ptr().add(row * p.dw.stride() + col);
-                        tile::multiply(simd, (rows, cols, depth), a, b, dw, p.dw.stride(), true);
-                    }
-                }
-            },
-        );
-    }
-}
-
-/// Each (x, sums): sums `[1, n]` += the column sums of x `[m, n]`, summed in blocks of 64 rows.
-pub(super) fn column_sums<T: Element>(cpu: &Cpu, problems: &[(View<T>, View<T::Sum>)]) {
-    const COLS: usize = 128;
-    let blocks = tasks(problems, COLS, |(x, _)| x.cols());
-    cpu.parallel(
-        blocks.len(),
-        #[inline(always)]
-        |task| {
-            let (i, col) = blocks[task];
-            let (x, sums) = problems[i];
-            let cols = COLS.min(x.cols() - col);
-            // SAFETY: the views are live, and each task writes its own columns of `sums`.
-            let sums = unsafe { sums.cols_range(col..col + cols).row_mut(0) };
-            for start in (0..x.rows()).step_by(64) {
-                let mut block = [T::Sum::ZERO; COLS];
-                for r in start..x.rows().min(start + 64) {
-                    // SAFETY: the views are live, and nobody writes x.
-                    add(&mut block, unsafe { &x.row(r)[col..col + cols] });
-                }
-                add::<T::Sum>(sums, &block);
-            }
-        },
-    );
 }

@@ -18,7 +18,7 @@ pub(crate) mod matmul;
 pub(crate) mod ppeg;
 pub(crate) mod scale_embedding;
 
-pub use attention::{AttentionInput, attention, attention_backward};
+pub use attention::{AttentionInput, AttentionInputGrad, AttentionOutput, attention, attention_backward};
 pub use dropout::{Draw, Dropout};
 pub use layer_norm::{LayerNormGrad, layer_norm, layer_norm_backward};
 pub use matmul::{linear, linear_backward_input, linear_backward_weight};

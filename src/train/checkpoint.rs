@@ -211,7 +211,7 @@ struct Stored {
     range: Range<usize>,
 }
 
-/// A safetensors file, piece by piece: an engine under a memory budget has no room for a copy of
+/// A safetensors file, piece by piece: an engine under a memory budget cannot hold a copy of
 /// itself.
 fn save<S: Serialize, T: Element<Sum = f32>>(
     path: &Path,
@@ -231,7 +231,7 @@ fn save<S: Serialize, T: Element<Sum = f32>>(
     }
     let mut header = header.to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
-    let place = checksum_place(&header, BLANK).ok_or_else(|| failed(&"its header has no room for a checksum"))?;
+    let place = checksum_place(&header, BLANK).ok_or_else(|| failed(&"its header has no place for a checksum"))?;
     write_atomically(path, |file| {
         let mut hash = Sha256::new();
         let mut put = |bytes: &[u8]| {

@@ -81,7 +81,7 @@ impl<T: Element> Bed<'_, T> {
         view
     }
 
-    /// Room that the op may or may not write to: NaN before.
+    /// Memory that the op may or may not write to: NaN before.
     pub fn unchecked<E: Element>(&mut self, rows: usize, cols: usize) -> View<E> {
         self.matrix(&vec![f32::NAN; rows * cols], rows, cols)
     }
