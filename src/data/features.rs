@@ -15,10 +15,11 @@ use memmap2::Mmap;
 use ndarray::Array2;
 use rayon::prelude::*;
 
+use super::container::{Container, container};
 use super::h5::H5Bag;
 pub use super::tensor::DType;
 use super::tensor::{Entry, Seal, StoredTensor, batch_axis, first_non_finite, place_in};
-use super::torch::{Archive, Container, container, safetensors_entries};
+use super::torch::{Archive, safetensors_entries};
 use crate::{Error, Result, device::Element};
 
 /// The names under which tools store features, in all formats: CLAM, TRIDENT and Prov-GigaPath;

@@ -22,7 +22,7 @@ use rust_hdf5::{
 
 use super::features::{Held, choose, plain};
 use super::tensor::{DType, batch_axis, convert, product};
-use super::torch::{MAX_EXPANSION, hdf5_start};
+use super::{container::hdf5_start, torch::MAX_EXPANSION};
 
 /// Read at least this much at once (bytes).
 const READ: usize = 4 << 20;

@@ -4,6 +4,7 @@ pub mod atomic;
 pub mod check;
 pub mod clinical;
 pub mod cohort;
+mod container;
 pub mod dataset;
 pub mod demo;
 pub mod digest;

@@ -1,20 +1,21 @@
-//! The files of `torch.save` (zip archives, and the legacy format of before torch 1.6),
-//! safetensors, and a writer. Layouts: torch/serialization.py; a pickle describes the objects, and
+//! The files of `torch.save` (zip archives, and the legacy format of before torch 1.6), and
+//! safetensors. Layouts: torch/serialization.py; a pickle describes the objects, and
 //! raw little-endian storages lie beside it.
 
+mod writer;
+
 use std::collections::{BTreeMap, HashMap};
-use std::io::{Cursor, Read, Write};
+use std::io::{Cursor, Read};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use ndarray::ArrayView2;
 use safetensors::{Dtype, SafeTensors};
-use zip::write::SimpleFileOptions;
-use zip::{CompressionMethod, ZipArchive, ZipWriter};
+pub use writer::{write_pt, write_pt_numbers};
+use zip::{CompressionMethod, ZipArchive};
 
-use super::atomic::write_atomically;
+use super::container::{Container, ZIP_END, ZIP_MAGIC, container};
 use super::features::{Held, choose, choose_of_pair, plain};
 use super::pickle::{self, Array, Id, Node, Pickle, StorageType};
 use super::tensor::{DType, Entry, Seal, StoredTensor, first_non_finite, product};
@@ -22,11 +23,6 @@ use crate::{Error, Result};
 
 /// Deflate cannot expand by more than this (1032 : 1), so a larger claim is false.
 pub(super) const MAX_EXPANSION: u64 = 1032;
-
-const ZIP_MAGIC: &[u8] = b"PK\x03\x04";
-const ZIP_END_MAGIC: &[u8] = b"PK\x05\x06";
-/// Bytes of an archive's end without a comment.
-const ZIP_END: usize = 22;
 
 /// The first object of a legacy file.
 const LEGACY_MAGIC: i128 = 0x1950_a86a_20f9_469c_fc6c;
@@ -110,62 +106,6 @@ fn shared_prefix<T>(entries: &BTreeMap<String, T>) -> Option<usize> {
     let prefix = &first[..=first.find('.')?];
     // in a sorted map, what first and last begin with all begin with
     (first != last && first.len() > prefix.len() && last.starts_with(prefix)).then_some(prefix.len())
-}
-
-/// The formats, told apart by content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Container {
-    /// What `torch.save` wrote: a zip archive, or pickles.
-    Torch,
-    Safetensors,
-    Hdf5,
-}
-
-/// What a file is. One that is several things at once, so that programs would read different things
-/// from it, is refused.
-pub(super) fn container(bytes: &[u8]) -> Result<Option<Container>, String> {
-    let zip = bytes.starts_with(ZIP_MAGIC);
-    let kinds = [
-        ("a zip archive", Container::Torch, zip || ends_like_zip(bytes)),
-        ("a pickle", Container::Torch, bytes.first() == Some(&0x80) && !is_safetensors(bytes)),
-        ("a safetensors file", Container::Safetensors, is_safetensors(bytes)),
-        ("an HDF5 file", Container::Hdf5, hdf5_start(bytes).is_some()),
-    ];
-    let mut found = kinds.iter().filter(|(_, _, found)| *found);
-    match (found.next(), found.next()) {
-        (Some((a, ..)), Some((b, ..))) => {
-            Err(format!("is {a} and {b} at once: what it holds depends on who reads it, so it is not read"))
-        }
-        // what comes before a zip archive belongs to nobody
-        (Some(("a zip archive", ..)), None) if !zip => {
-            Err("is a zip archive with something in front of it, so it is not read".into())
-        }
-        (kind, _) => Ok(kind.map(|&(_, container, _)| container)),
-    }
-}
-
-/// Where an HDF5 file begins: at 0, or behind a user block of 512 bytes, 1024, 2048 and so on.
-pub(super) fn hdf5_start(bytes: &[u8]) -> Option<usize> {
-    let mut places = std::iter::once(0).chain(std::iter::successors(Some(512usize), |&at| at.checked_mul(2)));
-    places.by_ref().take_while(|&at| at < bytes.len()).find(|&at| bytes[at..].starts_with(b"\x89HDF\r\n\x1a\n"))
-}
-
-/// Whether the bytes begin like a safetensors file: a header's length that fits, and then JSON.
-fn is_safetensors(bytes: &[u8]) -> bool {
-    let Some((&length, rest)) = bytes.split_first_chunk() else { return false };
-    rest.first() == Some(&b'{') && u64::from_le_bytes(length) <= rest.len() as u64
-}
-
-/// Whether a zip archive's end stands where zip readers look for it, right behind what must come
-/// before it: the directory of its members, or the locator that large archives have.
-fn ends_like_zip(bytes: &[u8]) -> bool {
-    let tail = bytes.len().saturating_sub(ZIP_END + usize::from(u16::MAX));
-    (tail..bytes.len().saturating_sub(ZIP_END - 1)).any(|at| {
-        let end = &bytes[at..at + ZIP_END];
-        let directory = u32::from_le_bytes([end[12], end[13], end[14], end[15]]) as usize;
-        let follows = |size, magic| at.checked_sub(size).is_some_and(|at| bytes[at..].starts_with(magic));
-        end.starts_with(ZIP_END_MAGIC) && (follows(directory, b"PK\x01\x02") || follows(20, b"PK\x06\x07"))
-    })
 }
 
 /// Whether nothing but a zip's end follows the list of its members: 22 bytes, and 76 more in large
@@ -543,85 +483,4 @@ fn member(zip: &mut ZipArchive<Cursor<&[u8]>>, bytes: &Bytes, name: &str, budget
     let seal = Seal { bytes: data.into(), crc, name: name.into() };
     seal.check(crc32fast::hash(&seal.bytes))?;
     Ok(Storage { bytes: seal.bytes, seal: None })
-}
-
-/// Writes a bag as `torch.save(tensor, path)` does, so that `torch.load(path)` and the
-/// memory-mapped reader here both take it.
-pub fn write_pt(path: &Path, features: ArrayView2<f32>) -> Result<()> {
-    let shape = [features.nrows(), features.ncols()];
-    write_pt_numbers(path, DType::F32, shape, |file| {
-        features.rows().into_iter().try_for_each(|row| file.write_all(bytemuck::cast_slice(&row.to_vec())))
-    })
-}
-
-/// The same for a bag that `numbers` writes, little-endian, `shape` = patches, features. They are
-/// stored 64-byte aligned.
-pub fn write_pt_numbers(
-    path: &Path,
-    dtype: DType,
-    shape: [usize; 2],
-    numbers: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
-) -> Result<()> {
-    let failed = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written: {e}"));
-    write_atomically(path, |file| {
-        let mut zip = ZipWriter::new(file);
-        let options = SimpleFileOptions::default()
-            .compression_method(CompressionMethod::Stored)
-            .last_modified_time(zip::DateTime::default())
-            .with_alignment(64)
-            .large_file((shape[0] * shape[1] * dtype.size()) as u64 >= u32::MAX.into());
-        let pickle = tensor_pickle(dtype, shape);
-        for (name, content) in [("data.pkl", &pickle[..]), ("byteorder", b"little"), ("version", b"3\n")] {
-            zip.start_file(format!("archive/{name}"), options).map_err(|e| failed(&e))?;
-            zip.write_all(content).map_err(|e| failed(&e))?;
-        }
-        zip.start_file("archive/data/0", options).map_err(|e| failed(&e))?;
-        numbers(&mut zip).map_err(|e| failed(&e))?;
-        zip.finish().map_err(|e| failed(&e))?;
-        Ok(())
-    })
-}
-
-/// `_rebuild_tensor_v2(("storage", FloatStorage, "0", "cpu", rows * columns), 0, (rows, columns),
-/// (columns, 1), False, OrderedDict())` in pickle protocol 2.
-fn tensor_pickle(dtype: DType, [rows, columns]: [usize; 2]) -> Vec<u8> {
-    fn text(out: &mut Vec<u8>, text: &str) {
-        out.push(b'X');
-        out.extend((text.len() as u32).to_le_bytes());
-        out.extend(text.as_bytes());
-    }
-    fn integer(out: &mut Vec<u8>, value: usize) {
-        match i32::try_from(value) {
-            Ok(value) => {
-                out.push(b'J');
-                out.extend(value.to_le_bytes());
-            }
-            Err(_) => {
-                out.extend([0x8a, 8]);
-                out.extend((value as u64).to_le_bytes());
-            }
-        }
-    }
-    let mut out = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((".to_vec();
-    text(&mut out, "storage");
-    let storage = match dtype {
-        DType::F16 => "HalfStorage",
-        DType::BF16 => "BFloat16Storage",
-        DType::F32 => "FloatStorage",
-        DType::F64 => "DoubleStorage",
-    };
-    out.extend(format!("ctorch\n{storage}\n").as_bytes());
-    text(&mut out, "0");
-    text(&mut out, "cpu");
-    integer(&mut out, rows * columns);
-    out.extend(b"tQ");
-    for value in [0, rows, columns] {
-        integer(&mut out, value);
-    }
-    out.push(0x86);
-    for value in [columns, 1] {
-        integer(&mut out, value);
-    }
-    out.extend(b"\x86\x89ccollections\nOrderedDict\n)RtR.");
-    out
 }
