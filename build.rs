@@ -6,6 +6,7 @@
 //! NVIDIA's.
 
 use std::{
+    collections::BTreeMap,
     env, fs,
     path::{Path, PathBuf},
     process::{self, Command},
@@ -21,6 +22,7 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
     println!("cargo:rustc-env=CROSSFUSION_VERSION={}", version());
+    constants();
     fatbins();
     if env::var_os("CARGO_FEATURE_EMULATOR").is_some() {
         emulator();
@@ -48,6 +50,47 @@ fn version() -> String {
         }
     }
     format!("{version} ({commit})")
+}
+
+/// OUT_DIR/constants.rs, which src/ops/mod.rs includes, so that kernels and their launches cannot
+/// disagree: a module for each source file, with what it says in lines `constexpr int kName = ...`
+/// that is a number, or a product of numbers and names of the same file.
+fn constants() {
+    let mut modules = BTreeMap::<String, Vec<(String, usize)>>::new();
+    for source in files("kernels", "cu").into_iter().chain(files("kernels", "cuh")) {
+        let known = modules.entry(source.file_stem().unwrap().to_string_lossy().into_owned()).or_default();
+        let text = fs::read_to_string(&source).unwrap();
+        for line in text.lines().filter_map(|line| line.strip_prefix("constexpr int ")) {
+            for (name, value) in line.split(';').next().unwrap().split(", ").filter_map(|one| one.split_once(" = ")) {
+                let number = |name: &str| known.iter().find(|(known, _)| known == name).map(|(_, value)| *value);
+                let factors = value.split(" * ").map(|factor| factor.parse().ok().or_else(|| number(factor)));
+                if let Some(value) = factors.product::<Option<usize>>() {
+                    known.push((name.into(), value));
+                }
+            }
+        }
+    }
+    let mut rust = String::new();
+    for (module, constants) in modules {
+        rust += &format!("pub(crate) mod {module} {{\n");
+        for (name, value) in constants {
+            rust += &format!("    pub(crate) const {}: usize = {value};\n", screaming(&name));
+        }
+        rust += "}\n";
+    }
+    fs::write(PathBuf::from(env::var("OUT_DIR").unwrap()).join("constants.rs"), rust).unwrap();
+}
+
+/// `kRowsPerBlock` as Rust spells it: `ROWS_PER_BLOCK`.
+fn screaming(name: &str) -> String {
+    let mut out = String::new();
+    for letter in name.chars().skip(1) {
+        if letter.is_uppercase() && !out.is_empty() {
+            out.push('_');
+        }
+        out.push(letter.to_ascii_uppercase());
+    }
+    out
 }
 
 /// What a fatbin holds: machine code for A100, RTX 30, RTX 40, H100, B200 and RTX 50, and PTX,

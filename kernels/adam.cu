@@ -4,7 +4,7 @@
 #include "gpu.cuh"
 
 namespace {
-constexpr int kThreads = 256;  // as in src/ops/adam.rs
+constexpr int kThreads = 256;
 
 struct Adam {
   float *params, *grads, *m, *v;

@@ -6,7 +6,7 @@
 #include "tile.cuh"
 
 namespace {
-constexpr int kProblems = 4;   // as in src/ops/attention/kernel.rs
+constexpr int kProblems = 4;
 constexpr int kThreads = 128;
 constexpr int kOwn = 64;       // rows that a block owns: queries, or keys
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;

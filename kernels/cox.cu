@@ -13,7 +13,7 @@
 #include "gpu.cuh"
 
 namespace {
-constexpr int kThreads = 256, kRows = 4, kTile = kThreads * kRows;  // as in src/ops/cox.rs
+constexpr int kThreads = 256, kRows = 4, kTile = kThreads * kRows;
 constexpr uint32_t kEvent = 1, kTieFirst = 2, kTieLast = 4, kStratumFirst = 8, kStratumLast = 16;
 
 struct Cox {

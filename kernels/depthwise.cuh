@@ -10,7 +10,7 @@
 #include "gpu.cuh"
 
 namespace {
-// As in src/ops/depthwise.rs.
+// Launches know these too.
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kChannels = 32;  // of a block
 constexpr int kProblems = 4;

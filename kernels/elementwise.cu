@@ -4,7 +4,7 @@
 #include "eight.cuh"
 
 namespace {
-constexpr int kThreads = 256, kTerms = 4, kProblems = 8;  // as in src/ops/elementwise.rs
+constexpr int kThreads = 256, kTerms = 4, kProblems = 8;
 
 // A thread's row and first column among `cols`, in quads that do not cross rows.
 struct Piece { int64_t row; int column; };

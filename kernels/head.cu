@@ -7,7 +7,7 @@
 #include "gpu.cuh"
 
 namespace {
-constexpr int kWarps = 8, kThreads = 32 * kWarps, kMostClasses = 32;  // as in src/ops/head.rs
+constexpr int kWarps = 8, kThreads = 32 * kWarps, kMostClasses = 32;
 constexpr float kEpsilon = 1e-5f;
 
 struct Head {

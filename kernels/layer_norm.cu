@@ -15,7 +15,7 @@
 
 namespace {
 constexpr float kEpsilon = 1e-5f;
-// As in src/ops/layer_norm.rs.
+// Launches know these too.
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kRowsPerWarp = 4, kRowsPerBlock = kRowsPerWarp * kWarps;  // in backward
 constexpr int kProblems = 4;

@@ -16,7 +16,7 @@
 #include "tile.cuh"
 
 namespace {
-constexpr int kProblems = 8, kWeightProblems = 12, kStages = 3;  // as in src/ops/matmul/kernel.rs
+constexpr int kProblems = 8, kWeightProblems = 12, kStages = 3;
 constexpr int kDepth = 8 * kChunk;         // elements of the depth in a stage: 128 bytes
 constexpr int kUnroll = kIsBf16 ? 2 : 1;   // copies: leaves registers for two blocks on a multiprocessor
 

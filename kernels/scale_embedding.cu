@@ -6,7 +6,7 @@
 #include "gpu.cuh"
 
 namespace {
-constexpr int kProblems = 4, kWarps = 8, kThreads = 32 * kWarps;  // as in src/ops/scale_embedding.rs
+constexpr int kProblems = 4, kWarps = 8, kThreads = 32 * kWarps;
 
 struct Fold {
   Matrix<const real> weight;

@@ -3,6 +3,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::constants::adam::THREADS;
+
 use crate::{
     Error, Result,
     device::{Arg, Cpu, Device, Element, Launch, Real, Storage, View, is_rounded, round, storage},
@@ -82,7 +84,6 @@ struct KernelAdam {
 }
 
 fn launch<T: Element>(storage: Storage, adam: &Adam, arenas: &Arenas<T>, step: u64) -> Option<Launch> {
-    const THREADS: usize = 256;
     let n = arenas.params.cols();
     let (rate, unbias) = corrected(adam, step);
     let kernel = KernelAdam {

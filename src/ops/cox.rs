@@ -9,9 +9,8 @@ use crate::{
     survival::{CoxCohort, Ties},
 };
 
-// As in the kernel.
-const THREADS: usize = 256;
-const TILE: usize = 4 * THREADS;
+use super::constants::cox::{THREADS, TILE};
+
 /// Every block reads the totals of those before it, so there are few, whatever n.
 const MOST_BLOCKS: usize = 512;
 

@@ -201,10 +201,7 @@ pub(super) fn kernel_gradient<T: Element>(cpu: &Cpu, grid: Grid, x: View<T>, dy:
 
 // ---- kernels/depthwise.cuh: what a block takes -------------------------------------------------------------------
 
-/// Threads of a block, channels, parts that backward cuts a problem into at most.
-const KERNEL_THREADS: usize = 128;
-const KERNEL_CHANNELS: usize = 32;
-const KERNEL_PARTS: usize = 32;
+use super::constants::depthwise as kernel;
 
 impl Grid {
     /// Whether kernels have one row; the other kernels are for squares.
@@ -222,7 +219,7 @@ impl Grid {
     }
 
     fn parts(self) -> usize {
-        self.tiles().min(KERNEL_PARTS)
+        self.tiles().min(kernel::MAX_PARTS)
     }
 
     /// Elements of the partial sums of backward, for c channels.
@@ -232,15 +229,15 @@ impl Grid {
 
     /// Backward's blocks for c channels.
     pub(super) fn backward_blocks(self, c: usize) -> usize {
-        self.parts() * c.div_ceil(KERNEL_CHANNELS)
+        self.parts() * c.div_ceil(kernel::CHANNELS)
     }
 
     /// Shared memory of a block with `position` bytes for a token of the tile and its border.
     fn shared_bytes(self, position: usize, backward: bool) -> usize {
         let (rows, cols) = self.tile();
         let window = (rows + self.tall - 1) * (cols + SIDE - 1) * position;
-        let sums = if backward { KERNEL_THREADS * (self.taps() + 1) * size_of::<f32>() } else { 0 };
-        let merged = self.taps() * (KERNEL_CHANNELS + 1) * size_of::<f32>();
+        let sums = if backward { kernel::THREADS * (self.taps() + 1) * size_of::<f32>() } else { 0 };
+        let merged = self.taps() * (kernel::CHANNELS + 1) * size_of::<f32>();
         window.max(sums).next_multiple_of(128) + merged
     }
 }
@@ -259,7 +256,7 @@ impl KernelShape<'_> {
             kernel,
             storage: self.storage,
             grid: [blocks as u32, 1, 1],
-            block: [KERNEL_THREADS as u32, 1, 1],
+            block: [kernel::THREADS as u32, 1, 1],
             shared_bytes: shared_bytes as u32,
             args: vec![self.args.clone()],
         }
@@ -268,7 +265,7 @@ impl KernelShape<'_> {
     fn tiled(&self, kernel: &'static str, backward: bool, position: usize, extra: usize) -> Launch {
         let most = |count: &dyn Fn(&(Grid, usize)) -> usize| self.problems.iter().map(count).max().unwrap_or(0);
         let blocks = most(&|(grid, _)| if backward { grid.parts() } else { grid.tiles() });
-        let groups = most(&|&(_, c)| c.div_ceil(KERNEL_CHANNELS));
+        let groups = most(&|&(_, c)| c.div_ceil(kernel::CHANNELS));
         let launch = self.launch(kernel, blocks, most(&|(grid, _)| grid.shared_bytes(position, backward)) + extra);
         Launch { grid: [blocks as u32, groups as u32, self.problems.len() as u32], ..launch }
     }
@@ -287,7 +284,7 @@ impl KernelShape<'_> {
     /// A thread an element of the merged kernels' and biases' gradients, and `extra` blocks.
     pub(super) fn reduce(&self, kernel: &'static str, extra: usize) -> Launch {
         let elements = self.problems.iter().map(|(grid, c)| (grid.taps() + 1) * c).max().unwrap_or(0);
-        let launch = self.launch(kernel, elements.div_ceil(KERNEL_THREADS) + extra, 0);
+        let launch = self.launch(kernel, elements.div_ceil(kernel::THREADS) + extra, 0);
         Launch { grid: [launch.grid[0], 1, self.problems.len() as u32], ..launch }
     }
 }

@@ -177,10 +177,7 @@ fn check_for_kernels<T: Element>(op: &'static str, x: View<T>) -> Result<()> {
     x.check_for_kernels(op, "a matrix")
 }
 
-// As in the kernel.
-const THREADS: usize = 256;
-const TERMS: usize = 4;
-const PROBLEMS: usize = 8;
+use super::constants::elementwise::{PROBLEMS, TERMS, THREADS};
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]

@@ -165,9 +165,9 @@ fn check<T: Element>(op: &'static str, device: &Device, head: &Head<T>) -> Resul
 
 // ---- kernels/head.cu ---------------------------------------------------------------------------------------------
 
-const THREADS: u32 = 256;
 /// Logits that a block holds in shared memory.
-pub(crate) const MOST_CLASSES: usize = 32;
+pub(crate) use super::constants::head::MOST_CLASSES;
+use super::constants::head::THREADS;
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -251,5 +251,5 @@ impl<T: Element> From<&HeadGrad<T>> for KernelHeadGrad {
 
 /// One block.
 fn launch(kernel: &'static str, storage: Storage, args: Vec<Arg>) -> Launch {
-    Launch { kernel, storage, grid: [1; 3], block: [THREADS, 1, 1], shared_bytes: 0, args }
+    Launch { kernel, storage, grid: [1; 3], block: [THREADS as u32, 1, 1], shared_bytes: 0, args }
 }

@@ -273,11 +273,7 @@ pub(super) fn cpu_backward<T: Element>(cpu: &Cpu, p: &NormGrad<T>) {
 
 // ---- kernels/layer_norm.cu: a warp for a row ---------------------------------------------------------------------
 
-/// Problems of one launch.
-pub(crate) const MAX_PROBLEMS: usize = 4;
-// As in the kernel.
-const WARPS: usize = 8;
-const ROWS_PER_BLOCK: usize = 32;
+use super::constants::layer_norm::{PROBLEMS, ROWS_PER_BLOCK, WARPS};
 
 /// A problem of forward or apply as the kernel takes it; the addresses are contiguous, stats in
 /// f32.
@@ -340,12 +336,12 @@ pub(crate) fn partial_len(rows: usize, cols: usize) -> usize {
 
 pub(crate) fn forward_launches(storage: Storage, problems: &[KernelNorm]) -> Vec<Launch> {
     let launch = |problems| norm_launch(["layer_norm_forward", "layer_norm_forward_scalar"], storage, problems);
-    problems.chunks(MAX_PROBLEMS).map(launch).collect()
+    problems.chunks(PROBLEMS).map(launch).collect()
 }
 
 pub(crate) fn apply_launches(storage: Storage, problems: &[KernelNorm]) -> Vec<Launch> {
     let launch = |problems| norm_launch(["layer_norm_apply", "layer_norm_apply_scalar"], storage, problems);
-    problems.chunks(MAX_PROBLEMS).map(launch).collect()
+    problems.chunks(PROBLEMS).map(launch).collect()
 }
 
 fn norm_launch([packed, scalar]: [&'static str; 2], storage: Storage, problems: &[KernelNorm]) -> Launch {
@@ -362,9 +358,9 @@ fn norm_launch([packed, scalar]: [&'static str; 2], storage: Storage, problems: 
     }
 }
 
-/// Of every [`MAX_PROBLEMS`] problems: dx and the partial sums, then the sum of those.
+/// Of every [`PROBLEMS`] problems: dx and the partial sums, then the sum of those.
 pub(crate) fn backward_launches(storage: Storage, problems: &[KernelNormGrad]) -> Vec<Launch> {
-    problems.chunks(MAX_PROBLEMS).flat_map(|problems| backward_pair(storage, problems)).collect()
+    problems.chunks(PROBLEMS).flat_map(|problems| backward_pair(storage, problems)).collect()
 }
 
 fn backward_pair(storage: Storage, problems: &[KernelNormGrad]) -> [Launch; 2] {
@@ -390,8 +386,8 @@ fn aligned(addresses: &[u64]) -> bool {
 }
 
 /// The problems as the kernel's table; the grid ends before the empty places.
-fn table<P: Pod>(problems: &[P]) -> [P; MAX_PROBLEMS] {
-    let mut table = [P::zeroed(); MAX_PROBLEMS];
+fn table<P: Pod>(problems: &[P]) -> [P; PROBLEMS] {
+    let mut table = [P::zeroed(); PROBLEMS];
     table[..problems.len()].copy_from_slice(problems);
     table
 }

@@ -25,6 +25,16 @@ pub use matmul::{linear, linear_backward_input, linear_backward_weight};
 
 use crate::device::Cpu;
 
+/// Numbers of the kernels that their launches must know, by source file; build.rs reads them there.
+#[allow(dead_code)]
+mod constants {
+    include!(concat!(env!("OUT_DIR"), "/constants.rs"));
+}
+
+/// Multiprocessors of a large GPU (an H100), which launches should fill. Not of the GPU at hand:
+/// sums are split by it, and have the same order everywhere.
+const MULTIPROCESSORS: usize = 132;
+
 /// Rows that one task of a row-wise op takes.
 const ROWS_PER_TASK: usize = 64;
 

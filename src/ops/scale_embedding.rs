@@ -108,9 +108,7 @@ fn cpu_backward<T: Element>(cpu: &Cpu, p: &FoldGrad<T>) {
 
 // ---- kernels/scale_embedding.cu ----------------------------------------------------------------------------------
 
-// As in the kernel.
-const PROBLEMS: usize = 4;
-const WARPS: usize = 8;
+use super::constants::scale_embedding::{PROBLEMS, WARPS};
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]

@@ -6,19 +6,19 @@ use bytemuck::{Pod, Zeroable};
 use super::{Attention, AttentionGrad, Merge};
 use crate::{
     device::{Arg, Element, Launch, Matrix, Storage},
-    ops::dropout::KernelDropout,
+    ops::{
+        MULTIPROCESSORS,
+        constants::{
+            attention::{OWN, PROBLEMS, THREADS},
+            attention_forward_wgmma as wgmma,
+        },
+        dropout::KernelDropout,
+    },
 };
 
-// As in the kernels.
-const PROBLEMS: usize = 4;
-const THREADS: usize = 128;
-/// Rows that a block owns.
-const OWN: usize = 64;
-/// Rows of a streamed tile in backward.
+/// Rows of a streamed tile in backward: `kQueries` of attention_backward.cu.
 const STREAMED: usize = 32;
 
-/// Multiprocessors of a large GPU (an H100).
-const MULTIPROCESSORS: usize = 132;
 /// Keys that a split takes at least: below, joining the splits costs more than they save.
 const SPLIT_KEYS: usize = 1024;
 
@@ -176,7 +176,7 @@ impl Kernels {
     fn block(self) -> [usize; 2] {
         match self {
             Self::Mma => [OWN, 2],
-            Self::Wgmma => [128, 1],
+            Self::Wgmma => [wgmma::QUERIES, 1],
         }
     }
 

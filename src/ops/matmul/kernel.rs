@@ -5,19 +5,16 @@ use bytemuck::{Pod, Zeroable};
 use super::{Matmul, WeightGrad};
 use crate::{
     device::{Arg, Element, Launch, Matrix, Storage},
-    ops::dropout::KernelDropout,
+    ops::{
+        MULTIPROCESSORS,
+        constants::matmul::{PROBLEMS, STAGES, WEIGHT_PROBLEMS},
+        dropout::KernelDropout,
+    },
 };
 
-// As in the kernel.
-const PROBLEMS: usize = 8;
-const WEIGHT_PROBLEMS: usize = 12;
-const STAGES: usize = 3;
 /// Bytes of the depth in a stage.
 const DEPTH_BYTES: usize = 128;
 
-/// Blocks that fill a large GPU (an H100 has 132 multiprocessors); below it smaller tiles, or a
-/// split sum, spread the work.
-const FULL: usize = 132;
 /// Rows that a split of the weight gradient's sum takes at least.
 const SPLIT_ROWS: usize = 512;
 
@@ -156,7 +153,7 @@ fn launches(
 ) -> Vec<Launch> {
     let problems: Vec<_> = problems.iter().filter(|p| p.out.rows > 0 && p.out.cols > 0).copied().collect();
     let launch = |problems: &[KernelMatmul]| {
-        let fill = |shape: Shape| problems.iter().map(|p| shape.tiles(p.out)).sum::<usize>() >= FULL;
+        let fill = |shape: Shape| problems.iter().map(|p| shape.tiles(p.out)).sum::<usize>() >= MULTIPROCESSORS;
         let shape = match kernels {
             Kernels::Wgmma => Shape::large(wgmma),
             Kernels::Mma if fill(Shape::large(large)) => Shape::large(large),
@@ -180,7 +177,7 @@ pub(crate) fn splits(kernels: Kernels, problems: &[KernelWeightGrad]) -> Vec<usi
     let work: usize = problems.iter().map(|p| shape.tiles(p.dw) * p.dy.rows as usize).sum();
     let of = |p: &KernelWeightGrad| {
         let rows = p.dy.rows as usize;
-        (2 * FULL * rows).div_ceil(work.max(1)).clamp(1, rows.div_ceil(SPLIT_ROWS).max(1))
+        (2 * MULTIPROCESSORS * rows).div_ceil(work.max(1)).clamp(1, rows.div_ceil(SPLIT_ROWS).max(1))
     };
     problems.iter().map(of).collect()
 }

@@ -5,12 +5,11 @@ use bytemuck::{Pod, Zeroable};
 use super::{Ppeg, PpegGrad};
 use crate::{
     device::{Arg, Element, Launch, Matrix, Storage},
-    ops::depthwise::{Grid, KernelShape},
+    ops::{
+        constants::depthwise::{CHANNELS, PROBLEMS},
+        depthwise::{Grid, KernelShape},
+    },
 };
-
-/// As in the kernel.
-const PROBLEMS: usize = 4;
-const CHANNELS: usize = 32;
 
 /// `Ppeg` of the kernel; the last of the small kernels is absent.
 #[repr(C)]
