@@ -31,6 +31,7 @@ pub(crate) use element::{is_rounded, round, storage, widen};
 pub use fatbins::{NVCC, fatbins};
 pub use launch::Storage;
 pub(crate) use launch::{Arg, Launch, Matrix, Stored};
+pub(crate) use tensor::Operands;
 pub use tensor::{Mat, MatMut, Tensor, Workspace};
 pub(crate) use view::{Buffer, View};
 

@@ -6,7 +6,7 @@
 //! ```
 //! use crossfusion::{
 //!     device::{Device, Tensor, Workspace},
-//!     ops::{layer_norm, linear},
+//!     ops::{Linear, linear},
 //! };
 //!
 //! # fn main() -> crossfusion::Result<()> {
@@ -15,13 +15,19 @@
 //! let x = Tensor::from_slice(&device, &[1.0f32, 2.0, 3.0, 5.0], 2, 2)?;
 //! let (weight, bias) = (Tensor::from_slice(&device, &[1.0, 0.0, 0.0, 1.0], 2, 2)?, Tensor::zeros(&device, 1, 2)?);
 //! let mut y = Tensor::zeros(&device, 2, 2)?;
-//! linear(&mut workspace, x.mat(), weight.mat(), bias.mat(), None, None, y.mat_mut())?;
+//! linear(
+//!     &mut workspace,
+//!     &mut [Linear {
+//!         x: x.mat(),
+//!         weight: weight.mat(),
+//!         bias: Some(bias.mat()),
+//!         gelu: None,
+//!         dropout: None,
+//!         residual: None,
+//!         y: y.mat_mut(),
+//!     }],
+//! )?;
 //! assert_eq!(y.to_vec()?, x.to_vec()?);
-//!
-//! let one = Tensor::from_slice(&device, &[1.0, 1.0], 1, 2)?;
-//! let (mut normed, mut stats) = (Tensor::zeros(&device, 2, 2)?, Tensor::zeros(&device, 2, 2)?);
-//! layer_norm(&mut workspace, y.mat(), one.mat(), bias.mat(), normed.mat_mut(), stats.mat_mut())?;
-//! assert!((normed.to_vec()?[0] + 1.0).abs() < 1e-4);
 //! # Ok(())
 //! # }
 //! ```
@@ -40,12 +46,12 @@
 //! nor is it read while it is written:
 //!
 //! ```compile_fail,E0502
-//! # use crossfusion::{device::{Device, Tensor, Workspace}, ops::linear};
+//! # use crossfusion::{device::{Device, Tensor, Workspace}, ops::{GeluDropout, gelu_dropout}};
 //! # let device = Device::from_name("cpu", 1).unwrap();
 //! # let mut workspace = Workspace::new(&device).unwrap();
 //! let mut x = Tensor::<f32>::zeros(&device, 2, 2).unwrap();
-//! let (weight, bias) = (Tensor::zeros(&device, 2, 2).unwrap(), Tensor::zeros(&device, 1, 2).unwrap());
-//! linear(&mut workspace, x.mat(), weight.mat(), bias.mat(), None, None, x.mat_mut()).unwrap();
+//! let mut problem = GeluDropout { x: x.mat(), gelu: true, dropout: None, out: x.mat_mut() };
+//! gelu_dropout(&mut workspace, &mut [problem]).unwrap();
 //! ```
 //!
 //! and nobody launches a kernel on an address:
@@ -163,14 +169,6 @@ impl<'a, T: Element> Mat<'a, T> {
         check_range("columns", &cols, self.cols())?;
         Ok(Self { view: self.view.cols_range(cols), ..self })
     }
-
-    pub(crate) fn view(&self) -> View<T> {
-        self.view
-    }
-
-    pub(crate) fn device(&self) -> &'a Device {
-        self.device
-    }
 }
 
 /// A matrix that is borrowed to write.
@@ -211,14 +209,6 @@ impl<'a, T: Element> MatMut<'a, T> {
     pub fn reborrow(&mut self) -> MatMut<'_, T> {
         MatMut { device: self.device, view: self.view, owner: PhantomData }
     }
-
-    pub(crate) fn view(&self) -> View<T> {
-        self.view
-    }
-
-    pub(crate) fn device(&self) -> &'a Device {
-        self.device
-    }
 }
 
 fn check_host(device: &Device, len: usize, rows: usize, cols: usize) -> Result<()> {
@@ -239,6 +229,31 @@ fn check_range(what: &str, range: &Range<usize>, len: usize) -> Result<()> {
     Err(Error::Usage(format!("{what} {} to {} of {len}", range.start, range.end)))
 }
 
+/// Takes the operands of one call of an op.
+pub(crate) struct Operands<'d> {
+    pub op: &'static str,
+    device: &'d Device,
+}
+
+impl Operands<'_> {
+    pub(crate) fn read<T: Element>(&self, name: &str, matrix: &Mat<T>) -> Result<View<T>> {
+        self.check(name, matrix.device)?;
+        Ok(matrix.view)
+    }
+
+    pub(crate) fn write<T: Element>(&self, name: &str, matrix: &MatMut<T>) -> Result<View<T>> {
+        self.check(name, matrix.device)?;
+        Ok(matrix.view)
+    }
+
+    fn check(&self, name: &str, device: &Device) -> Result<()> {
+        if std::ptr::eq(device, self.device) {
+            return Ok(());
+        }
+        Err(Error::Usage(format!("{}: {name} is on another device than the workspace", self.op)))
+    }
+}
+
 /// Scratch memory that ops take for themselves, kept from op to op.
 pub struct Workspace<'d> {
     device: &'d Device,
@@ -251,17 +266,13 @@ impl<'d> Workspace<'d> {
         Ok(Self { device, arena: Arena::new(device, 0)? })
     }
 
-    /// Runs an op on operands of these devices, all of which must be this one, with as much scratch
-    /// as it takes.
-    pub(crate) fn run(
-        &mut self,
-        op: &'static str,
-        operands: &[&Device],
-        work: impl Fn(&Device, &mut Arena) -> Result<()>,
-    ) -> Result<()> {
-        if operands.iter().any(|device| !std::ptr::eq(*device, self.device)) {
-            return Err(Error::Usage(format!("{op}: the operands are not all on the workspace's device")));
-        }
+    /// What takes an op's operands, all of which must be on this device.
+    pub(crate) fn operands(&self, op: &'static str) -> Operands<'d> {
+        Operands { op, device: self.device }
+    }
+
+    /// Runs an op with as much scratch as it takes.
+    pub(crate) fn run(&mut self, work: impl Fn(&Device, &mut Arena) -> Result<()>) -> Result<()> {
         let mut counted = Arena::unlimited();
         work(&self.device.dry(), &mut counted)?;
         if counted.peak() > self.arena.bytes() {

@@ -185,6 +185,12 @@ impl<T: Element> View<T> {
         (!is_rounded::<T>()).then_some(View { address, rows, cols, stride, element: PhantomData })
     }
 
+    /// [`View::as_sums`] the other way.
+    pub(crate) fn of_sums(sums: View<T::Sum>) -> Option<Self> {
+        let View { address, rows, cols, stride, .. } = sums;
+        (!is_rounded::<T>()).then_some(Self { address, rows, cols, stride, element: PhantomData })
+    }
+
     /// Where the first element lies, as kernels take it.
     pub(crate) fn address(self) -> u64 {
         self.address as u64

@@ -28,7 +28,7 @@ use kernel::{KernelAttention, KernelAttentionGrad, KernelMerge, Kernels};
 use super::Dropout;
 use crate::{
     Error, Result,
-    device::{Arena, Cpu, Device, Element, Launch, Mat, MatMut, Storage, View, Workspace, storage},
+    device::{Arena, Cpu, Device, Element, Launch, Storage, View, storage},
 };
 
 /// Most columns of a head.
@@ -97,85 +97,6 @@ impl<T: Element> Attention<T> {
     fn scale(&self) -> f64 {
         1.0 / (self.head_dim() as f64).sqrt()
     }
-}
-
-/// Multi-head attention: out = dropout(softmax(q kᵀ / sqrt(head_dim))) v of each head, and the
-/// scores' log-sum-exp.
-///
-/// Shapes: q and out `[n, d]`, k and v `[m, d]` (n and m may differ), lse `[heads, n]`; `heads`
-/// divides d. Source: FlashAttention-2 (Dao 2023, algorithm 1).
-#[derive(Clone, Copy)]
-pub struct AttentionInput<'a, T: Element> {
-    /// `[n, d]`
-    pub q: Mat<'a, T>,
-    /// `[m, d]`
-    pub k: Mat<'a, T>,
-    /// `[m, d]`
-    pub v: Mat<'a, T>,
-    /// Divides d.
-    pub heads: usize,
-    /// Of the probabilities; head h draws at its site + h.
-    pub dropout: Option<Dropout>,
-}
-
-impl<'a, T: Element> AttentionInput<'a, T> {
-    fn problem(&self, out: View<T>, lse: View<T::Sum>) -> Attention<T> {
-        let Self { q, k, v, heads, dropout } = *self;
-        Attention { q: q.view(), k: k.view(), v: v.view(), out, lse, heads, dropout }
-    }
-
-    fn devices(&self) -> Vec<&'a Device> {
-        vec![self.q.device(), self.k.device(), self.v.device()]
-    }
-}
-
-/// See [`AttentionInput`].
-pub fn attention<T: Element>(
-    workspace: &mut Workspace,
-    input: &AttentionInput<T>,
-    out: MatMut<T>,
-    lse: MatMut<T::Sum>,
-) -> Result<()> {
-    let on = [input.devices(), vec![out.device(), lse.device()]].concat();
-    let problem = input.problem(out.view(), lse.view());
-    workspace.run("attention", &on, |device, arena| forward(device, arena, &[problem]))
-}
-
-/// What [`attention_backward`] reads beside the input.
-#[derive(Clone, Copy)]
-pub struct AttentionOutput<'a, T: Element> {
-    /// `[n, d]`, as [`attention`] wrote it.
-    pub out: Mat<'a, T>,
-    /// `[heads, n]`, as [`attention`] wrote it.
-    pub lse: Mat<'a, T::Sum>,
-    /// `[n, d]`
-    pub dout: Mat<'a, T>,
-}
-
-/// What [`attention_backward`] writes.
-pub struct AttentionInputGrad<'a, T: Element> {
-    /// `[n, d]`
-    pub dq: MatMut<'a, T>,
-    /// `[m, d]`
-    pub dk: MatMut<'a, T>,
-    /// `[m, d]`
-    pub dv: MatMut<'a, T>,
-}
-
-/// dq, dk and dv =, from dout and what [`attention`] wrote. Source: FlashAttention-2, algorithm 2.
-pub fn attention_backward<T: Element>(
-    workspace: &mut Workspace,
-    input: &AttentionInput<T>,
-    output: &AttentionOutput<T>,
-    grad: &mut AttentionInputGrad<T>,
-) -> Result<()> {
-    let AttentionOutput { out, lse, dout } = *output;
-    let AttentionInputGrad { dq, dk, dv } = grad;
-    let others = [out.device(), lse.device(), dout.device(), dq.device(), dk.device(), dv.device()];
-    let on = [input.devices(), others.to_vec()].concat();
-    let forward = input.problem(out.view(), lse.view());
-    let problem = AttentionGrad { forward, dout: dout.view(), dq: dq.view(), dk: dk.view(), dv: dv.view() };
-    workspace.run("attention backward", &on, |device, arena| backward(device, arena, &[problem]))
 }
 
 pub(crate) fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {

@@ -9,7 +9,7 @@ use bytemuck::{Pod, Zeroable};
 use super::layer_norm;
 use crate::{
     Error, Result,
-    device::{Arg, Buffer, Cpu, Device, Element, Launch, Matrix, Real, Storage, View, cpu::real::sum, round, storage},
+    device::{Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View, cpu::real::sum, round, storage},
     loss::{Loss, Prediction, Target},
 };
 
@@ -67,8 +67,14 @@ pub(crate) fn backward<T: Element>(device: &Device, grad: &HeadGrad<T>) -> Resul
 
 /// From x to loss, risk (`[1, 2]` f64 in `result`) and all gradients, which are as in [`backward`].
 /// A kernel writes nothing else.
-pub(crate) fn train<T: Element>(device: &Device, grad: &HeadGrad<T>, loss: &SlideLoss, result: &Buffer) -> Result<()> {
+pub(crate) fn train<T: Element>(
+    device: &Device,
+    grad: &HeadGrad<T>,
+    loss: &SlideLoss,
+    result: View<f64>,
+) -> Result<()> {
     check("head train", device, &grad.forward)?;
+    result.check("head train", "result", &[1, 2])?;
     let classes = grad.forward.logits.cols();
     if loss.target.label >= classes {
         return Err(Error::Usage(format!("head train: label {} of {classes} classes", loss.target.label)));
@@ -137,7 +143,7 @@ fn cpu_backward<T: Element>(cpu: &Cpu, grad: &HeadGrad<T>) {
     }
 }
 
-fn cpu_train<T: Element>(cpu: &Cpu, grad: &HeadGrad<T>, loss: &SlideLoss, result: &Buffer) {
+fn cpu_train<T: Element>(cpu: &Cpu, grad: &HeadGrad<T>, loss: &SlideLoss, result: View<f64>) {
     cpu_forward(cpu, &grad.forward);
     // SAFETY: the views are live, and this is one thread.
     let (logits, dlogits) = unsafe { (grad.forward.logits.row(0), grad.dlogits.row_mut(0)) };
@@ -147,8 +153,8 @@ fn cpu_train<T: Element>(cpu: &Cpu, grad: &HeadGrad<T>, loss: &SlideLoss, result
         *to = T::Sum::of(gradient * loss.share);
     }
     let risk = Prediction::from_logits(&logits).risk;
-    // SAFETY: the buffer is live host memory, and nobody reads it now.
-    unsafe { result.view::<f64>(0, 1, 2).row_mut(0) }.copy_from_slice(&[value, risk]);
+    // SAFETY: the view is live host memory, and nobody reads it now.
+    unsafe { result.row_mut(0) }.copy_from_slice(&[value, risk]);
     cpu_backward(cpu, grad);
 }
 
@@ -207,7 +213,7 @@ struct KernelLoss {
 }
 
 impl KernelLoss {
-    fn new(p: &SlideLoss, result: &Buffer) -> Self {
+    fn new(p: &SlideLoss, result: View<f64>) -> Self {
         Self {
             result: result.address(),
             alpha: p.alpha,

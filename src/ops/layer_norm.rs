@@ -12,7 +12,7 @@ use super::{ROWS_PER_TASK, for_rows, matmul::column_sums};
 use crate::{
     Result,
     device::{
-        Arena, Arg, Cpu, Device, Element, Launch, Mat, MatMut, Matrix, Real, Storage, View, Workspace,
+        Arena, Arg, Cpu, Device, Element, Launch, Matrix, Real, Storage, View,
         cpu::{real::sum, with_workspace},
         storage, widen,
     },
@@ -43,59 +43,6 @@ pub(crate) struct NormGrad<T: Element> {
     pub dx: View<T>,
     pub dweight: View<T::Sum>,
     pub dbias: View<T::Sum>,
-}
-
-/// y = LayerNorm(x) of each row, and its statistics (mean, 1 / sqrt(var + eps)) for
-/// [`layer_norm_backward`].
-///
-/// Shapes: x `[n0, d]`, weight and bias `[1, d]`, y `[n, d]` with n0 <= n <= 2 n0 (rows from n0 on
-/// repeat the first ones), stats `[n0, 2]`.
-pub fn layer_norm<T: Element>(
-    workspace: &mut Workspace,
-    x: Mat<T>,
-    weight: Mat<T>,
-    bias: Mat<T>,
-    y: MatMut<T>,
-    stats: MatMut<T::Sum>,
-) -> Result<()> {
-    let on = [x.device(), weight.device(), bias.device(), y.device(), stats.device()];
-    let problem = Norm { x: x.view(), stats: stats.view(), weight: weight.view(), bias: bias.view(), y: y.view() };
-    workspace.run("layer_norm", &on, |device, _| forward(device, &[problem]))
-}
-
-/// Operands of [`layer_norm_backward`] that are read.
-#[derive(Clone, Copy)]
-pub struct LayerNormGrad<'a, T: Element> {
-    /// `[n0, d]`
-    pub x: Mat<'a, T>,
-    /// `[n0, 2]`, as [`layer_norm`] wrote them.
-    pub stats: Mat<'a, T::Sum>,
-    /// `[1, d]`
-    pub weight: Mat<'a, T>,
-    /// `[n, d]`
-    pub dy: Mat<'a, T>,
-}
-
-/// dx `[n0, d]` =, dweight and dbias `[1, d]` +=.
-pub fn layer_norm_backward<T: Element>(
-    workspace: &mut Workspace,
-    of: &LayerNormGrad<T>,
-    dx: MatMut<T>,
-    dweight: MatMut<T::Sum>,
-    dbias: MatMut<T::Sum>,
-) -> Result<()> {
-    let LayerNormGrad { x, stats, weight, dy } = of;
-    let on = [x.device(), stats.device(), weight.device(), dy.device(), dx.device(), dweight.device(), dbias.device()];
-    let problem = NormGrad {
-        x: x.view(),
-        stats: stats.view(),
-        weight: weight.view(),
-        dy: dy.view(),
-        dx: dx.view(),
-        dweight: dweight.view(),
-        dbias: dbias.view(),
-    };
-    workspace.run("layer_norm backward", &on, |device, arena| backward(device, arena, &[problem]))
 }
 
 /// Statistics and y.

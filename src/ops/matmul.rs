@@ -24,7 +24,7 @@ use kernel::{KernelMatmul, KernelWeightGrad, Kernels};
 use super::Dropout;
 use crate::{
     Result,
-    device::{Arena, Cpu, Device, Element, Mat, MatMut, Storage, View, Workspace, storage},
+    device::{Arena, Cpu, Device, Element, Storage, View, storage},
 };
 
 /// What happens to a product while it is in cache, in this order.
@@ -66,58 +66,6 @@ pub(crate) struct WeightGrad<T: Element> {
     pub x: View<T>,
     pub dw: View<T::Sum>,
     pub db: View<T::Sum>,
-}
-
-/// y = x Wᵀ + b, or dropout(GELU(x Wᵀ + b)) and what lies before GELU, for backward.
-///
-/// Shapes: x `[m, in]`, weight `[out, in]`, bias `[1, out]`, y and `gelu` `[m, out]`.
-pub fn linear<T: Element>(
-    workspace: &mut Workspace,
-    x: Mat<T>,
-    weight: Mat<T>,
-    bias: Mat<T>,
-    gelu: Option<MatMut<T>>,
-    dropout: Option<Dropout>,
-    y: MatMut<T>,
-) -> Result<()> {
-    let mut on = vec![x.device(), weight.device(), bias.device(), y.device()];
-    on.extend(gelu.as_ref().map(MatMut::device));
-    let epilogue = Epilogue {
-        bias: Some(bias.view()),
-        gelu: gelu.as_ref().map(MatMut::view),
-        dropout,
-        accumulate: false,
-        gelu_grad: None,
-        residual: None,
-    };
-    let problem = Matmul { a: x.view(), b: weight.view(), out: y.view(), epilogue };
-    workspace.run("linear", &on, |device, _| forward(device, &[problem]))
-}
-
-/// dx `[m, in]` = dy W, from dy `[m, out]` and weight `[out, in]`.
-pub fn linear_backward_input<T: Element>(
-    workspace: &mut Workspace,
-    dy: Mat<T>,
-    weight: Mat<T>,
-    dx: MatMut<T>,
-) -> Result<()> {
-    let on = [dy.device(), weight.device(), dx.device()];
-    let problem = Matmul { a: dy.view(), b: weight.view(), out: dx.view(), epilogue: Epilogue::default() };
-    workspace.run("linear backward input", &on, |device, _| backward_input(device, &[problem]))
-}
-
-/// dweight `[out, in]` += dyᵀ x and dbias `[1, out]` += the column sums of dy, from dy `[m, out]`
-/// and x `[m, in]`.
-pub fn linear_backward_weight<T: Element>(
-    workspace: &mut Workspace,
-    dy: Mat<T>,
-    x: Mat<T>,
-    dweight: MatMut<T::Sum>,
-    dbias: MatMut<T::Sum>,
-) -> Result<()> {
-    let on = [dy.device(), x.device(), dweight.device(), dbias.device()];
-    let problem = WeightGrad { dy: dy.view(), x: x.view(), dw: dweight.view(), db: dbias.view() };
-    workspace.run("linear backward weight", &on, |device, arena| backward_weight(device, arena, &[problem]))
 }
 
 pub(crate) fn forward<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {

@@ -16,12 +16,11 @@ pub mod head;
 pub(crate) mod layer_norm;
 pub(crate) mod matmul;
 pub(crate) mod ppeg;
+mod public;
 pub(crate) mod scale_embedding;
 
-pub use attention::{AttentionInput, AttentionInputGrad, AttentionOutput, attention, attention_backward};
 pub use dropout::{Draw, Dropout};
-pub use layer_norm::{LayerNormGrad, layer_norm, layer_norm_backward};
-pub use matmul::{linear, linear_backward_input, linear_backward_weight};
+pub use public::*;
 
 use crate::device::Cpu;
 

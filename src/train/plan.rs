@@ -151,7 +151,7 @@ fn plan_of<M: Network, T: Element>(
     if training {
         let loss =
             SlideLoss { loss: Loss::NllSurv, target: Target { label: 0, censored: false }, alpha: 0.0, share: 1.0 };
-        head::train(ctx.device, &head, &loss, &device.alloc(0)?)?;
+        head::train(ctx.device, &head, &loss, device.alloc(16)?.view(0, 1, 2))?;
         model.backward(&mut ctx, saved, None)?;
     }
     let step = counts();

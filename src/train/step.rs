@@ -380,7 +380,7 @@ fn slide_step<M: Network, T: Element>(
             logits
         }
         Goal::Loss(loss) => {
-            head::train(ctx.device, &head, loss, result)?;
+            head::train(ctx.device, &head, loss, result.view(0, 1, 2))?;
             Vec::new()
         }
     };

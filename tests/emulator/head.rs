@@ -56,7 +56,7 @@ impl Case for ClassToken {
         };
         if let Some((loss, target)) = loss {
             let (loss, result) = (SlideLoss { loss, target, alpha: 0.2, share: 0.5 }, bed.device.alloc(16)?);
-            head::train(bed.device, &grad, &loss, &result)?;
+            head::train(bed.device, &grad, &loss, result.view(0, 1, 2))?;
             let result: Vec<f64> = bytemuck::pod_collect_to_vec(&bed.device.read(&result)?);
             let shown = bed.sums("loss, risk", 1, 2);
             bed.write(&result, shown);
@@ -127,7 +127,7 @@ fn losses_equal_the_goldens() {
         let loss = if case.loss == "nll" { Loss::NllSurv } else { Loss::CeSurv };
         let target = Target { label: case.label, censored: case.censorship == 1.0 };
         let (loss, result) = (SlideLoss { loss, target, alpha: case.alpha, share: 0.5 }, device.alloc(16).unwrap());
-        head::train(device, &grad, &loss, &result).unwrap();
+        head::train(device, &grad, &loss, result.view(0, 1, 2)).unwrap();
         let result: Vec<f64> = bytemuck::pod_collect_to_vec(&device.read(&result).unwrap());
         let close = |what: &str, got: f64, expected: f64| {
             assert!((got - expected).abs() <= 1e-6 * expected.abs().max(1.0), "case {i} {what}: {got}, not {expected}");

@@ -221,28 +221,30 @@ fn fragments_have_no_bank_conflicts() {
 #[test]
 fn operands_that_kernels_cannot_take_are_refused() {
     use crossfusion::{
-        device::{Device, Tensor, Workspace, emulator::Emulator},
-        ops::{AttentionInput, attention, linear},
+        device::{Device, Mat, Tensor, Workspace, emulator::Emulator},
+        ops::{Attention, Linear, attention, linear},
     };
     let device = Device::Emulator(Emulator::new(PLAIN[0]));
     let mut workspace = Workspace::new(&device).unwrap();
     let zeros = |rows, cols| Tensor::<bf16>::zeros(&device, rows, cols).unwrap();
     let (x, weight, bias, mut y) = (zeros(4, 16), zeros(8, 12), zeros(1, 8), zeros(4, 8));
-    let narrow = x.mat().cols_range(0..12).unwrap();
-    let refused =
-        linear(&mut workspace, narrow, weight.mat(), bias.mat(), None, None, y.mat_mut()).unwrap_err().to_string();
+    let mut refusal = |x: Mat<bf16>, weight: Mat<bf16>| {
+        let (bias, gelu, dropout, residual) = (Some(bias.mat()), None, None, None);
+        let problem = Linear { x, weight, bias, gelu, dropout, residual, y: y.mat_mut() };
+        linear(&mut workspace, &mut [problem]).unwrap_err().to_string()
+    };
+    let refused = refusal(x.mat().cols_range(0..12).unwrap(), weight.mat());
     assert!(
         refused.contains("matmul forward: a has 12 columns, 16 apart") && refused.contains("multiples of 8"),
         "{refused}"
     );
     let (wide, weight) = (zeros(4, 24), zeros(8, 16));
-    let between = wide.mat().cols_range(4..20).unwrap();
-    let refused =
-        linear(&mut workspace, between, weight.mat(), bias.mat(), None, None, y.mat_mut()).unwrap_err().to_string();
+    let refused = refusal(wide.mat().cols_range(4..20).unwrap(), weight.mat());
     assert!(refused.contains("a has 16 columns"), "{refused}");
     let (q, mut out) = (zeros(4, 24), zeros(4, 24));
     let mut lse = Tensor::<f32>::zeros(&device, 2, 4).unwrap();
-    let input = AttentionInput { q: q.mat(), k: q.mat(), v: q.mat(), heads: 2, dropout: None };
-    let refused = attention(&mut workspace, &input, out.mat_mut(), lse.mat_mut()).unwrap_err().to_string();
+    let (q, out, lse) = (q.mat(), out.mat_mut(), lse.mat_mut());
+    let problem = Attention { q, k: q, v: q, heads: 2, dropout: None, out, lse };
+    let refused = attention(&mut workspace, &mut [problem]).unwrap_err().to_string();
     assert!(refused.contains("heads of 12 columns: kernels take multiples of 8"), "{refused}");
 }
