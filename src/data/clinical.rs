@@ -20,7 +20,7 @@ const MOST_MONTHS: f64 = 1200.0;
 
 /// The unit of the column of times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unit {
+pub(crate) enum Unit {
     Days,
     Months,
     Years,

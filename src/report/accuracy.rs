@@ -196,7 +196,7 @@ pub fn by_patient(slides: &[SlideResult]) -> Result<Vec<SlideResult>> {
 
 /// Columns of a cohort.
 #[derive(Clone, Debug, Default)]
-pub struct Columns {
+pub(crate) struct Columns {
     pub time: Vec<f64>,
     pub event: Vec<bool>,
     pub risk: Vec<f64>,
