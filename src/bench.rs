@@ -30,6 +30,7 @@ use crate::{
     train::step::{Engine, Memory},
 };
 
+/// The flags of `cf-bench step`: a slide's sizes, a model, and where and how often to run it.
 #[derive(Args)]
 pub struct StepArguments {
     /// Where to run: auto, cpu or cuda

@@ -18,14 +18,17 @@ use crate::{
     data::atomic::{MOST, read_text},
 };
 
+/// Where the resolved settings lie in a run's folder.
 pub fn config_path(run: &Path) -> PathBuf {
     run.join("config.toml")
 }
 
+/// Where the metrics lie in a run's folder: an [`EpochMetrics`] a line.
 pub fn metrics_path(run: &Path) -> PathBuf {
     run.join("metrics.jsonl")
 }
 
+/// The part of a run's folder that is one fold's, by its number.
 pub fn fold_folder(run: &Path, fold: usize) -> PathBuf {
     run.join(format!("fold_{fold}"))
 }
@@ -71,27 +74,38 @@ pub fn make_folder(out: Option<PathBuf>, name: &str) -> Result<PathBuf> {
 /// The best epoch so far.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
+    /// Counted from 0.
     pub epoch: usize,
+    /// Harrell's C of the slides that the epoch is chosen by.
     pub c_index: f64,
 }
 
 /// A line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EpochMetrics {
+    /// The fold's number.
     pub fold: usize,
+    /// Counted from 0.
     pub epoch: usize,
+    /// Of all updates of the epoch.
     pub learning_rate: f64,
+    /// Mean over the slides shown; with the Cox loss, over the events of its batches.
     pub train_loss: f64,
     /// C-indices are absent where no pair of slides can be compared.
     pub train_c_index: Option<f64>,
+    /// Mean over the slides that the epoch is chosen by, at alpha 0; with the Cox loss, that of
+    /// them as one cohort.
     pub val_loss: f64,
+    /// Of the slides that the epoch is chosen by.
     pub val_c_index: Option<f64>,
     /// Whether this epoch gave the best model so far.
     pub best: bool,
     /// Cox batches in which nobody could be compared.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub batches_without_update: usize,
+    /// Of training and validation; where an epoch was resumed, since then.
     pub seconds: f64,
+    /// Patches of all slides shown in these seconds, in training and validation, over the seconds.
     pub patches_per_second: f64,
 }
 

@@ -45,6 +45,7 @@
 //! # }
 //! ```
 
+#![deny(missing_docs)]
 // Without the models, what they alone use is unused.
 #![cfg_attr(not(feature = "programs"), allow(dead_code, unused_imports))]
 
@@ -54,25 +55,19 @@ pub mod bench;
 pub mod cli;
 #[cfg(feature = "programs")]
 pub mod data;
-#[deny(missing_docs)]
 pub mod device;
-#[deny(missing_docs)]
 pub mod error;
 #[cfg(feature = "programs")]
 pub mod eval;
 #[cfg(feature = "programs")]
 pub mod folder;
-#[deny(missing_docs)]
 pub mod loss;
 #[cfg(feature = "programs")]
 pub mod model;
-#[deny(missing_docs)]
 pub mod ops;
 #[cfg(feature = "programs")]
 pub mod report;
-#[deny(missing_docs)]
 pub mod survival;
-#[deny(missing_docs)]
 mod text;
 #[cfg(feature = "programs")]
 pub mod train;

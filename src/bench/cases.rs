@@ -20,13 +20,15 @@ type Run = dyn Fn(&Device, &mut Arena) -> Result<()> + Send + Sync;
 
 /// One op on one shape, ready to run again and again.
 pub struct Case {
+    /// The op's name, which several cases may share: "matmul forward".
     pub op: &'static str,
+    /// Its sizes, and what they are of: "input: 15800 x 512 x 2048".
     pub shape: String,
     /// Of the activations; f64 has no kernels and counts as f32.
     pub storage: Storage,
-    /// Operations (a multiply-add is two) and bytes of one run: each input read once, each output
-    /// written once.
+    /// Operations of one run, of products and convolutions alone; a multiply-add is two.
     pub flop: f64,
+    /// Bytes of one run: each input read once, each output written once.
     pub bytes: f64,
     run: Box<Run>,
     /// The same products for a BLAS, without epilogues.
@@ -36,9 +38,13 @@ pub struct Case {
 /// out = a b, row-major; `out` is `[m, n]`.
 #[derive(Clone, Copy)]
 pub struct Product {
+    /// `[m, depth]`, once it is transposed where it says so.
     pub a: Operand,
+    /// `[depth, n]`, likewise.
     pub b: Operand,
+    /// `[m, n]`, never transposed.
     pub out: Operand,
+    /// What is summed over: the columns of `a`, and the rows of `b`.
     pub depth: usize,
 }
 
@@ -46,11 +52,15 @@ pub struct Product {
 /// [`Cases`].
 #[derive(Clone, Copy)]
 pub struct Operand {
+    /// Of the first element, on the device.
     pub address: u64,
+    /// Rows as they are stored.
     pub rows: usize,
+    /// Columns as they are stored; those of a row lie side by side.
     pub cols: usize,
     /// Elements from one row to the next.
     pub stride: usize,
+    /// Whether the product takes its transpose.
     pub transposed: bool,
 }
 
@@ -91,6 +101,7 @@ impl<'d> Cases<'d> {
         Ok(Self { device, arena: Arena::new(device, ARENA)?, cases, _keep: keep })
     }
 
+    /// The cases in the order of a step, by whose place [`Self::run`] takes them.
     pub fn cases(&self) -> &[Case] {
         &self.cases
     }

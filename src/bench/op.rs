@@ -14,6 +14,7 @@ use crate::{
     survival::Ties,
 };
 
+/// The flags of `cf-bench op`: which ops, on a slide of which sizes, and the peer to time.
 #[derive(Args)]
 pub struct OpArguments {
     /// Ops whose name begins so (matmul, "attention forward", ...); or cox alone, which has a

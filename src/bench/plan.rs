@@ -13,6 +13,7 @@ use crate::{
     train::plan::{self, Parts},
 };
 
+/// The flags of `cf-bench plan`: a slide's sizes, a model, a device and a memory budget.
 #[derive(Args)]
 pub struct PlanArguments {
     /// Where it would run: auto, cpu or cuda; a GPU need not be there

@@ -16,6 +16,7 @@ use crate::{
     model::{BagSizes, Scales},
 };
 
+/// The flags of `cf-bench slide`: how large a slide to write, in which format, and where.
 #[derive(Args)]
 pub struct SlideArguments {
     /// Patches at 5x, 10x and 20x

@@ -13,8 +13,11 @@ use crate::Result;
 /// What a check has read, and what is wrong with it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Checked {
+    /// Slides that have feature files at all scales, bad ones included.
     pub slides: usize,
+    /// Their feature files.
     pub files: usize,
+    /// Bytes of these files.
     pub bytes: u64,
     /// In the order of the slides.
     pub problems: Vec<Problem>,
@@ -23,7 +26,9 @@ pub struct Checked {
 /// A feature file that cannot be trained on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
+    /// Whose feature file it is, as in the clinical table.
     pub slide_id: String,
+    /// The feature file; [`Checked::table`] shows the part of it within the folder of features.
     pub path: PathBuf,
     /// The end of a sentence that begins with the path.
     pub what: String,

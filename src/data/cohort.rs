@@ -15,6 +15,7 @@ use crate::{Error, Result};
 /// One slide's outcome. A patient (case) may have several slides.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Slide {
+    /// The patient's entry in the clinical table.
     pub case_id: String,
     /// As in the table, with its extension.
     pub slide_id: String,
@@ -66,7 +67,9 @@ pub fn stem(slide_id: &str) -> &str {
 pub struct LeftOut {
     /// Empty where a case is known and none of its slides.
     pub slide_id: String,
+    /// Empty where nothing is known of the slide's case.
     pub case_id: String,
+    /// In a few words: "not in the manifest".
     pub reason: String,
 }
 
@@ -272,6 +275,7 @@ impl Cohort {
         Ok(())
     }
 
+    /// Whether the clinical table was joined with a manifest.
     pub fn has_manifest(&self) -> bool {
         !self.manifest.is_empty()
     }

@@ -27,10 +27,15 @@ use crate::{
 /// Where a cohort lies on disk.
 #[derive(Clone, Debug)]
 pub struct Source<'a> {
+    /// The clinical table: text, or a zip of one.
     pub clinical: &'a Path,
+    /// Which of its columns hold what.
     pub columns: &'a Columns,
+    /// A GDC manifest; slides that it does not list are left out.
     pub manifest: Option<&'a Path>,
+    /// Folder of the features, in one of the layouts of [`super::layout`].
     pub pt_dir: &'a Path,
+    /// Name of the feature extractor, as folders of features carry it.
     pub backbone: &'a str,
     /// What the model reads.
     pub scales: &'a [Scale],
@@ -38,12 +43,15 @@ pub struct Source<'a> {
     pub skip: &'a [String],
 }
 
+/// A cohort whose tables and headers of feature files have been read, and fit together.
 pub struct Dataset {
     /// Slides that have features at all scales that are read.
     pub slides: Vec<Slide>,
+    /// Patches of each slide at the scales that are read, in the order of `slides`.
     pub sizes: Vec<BagSizes>,
     /// Width of the patch features.
     pub features: usize,
+    /// What the tables say, also of slides that have no features.
     pub cohort: Cohort,
     /// Slides without features.
     pub missing: Missing,
@@ -53,6 +61,7 @@ pub struct Dataset {
 /// One fold's slides, as indices into the dataset.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Fold {
+    /// Those that the weights are fitted to.
     pub train: Vec<usize>,
     /// Those that the epoch is chosen by.
     pub val: Vec<usize>,
@@ -109,6 +118,7 @@ impl<T: Element<Sum = f32>> SlideFeatures<T> {
         Ok(Self { bags, features })
     }
 
+    /// The bags as a model takes them: borrowed from memory, or to be read from their files.
     pub fn bags(&self) -> Result<Bags<'_, T>> {
         Bags::of(self.bags.as_ref().map(|_, bag| bag.features()), self.features)
     }
@@ -294,6 +304,7 @@ impl Dataset {
         ))
     }
 
+    /// What the loss is told of a slide, by its index: its bin, and whether it is censored.
     pub fn target(&self, bins: &Bins, slide: usize) -> Target {
         let slide = &self.slides[slide];
         Target { label: bins.label(slide.months), censored: slide.censored }
@@ -347,5 +358,6 @@ pub struct Reading {
     pub ahead: usize,
     /// Slides some of whose bags stay in their files: those of `scales`.
     pub streamed: HashSet<usize>,
+    /// Those at which the bags of `streamed` stay in their files.
     pub scales: &'static [Scale],
 }

@@ -27,7 +27,9 @@ pub const SIDES: [&str; 3] = ["train", "val", "test"];
 /// The slides of a fold, by id and by side, whether they have features or not.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Split {
+    /// Slides to train on, at least one.
     pub train: HashSet<String>,
+    /// Slides to validate on, at least one.
     pub val: HashSet<String>,
     /// Empty where the table has no such column.
     pub test: HashSet<String>,

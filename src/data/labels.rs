@@ -11,6 +11,7 @@ const MARGIN: f64 = 1e-6;
 /// loss that needs no labels.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Bins {
+    /// In months, rising; empty where there are no bins.
     pub edges: Vec<f64>,
 }
 
@@ -43,10 +44,12 @@ impl Bins {
         Ok(Self { edges })
     }
 
+    /// The number of bins, one less than there are edges.
     pub fn len(&self) -> usize {
         self.edges.len().saturating_sub(1)
     }
 
+    /// Whether there are no bins, as for the Cox loss.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -28,7 +28,9 @@ pub type BagFiles = Scales<PathBuf>;
 /// Slides left out because a scale has no file; a slide may lack several.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Missing {
+    /// The slides, each with the scales that it lacks as the reason.
     pub slides: Vec<LeftOut>,
+    /// How many of them lack each scale that was looked for.
     pub by_scale: Scales<usize>,
     /// The file that was looked for in vain for the first of them.
     pub first: PathBuf,

@@ -12,8 +12,11 @@ const MAPPED: usize = 32 << 20;
 /// A feature file that was looked at before: when it is read, it must still hold as much.
 #[derive(Clone, Debug)]
 pub struct PatchReader {
+    /// The feature file, opened anew for every part.
     pub path: PathBuf,
+    /// Patches that it held when it was looked at.
     pub patches: usize,
+    /// Width of the patch features then.
     pub features: usize,
 }
 

@@ -18,45 +18,66 @@ use super::tensor::DType;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Id(u32);
 
+/// An object that a pickle describes; it refers to others by their index.
 #[derive(Debug)]
 pub enum Node {
+    /// Python's `None`.
     None,
+    /// `True` or `False`.
     Bool(bool),
+    /// An `int` of at most 16 bytes.
     Int(i128),
+    /// A `float`.
     Float(f64),
+    /// A `str`.
     Text(Rc<str>),
+    /// A `tuple` of these items.
     Tuple(Vec<Id>),
+    /// A `list` of these items.
     List(Vec<Id>),
+    /// A `dict`: keys and values in the order they were set, where a key may stand twice.
     Dict(Vec<(Id, Id)>),
+    /// A function or class that may be called.
     Callable(Callable),
+    /// `torch.FloatStorage` and the like.
     StorageType(StorageType),
     /// `torch.float32` and the like.
     NumberType(StorageType),
     /// A named blob of `elements` numbers; the container that holds the pickle knows where it lies.
     Storage {
+        /// What it holds; bytes where it is untyped.
         numbers: StorageType,
+        /// The blob's name in its container.
         key: Rc<str>,
+        /// How many numbers it claims to hold.
         elements: usize,
     },
     /// A strided view (in elements) of a storage.
     Tensor {
+        /// [`Node::Storage`]
         storage: Id,
         /// Set where the storage itself is untyped.
         numbers: Option<StorageType>,
+        /// Of the first number in the storage.
         offset: usize,
+        /// Outermost axis first; at most eight.
         shape: Vec<usize>,
+        /// From one place on an axis to the next.
         strides: Vec<usize>,
         /// The numbers are the storage's with the other sign.
         negated: bool,
         /// The numbers are the storage's, conjugated.
         conjugated: bool,
     },
+    /// `bytes` or `bytearray`.
     Bytes(Rc<[u8]>),
     /// Bytes written as text, each as the character of its number.
     Latin1(Rc<str>),
     /// `numpy.dtype`: its kind and size ("f4").
     ArrayType {
+        /// Kind, and bytes of one number.
         code: Rc<str>,
+        /// Whether a number's highest byte comes first.
         big_endian: bool,
     },
     /// A numpy array; None until its state has come.
@@ -70,6 +91,7 @@ pub enum Node {
 pub struct Array {
     /// [`Node::ArrayType`]
     pub numbers: Id,
+    /// Outermost axis first; at most eight.
     pub shape: Vec<usize>,
     /// Whether the first axis lies side by side, and not the last.
     pub column_major: bool,
@@ -80,18 +102,25 @@ pub struct Array {
 /// The callables that may be "called": each one only builds a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Callable {
+    /// `collections.OrderedDict`, of no arguments.
     OrderedDict,
+    /// A tensor of a storage that has a type: torch's `_rebuild_tensor` and `_rebuild_tensor_v2`.
     RebuildTensor,
     /// Of an untyped storage.
     RebuildTypedTensor,
+    /// Torch's `_rebuild_parameter`, which gives the tensor that it is called with.
     RebuildParameter,
     /// A tensor with attributes of its own.
     RebuildFromType,
+    /// Numpy's `_reconstruct`: an array whose state comes later.
     RebuildArray,
+    /// Numpy's `_frombuffer`: an array with its state.
     ArrayFromBuffer,
+    /// `numpy.dtype`.
     ArrayType,
     /// Python 2's way to write bytes.
     Encode,
+    /// `torch.Size`, which gives the tuple that it is called with.
     Size,
     /// Gives [`Node::Opaque`], whatever it is called with.
     Opaque(&'static str),
@@ -101,8 +130,15 @@ pub enum Callable {
 /// matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StorageType {
+    /// Floats.
     Float(DType),
-    Other { name: &'static str, size: usize },
+    /// Integers, booleans, complex and quantized numbers, untyped bytes.
+    Other {
+        /// As torch calls them; "bytes" of no type.
+        name: &'static str,
+        /// Bytes of one number.
+        size: usize,
+    },
 }
 
 impl StorageType {
@@ -215,14 +251,17 @@ fn number_type(name: &str) -> Option<StorageType> {
 #[derive(Debug)]
 pub struct Pickle {
     nodes: Vec<Node>,
+    /// The object that the pickle was made of.
     pub root: Id,
 }
 
 impl Pickle {
+    /// The object at an index, which must be of this pickle.
     pub fn node(&self, id: Id) -> &Node {
         &self.nodes[id.0 as usize]
     }
 
+    /// All objects, in the order they were made.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }

@@ -66,10 +66,12 @@ impl Sheet {
         Ok(Self { path: path.to_path_buf(), bytes, start, delimiter, header })
     }
 
+    /// The file that it was read from, for messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// The names of all columns, trimmed.
     pub fn header(&self) -> &[String] {
         &self.header
     }

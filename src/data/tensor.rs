@@ -11,9 +11,13 @@ use half::{bf16, f16};
 /// The float types that feature files and checkpoints are stored in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DType {
+    /// IEEE 754's binary16.
     F16,
+    /// The upper half of a binary32.
     BF16,
+    /// IEEE 754's binary32.
     F32,
+    /// IEEE 754's binary64, rounded to f32 when it is read.
     F64,
 }
 

@@ -33,7 +33,9 @@ const STATE_DICT_KEYS: [&str; 3] = ["state_dict", "model_state_dict", "model"];
 /// One parameter of a checkpoint: its shape, and its numbers in row-major order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parameter {
+    /// Outermost axis first, as in the file.
     pub shape: Vec<usize>,
+    /// As many as the shape says, converted to f32; all are finite.
     pub values: Vec<f32>,
 }
 

@@ -29,20 +29,26 @@ pub const FILE: &str = "compare.json";
 /// compare.json; docs/survival.md has its keys.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Comparison {
+    /// Folder of the run that is called A, as it was given.
     pub run_a: String,
+    /// Folder of the run that is called B, as it was given.
     pub run_b: String,
-    /// Patients that both predicted, and their events.
+    /// Patients that both predicted.
     pub patients: usize,
+    /// Those of them that had an event.
     pub events: usize,
-    /// Patients that one of the runs alone predicted, who are left out.
+    /// Patients that A alone predicted, who are left out.
     pub only_a: usize,
+    /// Patients that B alone predicted, who are left out.
     pub only_b: usize,
+    /// How intervals and p-values were drawn.
     pub resampling: Resampling,
     /// A row a fold, then the mean of folds, then all folds pooled. Where the runs split patients
     /// differently, the last alone.
     pub rows: Vec<Difference>,
     /// What the evaluations warned of, each with the run's letter.
     pub warnings: Vec<String>,
+    /// Sentences on what could not be compared: patients left out, folds that differ.
     pub notes: Vec<String>,
 }
 
@@ -51,9 +57,13 @@ pub struct Comparison {
 pub struct Difference {
     /// "fold 0", ..., "mean of folds", "pooled"
     pub name: String,
+    /// Patients that the row is of.
     pub patients: usize,
+    /// Those of them that had an event.
     pub events: usize,
+    /// Run A's C, with an interval of its own.
     pub a: Estimate,
+    /// Run B's C, with an interval of its own.
     pub b: Estimate,
     /// a - b, with the interval of the difference on the same resampled cohorts.
     pub difference: Estimate,

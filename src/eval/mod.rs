@@ -69,9 +69,13 @@ const PUBLISHED_HEADS: usize = 4;
 /// Where a run's data lies now, as far as it has moved since training.
 #[derive(Clone, Debug, Default)]
 pub struct Moved {
+    /// The clinical table.
     pub clinical: Option<PathBuf>,
+    /// The GDC manifest, also of a run that had none.
     pub manifest: Option<PathBuf>,
+    /// The folder of the folds' tables.
     pub splits: Option<PathBuf>,
+    /// The folder of the features.
     pub pt_dir: Option<PathBuf>,
 }
 

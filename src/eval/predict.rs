@@ -23,8 +23,9 @@ use crate::{
     train::{config::RunConfig, fold::FoldTrainer},
 };
 
-/// The predictions as a table and as JSON, in their folder.
+/// The predictions as a table, in their folder.
 pub const CSV: &str = "predictions.csv";
+/// The predictions as JSON, in their folder: [`Predictions`].
 pub const JSON: &str = "predictions.json";
 
 /// What to predict with, and which slides.
@@ -34,7 +35,9 @@ pub struct Request<'a> {
     pub model: &'a Path,
     /// As [`Checkpoint::heads`](super::Checkpoint::heads).
     pub heads: Option<usize>,
+    /// Folder of the features, in one of the layouts of [`crate::data::layout`].
     pub pt_dir: &'a Path,
+    /// Name of the feature extractor, as folders of features carry it.
     pub backbone: &'a str,
     /// A table with the column `slide_id`; None predicts all slides that have features.
     pub slides: Option<&'a Path>,
@@ -48,15 +51,18 @@ pub struct Predictions {
     /// Where the time bins begin and end, in months, one more than there are hazards. Empty where
     /// the model has none, or does not say. Folds that cut their own have the mean of theirs here.
     pub bin_edges: Vec<f64>,
+    /// In the order of the table of slides; without one, sorted by id.
     pub slides: Vec<SlidePrediction>,
     /// Slides without a prediction, and why.
     pub left_out: Vec<LeftOut>,
+    /// Sentences on slides that a model has met in training.
     pub notes: Vec<String>,
 }
 
 /// A slide's prediction: the mean over the models of their survival curves and of their risks.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SlidePrediction {
+    /// As in the table of slides; without one, the name of the slide's feature files.
     pub slide_id: String,
     /// Higher is worse. Of a model with time bins it is minus the sum of the survival curve.
     pub risk: f64,

@@ -86,6 +86,7 @@ pub(super) fn copy<T: Element>(
 
 /// Reads patches of a bag: a file, say. Called from any thread.
 pub trait ReadPatches<T>: Sync {
+    /// How many the bag holds, the same at every call.
     fn patches(&self) -> usize;
     /// Fills `out`, row-major, with these patches.
     fn read(&self, patches: Range<usize>, out: &mut [T]) -> Result<()>;
@@ -152,6 +153,7 @@ impl<'a, T: Element> Bags<'a, T> {
         Self { bags, owner: PhantomData }
     }
 
+    /// The numbers of patches at the scales that the slide has.
     pub fn sizes(&self) -> BagSizes {
         self.bags.map(|_, bag| bag.patches())
     }

@@ -15,6 +15,7 @@ use crate::{
     ops::head::HeadGrad,
 };
 
+/// The published model: where its parameters lie, and the parts that compute with them.
 pub struct CrossFusion {
     config: Config,
     layout: Layout,
@@ -43,6 +44,7 @@ const NAMES: EncoderNames = EncoderNames {
 const MIXED: [usize; STREAMS] = [SOURCE, FINE, COARSE];
 
 impl CrossFusion {
+    /// Lays the parameters out, without memory for them; [`Config::check`] has passed the settings.
     pub fn new(config: &Config) -> Self {
         let (layout, mut next_site) = (&mut Layout::default(), 0);
         let class_token = Readout::class_token(layout, config);

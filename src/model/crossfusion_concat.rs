@@ -15,6 +15,7 @@ use crate::{
     ops::head::HeadGrad,
 };
 
+/// The ablation without a convolution: where its parameters lie, and the parts that use them.
 pub struct CrossFusionConcat {
     config: Config,
     layout: Layout,
@@ -51,6 +52,7 @@ fn columns<T: Element>(all: View<T>, stream: usize) -> View<T> {
 }
 
 impl CrossFusionConcat {
+    /// Lays the parameters out, without memory for them; [`Config::check`] has passed the settings.
     pub fn new(config: &Config) -> Self {
         let (layout, mut next_site) = (&mut Layout::default(), 0);
         let class_token = Readout::class_token(layout, config);

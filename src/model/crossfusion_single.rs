@@ -19,6 +19,7 @@ use crate::{
     ops::head::HeadGrad,
 };
 
+/// The ablation of x20 alone: where its parameters lie, and the parts that compute with them.
 pub struct CrossFusionSingle {
     config: Config,
     layout: Layout,
@@ -48,6 +49,7 @@ enum Source<'a, T: Element> {
 const SCALE: Scale = Scale::X20;
 
 impl CrossFusionSingle {
+    /// Lays the parameters out, without memory for them; [`Config::check`] has passed the settings.
     pub fn new(config: &Config) -> Self {
         let (layout, mut next_site) = (&mut Layout::default(), 0);
         let class_token = Readout::class_token(layout, config);

@@ -52,15 +52,20 @@ pub enum Fusion {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// Which model the settings are of; the published one where a file does not say.
     #[serde(default)]
     pub model: ModelName,
     /// Width of the patch features.
     pub features: usize,
     /// Width of the model.
     pub dim: usize,
+    /// Attention heads, which divide `dim`.
     pub heads: usize,
+    /// Self-attention layers before and after each positional encoding.
     pub layers: usize,
+    /// Time bins, as many as logits; 1 of a model whose output is the risk.
     pub n_classes: usize,
+    /// What the convolution runs along; [`Fusion::Conv2d`] of the model that has none.
     pub fusion: Fusion,
     /// Dropout after GELU and after the feed-forward's second layer.
     pub ffn_dropout: f64,

@@ -90,8 +90,11 @@ impl fmt::Display for ModelName {
 /// One of the models.
 #[expect(clippy::large_enum_variant, reason = "an engine has one, and it is not moved")]
 pub enum Model {
+    /// As published: x5, x10 and x20, fused by convolution.
     CrossFusion(CrossFusion),
+    /// Ablation: the streams are put side by side and projected instead of convolved.
     CrossFusionConcat(CrossFusionConcat),
+    /// Ablation: x20 alone.
     CrossFusionSingle(CrossFusionSingle),
 }
 
@@ -118,6 +121,7 @@ impl Model {
         })
     }
 
+    /// The settings that it was built from.
     pub fn config(&self) -> &Config {
         each!(self, network => network.config())
     }

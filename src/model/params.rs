@@ -14,7 +14,9 @@ use crate::{
 /// One named tensor.
 #[derive(Clone, Debug)]
 pub struct Entry {
+    /// As public checkpoints call it.
     pub name: String,
+    /// As in public checkpoints: outermost axis first.
     pub shape: Vec<usize>,
     /// Elements from the start of the arena.
     pub offset: usize,
@@ -22,10 +24,12 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Elements, which lie side by side in row-major order.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
 
+    /// Whether it has no elements; every tensor of a model has some.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -97,6 +101,7 @@ const ALIGNMENT: usize = 64;
 const LINEAR: Init = Init::Normal(0.02);
 
 impl Layout {
+    /// The tensors in the order of their offsets.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
     }
@@ -106,6 +111,7 @@ impl Layout {
         self.len
     }
 
+    /// Whether no tensor has been laid out yet.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

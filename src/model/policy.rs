@@ -21,6 +21,7 @@ const WHOLE: usize = usize::MAX;
 const PARTS: [usize; 4] = [65536, 16384, 4096, 1024];
 
 impl Policy {
+    /// Keeps everything and holds bags whole: the fewest operations, the most memory.
     pub const KEEP: Self = Self { recompute: None, stream: None };
 
     /// All that a plan tries.

@@ -5,12 +5,16 @@ use std::fmt;
 /// A magnification of a slide's patches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scale {
+    /// 5x: context of the coarse stream.
     X5,
+    /// 10x: the source stream.
     X10,
+    /// 20x: context of the fine stream, and all that CrossFusionSingle reads.
     X20,
 }
 
 impl Scale {
+    /// From the lowest magnification to the highest.
     pub const ALL: [Self; 3] = [Self::X5, Self::X10, Self::X20];
 
     /// As folders of features are called.
@@ -36,10 +40,12 @@ impl<V> Default for Scales<V> {
 }
 
 impl<V> Scales<V> {
+    /// The value of a scale, if it has one.
     pub fn get(&self, scale: Scale) -> Option<&V> {
         self.0[scale as usize].as_ref()
     }
 
+    /// Gives a scale a value, in place of the one that it may have had.
     pub fn insert(&mut self, scale: Scale, value: V) {
         self.0[scale as usize] = Some(value);
     }
@@ -49,22 +55,27 @@ impl<V> Scales<V> {
         Scale::ALL.into_iter().filter_map(|scale| Some((scale, self.get(scale)?)))
     }
 
+    /// In the order of [`Self::iter`], to be changed in place.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (Scale, &mut V)> {
         Scale::ALL.into_iter().zip(&mut self.0).filter_map(|(scale, value)| Some((scale, value.as_mut()?)))
     }
 
+    /// In the order of [`Self::iter`], without their scales.
     pub fn values(&self) -> impl Iterator<Item = &V> {
         self.0.iter().flatten()
     }
 
+    /// What `f` makes of each value, at the same scales.
     pub fn map<U>(self, mut f: impl FnMut(Scale, V) -> U) -> Scales<U> {
         self.into_iter().map(|(scale, value)| (scale, f(scale, value))).collect()
     }
 
+    /// What `f` makes of each value, at the same scales; the first error where there is one.
     pub fn try_map<U, E>(self, mut f: impl FnMut(Scale, V) -> Result<U, E>) -> Result<Scales<U>, E> {
         self.into_iter().map(|(scale, value)| Ok((scale, f(scale, value)?))).collect()
     }
 
+    /// The same, borrowed.
     pub fn as_ref(&self) -> Scales<&V> {
         self.iter().collect()
     }
@@ -106,6 +117,7 @@ impl<V> IntoIterator for Scales<V> {
 pub type BagSizes = Scales<usize>;
 
 impl BagSizes {
+    /// Patches at all scales together.
     pub fn total(&self) -> usize {
         self.values().sum()
     }

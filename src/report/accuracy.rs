@@ -23,6 +23,7 @@ pub struct Estimate {
     pub estimate: Option<f64>,
     /// Lower and upper end; None where it is undefined, and `note` says why.
     pub interval: Option<[f64; 2]>,
+    /// Why there is no number or no interval, without a full stop.
     pub note: Option<String>,
 }
 
@@ -66,6 +67,7 @@ impl Estimate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Unit {
+    /// Every slide counts as one.
     Slide,
     /// A patient's slides taken together: the mean of their risks and of their survival curves.
     Patient,
@@ -76,6 +78,7 @@ pub enum Unit {
 pub struct AucCurve {
     /// Months; empty where the curve is undefined.
     pub times: Vec<f64>,
+    /// For each of the times, with a pointwise interval.
     pub auc: Vec<Estimate>,
     /// Over the times, weighted by the fall of the Kaplan-Meier curve.
     pub mean: Estimate,
@@ -86,6 +89,7 @@ pub struct AucCurve {
 pub struct Brier {
     /// Months; empty where the score is undefined.
     pub times: Vec<f64>,
+    /// For each of the times; lower is better.
     pub score: Vec<f64>,
     /// Mean over the span of the times.
     pub integrated: Estimate,
@@ -96,8 +100,11 @@ pub struct Brier {
 /// The statistics of slides, or of patients.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Accuracy {
+    /// What a row is.
     pub unit: Unit,
+    /// Slides, or patients, each once for every fold that predicted it.
     pub rows: usize,
+    /// Rows that had an event.
     pub events: usize,
     /// Harrell's C of each fold, in the order of the folds.
     pub c_index_by_fold: Vec<Estimate>,
@@ -113,7 +120,9 @@ pub struct Accuracy {
     pub horizon: f64,
     /// Events before the horizon.
     pub uno_c: Estimate,
+    /// Of the risk, up to the horizon.
     pub auc: AucCurve,
+    /// Of the survival curves; undefined where the model has no time bins.
     pub brier: Brier,
 }
 

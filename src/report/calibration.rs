@@ -17,7 +17,9 @@ pub struct CalibrationPoint {
     pub time: f64,
     /// From the lowest predicted survival up.
     pub group: usize,
+    /// Members of the group.
     pub patients: usize,
+    /// Those of them that had an event up to `time`.
     pub events: usize,
     /// Mean predicted survival at `time`.
     pub predicted: f64,

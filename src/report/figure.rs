@@ -48,6 +48,7 @@ impl Screen {
         }
     }
 
+    /// Of a figure that fills it, in CSS pixels.
     pub fn width(self) -> f64 {
         self.pick(854.0, 400.0)
     }
@@ -59,11 +60,16 @@ pub const SERIES: usize = 4;
 /// Where text stands on its point.
 #[derive(Clone, Copy)]
 pub enum Anchor {
+    /// It begins there.
     Start,
+    /// Its middle is there.
     Middle,
+    /// It ends there.
     End,
 }
 
+/// A drawing as SVG text: shapes lie over those drawn before, and places are CSS pixels from the
+/// upper left corner.
 pub struct Figure {
     width: f64,
     height: f64,
@@ -85,16 +91,19 @@ impl Figure {
         self.body.push_str("</g>\n");
     }
 
+    /// Draws the path data `d` of SVG; nothing where that is empty.
     pub fn path(&mut self, class: &str, d: &str) {
         if !d.is_empty() {
             let _ = writeln!(self.body, r#"<path class="{class}" d="{d}"/>"#);
         }
     }
 
+    /// Draws a straight line from one point to another.
     pub fn line(&mut self, class: &str, (x1, y1): (f64, f64), (x2, y2): (f64, f64)) {
         self.path(class, &format!("M{x1:.1} {y1:.1}L{x2:.1} {y2:.1}"));
     }
 
+    /// Draws a rectangle whose upper left corner is the point.
     pub fn rect(&mut self, class: &str, (x, y): (f64, f64), width: f64, height: f64) {
         let _ = writeln!(
             self.body,
@@ -102,10 +111,12 @@ impl Figure {
         );
     }
 
+    /// Draws a circle around the point.
     pub fn circle(&mut self, class: &str, (x, y): (f64, f64), radius: f64) {
         let _ = writeln!(self.body, r#"<circle class="{class}" cx="{x:.1}" cy="{y:.1}" r="{radius:.1}"/>"#);
     }
 
+    /// Writes a line of text, on a baseline through the point.
     pub fn text(&mut self, class: &str, anchor: Anchor, at: (f64, f64), text: &str) {
         self.texts(anchor, at, &[(class, text)]);
     }
@@ -219,6 +230,7 @@ impl Axis {
         Self { from, to, start, end }
     }
 
+    /// The pixel of a value; beyond the ends for one that lies there.
     pub fn at(&self, value: f64) -> f64 {
         self.start + (value - self.from) / (self.to - self.from) * (self.end - self.start)
     }

@@ -9,7 +9,9 @@ use super::{
 /// One row: a label, and an estimate for each series.
 #[derive(Clone, Debug)]
 pub struct Row {
+    /// Stands to the left of the axis.
     pub label: String,
+    /// In the order of [`Forest::series`].
     pub estimates: Vec<Estimate>,
     /// A row that sums others up; a rule sets it apart from what stands above.
     pub total: bool,
@@ -39,6 +41,7 @@ const GAP: f64 = 11.0;
 /// The axis shows at least this much, also where all estimates are one.
 const LEAST_SPAN: f64 = 0.02;
 
+/// Draws the rows one below the other, over an axis that spans them within the bounds.
 pub fn figure(forest: &Forest, rows: &[Row], screen: Screen) -> Figure {
     let (width, left, right) = (screen.width(), screen.pick(176.0, 116.0), screen.pick(216.0, 168.0));
     let named = forest.series.len() > 1;

@@ -21,7 +21,9 @@ const YEARS: [f64; 3] = [12.0, 36.0, 60.0];
 /// A log-rank test.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LogRankResult {
+    /// With one degree of freedom less than there are groups.
     pub chi_squared: f64,
+    /// Probability of a statistic as large where all groups have one hazard.
     pub p_value: f64,
 }
 
@@ -36,6 +38,7 @@ pub struct HazardRatioResult {
     /// Whether the groups of higher risk live longer by more than chance: the interval lies below 1
     /// or, where there is none, the log-rank test is below 0.05.
     pub reversed: bool,
+    /// Why there is no ratio, without a full stop; None where there is one.
     pub note: Option<String>,
 }
 
@@ -66,6 +69,7 @@ pub fn ratio_text(ratio: f64) -> String {
 pub struct SurvivalAt {
     /// Months.
     pub time: f64,
+    /// Patients who are followed to this time or longer.
     pub at_risk: usize,
     /// None where the group was not followed so long.
     pub survival: Option<f64>,
@@ -89,7 +93,9 @@ pub struct Grouping {
     pub events: Vec<usize>,
     /// None where the test is undefined; `note` says why.
     pub log_rank: Option<LogRankResult>,
+    /// Why there is no log-rank test, without a full stop; None where there is one.
     pub note: Option<String>,
+    /// From one group to the next.
     pub hazard_ratio: HazardRatioResult,
     /// At 1, 3 and 5 years, group by group.
     pub survival: Vec<Vec<SurvivalAt>>,
@@ -105,10 +111,12 @@ const TERTILES: [f64; 2] = [1.0 / 3.0, 2.0 / 3.0];
 const LEAST_SHARE: f64 = 0.2;
 
 impl Grouping {
+    /// All patients are cut at one median, whatever their fold.
     pub fn median(rows: &[SlideResult]) -> Self {
         Self::quantiles("median", rows, &[0.5])
     }
 
+    /// All patients are cut at the same tertiles, whatever their fold.
     pub fn tertiles(rows: &[SlideResult]) -> Self {
         Self::quantiles("tertiles", rows, &TERTILES)
     }
@@ -118,6 +126,7 @@ impl Grouping {
         Self::fold_quantiles("fold_median", rows, folds, &[0.5])
     }
 
+    /// Each fold's patients are cut at their own tertiles.
     pub fn fold_tertiles(rows: &[SlideResult], folds: &[Fold]) -> Self {
         Self::fold_quantiles("fold_tertiles", rows, folds, &TERTILES)
     }

@@ -17,8 +17,11 @@ use crate::{
 /// One curve's cohort: months of follow-up, and whether the event was observed.
 #[derive(Clone, Debug)]
 pub struct Group {
+    /// Names the curve: "High risk".
     pub label: String,
+    /// Months of follow-up, a patient each.
     pub time: Vec<f64>,
+    /// Whether the event was observed, a patient each.
     pub event: Vec<bool>,
 }
 
@@ -27,6 +30,7 @@ pub struct Group {
 pub struct Tests {
     /// Of the log-rank test, where it is defined.
     pub p: Option<f64>,
+    /// From one group to the next, where the figure shall say it.
     pub hazard_ratio: Option<HazardRatioResult>,
 }
 

@@ -12,26 +12,33 @@ use super::{
 };
 use crate::{Error, Result, folder::EpochMetrics, survival::short};
 
+/// A figure with its files' name, its numbers and what is said of it.
 pub struct Plot {
     /// Of its files, without an extension.
     pub name: String,
     /// Above the plot where its section holds several.
     pub title: &'static str,
+    /// For the page and the files.
     pub figure: Figure,
     /// The same for a narrow screen; None where the figure is narrow enough.
     pub phone: Option<Figure>,
     /// The numbers that are drawn.
     pub csv: Vec<u8>,
+    /// Sentences below the figure; empty where none are needed.
     pub caption: String,
 }
 
 /// What is undefined is absent; the summary's notes say why.
 pub struct Plots {
+    /// C-index by fold, of slides and of patients, with intervals.
     pub c_index: Plot,
     /// Kaplan-Meier curves, one for each grouping of the summary.
     pub survival: Vec<Plot>,
+    /// AUC over time.
     pub auc: Option<Plot>,
+    /// Predicted against observed survival.
     pub calibration: Option<Plot>,
+    /// A histogram of the predicted risks by outcome.
     pub risk: Option<Plot>,
     /// One a fold.
     pub training: Vec<Plot>,
@@ -76,6 +83,7 @@ impl Plots {
         })
     }
 
+    /// All that there are, the C-index first.
     pub fn all(&self) -> impl Iterator<Item = &Plot> {
         let some = self.auc.iter().chain(&self.calibration).chain(&self.risk);
         std::iter::once(&self.c_index).chain(&self.survival).chain(some).chain(&self.training)

@@ -18,7 +18,9 @@ use crate::{
 /// A slide, its outcome and what the model said. A row of predictions.csv.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SlideResult {
+    /// The patient's case, by which slides are put together.
     pub case_id: String,
+    /// As in the clinical table; empty where a patient's slides are taken together.
     pub slide_id: String,
     /// The fold whose model made the prediction; the slide is of its validation part.
     pub fold: usize,
@@ -30,12 +32,14 @@ pub struct SlideResult {
     pub risk: f64,
     /// One for each time bin; empty where the model has one output.
     pub hazards: Vec<f64>,
+    /// For each time bin, the probability of surviving it; empty where the model has one output.
     pub survival: Vec<f64>,
 }
 
 /// What is known of a fold besides its predictions.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fold {
+    /// Its number, by which predictions name it.
     pub fold: usize,
     /// None when a checkpoint is evaluated on a cohort that it was not trained in.
     pub train_slides: Option<usize>,
@@ -49,14 +53,19 @@ pub struct Fold {
 /// A row of the table.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct FoldResult {
+    /// The fold's number.
     pub fold: usize,
+    /// As [`Fold::train_slides`].
     pub train_slides: Option<usize>,
+    /// Slides that the fold's model predicted.
     pub slides: usize,
+    /// Patients of these slides.
     pub patients: usize,
     /// Slides whose patient had an event.
     pub events: usize,
     /// Patients that had an event.
     pub patient_events: usize,
+    /// As [`Fold::best_epoch`].
     pub best_epoch: Option<usize>,
     /// Harrell's C of the slides; None where it is undefined.
     pub c_index: Option<f64>,
@@ -69,6 +78,7 @@ pub struct FoldResult {
 pub struct Resampling {
     /// Resampled cohorts, and permutations.
     pub replicates: usize,
+    /// Of the draws: the same seed gives the same numbers.
     pub seed: u64,
     /// Of all intervals.
     pub level: f64,
@@ -77,18 +87,23 @@ pub struct Resampling {
 /// summary.json; docs/survival.md has its keys.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
+    /// In the order given.
     pub folds: Vec<FoldResult>,
     /// Over the folds that have a C-index.
     pub c_index_mean: Option<f64>,
     /// Population standard deviation (ddof 0) over the same folds; None of fewer than two.
     pub c_index_std: Option<f64>,
+    /// Predicted slides, each once for every fold that predicted it.
     pub slides: usize,
+    /// Patients of these slides, each once.
     pub patients: usize,
     /// Slides whose patient had an event.
     pub events: usize,
     /// Patients that had an event.
     pub patient_events: usize,
+    /// How intervals and p-values were drawn.
     pub resampling: Resampling,
+    /// Where every slide counts as one, as published.
     pub by_slide: Accuracy,
     /// None where every patient has one slide, which `by_slide` then is about.
     pub by_patient: Option<Accuracy>,

@@ -10,11 +10,15 @@ use super::{
 
 /// A statistic with its interval, by slide and, where that is another matter, by patient.
 pub struct StatisticRow {
+    /// What it is called: "Uno's C before 60.0 months".
     pub name: String,
+    /// By slide, and by patient where that is another matter.
     pub cells: Vec<Cell>,
 }
 
+/// A statistic's text, by slide or by patient.
 pub struct Cell {
+    /// The number with its interval, or what there is of it; "-" where there is nothing.
     pub text: String,
     /// Why there is no number, or no interval.
     pub note: Option<String>,

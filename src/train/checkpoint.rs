@@ -43,8 +43,11 @@ const BLANK: &str = "00000000000000000000000000000000000000000000000000000000000
 /// What `best.safetensors` says of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelCard {
+    /// What the model is built from.
     pub model: model::Config,
+    /// The fold that it was trained for.
     pub fold: usize,
+    /// The epoch whose weights these are, counted from 0.
     pub epoch: usize,
     /// Validation C-index, where it is defined.
     pub c_index: Option<f64>,
@@ -60,21 +63,26 @@ pub struct ModelCard {
 /// ([`id_digest`]), sorted.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Seen {
+    /// Of slides' names, without the extension of a slide file.
     pub slides: Vec<String>,
+    /// Of case ids.
     pub patients: Vec<String>,
 }
 
 impl Seen {
+    /// The digests of these slides and of their cases.
     pub fn new<'a>(slides: impl Iterator<Item = &'a Slide>) -> Self {
         let (slides, patients): (BTreeSet<_>, BTreeSet<_>) =
             slides.map(|slide| (id_digest(slide.name()), id_digest(&slide.case_id))).unzip();
         Self { slides: slides.into_iter().collect(), patients: patients.into_iter().collect() }
     }
 
+    /// Whether the slide is among them, by its name.
     pub fn has_slide(&self, slide: &Slide) -> bool {
         self.slides.binary_search(&id_digest(slide.name())).is_ok()
     }
 
+    /// Whether the slide's case is among them, by its id.
     pub fn has_patient(&self, slide: &Slide) -> bool {
         self.patients.binary_search(&id_digest(&slide.case_id)).is_ok()
     }

@@ -209,12 +209,16 @@ fn path(text: &str) -> std::result::Result<PathBuf, std::convert::Infallible> {
     Ok(text.into())
 }
 
+/// How a run stores activations and weights. Master weights and sums are f32 in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
+    /// bf16 on a GPU, f32 on a CPU
     #[default]
     Auto,
+    /// 4 bytes a number, of 24 significant bits
     F32,
+    /// 2 bytes a number, of 8 significant bits
     Bf16,
 }
 
@@ -278,6 +282,8 @@ impl RunConfig {
         table.map_err(|e| Error::Usage(format!("{}: {}", path.display(), in_line(&text, &e))))
     }
 
+    /// The settings of a run's `config.toml`. An error if one is unknown or cannot be read, or if
+    /// one is lacking that every run needs.
     pub fn read(path: &Path) -> Result<Self> {
         let text = read_text(path, MOST_SETTINGS)?;
         let config: Self = toml::from_str(&text).map_err(|e| Error::file(path, in_line(&text, &e)))?;
@@ -289,6 +295,7 @@ impl RunConfig {
         }
     }
 
+    /// The settings as [`Self::read`] takes them; an error if TOML cannot hold one of them.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(|e| Error::Usage(format!("the settings cannot be written as TOML: {e}")))
     }
@@ -436,6 +443,7 @@ impl RunConfig {
         self.first_fold..self.first_fold.saturating_add(self.folds.unwrap_or(0))
     }
 
+    /// Where the cohort lies, and the scales that the model reads of it.
     pub fn source(&self) -> Source<'_> {
         Source {
             clinical: &self.clinical,

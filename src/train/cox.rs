@@ -44,7 +44,9 @@ pub enum CoxUnit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Written", into = "Written")]
 pub enum BatchSize {
+    /// All of a fold's, in one batch an epoch.
     All,
+    /// So many at most; 2 or more.
     AtMost(usize),
 }
 

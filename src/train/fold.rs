@@ -73,22 +73,31 @@ pub struct Done {
 /// What a slide's pass came to, for progress displays.
 #[derive(Clone, Copy, Debug)]
 pub struct SlideDone {
+    /// The fold's number.
     pub fold: usize,
+    /// Counted from 0.
     pub epoch: usize,
-    /// Slides done in this epoch, of how many. Training with the Cox loss goes twice over each.
+    /// Slides done in this epoch's training or validation, this one included. Training with the Cox
+    /// loss goes twice over each and counts both.
     pub position: usize,
+    /// What `position` comes to at the end.
     pub slides: usize,
+    /// Whether the pass was one of validation.
     pub validating: bool,
     /// Mean loss of the epoch so far; absent where there is none yet.
     pub loss: Option<f64>,
+    /// Of the slide, at all scales.
     pub patches: usize,
 }
 
 /// Is told what happens; may ask for a stop after any slide.
 pub trait Observer {
+    /// After a slide's pass, of training or validation; a break asks for a stop.
     fn slide(&mut self, _done: &SlideDone) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
+    /// After an epoch and before its checkpoint, with the best epoch so far; an error ends the
+    /// training.
     fn epoch(&mut self, _metrics: &EpochMetrics, _best: Option<Best>) -> Result<()> {
         Ok(())
     }
@@ -121,15 +130,20 @@ struct Cox {
 /// Whether a fold came to its end.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Outcome {
+    /// The fold is trained to its end: the last epoch, or early stopping.
     Finished,
+    /// The observer asked for a stop; the fold goes on from its checkpoint.
     Stopped,
 }
 
 impl FoldTrainer<'_> {
+    /// Where all that the fold needs to go on lies in its folder.
     pub fn checkpoint_path(folder: &Path) -> PathBuf {
         folder.join("checkpoint.safetensors")
     }
 
+    /// Where the fold's model lies in its folder: of the best epoch, or of the last where none
+    /// could be chosen.
     pub fn best_path(folder: &Path) -> PathBuf {
         folder.join("best.safetensors")
     }

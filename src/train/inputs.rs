@@ -63,6 +63,7 @@ pub struct Changes {
     pub written_again: Vec<PathBuf>,
 }
 
+/// Where the fingerprints lie in a run's folder.
 pub fn path(run: &Path) -> PathBuf {
     run.join("inputs.json")
 }
@@ -89,6 +90,7 @@ impl Inputs {
         Ok(Self { tables, features: features.collect::<Result<_>>()? })
     }
 
+    /// Writes `inputs.json` into a run's folder.
     pub fn save(&self, run: &Path) -> Result<()> {
         let path = path(run);
         let json = serde_json::to_string_pretty(self).map_err(|e| Error::file(&path, e))?;

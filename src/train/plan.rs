@@ -26,6 +26,7 @@ use crate::{
 /// How an engine decides what a pass keeps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Memory {
+    /// One policy, for all slides.
     Policy(Policy),
     /// The policy of the fewest operations whose [`Plan::peak_bytes`] are at most so many, for each
     /// slide.
@@ -42,12 +43,15 @@ impl Memory {
 /// What a step on one slide takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
+    /// What is kept and what is computed again; which bags are read part by part.
     pub policy: Policy,
+    /// What the step's peak is made of.
     pub parts: Parts,
     /// Exact size of the step's arena.
     pub arena_bytes: usize,
     /// Of each of the two rooms that a GPU keeps whole bags in.
     pub room_bytes: usize,
+    /// Operations of the forward pass; a multiply-add is two.
     pub forward_flop: f64,
     /// Forward and backward.
     pub step_flop: f64,
@@ -60,6 +64,7 @@ pub struct Plan {
 pub struct Parts {
     /// With the weights that the ops read.
     pub parameters: usize,
+    /// Of the parameters alone; those of activations are scratch.
     pub gradients: usize,
     /// Adam's.
     pub moments: usize,
@@ -246,6 +251,7 @@ impl<T: Element> Planner<T> {
         (self.memory, self.plans) = (memory, plans);
     }
 
+    /// Whether plans keep to a budget.
     pub fn has_budget(&self) -> bool {
         matches!(self.memory, Memory::Budget(_))
     }

@@ -16,6 +16,7 @@ use crate::{
     loss::Loss,
 };
 
+/// How a fold's epoch is chosen, and what its label bins are cut from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
@@ -37,9 +38,11 @@ const INNER_EPOCH: usize = usize::MAX;
 /// What a report's sentence on the protocol depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Reported<'a> {
+    /// The loss of the training; Cox has no label bins to speak of.
     pub loss: Loss,
     /// Whether the folds have test slides, which the results then are of.
     pub tested: bool,
+    /// How many folds the results are of.
     pub folds: usize,
     /// The folds none of whose epochs could be chosen.
     pub unchosen: &'a [usize],
@@ -91,6 +94,7 @@ impl Protocol {
 pub struct Part {
     /// The fold's number.
     pub fold: usize,
+    /// What labels are made by; none with the Cox loss.
     pub bins: Bins,
     /// The slides to train on, and those to choose the epoch by.
     pub slides: Fold,

@@ -25,6 +25,7 @@ use crate::{
     },
 };
 
+/// A model's state on a device, stored as `T` with sums in `T::Sum`, and the memory of a step.
 pub struct Engine<T: Element> {
     device: Device,
     planner: Planner<T>,
@@ -62,10 +63,13 @@ pub struct Pending {
 /// The arenas that [`Engine::read_state`] names, and that a checkpoint holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
+    /// Master weights.
     Params,
+    /// Gradients, summed over the slides since the last update.
     Grads,
-    /// Adam's first and second moments.
+    /// Adam's first moments.
     M,
+    /// Adam's second moments.
     V,
 }
 
@@ -99,10 +103,12 @@ impl<T: Element> Engine<T> {
         Ok(engine)
     }
 
+    /// Where the state lives and steps run.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
+    /// Its settings, and the layout of its parameters.
     pub fn model(&self) -> &Model {
         &self.planner.model
     }
@@ -274,6 +280,7 @@ impl<T: Element> Engine<T> {
         Ok(())
     }
 
+    /// What the arena can hold now; under a tight budget 0 between slides.
     pub fn arena_bytes(&self) -> usize {
         self.arena.bytes()
     }
@@ -308,6 +315,7 @@ impl<T: Element> Engine<T> {
         self.device.upload(values, self.state(which).view(start, 1, values.len()))
     }
 
+    /// Replaces a whole arena, padding included; an error unless `values` are as many.
     pub fn write_state(&mut self, which: State, values: &[T::Sum]) -> Result<()> {
         self.device.upload(values, self.state(which).flat())?;
         self.round_weights()

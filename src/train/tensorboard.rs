@@ -16,6 +16,7 @@ use crate::{
     folder::{Best, EpochMetrics},
 };
 
+/// Where a fold's event files lie in a run's folder.
 pub fn folder(run: &Path, fold: usize) -> PathBuf {
     run.join("tensorboard").join(format!("fold_{fold}"))
 }
