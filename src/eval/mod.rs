@@ -309,7 +309,7 @@ fn overlap(card: &ModelCard, dataset: &Dataset, order: &[usize]) -> Option<Strin
     let trained = slides().filter(|slide| card.trained_on.has_slide(slide)).count();
     let others = slides().filter(|slide| !card.trained_on.has_slide(slide));
     let patients: BTreeSet<&str> =
-        others.filter(|slide| card.trained_on.has_patient(slide)).map(|slide| slide.case_id.as_str()).collect();
+        others.filter(|slide| card.trained_on.has_patient(slide)).map(|slide| slide.patient()).collect();
     let chosen = slides().filter(|slide| card.chosen_on.has_slide(slide)).count();
     let mut parts = Vec::new();
     if trained > 0 {

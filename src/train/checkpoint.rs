@@ -65,15 +65,15 @@ pub struct ModelCard {
 pub struct Seen {
     /// Of slides' names, without the extension of a slide file.
     pub slides: Vec<String>,
-    /// Of case ids.
+    /// Of patients, as [`Slide::patient`] names them.
     pub patients: Vec<String>,
 }
 
 impl Seen {
-    /// The digests of these slides and of their cases.
+    /// The digests of these slides and of their patients.
     pub fn new<'a>(slides: impl Iterator<Item = &'a Slide>) -> Self {
         let (slides, patients): (BTreeSet<_>, BTreeSet<_>) =
-            slides.map(|slide| (id_digest(slide.name()), id_digest(&slide.case_id))).unzip();
+            slides.map(|slide| (id_digest(slide.name()), id_digest(slide.patient()))).unzip();
         Self { slides: slides.into_iter().collect(), patients: patients.into_iter().collect() }
     }
 
@@ -82,9 +82,9 @@ impl Seen {
         self.slides.binary_search(&id_digest(slide.name())).is_ok()
     }
 
-    /// Whether the slide's case is among them, by its id.
+    /// Whether the slide's patient is among them.
     pub fn has_patient(&self, slide: &Slide) -> bool {
-        self.patients.binary_search(&id_digest(&slide.case_id)).is_ok()
+        self.patients.binary_search(&id_digest(slide.patient())).is_ok()
     }
 }
 
@@ -327,4 +327,25 @@ fn map(path: &Path) -> Result<Mmap> {
 fn parse<S: DeserializeOwned>(path: &Path, json: &str) -> Result<S> {
     serde_json::from_str(json)
         .map_err(|e| Error::file(path, format!("holds settings that this version cannot read: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// TCGA's tables name a patient, or a slide's barcode, as the case.
+    #[test]
+    fn a_patient_is_known_again_by_another_slide() {
+        let slide = |case: &str, slide: &str| {
+            let (case_id, slide_id) = (case.into(), slide.into());
+            Slide { case_id, slide_id, months: 1.0, censored: false }
+        };
+        let barcode = slide("TCGA-AA-3488-01Z-00-DX1", "TCGA-AA-3488-01Z-00-DX1.svs");
+        let seen = Seen::new([&barcode].into_iter());
+        for other in ["TCGA-AA-3488", "TCGA-AA-3488-01Z-00-DX2"] {
+            let other = slide(other, "TCGA-AA-3488-01Z-00-DX2.svs");
+            assert!(seen.has_patient(&other) && !seen.has_slide(&other), "{}", other.case_id);
+        }
+        assert!(!seen.has_patient(&slide("TCGA-AA-3489", "another.svs")));
+    }
 }
