@@ -440,7 +440,6 @@ fn wrong_input_is_refused_in_a_sentence() {
         (vec!["--config", good, "--threads", "100000"], 2, "100000 threads: expected at most 1024"),
         (vec!["--config", good, "--device", "tpu"], 2, "expected auto, cpu or cuda"),
         (vec!["--config", good, "--device", "cuda"], 1, "--device cuda: "),
-        (vec!["--config", good, "--precision", "bf16"], 2, "--precision bf16 needs --device cuda"),
         (vec!["--config", "typo.toml"], 2, "typo.toml: line 1, `learning_rat = 1`: unknown field `learning_rat`"),
         (vec!["--config", "broken.toml"], 2, "broken.toml: line 1, `learning_rate =`: "),
         (vec!["--config", "type.toml"], 2, "type.toml: line 2, `seed = \"a\"`: invalid type"),

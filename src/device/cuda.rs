@@ -33,9 +33,10 @@ const OLDEST: (i32, i32) = (8, 0);
 /// Elements that one thread copies at a time.
 const COPIED: usize = 1 << 19;
 
-/// An NVIDIA GPU: the first that the driver shows.
+/// An NVIDIA GPU.
 pub struct Cuda {
-    pinned: Mutex<Pinned>,
+    /// Made by the first copy to the device.
+    pinned: Mutex<Option<Pinned>>,
     context: Arc<CudaContext>,
     /// Kernels, and copies to the host.
     stream: Arc<CudaStream>,
@@ -50,8 +51,25 @@ pub struct Cuda {
 }
 
 impl Cuda {
-    /// The first GPU that the driver shows (CUDA_VISIBLE_DEVICES chooses).
+    /// The first GPU that the driver shows (CUDA_VISIBLE_DEVICES chooses), with a stream of its own.
     pub(crate) fn new() -> Result<Self> {
+        Self::open(0, |context| context.new_stream())
+    }
+
+    /// A GPU by its number, for work on a stream of somebody else's: of the GPU's primary context;
+    /// null is the default stream.
+    ///
+    /// # Safety
+    /// The stream must be alive as long as this device.
+    pub(crate) unsafe fn on_stream(ordinal: usize, stream: sys::CUstream) -> Result<Self> {
+        // SAFETY: the caller's.
+        Self::open(ordinal, |context| Ok(unsafe { context.wrap_borrowed_stream(stream) }))
+    }
+
+    fn open(
+        ordinal: usize,
+        stream: impl FnOnce(&Arc<CudaContext>) -> Result<Arc<CudaStream>, DriverError>,
+    ) -> Result<Self> {
         if fatbins().is_empty() {
             return Err(Error::Device(
                 "--device cuda: this program was built without CUDA kernels: run scripts/cuda-toolchain.sh (or set CUDA_HOME to a \
@@ -67,10 +85,14 @@ impl Cuda {
             ));
         }
         let failed = |what: &str, e: DriverError| Error::Device(format!("--device cuda: {what}: {}", reason(e)));
-        if CudaContext::device_count().map_err(|e| failed("the NVIDIA driver does not start", e))? == 0 {
+        let devices = CudaContext::device_count().map_err(|e| failed("the NVIDIA driver does not start", e))?;
+        if devices == 0 {
             return Err(Error::Device("--device cuda: the NVIDIA driver shows no GPU; use --device cpu".into()));
         }
-        let context = CudaContext::new(0).map_err(|e| failed("the GPU cannot be opened", e))?;
+        if ordinal >= devices.max(0) as usize {
+            return Err(Error::Device(format!("GPU {ordinal}: the NVIDIA driver shows {devices}, numbered from 0")));
+        }
+        let context = CudaContext::new(ordinal).map_err(|e| failed("the GPU cannot be opened", e))?;
         let name = context.name().map_err(|e| failed("the GPU has no name", e))?;
         let capability = context.compute_capability().map_err(|e| failed("the GPU has no compute capability", e))?;
         if capability < OLDEST {
@@ -82,15 +104,14 @@ impl Cuda {
         }
         // SAFETY: nothing has been allocated yet; `fill` orders the two streams.
         unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream().map_err(|e| failed("no stream", e))?;
+        let stream = stream(&context).map_err(|e| failed("no stream", e))?;
         let copies = context.new_stream().map_err(|e| failed("no stream", e))?;
         let load = |(file, fatbin): &(&str, &[u8])| {
             let module = context.load_module(Ptx::from_binary(fatbin.to_vec()));
             module.map_err(|e| failed(&format!("the kernels of {file} do not load on {name}"), e))
         };
         let modules = fatbins().iter().map(load).collect::<Result<_>>()?;
-        let pinned = Pinned::new(&context).map_err(|e| failed("no page-locked memory", e))?.into();
-        let (functions, last) = Default::default();
+        let (pinned, functions, last) = Default::default();
         Ok(Self { pinned, context, stream, copies, modules, functions, last, name, capability })
     }
 
@@ -102,6 +123,11 @@ impl Cuda {
     /// Its compute capability.
     pub(crate) fn capability(&self) -> (i32, i32) {
         self.capability
+    }
+
+    /// The number of the GPU, as the driver counts.
+    pub(crate) fn ordinal(&self) -> usize {
+        self.context.ordinal()
     }
 
     /// Zeroed device memory.
@@ -212,6 +238,10 @@ impl Cuda {
         }
         let failed = |e| self.failed("copying to the GPU", e);
         let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        let pinned = match &mut *pinned {
+            Some(pinned) => pinned,
+            none => none.insert(Pinned::new(&self.context).map_err(failed)?),
+        };
         self.copies.wait(after).map_err(failed)?;
         let piece = HALF / unit * unit;
         let filled = (0..bytes).step_by(piece).try_for_each(|start| {

@@ -82,6 +82,22 @@ impl Device {
         Ok(Self::Cuda(Box::new(Cuda::new()?)))
     }
 
+    /// A GPU by its number, in its primary context, all of whose work goes to `stream` (a `CUstream`
+    /// or `cudaStream_t`; null is the default stream) in the order of the calls. Nothing waits for
+    /// it but what says so.
+    ///
+    /// # Safety
+    /// The stream must be one of that GPU's, and alive as long as this device.
+    pub unsafe fn on_stream(ordinal: usize, stream: *mut std::ffi::c_void) -> Result<Self> {
+        // SAFETY: the caller's.
+        Ok(Self::Cuda(Box::new(unsafe { Cuda::on_stream(ordinal, stream.cast()) }?)))
+    }
+
+    /// The number of the GPU; None of another device.
+    pub fn gpu(&self) -> Option<usize> {
+        if let Self::Cuda(cuda) = self { Some(cuda.ordinal()) } else { None }
+    }
+
     /// What reports call it: "cpu, AVX-512", or a GPU's name.
     pub fn description(&self) -> String {
         match self {

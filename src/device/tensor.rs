@@ -148,6 +148,22 @@ impl<'a, T: Element> Mat<'a, T> {
         Ok(Self { device, view, owner: PhantomData })
     }
 
+    /// Memory of `device` that another library owns: rows of `cols` elements, `stride` elements from
+    /// one to the next. An error where rows overlap, or the address is none of a `T`.
+    ///
+    /// # Safety
+    /// The memory must be alive and of these numbers as long as the matrix is used, and written to by
+    /// nobody else meanwhile; on a GPU, by no work that the device's stream does not wait for.
+    pub unsafe fn from_raw(
+        device: &'a Device,
+        address: *const T,
+        rows: usize,
+        cols: usize,
+        stride: usize,
+    ) -> Result<Self> {
+        Ok(Self { device, view: foreign(address as usize, rows, cols, stride)?, owner: PhantomData })
+    }
+
     /// Its rows.
     pub fn rows(&self) -> usize {
         self.view.rows()
@@ -187,6 +203,20 @@ impl<'a, T: Element> MatMut<'a, T> {
         Ok(Self { device, view, owner: PhantomData })
     }
 
+    /// As [`Mat::from_raw`].
+    ///
+    /// # Safety
+    /// As of [`Mat::from_raw`], and nobody else may read the memory meanwhile either.
+    pub unsafe fn from_raw(
+        device: &'a Device,
+        address: *mut T,
+        rows: usize,
+        cols: usize,
+        stride: usize,
+    ) -> Result<Self> {
+        Ok(Self { device, view: foreign(address as usize, rows, cols, stride)?, owner: PhantomData })
+    }
+
     /// Its rows.
     pub fn rows(&self) -> usize {
         self.view.rows()
@@ -209,6 +239,24 @@ impl<'a, T: Element> MatMut<'a, T> {
     pub fn reborrow(&mut self) -> MatMut<'_, T> {
         MatMut { device: self.device, view: self.view, owner: PhantomData }
     }
+}
+
+fn foreign<T: Element>(address: usize, rows: usize, cols: usize, stride: usize) -> Result<View<T>> {
+    if rows > 1 && stride < cols {
+        let message = format!("rows of {cols} elements, {stride} apart, overlap");
+        return Err(Error::Usage(message));
+    }
+    let bytes = rows.checked_mul(stride.max(cols)).and_then(|len| len.checked_mul(size_of::<T>()));
+    let end = bytes.and_then(|bytes| address.checked_add(bytes));
+    if end.is_none() || rows > u32::MAX as usize || cols > u32::MAX as usize {
+        return Err(Error::Usage(format!("{rows} rows of {cols} elements, {stride} apart, are in no memory")));
+    }
+    if address == 0 && rows * cols > 0 || !address.is_multiple_of(align_of::<T>()) {
+        return Err(Error::Usage(format!("there is no element of {} bytes at address {address:#x}", size_of::<T>())));
+    }
+    // a slice of no elements has an address, too
+    let address = if address == 0 { align_of::<T>() } else { address };
+    Ok(View::strided(address, rows, cols, stride))
 }
 
 fn check_host(device: &Device, len: usize, rows: usize, cols: usize) -> Result<()> {
@@ -276,7 +324,10 @@ impl<'d> Workspace<'d> {
         let mut counted = Arena::unlimited();
         work(&self.device.dry(), &mut counted)?;
         if counted.peak() > self.arena.bytes() {
-            self.device.synchronize()?;
+            // a GPU frees the old one in the order of its work
+            if self.device.gpu().is_none() {
+                self.device.synchronize()?;
+            }
             self.arena = Arena::new(self.device, counted.peak())?;
         }
         self.arena.reset();

@@ -130,6 +130,10 @@ impl<T: Element> View<T> {
         Self { address, rows, cols, stride: cols, element: PhantomData }
     }
 
+    pub(super) fn strided(address: usize, rows: usize, cols: usize, stride: usize) -> Self {
+        Self { address, rows, cols, stride, element: PhantomData }
+    }
+
     /// A view of host memory that some other owner keeps alive (a memory-mapped bag, say), to read.
     ///
     /// # Safety

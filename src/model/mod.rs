@@ -75,10 +75,10 @@ pub struct Config {
     pub fusion_dropout: f64,
 }
 
+pub use crate::ops::MOST_DROPOUT;
+
 /// Most columns of an attention head.
 pub const MOST_HEAD_COLUMNS: usize = 128;
-/// Highest rate of dropout.
-pub const MOST_DROPOUT: f64 = 0.95;
 
 impl Config {
     /// The published model for features of this width.

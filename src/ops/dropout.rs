@@ -10,7 +10,10 @@
 //! An element is dropped when its draw is below `rate * 65536` (rounded); the rest are divided by
 //! the exact keep probability.
 
-use crate::device::Real;
+use crate::{Error, Result, device::Real};
+
+/// Highest rate of dropout.
+pub const MOST_DROPOUT: f64 = 0.95;
 
 const ROUNDS: u32 = 7;
 /// Columns drawn at a time on the CPU: 16 calls side by side, one in each lane of a vector
@@ -39,6 +42,15 @@ pub struct Dropout {
 }
 
 impl Dropout {
+    /// Dropout at a rate from 0 to 0.95, None where nothing is dropped. `site` tells an engine's
+    /// dropouts apart; attention's heads take as many sites as there are heads.
+    pub fn with_rate(draw: Draw, site: u32, rate: f64) -> Result<Option<Self>> {
+        if !(0.0..=MOST_DROPOUT).contains(&rate) {
+            return Err(Error::Usage(format!("dropout at a rate of {rate}: expected one from 0 to {MOST_DROPOUT}")));
+        }
+        Ok(Self::new(Some(draw), site, rate))
+    }
+
     /// None where nothing is dropped. `rate` is in [0, 1).
     pub(crate) fn new(draw: Option<Draw>, site: u32, rate: f64) -> Option<Self> {
         let threshold = (rate * 65536.0).round() as u32;

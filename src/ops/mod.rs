@@ -19,7 +19,7 @@ pub(crate) mod ppeg;
 mod public;
 pub(crate) mod scale_embedding;
 
-pub use dropout::{Draw, Dropout};
+pub use dropout::{Draw, Dropout, MOST_DROPOUT};
 pub use public::*;
 
 use crate::device::Cpu;

@@ -4,13 +4,17 @@
 //! taken inside one task in a fixed order: the same inputs give the same bits with any number of
 //! threads.
 
+mod fork;
 mod peak;
 pub mod real;
 pub(crate) mod tile;
 
 use std::{
     cell::RefCell,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicPtr, Ordering},
+    },
 };
 
 use pulp::{Arch, Simd, WithSimd};
@@ -25,10 +29,30 @@ const MOST_THREADS: usize = 1024;
 
 /// All cores of this machine, with the widest instruction set that it has.
 pub struct Cpu {
-    pool: rayon::ThreadPool,
+    /// From a box; replaced in a process that has forked off, to which no thread of it comes along.
+    workers: AtomicPtr<Workers>,
+    threads: usize,
     arch: Arch,
+}
+
+struct Workers {
+    pool: rayon::ThreadPool,
     /// Memory that the tasks of one op share, kept from op to op. u64 for its alignment.
     shared: Mutex<Vec<u64>>,
+    /// Of the process that they were started in, see [`fork::generation`].
+    generation: usize,
+}
+
+impl Workers {
+    fn start(threads: usize) -> Result<*mut Self> {
+        let generation = fork::generation();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("cpu-{i}"))
+            .build()
+            .map_err(|e| Error::Device(format!("cannot start {threads} threads: {e}")))?;
+        Ok(Box::into_raw(Box::new(Self { pool, shared: Mutex::default(), generation })))
+    }
 }
 
 /// A kernel that needs the vector types by name; plain loops use [`Cpu::parallel`] and are
@@ -48,17 +72,37 @@ impl Cpu {
         if threads > MOST_THREADS {
             return Err(Error::Usage(format!("{threads} threads: expected at most {MOST_THREADS}")));
         }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("cpu-{i}"))
-            .build()
-            .map_err(|e| Error::Device(format!("cannot start {threads} threads: {e}")))?;
-        Ok(Self { pool, arch, shared: Mutex::default() })
+        let workers = Workers::start(threads)?;
+        // SAFETY: just made.
+        let threads = unsafe { &*workers }.pool.current_num_threads();
+        Ok(Self { workers: AtomicPtr::new(workers), threads, arch })
     }
 
     /// How many threads work.
     pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
+        self.threads
+    }
+
+    /// The threads of this process.
+    fn workers(&self) -> &Workers {
+        let current = self.workers.load(Ordering::Acquire);
+        // SAFETY: from a box that nobody frees but `drop`; what a fork leaves behind is never freed.
+        let workers = unsafe { &*current };
+        if workers.generation == fork::generation() {
+            return workers;
+        }
+        let fresh = Workers::start(self.threads).unwrap_or_else(|e| panic!("after a fork: {e}"));
+        let found = self.workers.compare_exchange(current, fresh, Ordering::AcqRel, Ordering::Acquire);
+        // SAFETY: as above; of two threads that come here at once, one frees what nobody has seen.
+        unsafe {
+            match found {
+                Ok(_) => &*fresh,
+                Err(theirs) => {
+                    drop(Box::from_raw(fresh));
+                    &*theirs
+                }
+            }
+        }
     }
 
     /// The instruction set in use, for reports.
@@ -73,7 +117,7 @@ impl Cpu {
 
     /// Runs `work` on the threads of this device.
     pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        self.pool.install(work)
+        self.workers().pool.install(work)
     }
 
     /// Runs `task(0) .. task(tasks - 1)` on all threads. Mark the closure `#[inline(always)]`: only
@@ -89,7 +133,7 @@ impl Cpu {
         match tasks {
             0 => {}
             1 => run(0),
-            _ => self.pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(run)),
+            _ => self.workers().pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(run)),
         }
     }
 
@@ -99,7 +143,7 @@ impl Cpu {
         match tasks {
             0 => {}
             1 => run(0),
-            _ => self.pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(run)),
+            _ => self.workers().pool.install(|| (0..tasks).into_par_iter().with_max_len(1).for_each(run)),
         }
     }
 
@@ -107,14 +151,15 @@ impl Cpu {
     pub(crate) fn with_panels<T: Real>(&self, len: usize, work: impl FnOnce(View<T>)) {
         // Taken out while in use: a thread that waits inside `work` may start another op on this
         // device.
+        let shared = &self.workers().shared;
         let take = |pages: &mut Vec<u64>| std::mem::take(pages);
-        let mut pages = take(&mut self.shared.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut pages = take(&mut shared.lock().unwrap_or_else(PoisonError::into_inner));
         let words = (len * size_of::<T>()).div_ceil(8);
         if pages.len() < words {
             pages.resize(words, 0);
         }
         work(View::new(pages.as_mut_ptr() as usize, 1, len));
-        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = pages;
+        *shared.lock().unwrap_or_else(PoisonError::into_inner) = pages;
     }
 
     /// Elements of `T` in a vector register.
@@ -127,6 +172,19 @@ impl Cpu {
             }
         }
         self.arch.dispatch(Lanes::<T>(std::marker::PhantomData))
+    }
+}
+
+impl Drop for Cpu {
+    fn drop(&mut self) {
+        let workers = *self.workers.get_mut();
+        // SAFETY: from a box, and no op runs any more. Threads of the process before a fork cannot be
+        // waited for.
+        unsafe {
+            if (*workers).generation == fork::generation() {
+                drop(Box::from_raw(workers));
+            }
+        }
     }
 }
 
