@@ -9,7 +9,7 @@
 //! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one
 //! arena for a step's activations. What a step takes is planned beforehand ([`super::plan`]).
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 pub use super::plan::{Memory, Parts, Plan};
 use super::plan::{Planner, Plans};
@@ -27,7 +27,7 @@ use crate::{
 
 /// A model's state on a device, stored as `T` with sums in `T::Sum`, and the memory of a step.
 pub struct Engine<T: Element> {
-    device: Device,
+    device: Arc<Device>,
     planner: Planner<T>,
     /// What is trained, in `T::Sum`.
     params: Buffer,
@@ -75,7 +75,8 @@ pub enum State {
 
 impl<T: Element> Engine<T> {
     /// A fresh model, initialised from the seed.
-    pub fn new(device: Device, config: &Config, seed: u64) -> Result<Self> {
+    pub fn new(device: impl Into<Arc<Device>>, config: &Config, seed: u64) -> Result<Self> {
+        let device = device.into();
         let model = Model::new(config)?;
         if device.runs_kernels() {
             config.check_for_kernels()?;
@@ -209,7 +210,7 @@ impl<T: Element> Engine<T> {
         let turn = self.passes % 2;
         self.passes += 1;
         let Self { device, planner, arena, rooms, results, params, weights, grads, .. } = self;
-        let (device, model, room) = (&*device, &planner.model, &mut rooms[turn]);
+        let (device, model, room) = (&**device, &planner.model, &mut rooms[turn]);
         room.clear();
         let (params, policy, config) = (weights.as_ref().unwrap_or(params), plan.policy, model.config());
         let mut ctx = Context { device, arena, room, params, grads, draw, training, policy, config };
