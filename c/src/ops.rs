@@ -510,7 +510,7 @@ pub unsafe extern "C" fn cf_conv_fusion_backward(
         by_type!("the first stream", p.streams[0], T => {
             let streams = p.streams().map(|x| read::<T>(on, "stream", x)).collect::<Result<Vec<_>>>()?;
             let given = grad.dstreams.into_iter().filter(|x| !x.is_null());
-            let mut dstreams = given.map(|x| write::<T>(on, "dstream", x)).collect::<Result<Vec<_>>>()?;
+            let dstreams = given.map(|x| write::<T>(on, "dstream", x)).collect::<Result<Vec<_>>>()?;
             let mix = match optional(p.mix_weight) {
                 Some(weight) => Some([read(on, "mix_weight", weight)?, read(on, "mix_bias", p.mix_bias)?]),
                 None => None,
@@ -528,7 +528,7 @@ pub unsafe extern "C" fn cf_conv_fusion_backward(
                 dropout: p.dropout.get()?,
                 out: read(on, "out", p.out)?,
                 dout: read(on, "dout", grad.dout)?,
-                dstreams: &mut dstreams,
+                dstreams,
                 dmix,
                 dkernels: each("dkernel", &grad.dkernels, |name, x| write(on, name, x))?,
                 dbiases: each("dbias", &grad.dbiases, |name, x| write(on, name, x))?,

@@ -134,3 +134,19 @@ fn a_c_program_gets_a_goldens_gradients() {
         println!("{more:?}: {said}");
     }
 }
+
+/// An op on the caller's own memory: ragged groups, strides, empty contexts, scores of hundreds,
+/// dropout, and what is refused.
+#[test]
+fn attention_in_c_is_attention() {
+    if env::var_os("CROSSFUSION_DEVICE").is_some_and(|name| name == "cuda") {
+        println!("SKIPPED attention.c: its memory is the host's; tests/emulator has the kernels");
+        return;
+    }
+    let (folder, libraries) = (tempfile::tempdir().unwrap(), libraries());
+    for more in [&[][..], &["-fsanitize=address,undefined", "-fno-omit-frame-pointer"][..]] {
+        let program = build("attention", folder.path(), &libraries, more);
+        let said = run(&program, &[], &libraries);
+        assert!(said.contains("attention agrees"), "{said}");
+    }
+}

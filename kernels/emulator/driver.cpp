@@ -31,7 +31,7 @@ struct Function { std::string name; std::vector<size_t> sizes; uint32_t most_sha
 
 std::recursive_mutex mutex;  // of all below
 std::map<uintptr_t, size_t> device_memory, page_locked;
-std::map<void*, std::shared_ptr<Stream>> streams;
+std::map<void*, std::shared_ptr<Stream>> streams{{nullptr, std::make_shared<Stream>()}};  // null: the default stream
 size_t allocated = 0, launched = 0;
 int failed = Success;        // a kernel's error stays
 thread_local void* current = nullptr;

@@ -404,7 +404,7 @@ pub struct ConvFusionBackward<'a, T: Element> {
     /// `[n, d / 2]`
     pub dout: Mat<'a, T>,
     /// `[n, d]`, as many as there are streams.
-    pub dstreams: &'a mut [MatMut<'a, T>],
+    pub dstreams: Vec<MatMut<'a, T>>,
     /// Gradients of the mix, where there is one.
     pub dmix: Option<[MatMut<'a, T::Sum>; 2]>,
     /// Gradients of the kernels.
