@@ -1,6 +1,8 @@
 //! The public ops, called as another engine would: gradients against central differences in f64,
 //! groups of problems, operands of other libraries, and a pool of threads across a fork.
 
+use std::sync::Arc;
+
 use crossfusion::{
     Result,
     device::{Cpu, Device, Mat, MatMut, Tensor, Workspace},
@@ -11,8 +13,8 @@ use crossfusion::{
     },
 };
 
-fn cpu() -> Device {
-    Device::Cpu(Cpu::new(2).unwrap())
+fn cpu() -> Arc<Device> {
+    Arc::new(Device::Cpu(Cpu::new(2).unwrap()))
 }
 
 /// Numbers on [-1, 1), another law for each seed.
@@ -420,7 +422,7 @@ fn what_cannot_be_meant_is_said_by_name() {
 #[cfg(unix)]
 #[test]
 fn a_pool_survives_a_fork() {
-    let device = Device::Cpu(Cpu::new(4).unwrap());
+    let device = Arc::new(Device::Cpu(Cpu::new(4).unwrap()));
     let run = || {
         let x = Tensor::from_slice(&device, &random(1, 3000 * 64), 3000, 64).unwrap();
         let mut out = Tensor::zeros(&device, 3000, 64).unwrap();

@@ -2,7 +2,6 @@
 
 use std::{
     ffi::c_void,
-    mem::ManuallyDrop,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -16,19 +15,14 @@ use crate::{cf_status, given, given_mut, guard};
 /// Where ops run: a CPU with so many threads, or a GPU and a stream of the caller's. Calls on one
 /// context run one after another, from any thread; contexts know nothing of each other.
 pub struct cf_context {
-    /// Dropped before the device, which it borrows.
-    workspace: ManuallyDrop<Mutex<Workspace<'static>>>,
+    workspace: Mutex<Workspace>,
     device: Arc<Device>,
 }
 
 impl cf_context {
     fn new(device: Device) -> Result<Self> {
         let device = Arc::new(device);
-        // SAFETY: an Arc's value does not move; `drop` ends the workspace first, and nothing hands the
-        // reference on.
-        let borrowed: &'static Device = unsafe { &*Arc::as_ptr(&device) };
-        let workspace = ManuallyDrop::new(Mutex::new(Workspace::new(borrowed)?));
-        Ok(Self { workspace, device })
+        Ok(Self { workspace: Mutex::new(Workspace::new(&device)?), device })
     }
 
     pub fn device(&self) -> &Device {
@@ -39,15 +33,8 @@ impl cf_context {
         self.device.clone()
     }
 
-    pub fn workspace(&self) -> MutexGuard<'_, Workspace<'static>> {
+    pub fn workspace(&self) -> MutexGuard<'_, Workspace> {
         self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for cf_context {
-    fn drop(&mut self) {
-        // SAFETY: dropped once, here.
-        unsafe { ManuallyDrop::drop(&mut self.workspace) };
     }
 }
 

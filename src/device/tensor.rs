@@ -4,13 +4,16 @@
 //! else's.
 //!
 //! ```
+//! use std::sync::Arc;
+//!
 //! use crossfusion::{
 //!     device::{Device, Tensor, Workspace},
 //!     ops::{Linear, linear},
 //! };
 //!
 //! # fn main() -> crossfusion::Result<()> {
-//! let device = Device::from_name("cpu", 0)?; // or "auto", which takes a GPU where there is one
+//! // or "auto", which takes a GPU where there is one
+//! let device = Arc::new(Device::from_name("cpu", 0)?);
 //! let mut workspace = Workspace::new(&device)?;
 //! let x = Tensor::from_slice(&device, &[1.0f32, 2.0, 3.0, 5.0], 2, 2)?;
 //! let (weight, bias) = (Tensor::from_slice(&device, &[1.0, 0.0, 0.0, 1.0], 2, 2)?, Tensor::zeros(&device, 1, 2)?);
@@ -47,7 +50,7 @@
 //!
 //! ```compile_fail,E0502
 //! # use crossfusion::{device::{Device, Tensor, Workspace}, ops::{GeluDropout, gelu_dropout}};
-//! # let device = Device::from_name("cpu", 1).unwrap();
+//! # let device = std::sync::Arc::new(Device::from_name("cpu", 1).unwrap());
 //! # let mut workspace = Workspace::new(&device).unwrap();
 //! let mut x = Tensor::<f32>::zeros(&device, 2, 2).unwrap();
 //! let mut problem = GeluDropout { x: x.mat(), gelu: true, dropout: None, out: x.mat_mut() };
@@ -62,7 +65,7 @@
 //! let buffer = device.alloc(64).unwrap();
 //! ```
 
-use std::{marker::PhantomData, ops::Range};
+use std::{marker::PhantomData, ops::Range, sync::Arc};
 
 use super::{Arena, Buffer, Device, Element, View};
 use crate::{Error, Result};
@@ -278,12 +281,12 @@ fn check_range(what: &str, range: &Range<usize>, len: usize) -> Result<()> {
 }
 
 /// Takes the operands of one call of an op.
-pub(crate) struct Operands<'d> {
+pub(crate) struct Operands {
     pub op: &'static str,
-    device: &'d Device,
+    device: Arc<Device>,
 }
 
-impl Operands<'_> {
+impl Operands {
     pub(crate) fn read<T: Element>(&self, name: &str, matrix: &Mat<T>) -> Result<View<T>> {
         self.check(name, matrix.device)?;
         Ok(matrix.view)
@@ -295,7 +298,7 @@ impl Operands<'_> {
     }
 
     fn check(&self, name: &str, device: &Device) -> Result<()> {
-        if std::ptr::eq(device, self.device) {
+        if std::ptr::eq(device, &*self.device) {
             return Ok(());
         }
         Err(Error::Usage(format!("{}: {name} is on another device than the workspace", self.op)))
@@ -303,20 +306,20 @@ impl Operands<'_> {
 }
 
 /// Scratch memory that ops take for themselves, kept from op to op.
-pub struct Workspace<'d> {
-    device: &'d Device,
+pub struct Workspace {
+    device: Arc<Device>,
     arena: Arena,
 }
 
-impl<'d> Workspace<'d> {
+impl Workspace {
     /// Empty: it grows with what the ops need.
-    pub fn new(device: &'d Device) -> Result<Self> {
-        Ok(Self { device, arena: Arena::new(device, 0)? })
+    pub fn new(device: &Arc<Device>) -> Result<Self> {
+        Ok(Self { device: device.clone(), arena: Arena::new(device, 0)? })
     }
 
     /// What takes an op's operands, all of which must be on this device.
-    pub(crate) fn operands(&self, op: &'static str) -> Operands<'d> {
-        Operands { op, device: self.device }
+    pub(crate) fn operands(&self, op: &'static str) -> Operands {
+        Operands { op, device: self.device.clone() }
     }
 
     /// Runs an op with as much scratch as it takes.
@@ -328,17 +331,17 @@ impl<'d> Workspace<'d> {
             if self.device.gpu().is_none() {
                 self.device.synchronize()?;
             }
-            self.arena = Arena::new(self.device, counted.peak())?;
+            self.arena = Arena::new(&self.device, counted.peak())?;
         }
         self.arena.reset();
-        work(self.device, &mut self.arena)
+        work(&self.device, &mut self.arena)
     }
 }
 
-impl Drop for Workspace<'_> {
+impl Drop for Workspace {
     fn drop(&mut self) {
         // as of a tensor
-        if !matches!(self.device, Device::Cuda(_)) {
+        if self.device.gpu().is_none() {
             let _ = self.device.synchronize();
         }
     }

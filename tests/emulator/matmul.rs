@@ -224,7 +224,7 @@ fn operands_that_kernels_cannot_take_are_refused() {
         device::{Device, Mat, Tensor, Workspace, emulator::Emulator},
         ops::{Attention, Linear, attention, linear},
     };
-    let device = Device::Emulator(Emulator::new(PLAIN[0]));
+    let device = std::sync::Arc::new(Device::Emulator(Emulator::new(PLAIN[0])));
     let mut workspace = Workspace::new(&device).unwrap();
     let zeros = |rows, cols| Tensor::<bf16>::zeros(&device, rows, cols).unwrap();
     let (x, weight, bias, mut y) = (zeros(4, 16), zeros(8, 12), zeros(1, 8), zeros(4, 8));
