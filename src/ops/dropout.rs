@@ -58,7 +58,7 @@ impl Dropout {
     }
 
     /// The same tensor's dropout at another site, for attention's heads.
-    pub(crate) fn at(self, offset: u32) -> Self {
+    pub fn at(self, offset: u32) -> Self {
         Self { site: self.site + offset, ..self }
     }
 

@@ -1,0 +1,26 @@
+"""CrossFusion's kernels, models and statistics.
+
+- :mod:`crossfusion.ops`: fused attention with dropout, conv fusion, PPEG, LayerNorm, the survival
+  losses and the Cox partial likelihood, as PyTorch operators with gradients;
+- :mod:`crossfusion.models`: ``CrossFusion`` and its ablations as ``nn.Module``, with the published
+  names of parameters;
+- :mod:`crossfusion.survival`: C-index, Kaplan-Meier, log-rank and more, on numpy arrays;
+- :func:`read_bag`: feature files; :func:`plan`: what a training step takes.
+
+``ops`` and ``models`` need PyTorch, the rest does not.
+"""
+
+from . import survival
+from ._crossfusion import __version__
+from .data import Plan, plan, read_bag, read_cohort
+
+__all__ = ["Plan", "__version__", "models", "ops", "plan", "read_bag", "read_cohort", "survival"]
+
+
+def __getattr__(name):
+    # PyTorch takes a second to import: only when it is asked for
+    if name in ("ops", "models"):
+        import importlib
+
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'crossfusion' has no attribute {name!r}")

@@ -1,0 +1,70 @@
+//! Feature files, and what a training step takes.
+
+use std::path::PathBuf;
+
+use engine::{
+    data::features::FeatureFile,
+    device::Facts,
+    model::{BagSizes, Config, ModelName, Policy},
+    train::{
+        plan::{Planner, Plans},
+        step::Memory,
+    },
+};
+use half::bf16;
+use numpy::{IntoPyArray, PyArray2};
+use pyo3::{exceptions::PyValueError, prelude::*};
+
+use crate::raise;
+
+type Coordinates<'py> = Option<Bound<'py, PyArray2<i64>>>;
+
+/// A feature file's numbers [patches, features] in f32, and its patches' coordinates, if it has them.
+#[pyfunction]
+fn read_bag(py: Python<'_>, path: PathBuf) -> PyResult<(Bound<'_, PyArray2<f32>>, Coordinates<'_>)> {
+    let read = || {
+        let file = FeatureFile::open(&path)?;
+        Ok((file.read()?, file.coordinates()?))
+    };
+    let (features, coordinates) = py.detach(read).map_err(raise)?;
+    Ok((features.into_pyarray(py), coordinates.map(|coordinates| coordinates.into_pyarray(py))))
+}
+
+/// Peak bytes, arena bytes, operations of a step and of its forward pass, launches, policy.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // what a plan depends on
+fn plan(
+    py: Python<'_>,
+    model: &str,
+    features: usize,
+    dim: usize,
+    heads: usize,
+    layers: usize,
+    patches: [usize; 3],
+    bf16_on_gpu: Option<bool>,
+    precision_bf16: bool,
+    budget: Option<usize>,
+) -> PyResult<(usize, usize, f64, f64, usize, String)> {
+    let name = ModelName::ALL.into_iter().find(|name| name.to_string() == model);
+    let model = name.ok_or_else(|| PyValueError::new_err(format!("there is no model {model}")))?;
+    let config = Config { model, dim, heads, layers, ..Config::new(features) };
+    let facts = Facts { runs_kernels: bf16_on_gpu.is_some(), has_wgmma: bf16_on_gpu.unwrap_or(false) };
+    let memory = budget.map_or(Memory::Policy(Policy::KEEP), Memory::Budget);
+    let sizes = BagSizes::from(patches);
+    let find = || {
+        let model = engine::model::Model::new(&config)?;
+        if precision_bf16 {
+            Planner::<bf16>::new(facts, model, memory, Plans::default()).plan(sizes, true)
+        } else {
+            Planner::<f32>::new(facts, model, memory, Plans::default()).plan(sizes, true)
+        }
+    };
+    let plan = py.detach(find).map_err(raise)?;
+    let policy = plan.policy.to_string();
+    Ok((plan.peak_bytes(), plan.arena_bytes, plan.step_flop, plan.forward_flop, plan.launches, policy))
+}
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(read_bag, module)?)?;
+    module.add_function(wrap_pyfunction!(plan, module)?)
+}

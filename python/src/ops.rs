@@ -1,0 +1,321 @@
+//! The ops on memory of another library, given by address.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
+
+use engine::{
+    Result,
+    device::{Cpu, Device, Element, Mat, MatMut, Workspace},
+    ops::{self, Draw, Dropout},
+};
+use half::bf16;
+use pyo3::prelude::*;
+
+use crate::raise;
+
+/// A matrix of somebody else's: address, rows, columns, elements from row to row, and the type: 0 is
+/// f32, 1 bf16, 2 f64.
+#[derive(FromPyObject, Clone, Copy)]
+struct Matrix(usize, usize, usize, usize, u8);
+
+impl Matrix {
+    /// # Safety
+    /// The memory must be the caller's, alive, and of this type.
+    unsafe fn read<'a, T: Element>(&self, device: &'a Device) -> Result<Mat<'a, T>> {
+        // SAFETY: the caller's.
+        unsafe { Mat::from_raw(device, self.0 as *const T, self.1, self.2, self.3) }
+    }
+
+    /// # Safety
+    /// As [`Matrix::read`], and nobody else may look at it.
+    unsafe fn write<'a, T: Element>(&self, device: &'a Device) -> Result<MatMut<'a, T>> {
+        // SAFETY: the caller's.
+        unsafe { MatMut::from_raw(device, self.0 as *mut T, self.1, self.2, self.3) }
+    }
+}
+
+/// A device, and the scratch memory of its ops.
+struct Context {
+    device: Arc<Device>,
+    workspace: Mutex<Workspace>,
+}
+
+/// Where a call runs: a GPU's number and stream, or -1 and a number of threads (0: one for each core
+/// that the process may use).
+type Place = (i64, usize);
+
+/// One context a place, as long as the process lives.
+fn context(place: Place) -> Result<Arc<Context>> {
+    static CONTEXTS: OnceLock<Mutex<HashMap<Place, Arc<Context>>>> = OnceLock::new();
+    let mut contexts = CONTEXTS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(context) = contexts.get(&place) {
+        return Ok(context.clone());
+    }
+    let device = match place {
+        (-1, threads) => Device::Cpu(Cpu::new(threads)?),
+        // SAFETY: a stream of PyTorch's, which are never destroyed.
+        (gpu, stream) => unsafe { Device::on_stream(gpu as usize, stream as *mut std::ffi::c_void) }?,
+    };
+    let device = Arc::new(device);
+    let made = Arc::new(Context { workspace: Mutex::new(Workspace::new(&device)?), device });
+    contexts.insert(place, made.clone());
+    Ok(made)
+}
+
+/// Runs `work` on a place without the interpreter's lock.
+fn on(py: Python<'_>, place: Place, work: impl FnOnce(&Device, &mut Workspace) -> Result<()> + Send) -> PyResult<()> {
+    let run = || {
+        let context = context(place)?;
+        let mut workspace = context.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        work(&context.device, &mut workspace)
+    };
+    py.detach(run).map_err(raise)
+}
+
+/// Seed, step, site and rate.
+type Drop = (u64, u32, u32, f64);
+
+fn dropout((seed, step, site, rate): Drop) -> Result<Option<Dropout>> {
+    Dropout::with_rate(Draw { seed, step }, site, rate)
+}
+
+/// Runs `$work` with `$T` as the type of a matrix.
+macro_rules! by_type {
+    ($matrix:expr, $T:ident => $work:expr) => {
+        match $matrix.4 {
+            1 => {
+                type $T = bf16;
+                $work
+            }
+            2 => {
+                type $T = f64;
+                $work
+            }
+            _ => {
+                type $T = f32;
+                $work
+            }
+        }
+    };
+}
+
+/// q, k, v, out, lse of each group.
+#[pyfunction]
+fn attention_forward(py: Python<'_>, place: Place, groups: Vec<[Matrix; 5]>, heads: usize, drop: Drop) -> PyResult<()> {
+    let Some(first) = groups.first().map(|group| group[0]) else { return Ok(()) };
+    on(py, place, |device, workspace| {
+        let (dropout, step) = (dropout(drop)?, heads as u32);
+        // SAFETY: python/crossfusion/ops.py holds the tensors, and gives each its own type.
+        by_type!(first, T => unsafe {
+            let view = |(i, [q, k, v, out, lse]): (usize, &[Matrix; 5])| {
+                Ok(ops::Attention::<T> {
+                    q: q.read(device)?,
+                    k: k.read(device)?,
+                    v: v.read(device)?,
+                    heads,
+                    dropout: dropout.map(|dropout| dropout.at(i as u32 * step)),
+                    out: out.write(device)?,
+                    lse: lse.write(device)?,
+                })
+            };
+            let mut problems = groups.iter().enumerate().map(view).collect::<Result<Vec<_>>>()?;
+            ops::attention(workspace, &mut problems)
+        })
+    })
+}
+
+/// q, k, v, out, lse, dout, dq, dk, dv of each group.
+#[pyfunction]
+fn attention_backward(
+    py: Python<'_>,
+    place: Place,
+    groups: Vec<[Matrix; 9]>,
+    heads: usize,
+    drop: Drop,
+) -> PyResult<()> {
+    let Some(first) = groups.first().map(|group| group[0]) else { return Ok(()) };
+    on(py, place, |device, workspace| {
+        let (dropout, step) = (dropout(drop)?, heads as u32);
+        // SAFETY: as above.
+        by_type!(first, T => unsafe {
+            let view = |(i, [q, k, v, out, lse, dout, dq, dk, dv]): (usize, &[Matrix; 9])| {
+                Ok(ops::AttentionBackward::<T> {
+                    q: q.read(device)?,
+                    k: k.read(device)?,
+                    v: v.read(device)?,
+                    heads,
+                    dropout: dropout.map(|dropout| dropout.at(i as u32 * step)),
+                    out: out.read(device)?,
+                    lse: lse.read(device)?,
+                    dout: dout.read(device)?,
+                    dq: dq.write(device)?,
+                    dk: dk.write(device)?,
+                    dv: dv.write(device)?,
+                })
+            };
+            let mut problems = groups.iter().enumerate().map(view).collect::<Result<Vec<_>>>()?;
+            ops::attention_backward(workspace, &mut problems)
+        })
+    })
+}
+
+/// x, weight, bias, y, stats.
+#[pyfunction]
+fn layer_norm_forward(py: Python<'_>, place: Place, m: [Matrix; 5]) -> PyResult<()> {
+    let [x, weight, bias, y, stats] = m;
+    on(py, place, |device, workspace| {
+        // SAFETY: as above.
+        by_type!(x, T => unsafe {
+            let (x, weight, bias) = (x.read::<T>(device)?, weight.read(device)?, bias.read(device)?);
+            let (y, stats) = (y.write(device)?, stats.write(device)?);
+            ops::layer_norm(workspace, &mut [ops::LayerNorm { x, weight, bias, y, stats }])
+        })
+    })
+}
+
+/// x, stats, weight, dy, dx, dweight, dbias.
+#[pyfunction]
+fn layer_norm_backward(py: Python<'_>, place: Place, m: [Matrix; 7]) -> PyResult<()> {
+    let [x, stats, weight, dy, dx, dweight, dbias] = m;
+    on(py, place, |device, workspace| {
+        // SAFETY: as above.
+        by_type!(x, T => unsafe {
+            let (x, stats, weight, dy) =
+                (x.read::<T>(device)?, stats.read(device)?, weight.read(device)?, dy.read(device)?);
+            let (dx, dweight, dbias) = (dx.write(device)?, dweight.write(device)?, dbias.write(device)?);
+            let problem = ops::LayerNormBackward { x, stats, weight, dy, dx, dweight, dbias };
+            ops::layer_norm_backward(workspace, &mut [problem])
+        })
+    })
+}
+
+/// x, the three kernels, the three biases, y.
+#[pyfunction]
+fn ppeg_forward(py: Python<'_>, place: Place, m: [Matrix; 8], side: usize) -> PyResult<()> {
+    let [x, k7, k5, k3, b7, b5, b3, y] = m;
+    on(py, place, |device, workspace| {
+        // SAFETY: as above.
+        by_type!(x, T => unsafe {
+            let problem = ops::Ppeg::<T> {
+                x: x.read(device)?,
+                side,
+                kernels: [k7.read(device)?, k5.read(device)?, k3.read(device)?],
+                biases: [b7.read(device)?, b5.read(device)?, b3.read(device)?],
+                y: y.write(device)?,
+            };
+            ops::ppeg(workspace, &mut [problem])
+        })
+    })
+}
+
+/// x, the three kernels, dy, dx, the kernels' and the biases' gradients.
+#[pyfunction]
+fn ppeg_backward(py: Python<'_>, place: Place, m: [Matrix; 12], side: usize) -> PyResult<()> {
+    let [x, k7, k5, k3, dy, dx, d7, d5, d3, b7, b5, b3] = m;
+    on(py, place, |device, workspace| {
+        // SAFETY: as above.
+        by_type!(x, T => unsafe {
+            let problem = ops::PpegBackward::<T> {
+                x: x.read(device)?,
+                side,
+                kernels: [k7.read(device)?, k5.read(device)?, k3.read(device)?],
+                dy: dy.read(device)?,
+                dx: dx.write(device)?,
+                dkernels: [d7.write(device)?, d5.write(device)?, d3.write(device)?],
+                dbiases: [b7.write(device)?, b5.write(device)?, b3.write(device)?],
+            };
+            ops::ppeg_backward(workspace, &mut [problem])
+        })
+    })
+}
+
+/// The streams (three, or one without a mix), the mix' weight and bias, four kernels, four biases, out.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // what the op is given
+fn conv_fusion_forward(
+    py: Python<'_>,
+    place: Place,
+    streams: Vec<Matrix>,
+    mix: Option<[Matrix; 2]>,
+    kernels: [Matrix; 4],
+    biases: [Matrix; 4],
+    out: Matrix,
+    side: usize,
+    drop: Drop,
+) -> PyResult<()> {
+    on(py, place, |device, workspace| {
+        // SAFETY: as above.
+        by_type!(out, T => unsafe {
+            let streams = streams.iter().map(|x| x.read::<T>(device)).collect::<Result<Vec<_>>>()?;
+            let mut problem = ops::ConvFusion {
+                streams: &streams,
+                mix: mix.map(|[weight, bias]| Ok([weight.read(device)?, bias.read(device)?])).transpose()?,
+                kernels: four(kernels, |m| m.read(device))?,
+                biases: four(biases, |m| m.read(device))?,
+                grid: ops::TokenGrid::Square(side),
+                dropout: dropout(drop)?,
+                out: out.write(device)?,
+            };
+            ops::conv_fusion(workspace, &mut problem)
+        })
+    })
+}
+
+/// As forward, then dout, and the gradients of all that forward was given.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // what the op is given
+fn conv_fusion_backward(
+    py: Python<'_>,
+    place: Place,
+    streams: Vec<Matrix>,
+    mix: Option<[Matrix; 2]>,
+    kernels: [Matrix; 4],
+    biases: [Matrix; 4],
+    out: Matrix,
+    side: usize,
+    drop: Drop,
+    dout: Matrix,
+    dstreams: Vec<Matrix>,
+    dmix: Option<[Matrix; 2]>,
+    dkernels: [Matrix; 4],
+    dbiases: [Matrix; 4],
+) -> PyResult<()> {
+    on(py, place, |device, workspace| {
+        // SAFETY: as above.
+        by_type!(out, T => unsafe {
+            let streams = streams.iter().map(|x| x.read::<T>(device)).collect::<Result<Vec<_>>>()?;
+            let mut problem = ops::ConvFusionBackward {
+                streams: &streams,
+                mix: mix.map(|[weight, bias]| Ok([weight.read(device)?, bias.read(device)?])).transpose()?,
+                kernels: four(kernels, |m| m.read(device))?,
+                biases: four(biases, |m| m.read(device))?,
+                grid: ops::TokenGrid::Square(side),
+                dropout: dropout(drop)?,
+                out: out.read(device)?,
+                dout: dout.read(device)?,
+                dstreams: dstreams.iter().map(|x| x.write(device)).collect::<Result<Vec<_>>>()?,
+                dmix: dmix.map(|[weight, bias]| Ok([weight.write(device)?, bias.write(device)?])).transpose()?,
+                dkernels: four(dkernels, |m| m.write(device))?,
+                dbiases: four(dbiases, |m| m.write(device))?,
+            };
+            ops::conv_fusion_backward(workspace, &mut problem)
+        })
+    })
+}
+
+fn four<R>([a, b, c, d]: [Matrix; 4], of: impl Fn(Matrix) -> Result<R>) -> Result<[R; 4]> {
+    Ok([of(a)?, of(b)?, of(c)?, of(d)?])
+}
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(attention_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(attention_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(layer_norm_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(layer_norm_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(ppeg_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(ppeg_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(conv_fusion_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(conv_fusion_backward, module)?)
+}
