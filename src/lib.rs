@@ -75,6 +75,11 @@ pub mod train;
 pub use error::{Error, Result};
 pub use text::{complain, printable, quote, said, say};
 
+// The README's Rust runs as it stands.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
+
 // Tests that need more of the crate than is public, from the folder of tests.
 #[cfg(test)]
 extern crate self as crossfusion;

@@ -108,17 +108,21 @@ fn has_sanitizers(folder: &Path) -> bool {
 
 /// Builds a program of examples/c in `folder`.
 fn build(program: &str, folder: &Path, libraries: &Path, more: &[&str]) -> PathBuf {
-    let out = folder.join(format!("{program}{}", more.len()));
+    compile(&root().join(format!("examples/c/{program}.c")), folder, libraries, more)
+}
+
+fn compile(source: &Path, folder: &Path, libraries: &Path, more: &[&str]) -> PathBuf {
+    let out = folder.join(format!("{}{}", source.file_stem().unwrap().display(), more.len()));
     let mut command = Command::new(env::var_os("CC").unwrap_or_else(|| "cc".into()));
     command.args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic", "-O1", "-g"]).args(more);
-    command.arg(format!("-I{}", root().join("include").display())).arg(root().join(format!("examples/c/{program}.c")));
+    command.arg(format!("-I{}", root().join("include").display())).arg(source);
     command.arg("-o").arg(&out);
     if more.contains(&"-DSTATIC") {
         command.arg(libraries.join("libcrossfusion.a")).args(["-lpthread", "-ldl", "-lm"]);
     } else {
         command.arg(format!("-L{}", libraries.display())).args(["-lcrossfusion", "-lm"]);
     }
-    assert!(command.status().expect("a C compiler").success(), "{program} does not compile");
+    assert!(command.status().expect("a C compiler").success(), "{} does not compile", source.display());
     out
 }
 
@@ -151,6 +155,18 @@ fn a_c_program_gets_a_goldens_gradients() {
         assert!(said.contains("gradients agree"), "{said}");
         println!("{more:?}: {said}");
     }
+}
+
+/// The README's C runs as it stands.
+#[test]
+fn the_readme_in_c() {
+    let (folder, libraries) = (tempfile::tempdir().unwrap(), libraries());
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, rest) = readme.split_once("```c\n").unwrap();
+    let source = folder.path().join("readme.c");
+    std::fs::write(&source, rest.split_once("```").unwrap().0).unwrap();
+    let program = compile(&source, folder.path(), &libraries, &[]);
+    assert!(run(&program, &[], &libraries).trim().parse::<f64>().is_ok());
 }
 
 /// An op on the caller's own memory: ragged groups, strides, empty contexts, scores of hundreds,

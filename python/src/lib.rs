@@ -1,5 +1,5 @@
 //! What the Python package `crossfusion` is made of: its module `_crossfusion`. Names, shapes and
-//! docs for users are in python/crossfusion; here are the calls.
+//! docs for users are in python/package/crossfusion; here are the calls.
 
 mod data;
 mod ops;

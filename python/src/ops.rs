@@ -107,7 +107,7 @@ fn attention_forward(py: Python<'_>, place: Place, groups: Vec<[Matrix; 5]>, hea
     let Some(first) = groups.first().map(|group| group[0]) else { return Ok(()) };
     on(py, place, |device, workspace| {
         let (dropout, step) = (dropout(drop)?, heads as u32);
-        // SAFETY: python/crossfusion/ops.py holds the tensors, and gives each its own type.
+        // SAFETY: python/package/crossfusion/ops.py holds the tensors, and gives each its own type.
         by_type!(first, T => unsafe {
             let view = |(i, [q, k, v, out, lse]): (usize, &[Matrix; 5])| {
                 Ok(ops::Attention::<T> {

@@ -1,4 +1,4 @@
-//! The statistics on numpy's arrays, as tuples; python/crossfusion/survival.py names their fields.
+//! The statistics on numpy's arrays, as tuples; python/package/crossfusion/survival.py names their fields.
 
 use engine::survival::{self, CensoringDistribution, CoxCohort, Limits, Ties};
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};

@@ -26,7 +26,7 @@ def survival(logits):
 
 def _square_pad(x):
     """Tokens ``[n, d]`` padded to the next square by the first ones, and its side."""
-    side = math.isqrt(x.shape[0] - 1) + 1
+    side = math.ceil(math.sqrt(x.shape[0]))
     return torch.cat([x, x[: side * side - x.shape[0]]]), side
 
 

@@ -11,6 +11,8 @@ Dropout draws by counter: from a tensor ``draw`` of two int64 on the CPU, a seed
 draws another mask.
 """
 
+import math
+
 import torch
 
 from . import _crossfusion
@@ -21,6 +23,9 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 def draw():
     """Seed and step of one dropout, from PyTorch's default generator of the CPU."""
     return torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64)
+
+
+_fresh = draw  # where an argument is called draw
 
 
 def _place(x):
@@ -38,8 +43,8 @@ def _rows(x):
     x = x.detach()
     if x.dim() == 0 or x.numel() == 0:
         return x.contiguous()
-    inner = 1
-    for size, stride in zip(reversed(x.shape[1:] if x.dim() > 1 else x.shape), reversed(x.stride()[1:] if x.dim() > 1 else x.stride())):
+    inner, first = 1, 1 if x.dim() > 1 else 0
+    for size, stride in zip(reversed(x.shape[first:]), reversed(x.stride()[first:])):
         if size > 1 and stride != inner:
             return x.contiguous()
         inner *= size
@@ -57,9 +62,25 @@ def _matrix(x):
         raise ValueError(f"crossfusion takes float32, bfloat16 and (on the CPU) float64, not {x.dtype}")
     if x.dim() <= 1:
         return x.data_ptr(), 1, x.numel(), x.numel(), _TYPES[x.dtype]
-    cols = x[0].numel() if x.shape[0] else x[:0].numel()
+    cols = math.prod(x.shape[1:])
     stride = x.stride(0) if x.shape[0] > 1 else cols
     return x.data_ptr(), x.shape[0], cols, max(stride, cols), _TYPES[x.dtype]
+
+
+class _Held:
+    """Tensors as the library takes them, each kept alive as long as this is: a call must hold what it
+    gives by address, copies included."""
+
+    def __init__(self):
+        self.tensors = []
+
+    def __call__(self, x):
+        x = _rows(x)
+        self.tensors.append(x)
+        return _matrix(x)
+
+    def all(self, tensors):
+        return tuple(map(self, tensors))
 
 
 def _sums(x):
@@ -89,16 +110,14 @@ def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, rate: float, draw: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _same("attention", q, k=k, v=v)
-    q, k, v = _groups(q), _groups(k), _groups(v)
-    out = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in q]
-    lse = torch.empty((len(q), heads, q[0].shape[0] if q else 0), dtype=_sums(q[0]), device=q[0].device)
-    groups = [tuple(map(_matrix, group)) for group in zip(q, k, v, out, lse)]
-    _crossfusion.attention_forward(_place(q[0]), groups, heads, _drop(draw, rate))
-    return torch.stack(out), lse
-
-
-def _groups(x):
-    return [_rows(group) for group in x]
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"attention: q, k and v are of {q.shape[0]}, {k.shape[0]} and {v.shape[0]} groups")
+    held = _Held()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[0], heads, q.shape[1]), dtype=_sums(q), device=q.device)
+    groups = [held.all(group) for group in zip(q, k, v, out, lse)]
+    _crossfusion.attention_forward(_place(q), groups, heads, _drop(draw, rate))
+    return out, lse
 
 
 @_attention.register_fake
@@ -119,8 +138,8 @@ def _attention_backward(
     draw: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    columns = [_groups(x) for x in (q, k, v, out, lse, dout)] + [list(x) for x in (dq, dk, dv)]
-    groups = [tuple(map(_matrix, group)) for group in zip(*columns)]
+    held = _Held()
+    groups = [held.all(group) for group in zip(q, k, v, out, lse, dout, dq, dk, dv)]
     _crossfusion.attention_backward(_place(q), groups, heads, _drop(draw, rate))
     return dq, dk, dv
 
@@ -157,7 +176,7 @@ def attention(q, k, v, heads, dropout=0.0, draw=None):
     if single:
         q, k, v = q[None], k[None], v[None]
     if draw is None:
-        draw = globals()["draw"]() if dropout else torch.zeros(2, dtype=torch.int64)
+        draw = _fresh() if dropout else torch.zeros(2, dtype=torch.int64)
     out = _attention(q, k, v, heads, float(dropout), draw)[0]
     return out[0] if single else out
 
@@ -168,11 +187,11 @@ def attention(q, k, v, heads, dropout=0.0, draw=None):
 @torch.library.custom_op("crossfusion::layer_norm", mutates_args=())
 def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     _same("layer_norm", x, weight=weight, bias=bias)
-    flat = _rows(x.detach().reshape(-1, x.shape[-1]))
+    flat = x.detach().reshape(-1, x.shape[-1])
     y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     stats = torch.empty((flat.shape[0], 2), dtype=_sums(x), device=x.device)
-    m = tuple(map(_matrix, (flat, _rows(weight), _rows(bias), y, stats)))
-    _crossfusion.layer_norm_forward(_place(x), m)
+    held = _Held()
+    _crossfusion.layer_norm_forward(_place(x), held.all((flat, weight, bias, y, stats)))
     return y.view(x.shape), stats
 
 
@@ -185,11 +204,11 @@ def _(x, weight, bias):
 def _layer_norm_backward(
     x: torch.Tensor, stats: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    flat, dy = (_rows(t.detach().reshape(-1, x.shape[-1])) for t in (x, dy))
+    flat, dy = (t.detach().reshape(-1, x.shape[-1]) for t in (x, dy))
     dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     dweight, dbias = (torch.zeros(x.shape[-1], dtype=_sums(x), device=x.device) for _ in range(2))
-    m = tuple(map(_matrix, (flat, stats, _rows(weight), dy, dx, dweight, dbias)))
-    _crossfusion.layer_norm_backward(_place(x), m)
+    held = _Held()
+    _crossfusion.layer_norm_backward(_place(x), held.all((flat, stats, weight, dy, dx, dweight, dbias)))
     return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
@@ -232,10 +251,9 @@ def _ppeg(
     side: int,
 ) -> torch.Tensor:
     _same("ppeg", x, k7=k7, k5=k5, k3=k3, b7=b7, b5=b5, b3=b3)
-    flat = _rows(x)
-    y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    m = (flat, *map(_rows, (k7, k5, k3, b7, b5, b3)), y)
-    _crossfusion.ppeg_forward(_place(x), tuple(map(_matrix, m)), side)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    held = _Held()
+    _crossfusion.ppeg_forward(_place(x), held.all((x, k7, k5, k3, b7, b5, b3, y)), side)
     return y
 
 
@@ -251,8 +269,8 @@ def _ppeg_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kernels = [torch.zeros(k.shape, dtype=_sums(x), device=x.device) for k in (k7, k5, k3)]
     biases = [torch.zeros(x.shape[1], dtype=_sums(x), device=x.device) for _ in range(3)]
-    m = (*map(_rows, (x, k7, k5, k3, dy)), dx, *kernels, *biases)
-    _crossfusion.ppeg_backward(_place(x), tuple(map(_matrix, m)), side)
+    held = _Held()
+    _crossfusion.ppeg_backward(_place(x), held.all((x, k7, k5, k3, dy, dx, *kernels, *biases)), side)
     return [dx, *(gradient.to(x.dtype) for gradient in kernels + biases)]
 
 
@@ -299,22 +317,17 @@ def _conv_fusion(
 ) -> torch.Tensor:
     x = streams[0]
     out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=x.dtype, device=x.device)
-    _crossfusion.conv_fusion_forward(
-        _place(x), *_conv_fusion_operands(streams, mix, kernels, biases), _matrix(out), side, _drop(draw, rate)
-    )
+    held = _Held()
+    operands = _conv_fusion_operands(held, streams, mix, kernels, biases)
+    _crossfusion.conv_fusion_forward(_place(x), *operands, held(out), side, _drop(draw, rate))
     return out
 
 
-def _conv_fusion_operands(streams, mix, kernels, biases):
+def _conv_fusion_operands(held, streams, mix, kernels, biases):
     names = {f"operand {i}": t for i, t in enumerate([*streams[1:], *mix, *kernels, *biases])}
     _same("conv_fusion", streams[0], **names)
-    mix = tuple(_matrix(_rows(m.reshape(-1))) for m in mix) or None
-    return (
-        [_matrix(_rows(x)) for x in streams],
-        mix,
-        tuple(_matrix(_rows(k)) for k in kernels),
-        tuple(_matrix(_rows(b)) for b in biases),
-    )
+    mix = held.all(m.reshape(-1) for m in mix) or None
+    return list(held.all(streams)), mix, held.all(kernels), held.all(biases)
 
 
 @_conv_fusion.register_fake
@@ -338,18 +351,18 @@ def _conv_fusion_backward(
     dstreams = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in streams]
     zeros = lambda tensors: [torch.zeros(t.shape, dtype=_sums(t), device=t.device) for t in tensors]
     dmix, dkernels, dbiases = zeros(mix), zeros(kernels), zeros(biases)
-    streams, kernels, biases = ([_rows(t) for t in tensors] for tensors in (streams, kernels, biases))
+    held = _Held()
     _crossfusion.conv_fusion_backward(
         _place(x),
-        *_conv_fusion_operands(streams, mix, kernels, biases),
-        _matrix(_rows(out)),
+        *_conv_fusion_operands(held, streams, mix, kernels, biases),
+        held(out),
         side,
         _drop(draw, rate),
-        _matrix(_rows(dout)),
-        [_matrix(d) for d in dstreams],
-        tuple(_matrix(d.view(-1)) for d in dmix) or None,
-        tuple(_matrix(d) for d in dkernels),
-        tuple(_matrix(d) for d in dbiases),
+        held(dout),
+        list(held.all(dstreams)),
+        held.all(d.view(-1) for d in dmix) or None,
+        held.all(dkernels),
+        held.all(dbiases),
     )
     return [*dstreams, *(d.to(x.dtype) for d in dmix + dkernels + dbiases)]
 
@@ -391,7 +404,7 @@ def conv_fusion(streams, mix, kernels, biases, side, dropout=0.0, draw=None):
     result is ``[side * side, d / 2]``.
     """
     if draw is None:
-        draw = globals()["draw"]() if dropout else torch.zeros(2, dtype=torch.int64)
+        draw = _fresh() if dropout else torch.zeros(2, dtype=torch.int64)
     return _conv_fusion(list(streams), list(mix), list(kernels), list(biases), side, float(dropout), draw)
 
 

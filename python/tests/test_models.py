@@ -1,0 +1,211 @@
+"""The models beside their reference in plain PyTorch (reference.py) and beside the goldens."""
+
+import copy
+import json
+import pathlib
+import pickle
+import struct
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import reference
+from crossfusion import models, ops
+
+GOLDENS = pathlib.Path(__file__).parents[2] / "tests/goldens"
+NAMES = ["CrossFusion", "CrossFusionConcat", "CrossFusionSingle"]
+
+
+def fill(name, count, law):
+    """The goldens' numbers: splitmix64 of (fnv1a64(name) + (i + 1) * golden ratio), top 24 bits."""
+    h = 0xCBF29CE484222325
+    for byte in name.encode():
+        h = ((h ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    with np.errstate(over="ignore"):
+        z = np.uint64(h) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    u = (z >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+    return np.float32(law["offset"]) + np.float32(law["scale"]) * u
+
+
+def safetensors(path):
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    golden = json.loads(header.pop("__metadata__")["golden"])
+    tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        tensors[name] = np.frombuffer(data[8 + length + start : 8 + length + end], dtype=np.float32)
+    return golden, tensors
+
+
+def test_the_goldens():
+    seen = set()
+    for path in sorted(GOLDENS.glob("crossfusion_*.safetensors")):
+        golden, tensors = safetensors(path)
+        config = {"dim": 512, "heads": 4, "layers": 1, "n_classes": 4, **golden["config"]}
+        if config.pop("fusion", "conv2d") != "conv2d":
+            continue  # the modules are the published ones
+        model = getattr(models, golden["model"])(**config).eval()
+        parameters = {
+            name: torch.from_numpy(fill(golden["fill_tag"] + name, int(np.prod(p["shape"])), p)).view(p["shape"])
+            for name, p in golden["parameters"].items()
+        }
+        model.load_state_dict(parameters, strict=True)
+        bags = []
+        for scale in ("x5", "x10", "x20"):
+            n = golden["bags"].get(scale)
+            values = n and fill(golden["fill_tag"] + scale, n * config["features"], golden["input_law"])
+            bags.append(n and torch.from_numpy(values).view(1, n, -1).requires_grad_())
+        logits = model(*bags)
+        np.testing.assert_allclose(logits[0].detach(), tensors["logits"], rtol=1e-5, atol=1e-5)
+        hazards, survival, risk = models.survival(logits)
+        np.testing.assert_allclose(risk.detach(), tensors["risk"], rtol=1e-5, atol=1e-5)
+        loss = {"nll": ops.nll_surv, "ce": ops.ce_surv}[golden["loss"]["name"]]
+        spec = golden["loss"]
+        value = loss(logits, spec["label"], spec["censorship"] == 1, spec["alpha"])
+        np.testing.assert_allclose(value.item(), tensors["loss"], rtol=1e-5, atol=1e-5)
+        value.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        # of models of published width the golden has norms alone
+        sizes = {
+            name: tensors[f"gradnorm.{name}"][0]
+            if f"gradnorm.{name}" in tensors
+            else np.linalg.norm(tensors[f"grad.{name}"])
+            for name in gradients
+        }
+        floor = 1e-4 * max(sizes.values())
+        for name, size in sizes.items():
+            got = gradients[name].numpy().ravel()
+            if f"grad.{name}" in tensors:
+                distance = np.linalg.norm(got - tensors[f"grad.{name}"])
+            else:
+                distance = abs(np.linalg.norm(got) - size)
+            assert distance <= 1e-4 * (size + floor), f"{path.stem}: {name} is off by {distance} of {size}"
+        seen.add(golden["model"])
+    assert seen == set(NAMES)
+
+
+def pair(name, features=24, dim=32, heads=2):
+    torch.manual_seed(0)
+    theirs = getattr(reference, name)(features, dim, heads)
+    ours = getattr(models, name)(features, dim, heads)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+def slide(features=24, sizes=(5, 14, 60), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, n, features, generator=generator) for n in sizes]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_drop_in_for_the_published_class(name):
+    ours, theirs = pair(name)
+    ours.eval(), theirs.eval()
+    bags = slide()
+    a, b = ours(*bags), theirs(*bags)
+    assert a.shape == b.shape == (1, 4)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    a.square().sum().backward(), b.square().sum().backward()
+    largest = max(p.grad.norm() for p in theirs.parameters())
+    others = dict(theirs.named_parameters())
+    for key, p in ours.named_parameters():
+        q = others[key]
+        assert (p.grad - q.grad).norm() <= 1e-4 * (q.grad.norm() + 1e-4 * largest), key
+
+
+def test_training_draws_and_evaluation_does_not():
+    model, _ = pair("CrossFusion")
+    bags = slide()
+    model.train()
+    assert not torch.equal(model(*bags), model(*bags))
+    model.eval()
+    assert torch.equal(model(*bags), model(*bags))
+
+
+def test_a_model_is_copied_and_pickled():
+    model, _ = pair("CrossFusion")
+    bags = slide()
+    model.eval()
+    expected = model(*bags)
+    assert torch.equal(copy.deepcopy(model)(*bags), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(*bags), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_compiles_whole(name):
+    model, _ = pair(name)
+    model.train()
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for sizes in ((5, 14, 60), (7, 20, 81), (3, 100, 9)):
+        compiled(*slide(sizes=sizes)).sum().backward()
+    assert len(compilations) == 1, f"{len(compilations)} compilations for three sizes of slide"
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_bag_of_another_shape_is_named():
+    model, _ = pair("CrossFusion")
+    x5, x10, x20 = slide()
+    with pytest.raises(ValueError, match=r"a bag has shape \(2, 5, 24\)"):
+        model(torch.cat([x5, x5]), x10, x20)
+    with pytest.raises(ValueError, match="with a patch at least"):
+        model(x5[:, :0], x10, x20)
+
+
+def test_a_plain_training_loop():
+    """Their DataLoader, their Adam, our modules: the trajectory of our own engine, in golden form."""
+    t = json.loads((GOLDENS / "trajectory.json").read_text())
+    config = {"dim": 512, "heads": 4, "layers": 1, "n_classes": 4, **t["config"]}
+    config.pop("fusion", None)
+    model = models.CrossFusion(**config)
+    model.load_state_dict(
+        {
+            name: torch.from_numpy(fill(t["fill_tag"] + name, int(np.prod(p["shape"])), p)).view(p["shape"])
+            for name, p in t["parameters"].items()
+        }
+    )
+    model.eval()  # the trajectory has no dropout
+
+    class Slides(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(t["bags"])
+
+        def __getitem__(self, i):
+            bags = [
+                torch.from_numpy(fill(f"{t['fill_tag']}{i}/{scale}", n * config["features"], t["input_law"])).view(n, -1)
+                for scale, n in zip(("x5", "x10", "x20"), t["bags"][i])
+            ]
+            return (*bags, t["labels"][i], t["censorship"][i])
+
+    loader = torch.utils.data.DataLoader(Slides(), batch_size=1, num_workers=2, multiprocessing_context="fork")
+    adam = torch.optim.Adam(model.parameters(), lr=t["lr"], weight_decay=t["weight_decay"])
+    steps = iter(t["steps"])
+    for _ in range(t["epochs"]):
+        for i, (x5, x10, x20, label, censored) in enumerate(loader):
+            step = next(steps)
+            assert step["slide"] == i
+            for group in adam.param_groups:
+                group["lr"] = step["lr"]
+            logits = model(x5, x10, x20)
+            loss = ops.nll_surv(logits, int(label), bool(censored), t["alpha"])
+            (loss / t["accumulate"]).backward()
+            risk = models.survival(logits)[2].item()
+            assert abs(loss.item() - step["loss"]) <= 1e-4 * max(1, abs(step["loss"])), step
+            assert abs(risk - step["risk"]) <= 1e-4 * max(1, abs(step["risk"])), step
+            if (i + 1) % t["accumulate"] == 0:
+                adam.step()
+                adam.zero_grad()
+    assert next(steps, None) is None
