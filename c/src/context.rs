@@ -90,8 +90,8 @@ pub unsafe extern "C" fn cf_context_synchronize(context: *const cf_context) -> c
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cf_context_free(context: *mut cf_context) {
     if !context.is_null() {
-        // SAFETY: the caller's; it is from `Box::into_raw`.
         guard(|| {
+            // SAFETY: the caller's; it is from `Box::into_raw`.
             drop(unsafe { Box::from_raw(context) });
             Ok(())
         });

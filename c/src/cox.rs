@@ -38,6 +38,7 @@ pub unsafe extern "C" fn cf_cohort_new(
     n: usize,
     out: *mut *mut cf_cohort,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let out = given_mut("out", out)?;
         *out = std::ptr::null_mut();
@@ -78,6 +79,7 @@ pub unsafe extern "C" fn cf_cox(
     loglik: *mut f64,
     gradient: *mut f32,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let (context, cohort) = (given("context", context)?, given("cohort", cohort)?);
         let ties = match ties {

@@ -208,6 +208,7 @@ pub unsafe extern "C" fn cf_model_create(
     seed: u64,
     out: *mut *mut cf_model,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let (context, out) = (given("context", context)?, given_mut("out", out)?);
         *out = std::ptr::null_mut();
@@ -230,6 +231,7 @@ pub unsafe extern "C" fn cf_model_load(
     precision: i32,
     out: *mut *mut cf_model,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let (context, out) = (given("context", context)?, given_mut("out", out)?);
         *out = std::ptr::null_mut();
@@ -272,6 +274,7 @@ pub unsafe extern "C" fn cf_model_free(model: *mut cf_model) {
 /// Pointers must be null or live.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cf_model_config(model: *const cf_model, out: *mut cf_config) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let any = given("model", model)?.lock();
         *given_mut("out", out)? = cf_config::of(self::model(&any).config());
@@ -286,6 +289,7 @@ pub unsafe extern "C" fn cf_model_config(model: *const cf_model, out: *mut cf_co
 /// As [`cf_model_config`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cf_model_set_memory(model: *const cf_model, bytes: u64) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let memory = if bytes == 0 { Memory::Policy(Policy::KEEP) } else { Memory::Budget(bytes as usize) };
         either!(&mut *given("model", model)?.lock(), engine => engine.set_memory(memory));
@@ -320,6 +324,7 @@ pub unsafe extern "C" fn cf_model_plan(
     training: bool,
     out: *mut cf_plan,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let any = given("model", model)?.lock();
         let patches = array("patches", patches, 3)?;
@@ -390,6 +395,7 @@ pub unsafe extern "C" fn cf_model_predict(
     survival: *mut f64,
     risk: *mut f64,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let mut any = given("model", model)?.lock();
         let slide = given("slide", slide)?;
@@ -413,6 +419,7 @@ pub unsafe extern "C" fn cf_model_predict(
 /// As [`cf_model_predict`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cf_model_logits(model: *const cf_model, slide: *const cf_bags, logits: *mut f64) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let mut any = given("model", model)?.lock();
         let slide = given("slide", slide)?;
@@ -441,6 +448,7 @@ pub unsafe extern "C" fn cf_model_accumulate(
     value: *mut f64,
     risk: *mut f64,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let mut any = given("model", model)?.lock();
         let (slide, loss) = (given("slide", slide)?, given("loss", loss)?.get()?);
@@ -465,6 +473,7 @@ pub unsafe extern "C" fn cf_model_accumulate(
 /// Pointers must be null or live.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cf_model_update(model: *const cf_model, adam: *const cf_adam) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let adam = given("adam", adam)?.get();
         either!(&mut *given("model", model)?.lock(), engine => engine.update(&adam))
@@ -477,6 +486,7 @@ pub unsafe extern "C" fn cf_model_update(model: *const cf_model, adam: *const cf
 /// Pointers must be null or live.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cf_model_save(model: *const cf_model, path: *const c_char) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let any = given("model", model)?.lock();
         let path = self::path(path)?;
@@ -535,6 +545,7 @@ pub unsafe extern "C" fn cf_model_read(
     numbers: *mut f32,
     len: *mut usize,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let any = given("model", model)?.lock();
         let name = CStr::from_ptr(given("name", name)?).to_string_lossy();

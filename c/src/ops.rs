@@ -41,6 +41,7 @@ macro_rules! by_type {
 /// One list of problems: none is nothing to do.
 macro_rules! problems {
     ($context:ident, $problems:ident, $count:ident, $first:ident, $op:path, $T:ident, $p:ident, $on:ident => $view:expr) => {
+        // SAFETY: the caller's.
         guard(|| unsafe {
             let context = given("context", $context)?;
             let problems = array("problems", $problems, $count)?;
@@ -330,6 +331,7 @@ pub unsafe extern "C" fn cf_attention_backward(
     problems: *const cf_attention_grad,
     count: usize,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let context = given("context", context)?;
         let problems = array("problems", problems, count)?;
@@ -458,6 +460,7 @@ pub unsafe extern "C" fn cf_conv_fusion_forward(
     context: *const cf_context,
     problem: *const cf_conv_fusion,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let (context, p) = (given("context", context)?, given("problem", problem)?);
         let on = context.device();
@@ -504,6 +507,7 @@ pub unsafe extern "C" fn cf_conv_fusion_backward(
     context: *const cf_context,
     problem: *const cf_conv_fusion_grad,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let (context, grad) = (given("context", context)?, given("problem", problem)?);
         let (on, p) = (context.device(), &grad.forward);
@@ -635,6 +639,7 @@ pub struct cf_head {
 /// As [`cf_layer_norm_forward`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cf_head_forward(context: *const cf_context, problem: *const cf_head) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let (context, p) = (given("context", context)?, given("problem", problem)?);
         by_type!("x", p.x, T => {
@@ -708,6 +713,7 @@ unsafe fn head_grad<'a, T: crate::dlpack::Stored<Sum: crate::dlpack::Stored>>(
 /// As [`cf_layer_norm_forward`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cf_head_backward(context: *const cf_context, problem: *const cf_head_grad) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let (context, p) = (given("context", context)?, given("problem", problem)?);
         by_type!("x", p.forward.x, T => {
@@ -766,6 +772,7 @@ pub unsafe extern "C" fn cf_head_loss(
     loss: *const cf_loss,
     result: *const DLTensor,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let (context, p) = (given("context", context)?, given("problem", problem)?);
         let loss = given("loss", loss)?.get()?;
@@ -788,6 +795,7 @@ pub unsafe extern "C" fn cf_loss_evaluate(
     value: *mut f64,
     gradient: *mut f64,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let loss = given("loss", loss)?.get()?;
         let logits = array("logits", logits, classes)?;
@@ -867,6 +875,7 @@ pub unsafe extern "C" fn cf_adam_step(
     first_moment: *const DLTensor,
     second_moment: *const DLTensor,
 ) -> cf_status {
+    // SAFETY: the caller's.
     guard(|| unsafe {
         let context = given("context", context)?;
         let adam = given("adam", adam)?.get();

@@ -120,14 +120,11 @@ fn kaplan_meier<'py>(
     Ok((curve, (median.estimate, median.lower, median.upper)))
 }
 
+/// Chi-squared, its degrees of freedom, p; and of each group its patients, events, events expected.
+type Groupwise = (f64, usize, f64, Vec<usize>, Vec<usize>, Vec<f64>);
+
 #[pyfunction]
-fn log_rank(
-    py: Python<'_>,
-    time: Numbers,
-    event: Flags,
-    group: Groups,
-    strata: Option<Groups>,
-) -> PyResult<(f64, usize, f64, Vec<usize>, Vec<usize>, Vec<f64>)> {
+fn log_rank(py: Python<'_>, time: Numbers, event: Flags, group: Groups, strata: Option<Groups>) -> PyResult<Groupwise> {
     let (time, event, group) = (time.as_slice()?, event.as_slice()?, group.as_slice()?);
     let strata = strata.as_ref().map(|strata| strata.as_slice()).transpose()?;
     let found = compute(py, || survival::log_rank(time, event, group, strata))?;
