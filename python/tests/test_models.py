@@ -1,18 +1,21 @@
-"""The models beside their reference in plain PyTorch (reference.py) and beside the goldens."""
+"""The models beside the published ones in plain PyTorch (benches/peer/model.py) and beside the goldens."""
 
 import copy
 import json
 import pathlib
 import pickle
 import struct
+import sys
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-import reference
 from crossfusion import models, ops
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benches/peer"))
+import model as reference
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "tests/goldens"
 NAMES = ["CrossFusion", "CrossFusionConcat", "CrossFusionSingle"]
