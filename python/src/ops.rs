@@ -191,6 +191,157 @@ fn layer_norm_backward(py: Python<'_>, place: Place, m: [Matrix; 7]) -> PyResult
     })
 }
 
+/// y = x Wᵀ + b: x, weight, bias, y.
+#[pyfunction]
+fn linear_forward(py: Python<'_>, place: Place, m: [Matrix; 4]) -> PyResult<()> {
+    let [x, weight, bias, y] = m;
+    on(py, place, |device, workspace| {
+        // SAFETY: as above.
+        by_type!(x, T => unsafe {
+            let problem = ops::Linear::<T> {
+                x: x.read(device)?,
+                weight: weight.read(device)?,
+                bias: Some(bias.read(device)?),
+                gelu: None,
+                dropout: None,
+                residual: None,
+                y: y.write(device)?,
+            };
+            ops::linear(workspace, &mut [problem])
+        })
+    })
+}
+
+/// dy, x, weight, dx (or none), dweight, dbias.
+#[pyfunction]
+fn linear_backward(
+    py: Python<'_>,
+    place: Place,
+    m: [Matrix; 3],
+    dx: Option<Matrix>,
+    grads: [Matrix; 2],
+) -> PyResult<()> {
+    let ([dy, x, weight], [dweight, dbias]) = (m, grads);
+    on(py, place, |device, workspace| {
+        // SAFETY: as above.
+        by_type!(x, T => unsafe {
+            if let Some(dx) = dx {
+                let problem = ops::LinearBackwardInput::<T> {
+                    dy: dy.read(device)?,
+                    weight: weight.read(device)?,
+                    gelu: None,
+                    dropout: None,
+                    residual: None,
+                    accumulate: false,
+                    dx: dx.write(device)?,
+                };
+                ops::linear_backward_input(workspace, &mut [problem])?;
+            }
+            let (dy, x) = (dy.read::<T>(device)?, x.read(device)?);
+            let (dweight, dbias) = (dweight.write(device)?, dbias.write(device)?);
+            ops::linear_backward_weight(workspace, &mut [ops::LinearBackwardWeight { dy, x, dweight, dbias }])
+        })
+    })
+}
+
+/// out = x + dropout(dropout(GELU(x W1ᵀ + b1)) W2ᵀ + b2): x, the weights and biases, then what is
+/// written: before GELU, behind the first dropout (which backward computes again), out. The second
+/// dropout draws at the site behind the first's.
+#[pyfunction]
+fn feed_forward_forward(py: Python<'_>, place: Place, m: [Matrix; 8], drop: Drop) -> PyResult<()> {
+    let [x, w1, b1, w2, b2, hidden, z, out] = m;
+    on(py, place, |device, workspace| {
+        let dropout = dropout(drop)?;
+        // SAFETY: as above.
+        by_type!(x, T => unsafe {
+            let first = ops::Linear::<T> {
+                x: x.read(device)?,
+                weight: w1.read(device)?,
+                bias: Some(b1.read(device)?),
+                gelu: Some(hidden.write(device)?),
+                dropout,
+                residual: None,
+                y: z.write(device)?,
+            };
+            ops::linear(workspace, &mut [first])?;
+            let second = ops::Linear::<T> {
+                x: z.read(device)?,
+                weight: w2.read(device)?,
+                bias: Some(b2.read(device)?),
+                gelu: None,
+                dropout: dropout.map(|dropout| dropout.at(1)),
+                residual: Some(x.read(device)?),
+                y: out.write(device)?,
+            };
+            ops::linear(workspace, &mut [second])
+        })
+    })
+}
+
+/// dout, x, both weights, what forward gave to GELU; scratch for z, its gradient behind the second
+/// dropout, and the gradient before GELU; dx; the weights' and biases' gradients.
+#[pyfunction]
+fn feed_forward_backward(
+    py: Python<'_>,
+    place: Place,
+    m: [Matrix; 5],
+    scratch: [Matrix; 3],
+    dx: Matrix,
+    grads: [Matrix; 4],
+    drop: Drop,
+) -> PyResult<()> {
+    let ([dout, x, w1, w2, hidden], [z, dz, dhidden], [dw1, db1, dw2, db2]) = (m, scratch, grads);
+    on(py, place, |device, workspace| {
+        let first = dropout(drop)?;
+        let second = first.map(|dropout| dropout.at(1));
+        // SAFETY: as above.
+        by_type!(x, T => unsafe {
+            let again = ops::GeluDropout::<T> {
+                x: hidden.read(device)?,
+                gelu: true,
+                dropout: first,
+                out: z.write(device)?,
+            };
+            let behind =
+                ops::GeluDropout { x: dout.read(device)?, gelu: false, dropout: second, out: dz.write(device)? };
+            ops::gelu_dropout(workspace, &mut [again, behind])?;
+            let to_hidden = ops::LinearBackwardInput::<T> {
+                dy: dz.read(device)?,
+                weight: w2.read(device)?,
+                gelu: Some(hidden.read(device)?),
+                dropout: first,
+                residual: None,
+                accumulate: false,
+                dx: dhidden.write(device)?,
+            };
+            ops::linear_backward_input(workspace, &mut [to_hidden])?;
+            let to_x = ops::LinearBackwardInput::<T> {
+                dy: dhidden.read(device)?,
+                weight: w1.read(device)?,
+                gelu: None,
+                dropout: None,
+                residual: Some(dout.read(device)?),
+                accumulate: false,
+                dx: dx.write(device)?,
+            };
+            ops::linear_backward_input(workspace, &mut [to_x])?;
+            let second = ops::LinearBackwardWeight::<T> {
+                dy: dz.read(device)?,
+                x: z.read(device)?,
+                dweight: dw2.write(device)?,
+                dbias: db2.write(device)?,
+            };
+            let first = ops::LinearBackwardWeight::<T> {
+                dy: dhidden.read(device)?,
+                x: x.read(device)?,
+                dweight: dw1.write(device)?,
+                dbias: db1.write(device)?,
+            };
+            ops::linear_backward_weight(workspace, &mut [second, first])
+        })
+    })
+}
+
 /// x, the three kernels, the three biases, y.
 #[pyfunction]
 fn ppeg_forward(py: Python<'_>, place: Place, m: [Matrix; 8], side: usize) -> PyResult<()> {
@@ -314,6 +465,10 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(attention_backward, module)?)?;
     module.add_function(wrap_pyfunction!(layer_norm_forward, module)?)?;
     module.add_function(wrap_pyfunction!(layer_norm_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(feed_forward_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(feed_forward_backward, module)?)?;
     module.add_function(wrap_pyfunction!(ppeg_forward, module)?)?;
     module.add_function(wrap_pyfunction!(ppeg_backward, module)?)?;
     module.add_function(wrap_pyfunction!(conv_fusion_forward, module)?)?;

@@ -46,6 +46,10 @@ CASES = {
         ops._attention, (rand(2, 5, 6), rand(2, 9, 6), rand(2, 9, 6), 2, rate, DRAW)
     ),
     "layer_norm": lambda rate: (ops._layer_norm, (rand(2, 5, 6), rand(6), rand(6))),
+    "linear": lambda rate: (ops._linear, (rand(5, 6), rand(4, 6), rand(4))),
+    "feed_forward": lambda rate: (
+        ops._feed_forward, (rand(5, 6), rand(8, 6), rand(8), rand(6, 8), rand(6), rate, DRAW)
+    ),
     "ppeg": lambda rate: (lambda *a: ops._ppeg(*a), flat_ppeg()),
     "conv_fusion": lambda rate: (ops._conv_fusion, (*conv_inputs(), rate, DRAW)),
     "conv_fusion_single": lambda rate: (ops._conv_fusion, (*conv_inputs(streams=1), rate, DRAW)),
@@ -60,7 +64,7 @@ def flat_ppeg():
     return (x, *kernels, *biases, side)
 
 
-@pytest.mark.parametrize("name", ["attention", "layer_norm", "ppeg", "conv_fusion", "conv_fusion_single", "cox"])
+@pytest.mark.parametrize("name", list(CASES))
 def test_registrations(name):
     _, arguments = CASES[name](0.3)
     op = getattr(torch.ops.crossfusion, name.replace("_single", "")).default
@@ -68,7 +72,7 @@ def test_registrations(name):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-@pytest.mark.parametrize("name", ["attention", "layer_norm", "ppeg", "conv_fusion", "conv_fusion_single", "cox"])
+@pytest.mark.parametrize("name", list(CASES))
 def test_gradients(name, rate):
     op, arguments = CASES[name](rate)
     flat, places = [], []

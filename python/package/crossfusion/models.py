@@ -39,16 +39,27 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.weight, self.bias)
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        return ops.linear(x, self.weight, self.bias)
+
+
 class FeedForward(nn.Module):
+    """x + the feed-forward of x."""
+
     def __init__(self, dim, ratio=2.0, p=0.3):
         super().__init__()
         hidden = int(dim * ratio)
+        # GELU and the dropouts have no parameters, but their places in the published names
         self.net = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(p), nn.Linear(hidden, dim), nn.Dropout(p)
+            Linear(dim, hidden), nn.Identity(), nn.Identity(), Linear(hidden, dim), nn.Identity()
         )
+        self.p = p
 
     def forward(self, x):
-        return self.net(x)
+        first, second = self.net[0], self.net[3]
+        p = self.p if self.training else 0.0
+        return ops.feed_forward(x, first.weight, first.bias, second.weight, second.bias, p)
 
 
 class Attention(nn.Module):
@@ -57,7 +68,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, p=0.0, scale_embedding=False):
         super().__init__()
         self.heads, self.p = heads, p
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(dim, dim) for _ in range(4))
         # one embedding is added to both sides of a cross-attention
         self.scale_embeddings = nn.Parameter(torch.zeros(1, 1, dim)) if scale_embedding else None
 
@@ -83,7 +94,7 @@ class Block(nn.Module):
             x = norm1(x)
             x = x + attention(x, x)
             x = norm2(x)
-            x = x + ffn(x)
+            x = ffn(x)
         return x
 
 
@@ -126,7 +137,7 @@ class ConvProcessor(nn.Module):
         if scales > 1:
             self.conv3d = nn.Conv3d(scales, 1, 1)
         self.conv_block = nn.Sequential(MultiScaleConv(dim, dim // 2))
-        self.linear = nn.Sequential(nn.Linear(dim // 2, dim), LayerNorm(dim))
+        self.linear = nn.Sequential(Linear(dim // 2, dim), LayerNorm(dim))
 
     def forward(self, streams, side):
         c = self.conv_block[0]
@@ -144,7 +155,7 @@ class ConvProcessor(nn.Module):
 
 
 def _projection(features, dim):
-    return nn.Identity() if features == dim else nn.Sequential(nn.Linear(features, dim), LayerNorm(dim))
+    return nn.Identity() if features == dim else nn.Sequential(Linear(features, dim), LayerNorm(dim))
 
 
 def _bag(x):
@@ -161,7 +172,7 @@ class _Model(nn.Module):
 
     def _cross(self, name, x, context):
         x = getattr(self, f"{name}_ln")(x + getattr(self, name)(x, context))
-        return x + getattr(self, f"{name}_ffn")(x)
+        return getattr(self, f"{name}_ffn")(x)
 
     def _add_cross(self, name, dim, heads):
         setattr(self, name, Attention(dim, heads, scale_embedding=True))
@@ -171,7 +182,7 @@ class _Model(nn.Module):
     def _add_end(self, dim, heads, layers, n_classes):
         self.final_transformer = PadTransformer(dim, heads, layers)
         self.final_ln = LayerNorm(dim)
-        self.mlp_head = nn.Sequential(nn.Linear(dim, n_classes))
+        self.mlp_head = nn.Sequential(Linear(dim, n_classes))
 
     def _end(self, fused, side):
         fused = self.final_transformer(torch.cat([self.cls_token[0], fused]), side)
@@ -217,7 +228,7 @@ class CrossFusionConcat(_Model):
             setattr(self, f"{scale}_ln", LayerNorm(dim))
         for scale in ("coarse", "fine"):
             self._add_cross(f"{scale}_cross_attn", dim, heads)
-        self.pre_final_linear = nn.Sequential(nn.Linear(3 * dim, dim), LayerNorm(dim))
+        self.pre_final_linear = nn.Sequential(Linear(3 * dim, dim), LayerNorm(dim))
         self._add_end(dim, heads, layers, n_classes)
 
     def _transform(self, scale, x):

@@ -236,6 +236,138 @@ def layer_norm(x, weight, bias):
     return _layer_norm(x, weight, bias)[0]
 
 
+# ---- linear and feed-forward ---------------------------------------------------------------------
+
+
+@torch.library.custom_op("crossfusion::linear", mutates_args=())
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    _same("linear", x, weight=weight, bias=bias)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    held = _Held()
+    _crossfusion.linear_forward(_place(x), held.all((x, weight, bias, y)))
+    return y
+
+
+@_linear.register_fake
+def _(x, weight, bias):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.custom_op("crossfusion::linear_backward", mutates_args=())
+def _linear_backward(
+    x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, wants_dx: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = torch.empty(x.shape if wants_dx else (0,), dtype=x.dtype, device=x.device)
+    dweight = torch.zeros(weight.shape, dtype=_sums(x), device=x.device)
+    dbias = torch.zeros(weight.shape[0], dtype=_sums(x), device=x.device)
+    held = _Held()
+    given, out = held.all((dy, x, weight)), held(dx) if wants_dx else None
+    _crossfusion.linear_backward(_place(x), given, out, held.all((dweight, dbias)))
+    return dx, dweight.to(x.dtype), dbias.to(x.dtype)
+
+
+@_linear_backward.register_fake
+def _(x, weight, dy, wants_dx):
+    return x.new_empty(x.shape if wants_dx else (0,)), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _linear_grad(ctx, dy):
+    x, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[0]
+    dx, dweight, dbias = _linear_backward(x, weight, dy.to(x.dtype), wanted)
+    return dx if wanted else None, dweight, dbias
+
+
+_linear.register_autograd(_linear_grad, setup_context=_linear_setup)
+
+
+def linear(x, weight, bias):
+    """x Wᵀ + bias: x ``[m, in]``, weight ``[out, in]``, bias ``[out]``, as ``nn.Linear`` has them."""
+    return _linear(x, weight, bias)
+
+
+@torch.library.custom_op("crossfusion::feed_forward", mutates_args=())
+def _feed_forward(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    rate: float,
+    draw: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _same("feed_forward", x, w1=w1, b1=b1, w2=w2, b2=b2)
+    hidden, z = (torch.empty((x.shape[0], w1.shape[0]), dtype=x.dtype, device=x.device) for _ in range(2))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    held = _Held()
+    _crossfusion.feed_forward_forward(
+        _place(x), held.all((x, w1, b1, w2, b2, hidden, z, out)), _drop(draw, rate)
+    )
+    return out, hidden
+
+
+@_feed_forward.register_fake
+def _(x, w1, b1, w2, b2, rate, draw):
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], w1.shape[0]))
+
+
+@torch.library.custom_op("crossfusion::feed_forward_backward", mutates_args=())
+def _feed_forward_backward(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    hidden: torch.Tensor,
+    dout: torch.Tensor,
+    rate: float,
+    draw: torch.Tensor,
+) -> list[torch.Tensor]:
+    z, dhidden = (torch.empty(hidden.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    dz, dx = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    grads = [torch.zeros(s, dtype=_sums(x), device=x.device) for s in (w1.shape, w1.shape[0], w2.shape, w2.shape[0])]
+    held = _Held()
+    _crossfusion.feed_forward_backward(
+        _place(x),
+        held.all((dout, x, w1, w2, hidden)),
+        held.all((z, dz, dhidden)),
+        held(dx),
+        held.all(grads),
+        _drop(draw, rate),
+    )
+    return [dx, *(gradient.to(x.dtype) for gradient in grads)]
+
+
+@_feed_forward_backward.register_fake
+def _(x, w1, w2, hidden, dout, rate, draw):
+    shapes = (x.shape, w1.shape, (w1.shape[0],), w2.shape, (w2.shape[0],))
+    return [x.new_empty(shape) for shape in shapes]
+
+
+def _feed_forward_setup(ctx, inputs, output):
+    x, w1, _, w2, _, ctx.rate, draw = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, w1, w2, output[1], draw)
+
+
+def _feed_forward_grad(ctx, dout, _):
+    x, w1, w2, hidden, draw = ctx.saved_tensors
+    return (*_feed_forward_backward(x, w1, w2, hidden, dout.to(x.dtype), ctx.rate, draw), None, None)
+
+
+_feed_forward.register_autograd(_feed_forward_grad, setup_context=_feed_forward_setup)
+
+
+def feed_forward(x, w1, b1, w2, b2, dropout=0.0, draw=None):
+    """x + dropout(dropout(GELU(x W1ᵀ + b1)) W2ᵀ + b2): x ``[m, d]``, w1 ``[h, d]``, w2 ``[d, h]``; GELU is exact."""
+    if draw is None:
+        draw = _fresh() if dropout else torch.zeros(2, dtype=torch.int64)
+    return _feed_forward(x, w1, b1, w2, b2, float(dropout), draw)[0]
+
+
 # ---- PPEG --------------------------------------------------------------------------------------
 
 
