@@ -207,7 +207,7 @@ typedef struct cf_layer_norm {
   const DLTensor *stats;
 } cf_layer_norm;
 
-// Gradients of [`cf_layer_norm`].
+// Gradients of `cf_layer_norm`.
 typedef struct cf_layer_norm_grad {
   // [n0, d]
   const DLTensor *x;
@@ -291,7 +291,7 @@ typedef struct cf_attention {
   const DLTensor *lse;
 } cf_attention;
 
-// Gradients of [`cf_attention`].
+// Gradients of `cf_attention`.
 typedef struct cf_attention_grad {
   // What forward was given and what it wrote.
   struct cf_attention forward;
@@ -339,7 +339,7 @@ typedef struct cf_conv_fusion {
   const DLTensor *out;
 } cf_conv_fusion;
 
-// Gradients of [`cf_conv_fusion`].
+// Gradients of `cf_conv_fusion`.
 typedef struct cf_conv_fusion_grad {
   // What forward was given and what it wrote.
   struct cf_conv_fusion forward;
@@ -367,7 +367,7 @@ typedef struct cf_ppeg {
   const DLTensor *y;
 } cf_ppeg;
 
-// Gradients of [`cf_ppeg`].
+// Gradients of `cf_ppeg`.
 typedef struct cf_ppeg_grad {
   const DLTensor *x;
   uint32_t side;
@@ -402,7 +402,7 @@ typedef struct cf_head {
   const DLTensor *logits;
 } cf_head;
 
-// Gradients of [`cf_head`].
+// Gradients of `cf_head`.
 typedef struct cf_head_grad {
   // What forward was given and what it wrote. `cf_head_loss` goes forward itself.
   struct cf_head forward;

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-/// Without the paragraphs on safety, which tell a Rust caller what goes without saying in C.
+/// Without the paragraphs on safety, which tell a Rust caller what goes without saying in C, and
+/// without the brackets of its links.
 fn without_safety(header: &str) -> String {
     let mut out = String::new();
     let mut skips = false;
@@ -13,6 +14,7 @@ fn without_safety(header: &str) -> String {
             out.push('\n');
         }
     }
+    let out = out.replace("[`", "`").replace("`]", "`");
     out.replace("\n//\ncf_status", "\ncf_status").replace("\n//\nvoid", "\nvoid")
 }
 

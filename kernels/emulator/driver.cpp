@@ -32,6 +32,7 @@ struct Function { std::string name; std::vector<size_t> sizes; uint32_t most_sha
 std::recursive_mutex mutex;  // of all below
 std::map<uintptr_t, size_t> device_memory, page_locked;
 std::map<void*, std::shared_ptr<Stream>> streams{{nullptr, std::make_shared<Stream>()}};  // null: the default stream
+std::deque<Function> functions;  // as long as the process: modules are not unloaded
 size_t allocated = 0, launched = 0;
 int failed = Success;        // a kernel's error stays
 thread_local void* current = nullptr;
@@ -207,8 +208,9 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
   const size_t* sizes = nullptr;
   const int count = simt_parameters(name, &sizes);
   if (count < 0) return NotFound;
-  *function = new Function{name, std::vector<size_t>(sizes, sizes + count)};
-  return Success;
+  const std::lock_guard lock(mutex);
+  functions.push_back({name, std::vector<size_t>(sizes, sizes + count)});
+  return *function = &functions.back(), Success;
 }
 int cuFuncGetAttribute(int* value, int, void*) { return *value = 0, Success; }  // static shared memory
 int cuFuncSetAttribute(void* function, int attribute, int value) {
