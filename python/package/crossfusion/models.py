@@ -89,12 +89,13 @@ class Block(nn.Module):
             for _ in range(layers)
         )
 
-    def forward(self, x):
-        for norm1, attention, norm2, ffn in self.layers:
+    def forward(self, x, rows=None):
+        """The last layer is computed of the first ``rows`` alone, where they are all that is looked at."""
+        last = len(self.layers) - 1
+        for i, (norm1, attention, norm2, ffn) in enumerate(self.layers):
             x = norm1(x)
-            x = x + attention(x, x)
-            x = norm2(x)
-            x = ffn(x)
+            queries = x[:rows] if i == last and rows else x
+            x = ffn(norm2(queries + attention(queries, x)))
         return x
 
 
@@ -118,8 +119,8 @@ class PadTransformer(nn.Module):
         self.pre_layers, self.post_layers = Block(dim, heads, layers), Block(dim, heads, layers)
         self.ppeg = PPEG(dim)
 
-    def forward(self, x, side):
-        return self.post_layers(self.ppeg(self.pre_layers(x), side))
+    def forward(self, x, side, rows=None):
+        return self.post_layers(self.ppeg(self.pre_layers(x), side), rows)
 
 
 class MultiScaleConv(nn.Module):
@@ -185,8 +186,8 @@ class _Model(nn.Module):
         self.mlp_head = nn.Sequential(Linear(dim, n_classes))
 
     def _end(self, fused, side):
-        fused = self.final_transformer(torch.cat([self.cls_token[0], fused]), side)
-        return self.mlp_head(self.final_ln(fused[:1]))
+        fused = self.final_transformer(torch.cat([self.cls_token[0], fused]), side, rows=1)
+        return self.mlp_head(self.final_ln(fused))
 
 
 class CrossFusion(_Model):
