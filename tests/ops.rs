@@ -7,9 +7,9 @@ use crossfusion::{
     Result,
     device::{Cpu, Device, Mat, MatMut, Tensor, Workspace},
     ops::{
-        self, Attention, AttentionBackward, ConvFusion, ConvFusionBackward, Draw, Dropout, GeluDropout, Head,
-        HeadBackward, LayerNorm, LayerNormBackward, Linear, LinearBackwardInput, LinearBackwardWeight, Ppeg,
-        PpegBackward, TokenGrid,
+        self, AdamState, Attention, AttentionBackward, AttentionMerge, ConvFusion, ConvFusionBackward, Draw, Dropout,
+        GeluDropout, Head, HeadBackward, LayerNorm, LayerNormBackward, Linear, LinearBackwardInput,
+        LinearBackwardWeight, Ppeg, PpegBackward, TokenGrid, adam::Adam,
     },
 };
 
@@ -383,6 +383,56 @@ fn head() {
         (logits.to_vec().unwrap(), gradients.map(|gradient| gradient.to_vec().unwrap()).to_vec())
     };
     check("head", &shapes, |inputs| run(inputs, None).0, |inputs, dout| run(inputs, Some(dout)).1);
+}
+
+/// Two parts of a context, merged, are the whole.
+#[test]
+fn attention_in_parts() {
+    let (n, m, d, heads) = (5, 12, 6, 2);
+    let device = cpu();
+    let call = Call { device: &device };
+    let workspace = &mut Workspace::new(&device).unwrap();
+    let [q, k, v] =
+        [[n, d], [m, d], [m, d]].map(|[rows, cols]| call.given(&random(rows as u64, rows * cols), [rows, cols]));
+    let mut attend = |range: std::ops::Range<usize>| {
+        let (mut out, mut lse) = (call.zeros([n, d]), call.zeros([heads, n]));
+        let (k, v) = (k.mat().rows_range(range.clone()).unwrap(), v.mat().rows_range(range).unwrap());
+        let (q, out_mut, lse_mut) = (q.mat(), out.mat_mut(), lse.mat_mut());
+        let problem = Attention { q, k, v, heads, dropout: None, out: out_mut, lse: lse_mut };
+        ops::attention(workspace, &mut [problem]).unwrap();
+        (out, lse)
+    };
+    let (whole, parts) = (attend(0..m), [attend(0..7), attend(7..m)]);
+    let (mut out, mut lse) = (call.zeros([n, d]), call.zeros([heads, n]));
+    for (i, (part, part_lse)) in parts.iter().enumerate() {
+        let (part, part_lse, out, lse) = (part.mat(), part_lse.mat(), out.mat_mut(), lse.mat_mut());
+        let problem = AttentionMerge { part, part_lse, out, lse, first: i == 0 };
+        ops::attention_merge(&mut Workspace::new(&device).unwrap(), &mut [problem]).unwrap();
+    }
+    for (got, expected) in [(&out, &whole.0), (&lse, &whole.1)] {
+        let pairs = got.to_vec().unwrap().into_iter().zip(expected.to_vec().unwrap());
+        pairs.for_each(|(a, b)| assert!((a - b).abs() < 1e-12, "{a}, not {b}"));
+    }
+}
+
+/// The first update, by hand: both moments are corrected for their start at 0, so that a weight moves
+/// by the rate against its gradient's sign.
+#[test]
+fn adam() {
+    let device = cpu();
+    let call = Call { device: &device };
+    let gradients = [3.0, -0.5, 20.0, 0.0];
+    let [mut params, mut m, mut v] = [0; 3].map(|_| call.zeros([1, 4]));
+    let mut grads = call.given(&gradients, [1, 4]);
+    let settings = Adam { learning_rate: 0.1, weight_decay: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
+    let (params_mut, grads_mut, m, v) = (params.mat_mut(), grads.mat_mut(), m.mat_mut(), v.mat_mut());
+    let mut state = AdamState::<f64> { params: params_mut, weights: None, grads: grads_mut, m, v };
+    ops::adam(&mut Workspace::new(&device).unwrap(), &settings, &mut state, 1).unwrap();
+    for (got, gradient) in params.to_vec().unwrap().into_iter().zip(gradients) {
+        let expected = if gradient == 0.0 { 0.0 } else { -0.1 * gradient.signum() };
+        assert!((got - expected).abs() < 1e-7, "{got}, not {expected}");
+    }
+    assert_eq!(grads.to_vec().unwrap(), [0.0; 4]);
 }
 
 #[test]

@@ -41,19 +41,19 @@ fn plan(
     heads: usize,
     layers: usize,
     patches: [usize; 3],
-    bf16_on_gpu: Option<bool>,
-    precision_bf16: bool,
+    on_gpu: bool,
+    bf16_stored: bool,
     budget: Option<usize>,
 ) -> PyResult<(usize, usize, f64, f64, usize, String)> {
     let name = ModelName::ALL.into_iter().find(|name| name.to_string() == model);
     let model = name.ok_or_else(|| PyValueError::new_err(format!("there is no model {model}")))?;
     let config = Config { model, dim, heads, layers, ..Config::new(features) };
-    let facts = Facts { runs_kernels: bf16_on_gpu.is_some(), has_wgmma: bf16_on_gpu.unwrap_or(false) };
+    let facts = Facts { runs_kernels: on_gpu, has_wgmma: false };
     let memory = budget.map_or(Memory::Policy(Policy::KEEP), Memory::Budget);
     let sizes = BagSizes::from(patches);
     let find = || {
         let model = engine::model::Model::new(&config)?;
-        if precision_bf16 {
+        if bf16_stored {
             Planner::<bf16>::new(facts, model, memory, Plans::default()).plan(sizes, true)
         } else {
             Planner::<f32>::new(facts, model, memory, Plans::default()).plan(sizes, true)

@@ -74,10 +74,10 @@ fn on(py: Python<'_>, place: Place, work: impl FnOnce(&Device, &mut Workspace) -
     py.detach(run).map_err(raise)
 }
 
-/// Seed, step, site and rate.
-type Drop = (u64, u32, u32, f64);
+/// Seed, step, site and rate of a dropout.
+type Draws = (u64, u32, u32, f64);
 
-fn dropout((seed, step, site, rate): Drop) -> Result<Option<Dropout>> {
+fn dropout((seed, step, site, rate): Draws) -> Result<Option<Dropout>> {
     Dropout::with_rate(Draw { seed, step }, site, rate)
 }
 
@@ -103,7 +103,13 @@ macro_rules! by_type {
 
 /// q, k, v, out, lse of each group.
 #[pyfunction]
-fn attention_forward(py: Python<'_>, place: Place, groups: Vec<[Matrix; 5]>, heads: usize, drop: Drop) -> PyResult<()> {
+fn attention_forward(
+    py: Python<'_>,
+    place: Place,
+    groups: Vec<[Matrix; 5]>,
+    heads: usize,
+    drop: Draws,
+) -> PyResult<()> {
     let Some(first) = groups.first().map(|group| group[0]) else { return Ok(()) };
     on(py, place, |device, workspace| {
         let (dropout, step) = (dropout(drop)?, heads as u32);
@@ -133,7 +139,7 @@ fn attention_backward(
     place: Place,
     groups: Vec<[Matrix; 9]>,
     heads: usize,
-    drop: Drop,
+    drop: Draws,
 ) -> PyResult<()> {
     let Some(first) = groups.first().map(|group| group[0]) else { return Ok(()) };
     on(py, place, |device, workspace| {
@@ -248,7 +254,7 @@ fn linear_backward(
 /// written: before GELU, behind the first dropout (which backward computes again), out. The second
 /// dropout draws at the site behind the first's.
 #[pyfunction]
-fn feed_forward_forward(py: Python<'_>, place: Place, m: [Matrix; 8], drop: Drop) -> PyResult<()> {
+fn feed_forward_forward(py: Python<'_>, place: Place, m: [Matrix; 8], drop: Draws) -> PyResult<()> {
     let [x, w1, b1, w2, b2, hidden, z, out] = m;
     on(py, place, |device, workspace| {
         let dropout = dropout(drop)?;
@@ -288,7 +294,7 @@ fn feed_forward_backward(
     scratch: [Matrix; 3],
     dx: Matrix,
     grads: [Matrix; 4],
-    drop: Drop,
+    drop: Draws,
 ) -> PyResult<()> {
     let ([dout, x, w1, w2, hidden], [z, dz, dhidden], [dw1, db1, dw2, db2]) = (m, scratch, grads);
     on(py, place, |device, workspace| {
@@ -394,7 +400,7 @@ fn conv_fusion_forward(
     biases: [Matrix; 4],
     out: Matrix,
     side: usize,
-    drop: Drop,
+    drop: Draws,
 ) -> PyResult<()> {
     on(py, place, |device, workspace| {
         // SAFETY: as above.
@@ -426,7 +432,7 @@ fn conv_fusion_backward(
     biases: [Matrix; 4],
     out: Matrix,
     side: usize,
-    drop: Drop,
+    drop: Draws,
     dout: Matrix,
     dstreams: Vec<Matrix>,
     dmix: Option<[Matrix; 2]>,

@@ -420,7 +420,7 @@ fn rowwise<T: Element>(make: &mut Maker, n: usize, parameters: usize, cases: &mu
         elementwise::sum(device, &[x, dy, dx], y)
     }));
     let [params, grads, m, v] = make.rows::<T::Sum, 4>(parameters)?;
-    let weights = make.matrix(1, parameters)?;
+    let weights = View::of_sums(params).map_or_else(|| make.matrix(1, parameters), Ok)?;
     elementwise::zero(make.device, v)?; // a second moment is not negative
     let arenas = Arenas { params, weights, grads, m, v };
     // rate 0: a thousand runs must not wander off

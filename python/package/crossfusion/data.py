@@ -75,9 +75,8 @@ def plan(
     """
     if device not in ("cpu", "cuda") or precision not in ("f32", "bf16"):
         raise ValueError(f"device = {device!r}, precision = {precision!r}: expected cpu or cuda, f32 or bf16")
-    on_gpu = {"cpu": None, "cuda": True}[device]
     patches = [int(n) for n in np.broadcast_to(patches, 3)]
     found = _crossfusion.plan(
-        model, features, dim, heads, layers, patches, on_gpu, precision == "bf16", budget
+        model, features, dim, heads, layers, patches, device == "cuda", precision == "bf16", budget
     )
     return Plan(*found)
