@@ -91,7 +91,9 @@ impl Cpu {
         if workers.generation == fork::generation() {
             return workers;
         }
-        let fresh = Workers::start(self.threads).unwrap_or_else(|e| panic!("after a fork: {e}"));
+        // one thread finds the same bits; a process that cannot start even that is at its end
+        let fresh = Workers::start(self.threads).or_else(|_| Workers::start(1));
+        let fresh = fresh.unwrap_or_else(|e| panic!("after a fork: {e}"));
         let found = self.workers.compare_exchange(current, fresh, Ordering::AcqRel, Ordering::Acquire);
         // SAFETY: as above; of two threads that come here at once, one frees what nobody has seen.
         unsafe {
