@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Writes the table of docs/kernels.md: what the compiled kernels use of a GPU. Run `cargo build` with an nvcc before.
 
-scripts/kernel-report.py           writes the table; bank conflicts stay as they stand in it
-scripts/kernel-report.py --banks   counts bank conflicts anew: runs the race tests on the emulator (some minutes)
-scripts/kernel-report.py --check   changes nothing; fails if the table is not current, or if
+scripts/kernel-report.py             writes the table; dynamic shared memory and bank conflicts stay as they stand in it
+scripts/kernel-report.py --launches  finds these two anew: runs tests on the emulator (some minutes)
+scripts/kernel-report.py --check     changes nothing; fails if the table is not current, or if
   - a kernel spills registers or has a stack frame, on any GPU that we compile for,
   - nvcc warned,
   - a kernel that multiplies matrices on tensor cores does not load them by cp.async (LDGSTS) and, in bf16, ldmatrix (LDSM), or
@@ -11,7 +11,8 @@ scripts/kernel-report.py --check   changes nothing; fails if the table is not cu
   - a file matmul*.cu or attention*.cu has no such kernel,
   - a kernel of a file *_wgmma.cu, which is for Hopper and bf16, is not wgmma (HGMMA) with cp.async there and a trap elsewhere, or ptxas
     had to order its products (C75..: they run one by one, or it added a wait or a fence),
-  - a kernel's dynamic shared memory is not in DYNAMIC below.
+  - a kernel's dynamic shared memory is not in the table, or, where $CROSSFUSION_EMULATOR_STATS is a file that the emulator
+    has written its launches to, is another there, or the kernel is not.
 
 Reads target/kernels (or $CARGO_TARGET_DIR/kernels), where build.rs leaves fatbins and what ptxas said, and cuobjdump.
 """
@@ -24,6 +25,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "kernels"
@@ -31,42 +33,6 @@ DOCS = ROOT / "docs/kernels.md"
 BEGIN, END = "<!-- begin: scripts/kernel-report.py -->\n", "<!-- end -->\n"
 STORAGE = ("f32", "bf16")
 SASS_OF = ("sm_80", "sm_90a")
-
-# Bytes of dynamic shared memory that a kernel's launch asks for, at the published model's sizes (d = 512): (f32, bf16).
-DYNAMIC = {
-    "attention_forward_32": (24576, 20480),
-    "attention_forward_64": (49152, 40960),
-    "attention_forward_128": (98304, 81920),
-    "attention_forward_wgmma_128": (0, 163840),
-    "attention_dkv_32": (35328, 19456),
-    "attention_dkv_64": (68096, 35840),
-    "attention_dkv_128": (101120, 68608),
-    "attention_dqkv_32": (43520, 23552),
-    "attention_dqkv_64": (76288, 39936),
-    "attention_dqkv_128": (101120, 72704),
-    "attention_dq_32": (32768, 16384),
-    "attention_dq_64": (65536, 32768),
-    "attention_dq_128": (98304, 65536),
-    "conv_fusion_backward": (37828, 37828),
-    "conv_fusion_backward_sequence": (9884, 9884),
-    "conv_fusion_backward_single": (37828, 37828),
-    "conv_fusion_backward_single_sequence": (9884, 9884),
-    "conv_fusion_forward": (68420, 68420),
-    "conv_fusion_forward_sequence": (18076, 18076),
-    "conv_fusion_forward_single": (68420, 68420),
-    "conv_fusion_forward_single_sequence": (18076, 18076),
-    "matmul_forward": (98304, 98304),
-    "matmul_forward_small": (49152, 49152),
-    "matmul_backward_input": (98304, 98304),
-    "matmul_backward_input_small": (49152, 49152),
-    "matmul_backward_weight": (98304, 98304),
-    "matmul_backward_weight_small": (49152, 49152),
-    "matmul_forward_wgmma": (0, 98304),
-    "matmul_backward_input_wgmma": (0, 98304),
-    "matmul_backward_weight_wgmma": (0, 98304),
-    "ppeg_backward": (68420, 37444),
-    "ppeg_forward": (68420, 37444),
-}
 
 
 def cuobjdump():
@@ -80,6 +46,13 @@ def run(*command):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+class Launched(NamedTuple):
+    """What a kernel's launches on the emulator tell of it."""
+
+    dynamic: int | None  # bytes of shared memory
+    conflicts: str  # extra cycles of shared memory that bank conflicts cost, over all launches
+
+
 class Kernel:
     """One entry point of one fatbin."""
 
@@ -89,14 +62,14 @@ class Kernel:
         self.static_shared = 0
         self.spills = {}  # architecture -> (stack frame, spill stores, spill loads) in bytes
         self.threads = 0
+        self.launched = Launched(None, "?")
         self.uses_dynamic = self.uses_mma = False
         self.sass = {a: {} for a in SASS_OF}  # architecture -> instruction -> count
 
     def dynamic_shared(self):
-        """None: unknown."""
-        if self.name in DYNAMIC:
-            return DYNAMIC[self.name][STORAGE.index(self.storage)]
-        return None if self.uses_dynamic else 0
+        """None: unknown. The PTX of a trap, as on GPUs before Hopper, uses none."""
+        return 0 if self.launched.dynamic is None and not self.uses_dynamic else self.launched.dynamic
+
 
     def count(self, architecture, prefix):
         return sum(n for i, n in self.sass[architecture].items() if i.startswith(prefix))
@@ -161,7 +134,7 @@ def complaints(stem, storage, found, report):
         if stem == "probes":
             continue
         if k.dynamic_shared() is None:
-            yield f"{who}: give its dynamic shared memory in DYNAMIC, scripts/kernel-report.py"
+            yield f"{who}: no launch on the emulator, and so no dynamic shared memory: scripts/kernel-report.py --launches"
         if k.uses_mma:
             mma = "TF32" if k.storage == "f32" else "BF16"
             for a in SASS_OF:
@@ -183,27 +156,33 @@ def complaints(stem, storage, found, report):
         yield f"{stem}, {storage}: no kernel uses tensor cores"
 
 
-def count_conflicts():
-    """Of each kernel the extra cycles of shared memory that bank conflicts cost, over all the emulator's race tests."""
+def launches_of(path):
+    """Of each kernel that the emulator launched and told the file of."""
     totals = {}
+    for line in Path(path).read_text().splitlines():
+        symbol, *numbers = line.split()
+        dynamic, cycles, extra = map(int, numbers)
+        before = totals.get(symbol, (0, 0, 0))
+        totals[symbol] = max(before[0], dynamic), before[1] + cycles, before[2] + extra
+    percent = lambda extra, cycles: f"{round(100 * extra / cycles)} %" if cycles else "?"
+    return {symbol: Launched(dynamic, percent(extra, cycles)) for symbol, (dynamic, cycles, extra) in totals.items()}
+
+
+def launch_anew():
     with tempfile.TemporaryDirectory() as folder:
-        counts = Path(folder) / "counts"
-        command = "cargo test --release --features emulator --lib no_races".split()
-        subprocess.run(command, cwd=ROOT, check=True, env=dict(os.environ, CROSSFUSION_EMULATOR_STATS=str(counts)))
-        for line in counts.read_text().splitlines():
-            symbol, cycles, extra = line.split()
-            before = totals.get(symbol, (0, 0))
-            totals[symbol] = before[0] + int(cycles), before[1] + int(extra)
-    return {symbol: f"{round(100 * extra / cycles)} %" for symbol, (cycles, extra) in totals.items() if cycles}
+        path = Path(folder) / "launches"
+        command = "cargo test --release --features emulator --lib -- no_races large_tiles".split()
+        subprocess.run(command, cwd=ROOT, check=True, env=dict(os.environ, CROSSFUSION_EMULATOR_STATS=str(path)))
+        return launches_of(path)
 
 
-def conflicts_of(text):
+def launches_in(text):
     """As they stand in the table."""
-    rows = re.findall(r"^\| (\w+) \| (f32|bf16) \|.*\| ([^|]*) \|$", text, re.M)
-    return {f"{name}_{storage}": last for name, storage, last in rows}
+    rows = re.findall(r"^\| (\w+) \| (f32|bf16) \|.* \+ (\d+) \|.*\| ([^|]*) \|$", text, re.M)
+    return {f"{name}_{storage}": Launched(int(dynamic), conflicts) for name, storage, dynamic, conflicts in rows}
 
 
-def table(found, conflicts):
+def table(found):
     yield "| kernel | storage | registers sm_80 / sm_90 | threads | shared memory, static + dynamic | blocks per SM | stack, spills | HMMA or HGMMA, LDSM, LDGSTS sm_80 | sm_90 | bank conflicts |\n"
     yield "|---|---|---|---|---|---|---|---|---|---|\n"
     for k in found:
@@ -219,14 +198,14 @@ def table(found, conflicts):
             "?" if blocks is None else blocks,
             f"{stack}, {spills}",
             *("-" if c == "0 0 0" else c for c in counts),
-            conflicts.get(f"{k.name}_{k.storage}", "?") if k.static_shared + (dynamic or 0) else "-",
+            k.launched.conflicts if k.static_shared + (dynamic or 0) else "-",
         ]
         yield "| " + " | ".join(map(str, cells)) + " |\n"
 
 
 def main():
     arguments = sys.argv[1:]
-    if arguments not in ([], ["--banks"], ["--check"]):
+    if arguments not in ([], ["--launches"], ["--check"]):
         sys.exit(__doc__)
     if not (BUILT / "nvcc.txt").exists():
         sys.exit(f"no {BUILT}/nvcc.txt: scripts/cuda-toolchain.sh, then cargo build")
@@ -237,13 +216,25 @@ def main():
     rows = [k for (stem, _), (found, _) in zip(todo, done, strict=True) if stem != "probes" for k in found]
 
     text = DOCS.read_text()
-    conflicts = count_conflicts() if arguments == ["--banks"] else conflicts_of(text)
+    launched = launch_anew() if arguments == ["--launches"] else launches_in(text)
+    for k in rows:
+        k.launched = launched.get(f"{k.name}_{k.storage}", k.launched)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    new = f"{before}{BEGIN}nvcc {version}, flags of build.rs.\n\n{''.join(table(rows, conflicts))}{END}{after}"
+    new = f"{before}{BEGIN}nvcc {version}, flags of build.rs.\n\n{''.join(table(rows))}{END}{after}"
     if arguments != ["--check"]:
         DOCS.write_text(new)
         return
     errors = [c for t, d in zip(todo, done, strict=True) for c in complaints(*t, *d)]
+    tested = os.environ.get("CROSSFUSION_EMULATOR_STATS")
+    seen, unseen = launches_of(tested) if tested else launched, []
+    for symbol, before in launched.items():
+        if symbol not in seen:
+            unseen.append(symbol)
+        elif seen[symbol].dynamic != before.dynamic:
+            errors.append(f"{symbol}: {seen[symbol].dynamic} bytes of dynamic shared memory, {before.dynamic} in the table")
+    # one storage is enough: some kernels are of f64 or of bytes in both
+    names = {symbol.rsplit("_", 1)[0] for symbol in seen}
+    errors.extend(f"{s}: no test launches it on the emulator" for s in unseen if s.rsplit("_", 1)[0] not in names)
     if new != text:
         theirs = re.search(r"nvcc ([\d.]+),", text)
         other = f"; it is of nvcc {theirs[1]}, this one is {version}" if theirs and theirs[1] != version else ""

@@ -148,13 +148,13 @@ pub(crate) fn launch(launch: &Launch, options: Options) -> Result<Stats> {
     Err(Error::Device(format!("emulator: {text}")))
 }
 
-/// Adds a line to the file that CROSSFUSION_EMULATOR_STATS names, if any: kernel, cycles of shared
-/// memory, extra ones by conflicts.
+/// Adds a line to the file that CROSSFUSION_EMULATOR_STATS names, if any: kernel, bytes of
+/// dynamic shared memory, cycles of shared memory, extra ones by conflicts.
 fn record(launch: &Launch, stats: &Stats) -> Result<()> {
     let Some(path) = std::env::var_os("CROSSFUSION_EMULATOR_STATS") else { return Ok(()) };
     let (cycles, conflicts) =
         (4 * stats.ldmatrix + stats.shared_accesses, stats.ldmatrix_conflicts + stats.shared_conflicts);
-    let line = format!("{} {cycles} {conflicts}\n", launch.symbol());
+    let line = format!("{} {} {cycles} {conflicts}\n", launch.symbol(), launch.shared_bytes);
     let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
     file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|e| Error::file(Path::new(&path), e))
 }

@@ -234,30 +234,37 @@ fn has_no_races() {
         check::<bf16>(*case, &run::<bf16>(&[*case], RACE)[0]);
     }
     run::<f32>(&[CASES[2], CASES[5], CASES[0]], RACE);
-    apply_and_in_place_by(RACE);
+    apply_and_in_place_by::<f32>(RACE);
+    apply_and_in_place_by::<bf16>(RACE);
 }
 
 #[test]
 fn apply_and_in_place() {
-    apply_and_in_place_by(PLAIN[4]);
+    apply_and_in_place_by::<f32>(PLAIN[4]);
+    apply_and_in_place_by::<bf16>(PLAIN[4]);
+}
+
+/// In packs of 16 bytes, and element by element.
+fn apply_and_in_place_by<T: Element>(options: Options) {
+    apply_and_in_place_of::<T>(CASES[5], options);
+    apply_and_in_place_of::<T>(CASES[2], options);
 }
 
 /// apply gives forward's bits, and dx may take the place of dy.
-fn apply_and_in_place_by(options: Options) {
-    let case = CASES[5];
-    let expected = run::<bf16>(&[case], options);
-    let p = Problem::new(case, &inputs::<bf16>(case));
-    launch(&forward_launches(bf16::STORAGE, &[p.norm()])[0], options).unwrap();
-    let again = Memory::<bf16>::unset(case.padded * case.cols).unwrap();
+fn apply_and_in_place_of<T: Element>(case: Case, options: Options) {
+    let expected = run::<T>(&[case], options);
+    let p = Problem::new(case, &inputs::<T>(case));
+    launch(&forward_launches(T::STORAGE, &[p.norm()])[0], options).unwrap();
+    let again = Memory::<T>::unset(case.padded * case.cols).unwrap();
     let norm = KernelNorm { y: again.matrix(case.padded, case.cols), ..p.norm() };
-    launch(&apply_launches(bf16::STORAGE, &[norm])[0], options).unwrap();
+    launch(&apply_launches(T::STORAGE, &[norm])[0], options).unwrap();
     assert_eq!(again.read().unwrap(), p.y.read().unwrap());
 
     let dx = Matrix::new(p.dy.address(), case.rows, case.cols);
-    for step in backward_launches(bf16::STORAGE, &[KernelNormGrad { dx, ..p.grad() }]) {
+    for step in backward_launches(T::STORAGE, &[KernelNormGrad { dx, ..p.grad() }]) {
         launch(&step, options).unwrap();
     }
-    let dx: Vec<f64> = p.dy.read().unwrap()[..case.rows * case.cols].iter().map(|x| x.to_f64()).collect();
+    let dx: Vec<f64> = p.dy.read().unwrap()[..case.rows * case.cols].iter().map(|x| f64::from(x.f32())).collect();
     assert_eq!(dx, expected[0][2]);
     assert_eq!(p.outputs()[3..], expected[0][3..]);
 }
