@@ -12,7 +12,13 @@ use half::bf16;
 use super::parse_bags;
 use crate::{
     Error, Result,
-    data::{atomic::write_atomically, features::DType, patches::PatchReader, torch::write_pt_numbers},
+    data::{
+        atomic::write_atomically,
+        features::DType,
+        patches::PatchReader,
+        safetensors::{Entry, header},
+        torch::write_pt_numbers,
+    },
     model::{BagSizes, Scales},
 };
 
@@ -25,6 +31,7 @@ pub struct SlideArguments {
     /// Width of the patch features
     #[arg(long, default_value_t = 2048, value_parser = super::parse_features)]
     features: usize,
+    /// How the files are stored
     #[arg(long, value_enum, default_value_t = Format::Pt)]
     format: Format,
     /// Folder for x5, x10 and x20
@@ -62,17 +69,11 @@ pub fn write(folder: &Path, sizes: BagSizes, features: usize, format: Format) ->
     })
 }
 
-/// One tensor `features`; the crate's own writer would take it whole.
+/// One tensor `features`.
 fn write_safetensors(path: &Path, [patches, features]: [usize; 2]) -> Result<()> {
-    let end = 2 * patches * features;
-    let header = serde_json::json!({
-        "features": { "dtype": "BF16", "shape": [patches, features], "data_offsets": [0, end] }
-    });
-    let header = format!("{:<1$}", header, header.to_string().len().next_multiple_of(8));
+    let header = header(&[], &[Entry { name: "features", dtype: DType::BF16, shape: &[patches, features] }]);
     write_atomically(path, |file| {
-        let written = file.write_all(&(header.len() as u64).to_le_bytes());
-        let written = written.and_then(|()| file.write_all(header.as_bytes()));
-        written
+        file.write_all(&header)
             .and_then(|()| numbers(patches * features, file))
             .map_err(|e| Error::file(path, format!("cannot be written: {e}")))
     })

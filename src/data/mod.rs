@@ -15,6 +15,7 @@ pub mod labels;
 pub mod layout;
 pub mod patches;
 pub mod pickle;
+pub(crate) mod safetensors;
 pub mod sampler;
 pub mod table;
 mod tensor;

@@ -28,6 +28,8 @@ use crate::{
         atomic::write_atomically,
         cohort::Slide,
         digest::{hex, id_digest},
+        features::DType,
+        safetensors::{Entry, header},
     },
     device::Element,
     model,
@@ -229,16 +231,9 @@ fn save<S: Serialize, T: Element<Sum = f32>>(
 ) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written: {e}"));
     let json = serde_json::to_string(json).map_err(|e| failed(&e))?;
-    let mut header = serde_json::json!({ "__metadata__": { KEY: json, CHECKSUM: BLANK } });
-    let mut end = 0;
-    for tensor in &tensors {
-        let start = end;
-        end += tensor.range.len() * size_of::<f32>();
-        header[&tensor.name] =
-            serde_json::json!({ "dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end] });
-    }
-    let mut header = header.to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
+    let entries = tensors.iter().map(|Stored { name, shape, .. }| Entry { name, dtype: DType::F32, shape });
+    let entries: Vec<_> = entries.collect();
+    let header = header(&[(KEY, &json), (CHECKSUM, BLANK)], &entries);
     let place = checksum_place(&header, BLANK).ok_or_else(|| failed(&"its header has no place for a checksum"))?;
     write_atomically(path, |file| {
         let mut hash = Sha256::new();
@@ -246,7 +241,6 @@ fn save<S: Serialize, T: Element<Sum = f32>>(
             hash.update(bytes);
             file.write_all(bytes).map_err(|e| failed(&e))
         };
-        put(&(header.len() as u64).to_le_bytes())?;
         put(&header)?;
         for Stored { state, range, .. } in tensors {
             for start in range.clone().step_by(PIECE) {
@@ -257,7 +251,7 @@ fn save<S: Serialize, T: Element<Sum = f32>>(
             }
         }
         let checksum = hex(&hash.finalize());
-        let place = SeekFrom::Start((size_of::<u64>() + place.start) as u64);
+        let place = SeekFrom::Start(place.start as u64);
         file.seek(place).and_then(|_| file.write_all(checksum.as_bytes())).map_err(|e| failed(&e))
     })
 }
