@@ -1,6 +1,7 @@
 // adam.cu -- Adam with L2 weight decay over a whole arena (src/ops/adam.rs), one launch:
 //   g = gradient + decay p,  m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  p -= rate m / (sqrt(v) unbias + epsilon)
-// It also rounds p to the weights that the ops read, and clears the gradient. A thread takes four elements.
+// It also rounds p to the weights that the ops read, and clears the gradient. A thread takes four
+// elements.
 #include "gpu.cuh"
 
 namespace {

@@ -1,14 +1,16 @@
-// conv_fusion.cu -- the multi-scale fusion block (Soraki et al. 2026): out = F relu(bias + grouped convolution of sum_s w_s x_s + w_0).
+// conv_fusion.cu -- the multi-scale fusion block (Soraki et al. 2026): out = F relu(bias + grouped
+// convolution of sum_s w_s x_s + w_0).
 //
 // forward   3 streams [n, d], kernels [d / 2, 2 taps] of sides 7, 5, 3, 1, biases [d / 2], mix weight [3] and bias [1] -> out [n, d / 2]
 // backward  streams, out, dout -> dstreams =, and sums of the merged kernel's and the bias's gradients, partial [parts, taps + 1, d],
 //           and of the mix's, mix_partial [parts, groups of 32 channels, 4]
 // reduce    partial, mix_partial -> the parameters' gradients (f32) +=
 //
-// Channels 2j and 2j + 1 make output j, so that a group's kernel is two depthwise ones. F_j is the factor of column j in row 0.
-// "_single": one stream and no mix, so that mixed is the stream. "_sequence": grid height 1, kernels of 7, 5, 3, 1 taps. blockIdx = (tile, or part of the tiles in backward; 32 channels).
-// d / 2 is a multiple of 16 bytes. The streams are mixed as they are loaded and kept in f32: that rounds nothing and what
-// shared memory costs is not what limits the kernel.
+// Channels 2j and 2j + 1 make output j, so that a group's kernel is two depthwise ones. F_j is the
+// factor of column j in row 0. "_single": one stream and no mix, so that mixed is the stream.
+// "_sequence": grid height 1, kernels of 7, 5, 3, 1 taps. blockIdx = (tile, or part of the tiles in
+// backward; 32 channels). d / 2 is a multiple of 16 bytes. The streams are mixed as they are loaded
+// and kept in f32: that rounds nothing and what shared memory costs is not what limits the kernel.
 #include "depthwise.cuh"
 #include "dropout.cuh"
 
@@ -158,7 +160,8 @@ template <int TALL, int STREAMS> GPU_FN void backward(const FusionGrad& grad) {
           const int token = tile.token(row + r, col + c);
 #pragma unroll
           for (int s = 0; s < STREAMS; s++) {
-            dmix[s] += dmixed[r][c] * float(p.streams[s].row(token)[channel]);  // read again, from L1
+            // read again, from L1
+            dmix[s] += dmixed[r][c] * float(p.streams[s].row(token)[channel]);
             grad.dstreams[s].row(token)[channel] = real(mix.weight[s] * dmixed[r][c]);
           }
           dmix[STREAMS] += dmixed[r][c];

@@ -1,7 +1,9 @@
-// cox.cu -- the Cox partial likelihood and its gradient in the risks (formula: src/survival/cox.rs), n patients in order of
-// (stratum, time). All sums are f64, of weight * e^(risk - highest risk): risks may differ by up to 700.
+// cox.cu -- the Cox partial likelihood and its gradient in the risks (formula:
+// src/survival/cox.rs), n patients in order of (stratum, time). All sums are f64, of weight *
+// e^(risk - highest risk): risks may differ by up to 700.
 //
-// The place of a patient in that order is p. Two segmented scans give everything, whatever the ties:
+// The place of a patient in that order is p. Two segmented scans give everything, whatever the
+// ties:
 //   backward in time   sets[p] = of the patients of p's stratum from p on: sum of w e^r (the risk set, at the first place of a tie);
 //                      of the events of p's tie from p on: sum of w e^r, of w, and their number
 //   forward in time    an event is the l-th of the d of its tie (l = its number in `sets` less 1), its weight W/d:
@@ -9,7 +11,8 @@
 //                      hazards[p] = sum of term in the stratum up to p, and of c term in the tie
 //   gradient = event w - w e^r (hazard - [event] c-part), both read at the last place of the tie
 //
-// Each scan is two kernels: the blocks' totals, then the scan with the totals of the blocks before. A block takes `span` places.
+// Each scan is two kernels: the blocks' totals, then the scan with the totals of the blocks before.
+// A block takes `span` places.
 #include "gpu.cuh"
 
 namespace {
@@ -34,7 +37,8 @@ struct Cox {
   GPU_FN double weight(int place) const { return weights ? double(weights[place]) : 1.0; }
 };
 
-// Sums over a run of places; sum k belongs to the stratum (k = 0) or to the tie (k > 0), and starts anew where that starts.
+// Sums over a run of places; sum k belongs to the stratum (k = 0) or to the tie (k > 0), and starts
+// anew where that starts.
 template <int N> struct Sums {
   double v[N];
   uint32_t starts;  // bit 0: a stratum starts in the run, bit 1: a tie does
@@ -57,7 +61,8 @@ template <int N> GPU_FN Sums<N> join(const Sums<N>& before, const Sums<N>& after
 
 template <int N> struct SharedSums { Sums<N> warp[kThreads / 32]; };
 
-// Joins the threads' runs in order: what came before this thread's run in the block, and in `total` the whole block.
+// Joins the threads' runs in order: what came before this thread's run in the block, and in `total`
+// the whole block.
 template <int N> GPU_FN Sums<N> scan_block(Sums<N> mine, Sums<N>& total, SharedSums<N>& shared) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
 #pragma unroll

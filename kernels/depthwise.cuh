@@ -1,11 +1,14 @@
-// depthwise.cuh -- depthwise convolution of tokens on a grid, channels last: what ppeg.cu and conv_fusion.cu share.
+// depthwise.cuh -- depthwise convolution of tokens on a grid, channels last: what ppeg.cu and
+// conv_fusion.cu share.
 //
-// A sum of convolutions with 7, 5, 3 and 1 taps a side is one with the merged kernel, TALL x 7 taps: TALL = 7 on square grids, 1 on
-// sequences (grid height 1). Each small kernel's gradient is the centre crop of the merged one's. CPU twin: src/ops/depthwise.rs.
+// A sum of convolutions with 7, 5, 3 and 1 taps a side is one with the merged kernel, TALL x 7
+// taps: TALL = 7 on square grids, 1 on sequences (grid height 1). Each small kernel's gradient is
+// the centre crop of the merged one's. CPU twin: src/ops/depthwise.rs.
 //
-// A block takes 32 channels, one a lane, and a tile of tokens, which it holds in shared memory with a border of 3 (zero outside the
-// grid). A warp takes patches of 2 x 8 (or 1 x 8) tokens: a row of the window is read once into registers and serves the patch's
-// rows, 112 multiply-adds for 14 reads of inputs and 7 of weights, which is what shared memory can feed.
+// A block takes 32 channels, one a lane, and a tile of tokens, which it holds in shared memory with
+// a border of 3 (zero outside the grid). A warp takes patches of 2 x 8 (or 1 x 8) tokens: a row of
+// the window is read once into registers and serves the patch's rows, 112 multiply-adds for 14
+// reads of inputs and 7 of weights, which is what shared memory can feed.
 #pragma once
 #include "gpu.cuh"
 
@@ -16,7 +19,8 @@ constexpr int kChannels = 32;  // of a block
 constexpr int kProblems = 4;
 constexpr int kMaxParts = 32;  // blocks that share out a problem's tiles in backward
 constexpr int kWide = 7;
-// Rows of the merged kernel in shared memory: odd, so that neither taps nor channels in sequence fall into one bank.
+// Rows of the merged kernel in shared memory: odd, so that neither taps nor channels in sequence
+// fall into one bank.
 constexpr int kMergedStride = kChannels + 1;
 
 template <int TALL> struct Tiling {
@@ -49,8 +53,8 @@ template <int TALL> struct Tile {
     return patch / T::kPatchesAcross * T::kPatchRows * T::kWindowCols + patch % T::kPatchesAcross * T::kPatchCols;
   }
 
-  // visit(position in the window, piece, token), each position split into PIECES; the token is -1 outside the grid.
-  // UNROLL of them are read at a time, as far as registers reach.
+  // visit(position in the window, piece, token), each position split into PIECES; the token is -1
+  // outside the grid. UNROLL of them are read at a time, as far as registers reach.
   template <int PIECES, int UNROLL, class Visit> GPU_FN void each(Visit visit) const {
 #pragma unroll UNROLL
     for (int i = int(threadIdx.x); i < T::kWindow * PIECES; i += kThreads) {
@@ -60,7 +64,8 @@ template <int TALL> struct Tile {
   }
 };
 
-// The small kernels [channels, taps], sides 7, 5, 3, 1; null in the last place stands for the identity in `merge`.
+// The small kernels [channels, taps], sides 7, 5, 3, 1; null in the last place stands for the
+// identity in `merge`.
 template <class P> struct SmallKernels { P* side[4]; };
 
 // Where tap `tap` of the merged kernel lies in the small one of side K; -1: nowhere.
@@ -78,7 +83,8 @@ template <int TALL, int K> GPU_FN void add_small(float* dkernel, int channel, in
   if (t >= 0) dkernel[int64_t(channel) * ((TALL < K ? TALL : K) * K) + t] += value;
 }
 
-// merged[tap][channel] for channels first .. first + 32, zero past the last; FLIP: taps in reverse, to carry gradients back.
+// merged[tap][channel] for channels first .. first + 32, zero past the last; FLIP: taps in reverse,
+// to carry gradients back.
 template <int TALL, bool FLIP>
 GPU_FN void merge(float* merged, const SmallKernels<const real>& kernels, int first, int channels) {
   constexpr int kTaps = Tiling<TALL>::kTaps;
@@ -103,8 +109,8 @@ template <int TALL> GPU_FN void unmerge(const SmallKernels<float>& dkernels, int
   if (dkernels.side[3]) add_small<TALL, 1>(dkernels.side[3], channel, tap, value);
 }
 
-// sums += the convolution of a patch. `window`: its first input, of this thread's channel, STEP elements from token to token;
-// `merged`: this thread's channel.
+// sums += the convolution of a patch. `window`: its first input, of this thread's channel, STEP
+// elements from token to token; `merged`: this thread's channel.
 template <int TALL, int STEP, class E> GPU_FN void convolve(Patch<TALL>& sums, const E* window, const float* merged) {
   using T = Tiling<TALL>;
 #pragma unroll
@@ -125,14 +131,16 @@ template <int TALL, int STEP, class E> GPU_FN void convolve(Patch<TALL>& sums, c
   }
 }
 
-// The parameters' gradients that a thread gathers over its patches: the merged kernel's, taps in reverse, and the bias's.
+// The parameters' gradients that a thread gathers over its patches: the merged kernel's, taps in
+// reverse, and the bias's.
 template <int TALL> struct Gradient {
   float taps[Tiling<TALL>::kTaps] = {};
   float bias = 0.f;
 };
 
-// From the window of dy, with `merged` flipped: dx += the convolution, and the gradients += what the patch's own x contributes, since
-// sum over t of dy[t] x[t + offset] is the sum over s = t + offset of x[s] dy[s - offset]. x is zero outside the grid.
+// From the window of dy, with `merged` flipped: dx += the convolution, and the gradients += what
+// the patch's own x contributes, since sum over t of dy[t] x[t + offset] is the sum over s = t +
+// offset of x[s] dy[s - offset]. x is zero outside the grid.
 template <int TALL, int STEP, class E>
 GPU_FN void convolve_back(Patch<TALL>& dx, Gradient<TALL>& gradient, const Patch<TALL>& x, const E* window, const float* merged) {
   using T = Tiling<TALL>;
@@ -165,7 +173,8 @@ GPU_FN void convolve_back(Patch<TALL>& dx, Gradient<TALL>& gradient, const Patch
 // The blocks' sums of a problem's gradients: partial[part][tap, and the bias as the last][channel].
 template <int TALL> GPU_FN int parts(int height, int width) { return min(Tile<TALL>::count(height, width), kMaxParts); }
 
-// The block's sum of its threads' gradients, by way of `sums`, kWarps * (kTaps + 1) * 32 floats of shared memory.
+// The block's sum of its threads' gradients, by way of `sums`, kWarps * (kTaps + 1) * 32 floats of
+// shared memory.
 template <int TALL>
 GPU_FN void store_partial(const Gradient<TALL>& gradient, float* sums, float* partial, int part, int first, int channels) {
   constexpr int kTaps = Tiling<TALL>::kTaps, kSums = (kTaps + 1) * kChannels;
@@ -183,7 +192,8 @@ GPU_FN void store_partial(const Gradient<TALL>& gradient, float* sums, float* pa
   }
 }
 
-// The sum of element i = tap * channels + channel over the parts, in their order: the same bits on every run.
+// The sum of element i = tap * channels + channel over the parts, in their order: the same bits on
+// every run.
 template <int TALL> GPU_FN float sum_parts(const float* partial, int parts, int channels, int i) {
   float total = 0.f;
 #pragma unroll 4
@@ -191,7 +201,8 @@ template <int TALL> GPU_FN float sum_parts(const float* partial, int parts, int 
   return total;
 }
 
-// The larger of a tile's inputs, POSITION bytes a token, and the warps' sums, which take their place. As in src/ops/depthwise.rs.
+// The larger of a tile's inputs, POSITION bytes a token, and the warps' sums, which take their
+// place. As in src/ops/depthwise.rs.
 template <int TALL, int POSITION> struct TileBytes {
   static constexpr int kTile = Tiling<TALL>::kWindow * POSITION, kSums = kWarps * (Tiling<TALL>::kTaps + 1) * kChannels * 4;
   static constexpr int value = kTile > kSums ? kTile : kSums;

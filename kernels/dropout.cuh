@@ -1,5 +1,5 @@
-// dropout.cuh -- the draws of src/ops/dropout.rs, where the law is stated: an element's fate is a pure function of
-// (seed, step, site, row, column).
+// dropout.cuh -- the draws of src/ops/dropout.rs, where the law is stated: an element's fate is a
+// pure function of (seed, step, site, row, column).
 #pragma once
 #include "gpu.cuh"
 
@@ -33,8 +33,9 @@ GPU_FN PhiloxWords philox(const Dropout& dropout, uint32_t row, uint32_t call) {
   return {{c0, c1, c2, c3}};
 }
 
-// The factors of columns 32 block + 8 w + 2 t + {0, 1}, w < 4, as factors[w][.]: what thread t of a quad holds of a row of a
-// tensor-core accumulator, four 8-column tiles wide. One call of the generator.
+// The factors of columns 32 block + 8 w + 2 t + {0, 1}, w < 4, as factors[w][.]: what thread t of a
+// quad holds of a row of a tensor-core accumulator, four 8-column tiles wide. One call of the
+// generator.
 GPU_FN void dropout_fragment(const Dropout& dropout, uint32_t row, uint32_t block, int t, float (&factors)[4][2]) {
   const PhiloxWords draws = philox(dropout, row, block * 4 + uint32_t(t));
 #pragma unroll
@@ -44,8 +45,9 @@ GPU_FN void dropout_fragment(const Dropout& dropout, uint32_t row, uint32_t bloc
   }
 }
 
-// Which of columns 32 block + 8 t .. + 8 of a row are kept, bit by bit, for thread t of a quad. Each thread of the quad draws once, as a
-// fragment holds the columns, and the quad exchanges what it drew: the whole warp must call.
+// Which of columns 32 block + 8 t .. + 8 of a row are kept, bit by bit, for thread t of a quad.
+// Each thread of the quad draws once, as a fragment holds the columns, and the quad exchanges what
+// it drew: the whole warp must call.
 GPU_FN uint32_t dropout_kept_eight(const Dropout& dropout, uint32_t row, uint32_t block) {
   const int lane = int(threadIdx.x) % 32, t = lane % 4;
   const PhiloxWords draws = philox(dropout, row, block * 4 + uint32_t(t));

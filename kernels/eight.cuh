@@ -1,4 +1,5 @@
-// eight.cuh -- rows in pieces of eight columns, which is what a thread of an elementwise kernel or epilogue holds; and GELU.
+// eight.cuh -- rows in pieces of eight columns, which is what a thread of an elementwise kernel or
+// epilogue holds; and GELU.
 #pragma once
 #include "gpu.cuh"
 

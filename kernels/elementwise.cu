@@ -1,5 +1,6 @@
-// elementwise.cu -- sums, dropout and GELU of matrices whose width is a multiple of eight. A thread takes eight columns of a row, the
-// four threads of a quad 32, which is one call of the dropout generator each.
+// elementwise.cu -- sums, dropout and GELU of matrices whose width is a multiple of eight. A thread
+// takes eight columns of a row, the four threads of a quad 32, which is one call of the dropout
+// generator each.
 #include "dropout.cuh"
 #include "eight.cuh"
 

@@ -1,10 +1,11 @@
 // gpu.cuh -- the one header that kernels include.
 //
-// Every name below exists twice with one signature: for nvcc as CUDA and inline PTX (sm_80 and later), for a host
-// compiler on top of the emulator (emulator/simt.hpp), which needs nothing but C++20.
+// Every name below exists twice with one signature: for nvcc as CUDA and inline PTX (sm_80 and
+// later), for a host compiler on top of the emulator (emulator/simt.hpp), which needs nothing but
+// C++20.
 //
-// A file is compiled once for each storage type: -DREAL=f32 or -DREAL=bf16. `real` is how activations and weights are
-// stored; arithmetic is in float: float(x) loads, real(y) rounds.
+// A file is compiled once for each storage type: -DREAL=f32 or -DREAL=bf16. `real` is how
+// activations and weights are stored; arithmetic is in float: float(x) loads, real(y) rounds.
 //
 //   KERNEL(scale, 256, const Matrix<real> x, float factor) { ... }      // launched by Rust as "scale_f32", "scale_bf16"
 #pragma once
@@ -26,7 +27,8 @@
 // kMnMajor  a line is 64 neighbours in m or n; `stride` from 8 lines (of k) to the next 8, `leading` to the next 64 of m or n
 constexpr bool kKMajor = false, kMnMajor = true;
 
-#if defined(__CUDACC__)  // ---- CUDA -----------------------------------------------------------------------------
+// ---- CUDA -----------------------------------------------------------------------------
+#if defined(__CUDACC__)
 #include <cuda_bf16.h>
 
 using f32 = float;
@@ -35,7 +37,8 @@ using bf16 = __nv_bfloat16;
 #define GPU_FN __device__ __forceinline__
 // An entry point, its largest block, its parameters.
 #define KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads) GPU_PASTE(name, REAL)(__VA_ARGS__)
-// The same, where a multiprocessor shall hold at least so many blocks: without it the compiler spills registers to hold more.
+// The same, where a multiprocessor shall hold at least so many blocks: without it the compiler
+// spills registers to hold more.
 #define KERNEL_BLOCKS(name, threads, blocks, ...) \
   extern "C" __global__ void __launch_bounds__(threads, blocks) GPU_PASTE(name, REAL)(__VA_ARGS__)
 // A static array in shared memory: SHARED_ARRAY(float, partial, [8]);
@@ -56,7 +59,8 @@ struct SharedMemory {
 
 GPU_FN uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Asynchronous copy of 16 bytes, global to shared; zeros where !valid (src must still be a valid pointer).
+// Asynchronous copy of 16 bytes, global to shared; zeros where !valid (src must still be a valid
+// pointer).
 GPU_FN void cp_async16(void* dst, const void* src, bool valid = true) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
                "r"(valid ? 16 : 0) : "memory");
@@ -95,7 +99,7 @@ GPU_FN void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 GPU_FN void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 GPU_FN void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// ---- Hopper's own: wgmma, products of a warpgroup (four warps, the first one's number divisible by four) ----
+// ---- Hopper's own: wgmma, products of a warpgroup (four warps, the first one's number divisible b
 // Only code for sm_90a has them. A kernel that takes them asks kHasWgmma, and traps where it is false.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool kHasWgmma = true;
@@ -103,9 +107,11 @@ constexpr bool kHasWgmma = true;
 constexpr bool kHasWgmma = false;
 #endif
 
-// Shows what this thread stored to shared memory, or waited for of cp.async, to wgmma ("the async proxy"); then comes a barrier.
+// Shows what this thread stored to shared memory, or waited for of cp.async, to wgmma ("the async
+// proxy"); then comes a barrier.
 GPU_FN void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// An operand in shared memory that is swizzled in lines of 128 bytes, 8 lines to 1024 bytes (kKMajor and kMnMajor tell the bytes' meaning).
+// An operand in shared memory that is swizzled in lines of 128 bytes, 8 lines to 1024 bytes
+// (kKMajor and kMnMajor tell the bytes' meaning).
 GPU_FN uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride) {
   return uint64_t(shared_address(start) >> 4 & 0x3fff) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -122,12 +128,14 @@ GPU_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"       \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
 
-// Waits until at most N of the warp's groups are in flight. Names the accumulators, lest the compiler read them earlier.
+// Waits until at most N of the warp's groups are in flight. Names the accumulators, lest the
+// compiler read them earlier.
 template <int N> GPU_FN void wgmma_wait(float (&d)[16][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %64;" : GPU_64(d) : "n"(N) : "memory");
 }
-// D[64][128] (+)= A[64][16] B[16][128], started: until waited for, d and the operands are the tensor cores'. Warp w of the warpgroup has rows
-// 16 w .. + 16, as 16 accumulators of mma_bf16 side by side.
+// D[64][128] (+)= A[64][16] B[16][128], started: until waited for, d and the operands are the
+// tensor cores'. Warp w of the warpgroup has rows 16 w .. + 16, as 16 accumulators of mma_bf16 side
+// by side.
 template <bool A, bool B> GPU_FN void wgmma(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" GPU_WGMMA "%64, %65, p, 1, 1, %67, %68;\n}"
                : GPU_64(d) : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A)), "n"(int(B)) : "memory");
@@ -151,14 +159,17 @@ GPU_FN uint32_t pack_bf16(float lo, float hi) {
   return *reinterpret_cast<uint32_t*>(&v);
 }
 
-#else  // ---- host: the emulator ---------------------------------------------------------------------------------
+// ---- host: the emulator
+// ---------------------------------------------------------------------------------
+#else
 #include "emulator/simt.hpp"
 #endif
 
-// ---- both -------------------------------------------------------------------------------------------------------
+// ---- both ---------------------------------------------------------------------------------------
 using real = REAL;
 
-// A row-major matrix in device memory (`Matrix` of src/device/launch.rs). Rows start `stride` elements apart.
+// A row-major matrix in device memory (`Matrix` of src/device/launch.rs). Rows start `stride`
+// elements apart.
 template <class T> struct Matrix {
   T* data;
   int64_t stride;

@@ -1,4 +1,5 @@
-// head.cu -- the class token's final norm, logits, survival loss, and the way back (src/ops/head.rs). One block each.
+// head.cu -- the class token's final norm, logits, survival loss, and the way back
+// (src/ops/head.rs). One block each.
 //
 // forward   normed [d] = LayerNorm(x [d]), stats (mean, rstd),  logits [classes] f32 = W normed + b,  W [classes, d]
 // backward  dW += dlogits normed^T,  db += dlogits,  dnormed = dlogits W,  then LayerNorm's gradients (layer_norm.cu)

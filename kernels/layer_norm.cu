@@ -1,16 +1,19 @@
-// layer_norm.cu -- layer normalisation over rows, y = (x - mean) / sqrt(var + 1e-5) * weight + bias (Ba et al. 2016).
+// layer_norm.cu -- layer normalisation over rows, y = (x - mean) / sqrt(var + 1e-5) * weight + bias
+// (Ba et al. 2016).
 //
 // forward   x [n0, d], weight [d], bias [d] -> y [n, d], stats [n0, 2] f32 = (mean, 1 / sqrt(var + 1e-5))
 // apply     the same y from x and saved stats
 //           n0 <= n <= 2 n0: row n0 + i of y repeats row i, the model's padding to a square
-// backward  dy [n, d] -> dx [n0, d] =, and partial [blocks, 2 d] = each block's sums for dweight and dbias
+// backward  dy [n, d] -> dx [n0, d] =, and partial [blocks, 2 d] = each block's sums for dweight
+// and dbias
 //           dx may be dy's first n0 rows; g = dy[i] + dy[n0 + i]
 //             dx = rstd (g w - mean(g w) - x_hat mean(g w x_hat)),  dweight = sum g x_hat,  dbias = sum g
 // reduce    partial -> dweight [d] +=, dbias [d] += (f32), in the order of the blocks: the same bits on every run
 //
-// A warp takes a row and its lanes packs of V columns; it reads the row again for each sum, which is in L1 by then.
-// blockIdx.y is the problem. "_scalar": V = 1, for rows that do not split into 16 bytes.
-// Backward goes over tiles of 32 V columns, so that a block's shared memory does not grow with d.
+// A warp takes a row and its lanes packs of V columns; it reads the row again for each sum, which
+// is in L1 by then. blockIdx.y is the problem. "_scalar": V = 1, for rows that do not split into 16
+// bytes. Backward goes over tiles of 32 V columns, so that a block's shared memory does not grow
+// with d.
 #include "gpu.cuh"
 
 namespace {
@@ -78,7 +81,8 @@ struct NormGrads { NormGrad problem[kProblems]; };
 
 template <int V> struct Floats { float v[V]; };
 
-// The gradient of columns c .. c + V of x_hat * weight + bias: dy, and the repeated row's if there is one.
+// The gradient of columns c .. c + V of x_hat * weight + bias: dy, and the repeated row's if there
+// is one.
 template <int V> GPU_FN Floats<V> gradient(const real* dy, const real* repeated, int c) {
   Floats<V> g;
   const auto a = load<V>(dy + c);
@@ -91,7 +95,8 @@ template <int V> GPU_FN Floats<V> gradient(const real* dy, const real* repeated,
 }
 
 template <int V> GPU_FN void backward(const NormGrad p) {
-  // Column c of a tile at c % V * kStride + c / V: lanes that write, and threads that read, fall into different banks.
+  // Column c of a tile at c % V * kStride + c / V: lanes that write, and threads that read, fall
+  // into different banks.
   constexpr int kTile = 32 * V, kStride = 32 + 32 / V;
   SHARED_ARRAY(float, sums, [kWarps][2][V * kStride]);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;

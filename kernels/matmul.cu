@@ -1,13 +1,15 @@
-// matmul.cu -- the three products of a linear layer y = x W^T + b, W [out, in], with what stands next to them (matmul.cuh).
+// matmul.cu -- the three products of a linear layer y = x W^T + b, W [out, in], with what stands
+// next to them (matmul.cuh).
 //
-// A block computes a BM x BN tile with tensor cores. A warp holds 64 or 32 rows x 32 columns, the columns of one call of the dropout
-// generator.
+// A block computes a BM x BN tile with tensor cores. A warp holds 64 or 32 rows x 32 columns, the
+// columns of one call of the dropout generator.
 #include "matmul.cuh"
 
 namespace {
 template <Layout LAYOUT, int BM, int BN, int WARPS_M, int WARPS_N> struct Product {
   static constexpr int kThreads = 32 * WARPS_M * WARPS_N;
-  static constexpr int kM = BM / WARPS_M / 16, kN8 = 4;  // 16-row and 8-column accumulators of a warp
+  // 16-row and 8-column accumulators of a warp
+  static constexpr int kM = BM / WARPS_M / 16, kN8 = 4;
   static_assert(BN == 32 * WARPS_N && BM % (16 * WARPS_M) == 0);
   static constexpr int kA = BM * kDepth, kB = BN * kDepth;  // elements of a stage
   static constexpr int kSharedElements = kStages * (kA + kB);

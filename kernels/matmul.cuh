@@ -1,14 +1,17 @@
-// matmul.cuh -- what the kernels of matmul.cu and matmul_wgmma.cu share: their tables of problems, and what becomes of a product.
+// matmul.cuh -- what the kernels of matmul.cu and matmul_wgmma.cu share: their tables of problems,
+// and what becomes of a product.
 //
 // forward          out [m, n] = epilogue(a [m, k] b^T),   b [n, k]
 // backward_input   out [m, n] = epilogue(a [m, k] b),     b [k, n]
 // backward_weight  dw [n, k] (f32) += dy^T x, db [n] (f32) += column sums of dy;   dy [m, n], x [m, k]
 //
-// Epilogue (src/ops/matmul.rs), in this order: + what out held, + bias, pre = it and GELU, * GELU'(pre), dropout, + residual.
+// Epilogue (src/ops/matmul.rs), in this order: + what out held, + bias, pre = it and GELU, *
+// GELU'(pre), dropout, + residual.
 //
-// A block computes a tile of one of several problems, over slices of 128 bytes of the depth that cp.async brings in kStages deep. For
-// the epilogue a quad's threads exchange their accumulators, so that each has eight neighbouring columns: 16 bytes of bf16 at a time.
-// backward_weight sums over m, which is long: `splits` blocks share a tile, each writes its sum to scratch, and a second
+// A block computes a tile of one of several problems, over slices of 128 bytes of the depth that
+// cp.async brings in kStages deep. For the epilogue a quad's threads exchange their accumulators,
+// so that each has eight neighbouring columns: 16 bytes of bf16 at a time. backward_weight sums
+// over m, which is long: `splits` blocks share a tile, each writes its sum to scratch, and a second
 // kernel adds those in order. The same bits on every run.
 #pragma once
 #include "dropout.cuh"
@@ -18,7 +21,8 @@
 namespace {
 constexpr int kProblems = 8, kWeightProblems = 12, kStages = 3;
 constexpr int kDepth = 8 * kChunk;         // elements of the depth in a stage: 128 bytes
-constexpr int kUnroll = kIsBf16 ? 2 : 1;   // copies: leaves registers for two blocks on a multiprocessor
+// copies: leaves registers for two blocks on a multiprocessor
+constexpr int kUnroll = kIsBf16 ? 2 : 1;
 
 struct Problem {
   Matrix<const real> a, b;
@@ -54,8 +58,8 @@ template <class T> GPU_FN int find_problem(const T& table, int tile) {
 
 enum Layout { kForward, kInput, kWeight };
 
-// Of a warp's accumulators c[n8][4] of 16 rows x 32 columns, the quad's of row 8 h + lane / 4, transposed: this thread's eight
-// columns, 8 t ...
+// Of a warp's accumulators c[n8][4] of 16 rows x 32 columns, the quad's of row 8 h + lane / 4,
+// transposed: this thread's eight columns, 8 t ...
 GPU_FN void exchange(const float (*c)[4], int h, float (&v)[8]) {
   const int t = int(threadIdx.x) % 4;
   // step 1: with t ^ 2, tiles 2, 3 against 0, 1; step 2: with t ^ 1, the odd tile against the even
@@ -133,7 +137,8 @@ GPU_FN void finish(const Problem& p, const float (*c)[4], int row0, int column0)
   }
 }
 
-// A block's part of a weight gradient: of the tile at (m0, n0) of dw, the sum over rows begin .. end of dy and x.
+// A block's part of a weight gradient: of the tile at (m0, n0) of dw, the sum over rows begin ..
+// end of dy and x.
 struct WeightPart {
   const WeightProblem& p;
   int m0, n0, begin, end;

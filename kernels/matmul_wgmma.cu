@@ -1,8 +1,9 @@
 // matmul_wgmma.cu -- the products of matmul.cu in bf16 by Hopper's wgmma. NOT YET RUN ON A GPU.
 //
-// A block of two warpgroups computes 128 x 128, each warpgroup 64 of the rows; two blocks share a multiprocessor, so that one multiplies
-// while the other waits, or finishes its tile. Loads are matmul.cu's cp.async by all threads: ragged edges and strides cost nothing there,
-// where TMA would want a tensor map for each matrix of a table.
+// A block of two warpgroups computes 128 x 128, each warpgroup 64 of the rows; two blocks share a
+// multiprocessor, so that one multiplies while the other waits, or finishes its tile. Loads are
+// matmul.cu's cp.async by all threads: ragged edges and strides cost nothing there, where TMA would
+// want a tensor map for each matrix of a table.
 #include "matmul.cuh"
 #include "wgmma.cuh"
 

@@ -1,10 +1,12 @@
-// ppeg.cu -- y = x + conv7(x) + conv5(x) + conv3(x) + biases on the tokens' square grid (TransMIL, Shao et al. 2021, sec. 3.3).
+// ppeg.cu -- y = x + conv7(x) + conv5(x) + conv3(x) + biases on the tokens' square grid (TransMIL,
+// Shao et al. 2021, sec. 3.3).
 //
 // forward   x [first + side^2, c], kernels [c, 49], [c, 25], [c, 9], biases [c] -> y; rows before the grid are copied
 // backward  x, dy -> dx =, and partial [parts, 50, c] = sums of the merged kernel's and the biases' gradients
 // reduce    partial -> the small kernels' and the biases' gradients (f32) +=
 //
-// blockIdx = (tile, or part of the tiles in backward; 32 channels; problem). c is a multiple of 16 bytes; dx is not dy.
+// blockIdx = (tile, or part of the tiles in backward; 32 channels; problem). c is a multiple of 16
+// bytes; dx is not dy.
 #include "depthwise.cuh"
 
 namespace {

@@ -1,7 +1,8 @@
-// probes.cu -- small kernels that each show one feature: tests run them on the emulator, and on a GPU where there is one.
+// probes.cu -- small kernels that each show one feature: tests run them on the emulator, and on a
+// GPU where there is one.
 #include "dropout.cuh"
 
-// ---- fragment layouts -------------------------------------------------------------------------------------------
+// ---- fragment layouts ---------------------------------------------------------------------------
 // Registers come straight from arrays [lane][register]; the test scatters matrices into them by layouts stated
 // elsewhere, so that kernel and test do not share one reading of the PTX manual.
 template <bool TF32> GPU_FN void probe_mma(const uint32_t* a, const uint32_t* b, float* d) {
@@ -32,7 +33,8 @@ template <bool TRANS> GPU_FN void probe_ldmatrix_any(const uint16_t* in, uint32_
 KERNEL(probe_ldmatrix, 32, const uint16_t* in, uint32_t* out) { probe_ldmatrix_any<false>(in, out); }
 KERNEL(probe_ldmatrix_trans, 32, const uint16_t* in, uint32_t* out) { probe_ldmatrix_any<true>(in, out); }
 
-// One wgmma on images of shared memory, 16 KiB each; d [thread][64]. Bytes of the descriptors of a and b.
+// One wgmma on images of shared memory, 16 KiB each; d [thread][64]. Bytes of the descriptors of a
+// and b.
 struct WgmmaPlaces { uint32_t a_start, a_leading, a_stride, b_start, b_leading, b_stride; };
 constexpr int kImage = 4096;  // words
 
@@ -81,7 +83,7 @@ KERNEL(probe_wgmma_registers, 128, const uint32_t* a, const uint32_t* b, float* 
   probe_wgmma_any<kKMajor, kMnMajor, true>(a, b, d, p);
 }
 
-// ---- arithmetic -------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 KERNEL(probe_convert, 256, const float* x, uint32_t* bf16_bits, uint32_t* tf32_bits, float* exp2, int n) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
@@ -90,7 +92,7 @@ KERNEL(probe_convert, 256, const float* x, uint32_t* bf16_bits, uint32_t* tf32_b
   exp2[i] = fast_exp2(x[i]);
 }
 
-// ---- bugs: each kernel is right with BUG = 0; the detectors must object to every other one ---------------------------
+// ---- bugs: each kernel is right with BUG = 0; the detectors must object to every other one ------
 // out[0] = sum of in + sum of in^2 over the block's 256 threads, out[1] = sum of the first 64 elements.
 // BUG: 1 no barrier after the partial sums, 2 none before the second pass reuses them, 3 a warp-synchronous tail without
 // __syncwarp, 4 a barrier that half of the threads reach elsewhere, 5 a shuffle whose mask lacks the caller.
@@ -128,8 +130,9 @@ KERNEL(probe_sum_bug3, 256, const float* in, float* out, int n) { probe_block_su
 KERNEL(probe_sum_bug4, 256, const float* in, float* out, int n) { probe_block_sum<4>(in, out, n); }
 KERNEL(probe_sum_bug5, 256, const float* in, float* out, int n) { probe_block_sum<5>(in, out, n); }
 
-// out = each block's 64 elements reversed, through cp.async. BUG: 1 no wait, 2 no barrier after it, 3 reads what nobody
-// wrote, 4 past the array, 5 writes past out, 6 a misaligned copy, 7 a copy that nobody waits for.
+// out = each block's 64 elements reversed, through cp.async. BUG: 1 no wait, 2 no barrier after it,
+// 3 reads what nobody wrote, 4 past the array, 5 writes past out, 6 a misaligned copy, 7 a copy
+// that nobody waits for.
 template <int BUG> GPU_FN void probe_reverse_any(const float* in, float* out, int n) {
   SharedMemory shared;
   float* s = shared.take<float>(64);
@@ -151,8 +154,9 @@ KERNEL(probe_reverse_bug5, 64, const float* in, float* out, int n) { probe_rever
 KERNEL(probe_reverse_bug6, 64, const float* in, float* out, int n) { probe_reverse_any<6>(in, out, n); }
 KERNEL(probe_reverse_bug7, 64, const float* in, float* out, int n) { probe_reverse_any<7>(in, out, n); }
 
-// Warp 0 produces, warp 1 consumes and reverses 32 elements at a time: one slot, named barriers 1 (full) and 2 (empty).
-// BUG: 1 the consumer says that the slot is empty before it has read it, 2 the producer never says that it is full.
+// Warp 0 produces, warp 1 consumes and reverses 32 elements at a time: one slot, named barriers 1
+// (full) and 2 (empty). BUG: 1 the consumer says that the slot is empty before it has read it, 2
+// the producer never says that it is full.
 template <int BUG> GPU_FN void probe_handoff_any(const float* in, float* out, int n) {
   SHARED_ARRAY(float, slot, [32]);
   const int lane = int(threadIdx.x) % 32;
@@ -174,9 +178,10 @@ KERNEL(probe_handoff, 64, const float* in, float* out, int n) { probe_handoff_an
 KERNEL(probe_handoff_bug1, 64, const float* in, float* out, int n) { probe_handoff_any<1>(in, out, n); }
 KERNEL(probe_handoff_bug2, 64, const float* in, float* out, int n) { probe_handoff_any<2>(in, out, n); }
 
-// out [thread][64] = the sum over n images x [128][64] of x[.. 64, .. 16] x[.., .. 16]^T: one stage of cp.async, one wgmma each.
-// BUG: 1 fence.proxy.async before the copy has landed, 2 no wgmma.fence, 3 a wait for the last product only, 4 no barrier behind the
-// wait, 5 no wait for the last product.
+// out [thread][64] = the sum over n images x [128][64] of x[.. 64, .. 16] x[.., .. 16]^T: one stage
+// of cp.async, one wgmma each. BUG: 1 fence.proxy.async before the copy has landed, 2 no
+// wgmma.fence, 3 a wait for the last product only, 4 no barrier behind the wait, 5 no wait for the
+// last product.
 template <int BUG> GPU_FN void probe_wgmma_stream_any(const float* in, float* out, int n) {
   if constexpr (kHasWgmma) {
     SharedMemory shared;
@@ -211,8 +216,8 @@ KERNEL(probe_wgmma_stream_bug3, 128, const float* in, float* out, int n) { probe
 KERNEL(probe_wgmma_stream_bug4, 128, const float* in, float* out, int n) { probe_wgmma_stream_any<4>(in, out, n); }
 KERNEL(probe_wgmma_stream_bug5, 128, const float* in, float* out, int n) { probe_wgmma_stream_any<5>(in, out, n); }
 
-// counts[0] = how many of the n threads there are, counts[1] = the set bits of their numbers; the threads past n leave
-// before the barrier. BUG: 1 added without atomics.
+// counts[0] = how many of the n threads there are, counts[1] = the set bits of their numbers; the
+// threads past n leave before the barrier. BUG: 1 added without atomics.
 template <int BUG> GPU_FN void probe_count_any(int* counts, int n) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
@@ -224,7 +229,8 @@ template <int BUG> GPU_FN void probe_count_any(int* counts, int n) {
 KERNEL(probe_count, 64, int* counts, int n) { probe_count_any<0>(counts, n); }
 KERNEL(probe_count_bug1, 64, int* counts, int n) { probe_count_any<1>(counts, n); }
 
-// Dropout's factors of rows first + blockIdx.x, `cols` of them (a multiple of 256), as each of the header's functions tells them.
+// Dropout's factors of rows first + blockIdx.x, `cols` of them (a multiple of 256), as each of the
+// header's functions tells them.
 KERNEL(probe_dropout, 32, const Dropout dropout, int first, int cols, float* by_fragment, float* by_eight, float* singly) {
   const int lane = int(threadIdx.x), t = lane % 4;
   const uint32_t row = uint32_t(first) + blockIdx.x;

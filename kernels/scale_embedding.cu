@@ -1,4 +1,5 @@
-// scale_embedding.cu -- a scale embedding e folded into a projection's bias (src/ops/scale_embedding.rs), W [out, d].
+// scale_embedding.cu -- a scale embedding e folded into a projection's bias
+// (src/ops/scale_embedding.rs), W [out, d].
 //
 // forward   folded [out] = bias + W e
 // backward  dweight [out, d] += dfolded e^T,  dbias [out] += dfolded,  dembedding [d] += dfolded W

@@ -1,8 +1,9 @@
 // tile.cuh -- tiles in shared memory and tensor-core fragments, one code for both storage types.
 //
-// bf16 goes through mma.m16n8k16. f32 goes through mma.m16n8k8 in TF32 three times (big x big, big x small, small x big), which
-// keeps f32's accuracy ("3xTF32", NVIDIA CUTLASS example 27). Everything is told in chunks of 16 bytes, which hold kChunk
-// elements; an mma takes kStep = 2 kChunk of the dimension that is summed over ("k").
+// bf16 goes through mma.m16n8k16. f32 goes through mma.m16n8k8 in TF32 three times (big x big, big
+// x small, small x big), which keeps f32's accuracy ("3xTF32", NVIDIA CUTLASS example 27).
+// Everything is told in chunks of 16 bytes, which hold kChunk elements; an mma takes kStep = 2
+// kChunk of the dimension that is summed over ("k").
 #pragma once
 #include "gpu.cuh"
 
@@ -10,8 +11,8 @@ constexpr int kChunk = 16 / int(sizeof(real));
 constexpr int kStep = 2 * kChunk;
 constexpr bool kIsBf16 = sizeof(real) == 2;
 
-// Where element (row, col) of a tile with C columns lies: 16-byte chunks are XORed with the row within 128-byte lines, so that
-// eight rows of one column of chunks fall into different banks.
+// Where element (row, col) of a tile with C columns lies: 16-byte chunks are XORed with the row
+// within 128-byte lines, so that eight rows of one column of chunks fall into different banks.
 template <int C> GPU_FN int swizzle(int row, int col) {
   constexpr int kChunks = C / kChunk, kLine = kChunks < 8 ? kChunks : 8, kShift = kChunks >= 8 ? 0 : kChunks == 4 ? 1 : 2;
   static_assert(C % kChunk == 0 && (kLine & (kLine - 1)) == 0 && kChunks % kLine == 0);
@@ -19,9 +20,9 @@ template <int C> GPU_FN int swizzle(int row, int col) {
   return row * C + ((chunk & ~(kLine - 1)) | ((chunk ^ (row >> kShift)) & (kLine - 1))) * kChunk + col % kChunk;
 }
 
-// Starts copying rows row0 .. row0 + ROWS and columns col0 .. col0 + C of `from` into a tile; what lies outside becomes zero.
-// The matrix splits into 16-byte chunks (`Matrix::splits_into` of src/device/launch.rs).
-// UNROLL: copies whose addresses the compiler may keep in registers at once.
+// Starts copying rows row0 .. row0 + ROWS and columns col0 .. col0 + C of `from` into a tile; what
+// lies outside becomes zero. The matrix splits into 16-byte chunks (`Matrix::splits_into` of
+// src/device/launch.rs). UNROLL: copies whose addresses the compiler may keep in registers at once.
 template <int ROWS, int C, int THREADS, int UNROLL>
 GPU_FN void load_tile(real* tile, const Matrix<const real>& from, int row0, int col0) {
   constexpr int kChunks = C / kChunk;
@@ -34,8 +35,9 @@ GPU_FN void load_tile(real* tile, const Matrix<const real>& from, int row0, int 
   }
 }
 
-// Addresses of fragments. The chunks of a fragment differ from a lane's first by XOR with a constant and by whole lines: one
-// register a lane serves a whole tile, where the general form would keep one for every fragment.
+// Addresses of fragments. The chunks of a fragment differ from a lane's first by XOR with a
+// constant and by whole lines: one register a lane serves a whole tile, where the general form
+// would keep one for every fragment.
 template <int C> struct Swizzle {
   static constexpr int kChunks = C / kChunk, kLine = kChunks < 8 ? kChunks : 8, kShift = kChunks >= 8 ? 0 : kChunks == 4 ? 1 : 2;
   // Bytes to element 0 of chunk `chunk` (less than the lanes' share of a fragment) of row `row`.
@@ -49,8 +51,8 @@ template <int C> struct Swizzle {
   }
 };
 
-// A warp's operand fragments. A: 16 rows (m) by kStep; B: 16 columns (n) by kStep, as two 8-column halves b[0..1], b[2..3].
-// m0, n0 and k0 are multiples of 16.
+// A warp's operand fragments. A: 16 rows (m) by kStep; B: 16 columns (n) by kStep, as two 8-column
+// halves b[0..1], b[2..3]. m0, n0 and k0 are multiples of 16.
 using Fragment = uint32_t[4];
 
 // From tile[m][k].
@@ -69,8 +71,9 @@ template <int C> GPU_FN uint32_t element(const real* tile, int row, int column0,
   const real* chunk = Swizzle<C>::at(tile, Swizzle<C>::lane(row, g / kChunk), (column0 + 8 * i) / kChunk);
   return __float_as_uint(float(chunk[g % kChunk]));
 }
-// From tile[k][m]. For f32, thread t of a quad takes k0 + 2t and k0 + 2t + 1 instead of k0 + t and k0 + t + 4: the order of an
-// accumulator's columns (accumulator_to_a). A sum has no order, but both operands must agree: pair load_a_t with load_b_t.
+// From tile[k][m]. For f32, thread t of a quad takes k0 + 2t and k0 + 2t + 1 instead of k0 + t and
+// k0 + t + 4: the order of an accumulator's columns (accumulator_to_a). A sum has no order, but
+// both operands must agree: pair load_a_t with load_b_t.
 template <int C> GPU_FN void load_a_t(Fragment& f, const real* tile, int m0, int k0) {
   const int l = int(threadIdx.x) % 32;
   if constexpr (kIsBf16) {
@@ -101,8 +104,9 @@ template <int C> GPU_FN void load_b_columns(Fragment& f, const real* tile, int n
   }
 }
 
-// The A operand of columns k0 .. k0 + kStep of a product's accumulators c[n8][4] (n8 counts 8-column tiles), to be used with load_b_t.
-// bf16: two neighbouring accumulator tiles, rounded; f32: one.
+// The A operand of columns k0 .. k0 + kStep of a product's accumulators c[n8][4] (n8 counts
+// 8-column tiles), to be used with load_b_t. bf16: two neighbouring accumulator tiles, rounded;
+// f32: one.
 template <int N8> GPU_FN void accumulator_to_a(Fragment& f, const float (&c)[N8][4], int step) {
   if constexpr (kIsBf16) {
     f[0] = pack_bf16(c[2 * step][0], c[2 * step][1]);

@@ -1,7 +1,8 @@
 // wgmma.cuh -- bf16 tiles in shared memory for Hopper's wgmma (gpu.cuh).
 //
-// A tile is cut into panels of 64 columns, one after another: in a panel a row is a line of 128 bytes, swizzled as tile.cuh does and as
-// wgmma undoes. Tiles and stages begin at multiples of 1024 bytes.
+// A tile is cut into panels of 64 columns, one after another: in a panel a row is a line of 128
+// bytes, swizzled as tile.cuh does and as wgmma undoes. Tiles and stages begin at multiples of 1024
+// bytes.
 #pragma once
 #include "tile.cuh"
 

@@ -1,7 +1,9 @@
-// banks.cpp -- bank conflicts of plain accesses to shared memory, counted in race mode, which sees every access.
+// banks.cpp -- bank conflicts of plain accesses to shared memory, counted in race mode, which sees
+// every access.
 //
-// The lanes of a warp run one after another here. What each lane does for the k-th time at a place in the code is taken for one
-// instruction of the warp, as the GPU would issue it. (ldmatrix counts its own: SimtStats.)
+// The lanes of a warp run one after another here. What each lane does for the k-th time at a place
+// in the code is taken for one instruction of the warp, as the GPU would issue it. (ldmatrix counts
+// its own: SimtStats.)
 #include "banks.hpp"
 
 #if defined(SIMT_RACE)
@@ -20,9 +22,11 @@ struct Site {
   uint32_t first = 0;              // time of the first in `open`
   std::deque<Instruction> open{};  // that some lanes may still come to
 };
-thread_local std::map<std::pair<uintptr_t, unsigned>, Site> sites;  // by place and warp, of the block that runs
+// by place and warp, of the block that runs
+thread_local std::map<std::pair<uintptr_t, unsigned>, Site> sites;
 
-// A GPU serves 128 bytes at a time: 32 lanes of 4 bytes or less, 16 of 8, 8 of 16. Each needs as many cycles as the busiest bank has words.
+// A GPU serves 128 bytes at a time: 32 lanes of 4 bytes or less, 16 of 8, 8 of 16. Each needs as
+// many cycles as the busiest bank has words.
 void count(const Instruction& instruction) {
   const unsigned together = instruction.bytes <= 4 ? 32 : instruction.bytes == 8 ? 16 : 8;
   for (unsigned first = 0; first < 32; first += together) {

@@ -5,7 +5,8 @@
 
 namespace simt::banks {
 #if defined(SIMT_RACE)
-void access(const void* p, size_t bytes, uintptr_t place);  // of shared memory, by the running thread
+// of shared memory, by the running thread
+void access(const void* p, size_t bytes, uintptr_t place);
 void block_end();
 #else
 inline void access(const void*, size_t, uintptr_t) {}

@@ -1,6 +1,7 @@
-// check.cpp -- see check.hpp. Happens-before by vector clocks, as in FastTrack (Flanagan and Freund 2009): each thread
-// has a clock; a barrier or __syncwarp joins the clocks of those who took part. Each pair of bytes of shared memory and
-// of registered memory remembers its last write and its last two readers.
+// check.cpp -- see check.hpp. Happens-before by vector clocks, as in FastTrack (Flanagan and Freund
+// 2009): each thread has a clock; a barrier or __syncwarp joins the clocks of those who took part.
+// Each pair of bytes of shared memory and of registered memory remembers its last write and its
+// last two readers.
 #include "check.hpp"
 
 #include "banks.hpp"
@@ -21,7 +22,8 @@ extern "C" void simt_unregister(const void*) {}
 #include <map>
 #include <memory>
 
-extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;  // this library, by the linker
+// this library, by the linker
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;
 
 namespace simt::check {
 namespace {
@@ -36,7 +38,8 @@ struct Cell {
   uint8_t state = Untouched;
   uintptr_t write_place = 0, read_place = 0;
 };
-// A place in the source is an instruction's address, or with the top bit set a std::source_location, which is a pointer.
+// A place in the source is an instruction's address, or with the top bit set a
+// std::source_location, which is a pointer.
 static_assert(sizeof(Location) == sizeof(uintptr_t));
 constexpr uintptr_t kIsLocation = uintptr_t(1) << 63;
 struct Memory { size_t bytes; std::vector<Cell> cells; };
@@ -52,7 +55,8 @@ struct Books {
   size_t threads = 0;
   uintptr_t shared = 0;
   std::vector<Cell> cells;                // of shared memory
-  std::vector<uint32_t> clocks;           // one vector for each thread, each barrier, and __syncwarp
+  // one vector for each thread, each barrier, and __syncwarp
+  std::vector<uint32_t> clocks;
   std::vector<std::vector<uint32_t>> fences;  // of each thread: its clock at each fence.proxy.async
   uintptr_t place = 0;                    // of the access under check
   uint32_t* clock(size_t i) { return clocks.data() + i * threads; }
@@ -128,7 +132,8 @@ void touch(Cell& c, Access kind, const void* p, const char* space) {
   c.state = kind == CopyIssued ? InFlight : Written;
   c.write_place = b.place;
 }
-// wgmma sees a write only if its thread has a fence.proxy.async between it and what made the reader know of it.
+// wgmma sees a write only if its thread has a fence.proxy.async between it and what made the reader
+// know of it.
 bool shown_to_wgmma(const Cell& c) {
   const auto& fences = books->fences[c.writer];
   const auto after = std::lower_bound(fences.begin(), fences.end(), c.write_clock);
@@ -253,7 +258,8 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// The compiler's calls for -fsanitize=undefined -fno-sanitize-recover; every handler's data begins with the place.
+// The compiler's calls for -fsanitize=undefined -fno-sanitize-recover; every handler's data begins
+// with the place.
 #define UNDEFINED(name) void __ubsan_handle_##name##_abort(const void* data) { simt::check::undefined(#name, data); }
 UNDEFINED(type_mismatch_v1) UNDEFINED(out_of_bounds) UNDEFINED(shift_out_of_bounds) UNDEFINED(divrem_overflow)
 UNDEFINED(add_overflow) UNDEFINED(sub_overflow) UNDEFINED(mul_overflow) UNDEFINED(negate_overflow)

@@ -1,11 +1,14 @@
-// driver.cpp -- NVIDIA's driver API as far as this project calls it, with the emulator as its GPU: a libcuda.so under which src/device/cuda.rs
-// runs, with its streams, events and page-locked memory, on a machine without a GPU (tests/cuda.rs).
+// driver.cpp -- NVIDIA's driver API as far as this project calls it, with the emulator as its GPU:
+// a libcuda.so under which src/device/cuda.rs runs, with its streams, events and page-locked
+// memory, on a machine without a GPU (tests/cuda.rs).
 //
-// Work is queued on its stream. CROSSFUSION_DRIVER=lazy (default): done as late as the program's waits allow, so that memory written to
-// before a copy out of it has ended shows. =eager: copies to the device are done as early as their stream's waits allow, so that memory filled
-// before kernels are done with it shows. Device memory is not zero when new.
+// Work is queued on its stream. CROSSFUSION_DRIVER=lazy (default): done as late as the program's
+// waits allow, so that memory written to before a copy out of it has ended shows. =eager: copies to
+// the device are done as early as their stream's waits allow, so that memory filled before kernels
+// are done with it shows. Device memory is not zero when new.
 //
-// To meet bad situations: CROSSFUSION_DRIVER_DEVICES (0: no GPU), _CAPABILITY (75: too old), _MEMORY (bytes), _FAIL (the n-th kernel fails).
+// To meet bad situations: CROSSFUSION_DRIVER_DEVICES (0: no GPU), _CAPABILITY (75: too old),
+// _MEMORY (bytes), _FAIL (the n-th kernel fails).
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -31,7 +34,8 @@ struct Function { std::string name; std::vector<size_t> sizes; uint32_t most_sha
 
 std::recursive_mutex mutex;  // of all below
 std::map<uintptr_t, size_t> device_memory, page_locked;
-std::map<void*, std::shared_ptr<Stream>> streams{{nullptr, std::make_shared<Stream>()}};  // null: the default stream
+// null: the default stream
+std::map<void*, std::shared_ptr<Stream>> streams{{nullptr, std::make_shared<Stream>()}};
 std::deque<Function> functions;  // as long as the process: modules are not unloaded
 size_t allocated = 0, launched = 0;
 int failed = Success;        // a kernel's error stays
@@ -70,7 +74,7 @@ bool within(const std::map<uintptr_t, size_t>& memory, const void* p, size_t byt
 using Guard = std::lock_guard<std::recursive_mutex>;
 #pragma GCC visibility push(default)
 extern "C" {
-// ---- device and context -----------------------------------------------------------------------------------------
+// ---- device and context -------------------------------------------------------------------------
 int cuInit(unsigned) { return Success; }
 int cuDeviceGetCount(int* count) { return *count = int(setting("CROSSFUSION_DRIVER_DEVICES", 1)), Success; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, Success; }
@@ -96,7 +100,7 @@ int cuGetErrorName(int error, const char** name) {
 }
 int cuGetErrorString(int error, const char** text) { return *text = error == LaunchFailed ? "unspecified launch failure" : "error", Success; }
 
-// ---- memory -------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
   Guard guard(mutex);
   *total = total_memory();
@@ -153,7 +157,7 @@ int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
   return enqueue(stream, [=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); });
 }
 
-// ---- streams and events -------------------------------------------------------------------------------------------
+// ---- streams and events -------------------------------------------------------------------------
 int cuStreamCreate(void** stream, unsigned) {
   Guard guard(mutex);
   auto made = std::make_shared<Stream>();
@@ -197,7 +201,7 @@ int cuEventSynchronize(void* event) {
 int cuEventElapsedTime_v2(float* milliseconds, void*, void*) { return *milliseconds = 1.f, failed; }
 int cuEventElapsedTime(float* milliseconds, void*, void*) { return *milliseconds = 1.f, failed; }
 
-// ---- kernels --------------------------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 int cuModuleLoadData(void** module, const void* image) {
   // <fatbinary_section.h>
   if (*static_cast<const uint32_t*>(image) != 0xba55ed50u) return InvalidValue;
@@ -212,7 +216,8 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
   functions.push_back({name, std::vector<size_t>(sizes, sizes + count)});
   return *function = &functions.back(), Success;
 }
-int cuFuncGetAttribute(int* value, int, void*) { return *value = 0, Success; }  // static shared memory
+// static shared memory
+int cuFuncGetAttribute(int* value, int, void*) { return *value = 0, Success; }
 int cuFuncSetAttribute(void* function, int attribute, int value) {
   if (attribute != 8) return InvalidValue;  // dynamic shared memory
   return static_cast<Function*>(function)->most_shared = uint32_t(value), Success;

@@ -7,7 +7,7 @@
 
 namespace simt {
 
-// ---- shared memory ----------------------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 void* take_dynamic(size_t offset, size_t bytes, size_t align, size_t* position) {
   Worker& w = *worker;
   if (offset + bytes > w.launch->call.shared_bytes)
@@ -33,7 +33,7 @@ void* take_static(const void* key, size_t bytes, size_t align) {
   return w.shared + at;
 }
 
-// ---- cp.async: from issue until the thread's own wait the destination reads as NaN -----------------------------------
+// ---- cp.async: from issue until the thread's own wait the destination reads as NaN --------------
 void cp_async(void* dst, const void* src, int bytes, int src_bytes, const Location& loc) {
   auto misaligned = [&](const void* p) { return uintptr_t(p) % unsigned(bytes) != 0; };
   if (misaligned(dst) || misaligned(src) || !worker->in_shared(dst))
@@ -61,7 +61,7 @@ void cp_async_wait(int groups_left, const Location& loc) {
   }
 }
 
-// ---- atomics ------------------------------------------------------------------------------------------------------
+// ---- atomics ------------------------------------------------------------------------------------
 uint64_t atomic_load(void* p, size_t size, const Location& loc) {
   if (uintptr_t(p) % size) fail("%s:%u: misaligned atomic on %p", loc.file_name(), loc.line(), p);
   check::at(loc);
@@ -80,7 +80,7 @@ bool atomic_cas(void* p, size_t size, uint64_t* old, uint64_t next) {
   return done;
 }
 
-// ---- shuffles and votes ---------------------------------------------------------------------------------------------
+// ---- shuffles and votes -------------------------------------------------------------------------
 void op_shuffle(void* const* arg, uint32_t mask) {
   for (int l = 0; l < 32; l++) if (mask >> l & 1) {
     auto& a = *static_cast<ShuffleArg*>(arg[l]);
@@ -95,7 +95,7 @@ void op_ballot(void* const* arg, uint32_t mask) {
 }
 void op_syncwarp(void* const*, uint32_t) {}  // the race checker knows it by its address
 
-// ---- ldmatrix and mma.sync ------------------------------------------------------------------------------------------
+// ---- ldmatrix and mma.sync ----------------------------------------------------------------------
 void op_ldmatrix(void* const* arg, uint32_t) {
   auto lane = [&](int l) -> LdmatrixArg& { return *static_cast<LdmatrixArg*>(arg[l]); };
   ThreadInfo* const caller = self;
@@ -123,8 +123,9 @@ void op_ldmatrix(void* const* arg, uint32_t) {
   worker->stats.ldmatrix++;
 }
 
-// D += A[16][K] B[K][8]; decode(register, e) is the e-th element of a register. Products are exact and summed in double, then rounded
-// once: a tensor core too rounds less often than it adds, but not in this way.
+// D += A[16][K] B[K][8]; decode(register, e) is the e-th element of a register. Products are exact
+// and summed in double, then rounded once: a tensor core too rounds less often than it adds, but
+// not in this way.
 template <int K, class Decode> static void mma_16x8(void* const* arg, Decode decode) {
   constexpr int E = K == 16 ? 2 : 1;
   float A[16][K], B[K][8], C[16][8];

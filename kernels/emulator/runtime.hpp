@@ -25,8 +25,10 @@ struct SimtLaunch {
 // How often things happened, over the whole grid.
 struct SimtStats {
   uint64_t barriers, collectives, switches, atomics, copies, mma, ldmatrix;
-  uint64_t ldmatrix_conflicts;  // extra cycles: ways of the worst bank, less one, over all 8x8 matrices
-  uint64_t shared_accesses, shared_conflicts;  // others, in race mode: cycles without conflicts, and the extra ones
+  // extra cycles: ways of the worst bank, less one, over all 8x8 matrices
+  uint64_t ldmatrix_conflicts;
+  // others, in race mode: cycles without conflicts, and the extra ones
+  uint64_t shared_accesses, shared_conflicts;
 };
 // Runs a grid; 0, or 1 and the text of the first error.
 int simt_launch(const SimtLaunch* launch, SimtStats* stats, char* error, size_t error_bytes);
@@ -46,7 +48,8 @@ enum class Schedule : uint32_t { Ordered, Random, Skewed };
 
 constexpr size_t kSharedLimit = 227 * 1024;   // dynamic, of a block on sm_90
 constexpr size_t kStaticLimit = 48 * 1024;
-constexpr size_t kRedZone = 128;              // after each array; a multiple of 128 keeps the banks as on a GPU
+// after each array; a multiple of 128 keeps the banks as on a GPU
+constexpr size_t kRedZone = 128;
 constexpr size_t kSlack = 32 * 1024;          // room for red zones and alignment
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kGuardBytes = 4096;          // below each stack
@@ -58,10 +61,12 @@ struct Thread : ThreadInfo {
   bool done = false;
   const char* waits_at = "";                  // for the deadlock report
   Location loc;
-  std::vector<std::vector<Copy>> copies;      // groups of cp.async, oldest first; back() is still open
+  // groups of cp.async, oldest first; back() is still open
+  std::vector<std::vector<Copy>> copies;
 };
 struct Pending { uint32_t mask = 0, arrived = 0; Op op = nullptr; Location loc; void* arg[32]; };
-// A wgmma between issue and wait: the warp's rows of one product, and its accumulators, which the lanes do not have meanwhile.
+// A wgmma between issue and wait: the warp's rows of one product, and its accumulators, which the
+// lanes do not have meanwhile.
 struct Wgmma { WgmmaArg arg; uint32_t a[32][4]; int group; bool done; };
 struct Accumulators { float* lane[32]; float value[16][128]; int group; };  // the last group that adds to them
 struct Wgmmas {

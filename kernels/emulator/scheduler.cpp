@@ -47,7 +47,7 @@ namespace simt {
 constinit thread_local ThreadInfo* self = nullptr;
 constinit thread_local Worker* worker = nullptr;
 
-// ---- kernels by name --------------------------------------------------------------------------------------------
+// ---- kernels by name ----------------------------------------------------------------------------
 static std::map<std::string_view, Kernel>& kernels() {
   static std::map<std::string_view, Kernel> table;
   return table;
@@ -58,7 +58,7 @@ Registered::Registered(const Kernel& k) {
   std::abort();
 }
 
-// ---- choosing who runs --------------------------------------------------------------------------------------------
+// ---- choosing who runs --------------------------------------------------------------------------
 void Worker::wake(Thread& t) {
   unsigned w = t.linear / 32;
   warps[w].ready |= 1u << t.lane;
@@ -131,7 +131,7 @@ void fail(const char* format, ...) {
   worker->abandon();
 }
 
-// ---- a block --------------------------------------------------------------------------------------------------------
+// ---- a block ------------------------------------------------------------------------------------
 static void release(Barrier& b, int id) {
   b.arrived = 0;
   for (Thread* t : b.parked) {
@@ -159,7 +159,8 @@ static void fiber_main() {
     if (p.arrived && p.mask >> t.lane & 1)
       fail("the thread has exited, but lanes %08x wait for it at %s:%u", p.arrived, p.loc.file_name(), p.loc.line());
   Barrier& b = worker->barriers[0];
-  if (b.arrived && b.arrived == worker->alive) release(b, 0);  // __syncthreads counts the threads that have not exited
+  // __syncthreads counts the threads that have not exited
+  if (b.arrived && b.arrived == worker->alive) release(b, 0);
   worker->reschedule();
   std::abort();
 }
@@ -234,7 +235,7 @@ bool Worker::in_private(const void* p) const {
          in(&self, sizeof self);
 }
 
-// ---- collectives and barriers -----------------------------------------------------------------------------------
+// ---- collectives and barriers -------------------------------------------------------------------
 static bool same(const Location& a, const Location& b) {
   return a.line() == b.line() && a.column() == b.column() && !std::strcmp(a.file_name(), b.file_name());
 }
@@ -301,7 +302,7 @@ void barrier(int id, int threads, bool wait, const Location& loc) {
   worker->reschedule();
 }
 
-// ---- a launch ---------------------------------------------------------------------------------------------------
+// ---- a launch -----------------------------------------------------------------------------------
 static std::string refusal(const SimtLaunch& call) {
   auto found = kernels().find(call.kernel);
   if (found == kernels().end()) return "there is no such kernel";
@@ -337,7 +338,8 @@ extern "C" int simt_launch(const SimtLaunch* call, SimtStats* stats, char* error
   const unsigned blocks = g[0] * g[1] * g[2];
   // race mode keeps its books per host thread, so there one thread runs every block
   const unsigned workers = check::enabled ? 1 : std::min(std::max(1u, std::thread::hardware_concurrency()), blocks);
-  static thread_local std::vector<std::unique_ptr<Worker>> pool;  // stacks are kept from launch to launch
+  // stacks are kept from launch to launch
+  static thread_local std::vector<std::unique_ptr<Worker>> pool;
   while (pool.size() < workers) pool.push_back(std::make_unique<Worker>());
   check::launch_begin();
   auto run = [&](Worker& w) {

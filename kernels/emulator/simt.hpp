@@ -1,12 +1,13 @@
-// simt.hpp -- lets CUDA source compile as host C++20 and run on the CPU. Kernels include gpu.cuh, whose host half this is.
+// simt.hpp -- lets CUDA source compile as host C++20 and run on the CPU. Kernels include gpu.cuh,
+// whose host half this is.
 //
-// Every CUDA thread is a fiber. A host thread runs one block at a time; a fiber runs until it reaches a barrier or a
-// warp collective, and the scheduler picks another: in order, at random, or "skewed", one warp as far ahead as it can
-// get. Collectives (shuffles, ldmatrix, mma.sync ...) park a lane until every lane of the mask has arrived; the last
-// one computes the result for all.
+// Every CUDA thread is a fiber. A host thread runs one block at a time; a fiber runs until it
+// reaches a barrier or a warp collective, and the scheduler picks another: in order, at random, or
+// "skewed", one warp as far ahead as it can get. Collectives (shuffles, ldmatrix, mma.sync ...)
+// park a lane until every lane of the mask has arrived; the last one computes the result for all.
 //
-// Kernel files call nothing of std:: -- in race mode (check.hpp) they are compiled with other flags than the runtime,
-// and an inline function of both would be one or the other at the linker's whim.
+// Kernel files call nothing of std:: -- in race mode (check.hpp) they are compiled with other flags
+// than the runtime, and an inline function of both would be one or the other at the linker's whim.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -17,18 +18,19 @@
 
 #include "types.hpp"
 
-#define SIMT_RAW __attribute__((no_sanitize("thread")))  // the emulator's own accesses, not the kernel's
+// the emulator's own accesses, not the kernel's
+#define SIMT_RAW __attribute__((no_sanitize("thread")))
 #define SIMT_LOC const std::source_location loc = std::source_location::current()
 
 namespace simt {
 using Location = std::source_location;
 
-// ---- the thread that runs ---------------------------------------------------------------------------------------
+// ---- the thread that runs -----------------------------------------------------------------------
 struct BlockInfo { uint3 index; dim3 size, grid; };
 struct ThreadInfo { uint3 index; unsigned linear; int lane; BlockInfo* block; };
 extern constinit thread_local ThreadInfo* self;
 
-// ---- kernels by name --------------------------------------------------------------------------------------------
+// ---- kernels by name ----------------------------------------------------------------------------
 struct Kernel {
   const char* name;
   unsigned max_threads;
@@ -48,14 +50,15 @@ template <class... P, void (*F)(P...)> struct Entry<F> {
   static Kernel kernel(const char* name, unsigned max_threads) { return {name, max_threads, run, sizes, sizeof...(P)}; }
 };
 
-// ---- the runtime (scheduler.cpp, instructions.cpp) ------------------------------------------------------------------
+// ---- the runtime (scheduler.cpp, instructions.cpp) ----------------------------------------------
 using Op = void (*)(void* const* lane_arg, uint32_t mask);
 // whole_warp: every lane must call from the same place (ldmatrix, mma), not only with the same mask
 void collective(uint32_t mask, void* arg, Op op, bool whole_warp, const Location& loc);
 void barrier(int id, int count, bool wait, const Location& loc);  // count 0: the whole block
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// `offset`: where the array lies on a GPU; `position`: where it lies here, red zones included, moved on
+// `offset`: where the array lies on a GPU; `position`: where it lies here, red zones included,
+// moved on
 void* take_dynamic(size_t offset, size_t bytes, size_t align, size_t* position);
 void* take_static(const void* key, size_t bytes, size_t align);
 
@@ -107,7 +110,7 @@ template <class T, class F> T atomic_update(T* p, const Location& loc, F next_of
 }
 }  // namespace simt
 
-// ---- CUDA's names: only those that kernels use, add lines as needed --------------------------------------------------
+// ---- CUDA's names: only those that kernels use, add lines as needed -----------------------------
 #define threadIdx (::simt::self->index)
 #define blockIdx (::simt::self->block->index)
 #define blockDim (::simt::self->block->size)
@@ -148,7 +151,7 @@ inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) *
 inline uint32_t __float_as_uint(float f) { return __builtin_bit_cast(uint32_t, f); }
 inline float __uint_as_float(uint32_t u) { return __builtin_bit_cast(float, u); }
 
-// ---- the wrappers of gpu.cuh -------------------------------------------------------------------------------------
+// ---- the wrappers of gpu.cuh --------------------------------------------------------------------
 #define GPU_FN inline
 #define KERNEL(name, threads, ...)                                                                              \
   static void name(__VA_ARGS__);                                                                                \

@@ -1,8 +1,9 @@
 // wgmma.cpp -- Hopper's asynchronous products of a warpgroup: m64n128k16 in bf16, 128-byte swizzle.
 //
-// Each warp computes its 16 rows on its own. A product runs at some moment between issue and wait, in order of issue: until the
-// wait the accumulators read as NaN in the lanes, and shared memory that is written meanwhile is read as it then is. In race mode
-// a write to what a product in flight reads is an error, and so is reading what was not shown by fence.proxy.async.
+// Each warp computes its 16 rows on its own. A product runs at some moment between issue and wait,
+// in order of issue: until the wait the accumulators read as NaN in the lanes, and shared memory
+// that is written meanwhile is read as it then is. In race mode a write to what a product in flight
+// reads is an error, and so is reading what was not shown by fence.proxy.async.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -20,8 +21,9 @@ uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride) 
   return at >> 4 | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// Calls each(address, i, k) for the 16-byte chunks of rows (or columns) first .. first + count of an operand: eight elements from
-// (i, k) on, along k or along i. The layouts are CUTLASS's canonical ones; then bits 7 to 9 of the address go into bits 4 to 6.
+// Calls each(address, i, k) for the 16-byte chunks of rows (or columns) first .. first + count of
+// an operand: eight elements from (i, k) on, along k or along i. The layouts are CUTLASS's
+// canonical ones; then bits 7 to 9 of the address go into bits 4 to 6.
 template <class Each> static void each_chunk(uint64_t descriptor, bool mn_major, int first, int count, Each each) {
   const auto field = [&](int bit) { return size_t(descriptor >> bit & 0x3fff) << 4; };
   const size_t start = field(0), leading = field(16), stride = field(32);
@@ -132,7 +134,8 @@ void op_wgmma_commit(void* const*, uint32_t) {
 }
 void op_wgmma_wait(void* const* arg, uint32_t) {
   Wgmmas& w = worker->warps[self->linear / 32].wgmma;
-  const int open = w.group - *static_cast<const int*>(arg[0]);  // groups from this one on may be in flight
+  // groups from this one on may be in flight
+  const int open = w.group - *static_cast<const int*>(arg[0]);
   while (!w.products.empty() && w.products.front().group < open) {
     Wgmma& p = w.products.front();
     if (!p.done) run(p, *find(w, p.arg.d));
