@@ -1,6 +1,7 @@
 // attention.cuh -- what forward and backward of attention share. Contract: src/ops/attention.rs.
 //
-// A block has four warps. A head's columns are `head_dim` (a multiple of 8) of D = 32, 64 or 128; the tiles' other columns are zero.
+// A block has four warps. A head's columns are `head_dim` (a multiple of 8) of D = 32, 64 or 128;
+// the tiles' other columns are zero.
 #pragma once
 #include "dropout.cuh"
 #include "tile.cuh"
@@ -11,7 +12,13 @@ constexpr int kThreads = 128;
 constexpr int kOwn = 64;       // rows that a block owns: queries, or keys
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// f32 elements are twice as large: shorter tiles keep a block under the 99 KiB that every GPU since Ampere has.
+// What scores are multiplied by, 1 / sqrt(head_dim), and the same for an exponential to the base 2.
+// One expression for both passes, so that backward scales scores as forward did.
+GPU_FN float score_scale(int head_dim) { return 1.f / sqrtf(float(head_dim)); }
+GPU_FN float score_scale2(int head_dim) { return score_scale(head_dim) * kLog2e; }
+
+// f32 elements are twice as large: shorter tiles keep a block under the 99 KiB that every GPU since
+// Ampere has.
 template <int D> constexpr int kKeys = kIsBf16 ? 64 : 32;
 
 // Columns of one head.
@@ -50,7 +57,8 @@ template <int D, int N8> GPU_FN void scores(float (&c)[N8][4], const real* a, in
   }
 }
 
-// out[16][COLUMNS] += weights [16][8 N8] (accumulators of a product) times columns first .. first + COLUMNS of a tile [8 N8][D].
+// out[16][COLUMNS] += weights [16][8 N8] (accumulators of a product) times columns first .. first +
+// COLUMNS of a tile [8 N8][D].
 template <int D, int COLUMNS, int N8>
 GPU_FN void weigh(float (&out)[COLUMNS / 8][4], const float (&weights)[N8][4], const real* tile, int first = 0) {
 #pragma unroll

@@ -1,5 +1,6 @@
-// attention_backward.cu -- FlashAttention-2's backward (Dao 2023, algorithm 2).
-// With P = exp(scale q k^T - lse), F dropout's factors, delta [heads][n] = rowsum(dout out), dS = P (F (dout v^T) - delta):
+// attention_backward.cu -- FlashAttention-2's backward (Dao 2023, algorithm 2). With P = exp(scale
+// q k^T - lse), F dropout's factors, delta [heads][n] = rowsum(dout out), dS = P (F (dout v^T) -
+// delta):
 //
 //   attention_dq       a block owns 64 queries, 16 a warp, and streams keys:  delta, dq = scale dS k
 //   attention_dkv      a block owns 64 keys, 16 a warp, and streams queries:  dv = (P F)^T dout,  dk = scale dS^T q
@@ -10,8 +11,8 @@
 //   attention_dqkv     as attention_dkv, and  sums += dS k  by atomics
 //   attention_round    a warp owns a query:  dq = scale sums
 //
-// attention_dkv computes the transposes: k q^T has a warp's keys as rows, so that P^T and dS^T are, in registers, the left
-// operands of the next products.
+// attention_dkv computes the transposes: k q^T has a warp's keys as rows, so that P^T and dS^T are,
+// in registers, the left operands of the next products.
 #include "attention.cuh"
 
 namespace {
@@ -34,10 +35,12 @@ struct AttentionGrads {
 // Rows of a streamed tile, and stages of the stream.
 template <int D> constexpr int kQueries = 32;
 template <int D> constexpr int kStages = kIsBf16 || D < 128 ? 2 : 1;
-// Columns of dk and dv at a time: in f32, 128 of both are more than a thread's registers, so the queries stream by twice.
+// Columns of dk and dv at a time: in f32, 128 of both are more than a thread's registers, so the
+// queries stream by twice.
 template <int D> constexpr int kColumns = kIsBf16 || D < 128 ? D : D / 2;
 
-// Columns of this thread in a 16 x COLUMNS accumulator, times a factor, to rows row0 + {g, g + 8} of a head, from column `first` on.
+// Columns of this thread in a 16 x COLUMNS accumulator, times a factor, to rows row0 + {g, g + 8}
+// of a head, from column `first` on.
 template <int COLUMNS>
 GPU_FN void store_rows(const Matrix<real>& to, int row0, int first, const float (&c)[COLUMNS / 8][4], float factor) {
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
@@ -53,8 +56,8 @@ GPU_FN void store_rows(const Matrix<real>& to, int row0, int first, const float 
   }
 }
 
-// sums [n][d] of a head's columns and 32 queries += dS k over a block's 64 keys. A warp has 16 queries and half of the columns,
-// few at a time: dk and dv are in the registers.
+// sums [n][d] of a head's columns and 32 queries += dS k over a block's 64 keys. A warp has 16
+// queries and half of the columns, few at a time: dk and dv are in the registers.
 template <int D>
 GPU_FN void add_dq(float* sums, int n, int d, int head_dim, int query0, const real* ds, const real* keys) {
   constexpr int kM = kQueries<D>, kHalf = D / 2, kAtATime = kHalf < 32 ? kHalf : 32;
@@ -95,7 +98,7 @@ template <int D, bool ADD_DQ> GPU_FN void keys_and_values(const AttentionGrads& 
   const AttentionGrad& p = table.problem[place.problem];
   const int n = p.q.rows, head_dim = p.q.cols / p.heads, k0 = place.part * kOwn;
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  const float scale = 1.f / sqrtf(float(head_dim)), scale2 = scale * kLog2e;
+  const float scale = score_scale(head_dim), scale2 = score_scale2(head_dim);
   const auto q = head_of(p.q, place.head, head_dim), dout = head_of(p.dout, place.head, head_dim);
   const int64_t rows_of_head = int64_t(place.head) * n;
   Dropout dropout = p.dropout;
@@ -108,8 +111,9 @@ template <int D, bool ADD_DQ> GPU_FN void keys_and_values(const AttentionGrads& 
   real* douts = shared.take<real>(kStages<D> * kM * D);
   float* lses = shared.take<float>(kStages<D> * kM);
   float* deltas = shared.take<float>(kStages<D> * kM);
-  // which elements of a tile are kept: bit 2 w + e of word [key / 32][key / 2 % 4][query] is key 8 w + e of it; two stages, and
-  // lines 8 words longer than a tile, so that the quads of a warp read from different banks
+  // which elements of a tile are kept: bit 2 w + e of word [key / 32][key / 2 % 4][query] is key 8
+  // w + e of it; two stages, and lines 8 words longer than a tile, so that the quads of a warp read
+  // from different banks
   constexpr int kLine = kM + 8, kKept = 2 * 4 * kLine;
   uint32_t* kept = shared.take<uint32_t>(2 * kKept);
   // dS^T [key][query]; with one stage, over the tile of dout that has been used
@@ -195,7 +199,8 @@ template <int D, bool ADD_DQ> GPU_FN void keys_and_values(const AttentionGrads& 
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int key = warp * 16 + g + 8 * h;
-          const bool inside = k0 + key < p.k.rows;  // or exp(0 - lse) may be infinite, times a key of zeros
+          // or exp(0 - lse) may be infinite, times a key of zeros
+          const bool inside = k0 + key < p.k.rows;
 #pragma unroll
           for (int c = 0; c < kM8; c++)
             store_pair(ds + swizzle<kM>(key, 8 * c + 2 * t), inside ? dp[c][2 * h] : 0.f, inside ? dp[c][2 * h + 1] : 0.f);
@@ -220,7 +225,7 @@ template <int D> GPU_FN void queries(const AttentionGrads& table) {
   const AttentionGrad& p = table.problem[place.problem];
   const int n = p.q.rows, m = p.k.rows, head_dim = p.q.cols / p.heads, q0 = place.part * kOwn;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const float scale = 1.f / sqrtf(float(head_dim)), scale2 = scale * kLog2e;
+  const float scale = score_scale(head_dim), scale2 = score_scale2(head_dim);
   const auto k = head_of(p.k, place.head, head_dim), v = head_of(p.v, place.head, head_dim);
   Dropout dropout = p.dropout;
   dropout.site += uint32_t(place.head);
@@ -330,7 +335,7 @@ KERNEL(attention_round, kThreads, const AttentionGrads table) {
   const AttentionGrad& p = table.problem[blockIdx.y];
   const int row = int(blockIdx.x) * (kThreads / 32) + int(threadIdx.x) / 32, d = p.q.cols;
   if (row >= p.q.rows) return;
-  const float scale = 1.f / sqrtf(float(d / p.heads));
+  const float scale = score_scale(d / p.heads);
   for (int column = 4 * (int(threadIdx.x) % 32); column < d; column += 4 * 32) {
     const auto sums = load<4>(p.sums + int64_t(row) * d + column);
     Pack<real, 4> dq;

@@ -1,9 +1,11 @@
-// attention_forward.cu -- out = dropout(softmax(q k^T / sqrt(head_dim))) v of each head, by the online softmax of FlashAttention-2
-// (Dao 2023, algorithm 1). One launch for all heads of up to four problems of any lengths.
+// attention_forward.cu -- out = dropout(softmax(q k^T / sqrt(head_dim))) v of each head, by the
+// online softmax of FlashAttention-2 (Dao 2023, algorithm 1). One launch for all heads of up to
+// four problems of any lengths.
 //
-// A block owns 64 queries of a head, 16 a warp; keys and values stream through two stages of cp.async. Where there are few
-// queries the keys are split over several blocks, which write f32 outputs and log-sum-exps of their own; attention_join_splits
-// joins them: with lse = log sum_s e^lse_s,  out = sum_s e^(lse_s - lse) out_s  (Dao 2023, section 3.1).
+// A block owns 64 queries of a head, 16 a warp; keys and values stream through two stages of
+// cp.async. Where there are few queries the keys are split over several blocks, which write f32
+// outputs and log-sum-exps of their own; attention_join_splits joins them: with lse = log sum_s
+// e^lse_s,  out = sum_s e^(lse_s - lse) out_s  (Dao 2023, section 3.1).
 #include "attention_forward.cuh"
 
 namespace {
@@ -29,7 +31,7 @@ template <int D> GPU_FN void attend(const Attentions& table) {
 
   float out[D / 8][4];
   clear(out);
-  Softmax softmax{kLog2e / sqrtf(float(work.q.cols))};
+  Softmax softmax{score_scale2(work.q.cols)};
 
   for (int j = begin; j < end; j++) {
     const int stage = (j - begin) & 1;

@@ -1,5 +1,6 @@
-// attention_forward.cuh -- what attention_forward.cu and attention_forward_wgmma.cu share: the table of problems, the online softmax of
-// FlashAttention-2 (Dao 2023, algorithm 1), and what becomes of its sums.
+// attention_forward.cuh -- what attention_forward.cu and attention_forward_wgmma.cu share: the
+// table of problems, the online softmax of FlashAttention-2 (Dao 2023, algorithm 1), and what
+// becomes of its sums.
 #pragma once
 #include "attention.cuh"
 
@@ -47,7 +48,8 @@ template <int N8> GPU_FN void mask(float (&s)[N8][4], int left) {
       if (8 * c + 2 * t + e % 2 >= left) s[c][e] = -INFINITY;
 }
 
-// The online softmax of a thread's two rows, g and g + 8 of its warp's 16; a quad's threads share them.
+// The online softmax of a thread's two rows, g and g + 8 of its warp's 16; a quad's threads share
+// them.
 struct Softmax {
   float scale2;  // log2(e) / sqrt(head_dim)
   float highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
@@ -80,7 +82,8 @@ template <int D8> GPU_FN void scale_row(float (&out)[D8][4], int h, float factor
   }
 }
 
-// Dropout of row h of a tile's weights, whose first keys are those of the generator's `first` block of 32.
+// Dropout of row h of a tile's weights, whose first keys are those of the generator's `first` block
+// of 32.
 template <int N8> GPU_FN void drop(float (&s)[N8][4], const Dropout& dropout, int row, int h, int first) {
 #pragma unroll
   for (int block = 0; block < N8 / 4; block++) {
@@ -105,7 +108,8 @@ template <int D8> GPU_FN void finish(const Work& work, const Softmax& softmax, c
     const int i = row + 8 * h;
     if (i >= n) continue;
     const float inverse = total > 0.f ? 1.f / total : 0.f;
-    const float lse = (softmax.highest[h] * softmax.scale2) * kLn2 + logf(total);  // no keys: -infinity
+    // no keys: -infinity
+    const float lse = (softmax.highest[h] * softmax.scale2) * kLn2 + logf(total);
     const int64_t at = int64_t(work.head) * n + i;
     if (t == 0) (p.splits > 1 ? p.part_lse + int64_t(work.split) * p.heads * n : p.lse)[at] = lse;
 #pragma unroll

@@ -1,8 +1,10 @@
-// attention_forward_wgmma.cu -- attention_forward.cu in bf16 by Hopper's wgmma, for heads of 65 to 128 columns. NOT YET RUN ON A GPU.
+// attention_forward_wgmma.cu -- attention_forward.cu in bf16 by Hopper's wgmma, for heads of 65 to
+// 128 columns. NOT YET RUN ON A GPU.
 //
-// A block of two warpgroups owns 128 queries of a head, 16 a warp; keys and values stream in tiles of 128 through two stages each.
-// While a tile's weights multiply its values, the next tile's scores, started before, become weights (the pipeline within a warpgroup of
-// FlashAttention-3, Shah et al. 2024, section 3.2): scores, weights and sums are 64, 32 and 64 registers.
+// A block of two warpgroups owns 128 queries of a head, 16 a warp; keys and values stream in tiles
+// of 128 through two stages each. While a tile's weights multiply its values, the next tile's
+// scores, started before, become weights (the pipeline within a warpgroup of FlashAttention-3, Shah
+// et al. 2024, section 3.2): scores, weights and sums are 64, 32 and 64 registers.
 #include "attention_forward.cuh"
 #include "wgmma.cuh"
 
@@ -47,7 +49,7 @@ GPU_FN void attend(const Attentions& table) {
   float out[16][4], s[16][4], shrink[2];
   clear(out);
   Fragment weights[8];
-  Softmax softmax{kLog2e / sqrtf(float(work.q.cols))};
+  Softmax softmax{score_scale2(work.q.cols)};
   // s, the scores of tile j, become weights
   auto weigh_tile = [&](int j) {
     if ((j + 1) * kTileKeys > m) mask(s, m - j * kTileKeys);
