@@ -11,6 +11,7 @@ use crate::{
     loss::Loss,
     model::{Fusion, ModelName},
     survival::Ties,
+    train::{config::Precision, cox::CoxUnit, protocol::Protocol},
 };
 
 /// The names that command lines give to values, and what --help says of each.
@@ -47,6 +48,23 @@ names!(ModelName {
     CrossFusion = "crossfusion": "As published: x5, x10 and x20, fused by convolution",
     CrossFusionConcat = "crossfusion-concat": "Ablation: the streams are put side by side and projected instead of convolved",
     CrossFusionSingle = "crossfusion-single": "Ablation: x20 alone",
+});
+
+names!(Precision {
+    Auto = "auto": "bf16 on a GPU, f32 on a CPU",
+    F32 = "f32": "4 bytes a number, of 24 significant bits",
+    Bf16 = "bf16": "2 bytes a number, of 8 significant bits",
+});
+names!(CoxUnit {
+    Slide = "slide": "Every slide counts as one",
+    Patient = "patient": "A patient's risk is the mean of the slides' risks",
+});
+names!(Protocol {
+    Published = "published": "The epoch that is best on the fold's validation slides, on which it is then reported, or \
+                              on its test slides where it has some; bins of all slides but those",
+    Nested = "nested": "The epoch that is best on a fifth of the training patients, which no weight is trained on; bins \
+                        of the training slides; the fold's validation slides are used once, at the end. Where a fold \
+                        has test slides, the validation slides choose the epoch",
 });
 
 /// Flags that print something about the program and do nothing else.

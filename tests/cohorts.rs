@@ -324,7 +324,7 @@ fn patients_are_said_to_be_in_several_folds_where_they_are() {
         };
         let mut rows: Vec<_> = (0..8).map(|i| row(i, i, i % 2 * second_fold, i as f64)).collect();
         rows.push(row(8, 0, second_fold, second_time));
-        let fold = |fold| report::Fold { fold, train_slides: None, best_epoch: None, bin_edges: Vec::new() };
+        let fold = |fold| report::FoldFacts { fold, train_slides: None, best_epoch: None, bin_edges: Vec::new() };
         let folds: Vec<_> = (0..=second_fold).map(fold).collect();
         Summary::new(&folds, &rows, PLAN).unwrap().notes.join("\n")
     };

@@ -9,7 +9,7 @@ mod raster;
 use crossfusion::{
     folder::EpochMetrics,
     report::{
-        self, About, Fold, SlideResult, Summary,
+        self, About, FoldFacts, SlideResult, Summary,
         figure::{Screen, escape},
         history, html, km,
         plots::Plots,
@@ -57,9 +57,9 @@ fn cohort(slides: usize, folds: usize) -> Vec<SlideResult> {
     (0..slides).map(&mut slide).collect()
 }
 
-fn folds(predictions: &[SlideResult], folds: usize) -> Vec<Fold> {
+fn folds(predictions: &[SlideResult], folds: usize) -> Vec<FoldFacts> {
     let slides = |fold| predictions.iter().filter(|p| p.fold != fold).count();
-    let fold = |fold| Fold {
+    let fold = |fold| FoldFacts {
         fold,
         train_slides: Some(slides(fold)),
         best_epoch: Some(9 + 3 * fold),

@@ -118,7 +118,7 @@ pub(crate) struct Stats {
 /// Runs a kernel to its end. The error is the first thing that went wrong: kernel, block, thread,
 /// what and where.
 ///
-/// The launch's addresses must be memory of this process, such as [`Memory`]; in plain mode nothing
+/// The launch's addresses must be memory of this process, such as [`Guarded`]; in plain mode nothing
 /// checks them.
 pub(crate) fn launch(launch: &Launch, options: Options) -> Result<Stats> {
     let library = Library::get(options.race)?;
@@ -236,7 +236,7 @@ impl Library {
 }
 
 #[cfg(test)]
-pub(crate) use testing::{Memory, kernels};
+pub(crate) use testing::{Guarded, kernels};
 
 /// What the tests of single kernels need.
 #[cfg(test)]
@@ -260,8 +260,8 @@ mod testing {
     }
 
     /// Memory that kernels may touch, to the byte: race mode reports an access outside,
-    /// [`Memory::read`] a stray write.
-    pub(crate) struct Memory<T> {
+    /// [`Guarded::read`] a stray write.
+    pub(crate) struct Guarded<T> {
         /// The first line and all after the last element are guards. Kernels write through their
         /// own pointers.
         lines: Box<[UnsafeCell<Line>]>,
@@ -275,7 +275,7 @@ mod testing {
     #[derive(Clone, Copy, Pod, Zeroable)]
     struct Line([u8; 256]);
 
-    impl<T: Pod> Memory<T> {
+    impl<T: Pod> Guarded<T> {
         pub(crate) fn new(data: &[T]) -> Result<Self> {
             let bytes = size_of_val(data);
             let lines: Box<[_]> = (0..bytes.div_ceil(256) + 2).map(|_| UnsafeCell::new(Line([0xff; 256]))).collect();

@@ -33,7 +33,7 @@ use crate::{
     folder::{self, EpochMetrics},
     loss::{Loss, Prediction},
     model,
-    report::{self, Fold, FoldResult, SlideResult, Summary, accuracy::quantile},
+    report::{self, FoldFacts, FoldResult, SlideResult, Summary, accuracy::quantile},
     survival::Bootstrap,
     train::{
         checkpoint::{ModelCard, read_card, read_state},
@@ -156,7 +156,7 @@ pub fn evaluate_run(
             Protocol::Published => Some(part.train.len()),
             Protocol::Nested => protocol::prepare(&config, &dataset, (fold, &part)).ok().map(|p| p.slides.train.len()),
         };
-        folds.push(Fold { fold, train_slides: trained, ..of_card(card) });
+        folds.push(FoldFacts { fold, train_slides: trained, ..of_card(card) });
         if let Err(change) = unchanged(&config, &dataset, (fold, &part), &folder) {
             warnings.push(format!("Fold {fold} is evaluated on other than it was trained for: {change}."));
         }
@@ -231,7 +231,7 @@ pub fn evaluate_checkpoint(
     let mut engine = network.engine(path, device, budget)?;
     let slides = predict_slides(&mut engine, &dataset, &order, fold)?;
     let seen = network.card.as_ref().map(|card| overlap(card, &dataset, &order));
-    let mut summary = Summary::new(&[Fold { fold, ..of_card(network.card) }], &slides, plan)?;
+    let mut summary = Summary::new(&[FoldFacts { fold, ..of_card(network.card) }], &slides, plan)?;
     match seen {
         Some(seen) => summary.warnings.extend(seen),
         None => summary.notes.push(
@@ -297,9 +297,9 @@ fn wrong_width(model: &Path, takes: usize, backbone: &str, has: usize) -> Error 
 }
 
 /// What a model file says of its fold.
-fn of_card(card: Option<ModelCard>) -> Fold {
+fn of_card(card: Option<ModelCard>) -> FoldFacts {
     let (fold, best_epoch) = card.as_ref().map_or((0, None), |card| (card.fold, Some(card.epoch)));
-    Fold { fold, train_slides: None, best_epoch, bin_edges: card.map(|card| card.bin_edges).unwrap_or_default() }
+    FoldFacts { fold, train_slides: None, best_epoch, bin_edges: card.map(|card| card.bin_edges).unwrap_or_default() }
 }
 
 /// A sentence on the slides of `order` that a model has seen before; None if it has seen none.

@@ -17,7 +17,7 @@ use crate::{
     device::Device,
     folder,
     report::{
-        Fold, SlideResult,
+        FoldFacts, SlideResult,
         accuracy::{edge_times, survival_at},
     },
     train::{config::RunConfig, fold::FoldTrainer},
@@ -100,7 +100,7 @@ pub fn predict(request: &Request, device: Device, budget: Option<ByteSize>) -> R
             notes.extend(overlap(card, &dataset, &order).map(|what| format!("{}: {what}", path.display())));
         }
         rows.push(predict_slides(&mut engine, &dataset, &order, i)?);
-        folds.push(Fold { fold: i, ..of_card(network.card) });
+        folds.push(FoldFacts { fold: i, ..of_card(network.card) });
     }
     let bin_edges = mean_edges(&folds);
     let slides = (0..order.len()).map(|slide| {
@@ -135,16 +135,16 @@ fn models(model: &Path) -> Result<Vec<PathBuf>> {
 
 /// The models' common edges, or the mean of theirs; empty where one of them does not say, or they
 /// have not the same number of bins.
-fn mean_edges(folds: &[Fold]) -> Vec<f64> {
+fn mean_edges(folds: &[FoldFacts]) -> Vec<f64> {
     let Ok(inner) = edge_times(folds) else { return Vec::new() };
-    let mean = |of: &dyn Fn(&Fold) -> f64| folds.iter().map(of).sum::<f64>() / folds.len() as f64;
+    let mean = |of: &dyn Fn(&FoldFacts) -> f64| folds.iter().map(of).sum::<f64>() / folds.len() as f64;
     let end = |edges: &[f64], last: bool| if last { edges.last() } else { edges.first() }.copied().unwrap_or_default();
     let outer = [false, true].map(|last| mean(&|fold| end(&fold.bin_edges, last)));
     [&outer[..1], &inner, &outer[1..]].concat()
 }
 
 /// One slide's predictions by all models in one.
-fn average(rows: &[&SlideResult], folds: &[Fold], bin_edges: &[f64]) -> Result<SlidePrediction> {
+fn average(rows: &[&SlideResult], folds: &[FoldFacts], bin_edges: &[f64]) -> Result<SlidePrediction> {
     let n = rows.len() as f64;
     let bins = rows[0].survival.len();
     let curves = if rows.len() > 1 && !bin_edges.is_empty() {
@@ -253,8 +253,8 @@ mod tests {
         SlideResult { fold, risk, survival: survival.to_vec(), ..SlideResult::default() }
     }
 
-    fn fold(fold: usize, edges: &[f64]) -> Fold {
-        Fold { fold, train_slides: None, best_epoch: None, bin_edges: edges.to_vec() }
+    fn fold(fold: usize, edges: &[f64]) -> FoldFacts {
+        FoldFacts { fold, train_slides: None, best_epoch: None, bin_edges: edges.to_vec() }
     }
 
     #[test]

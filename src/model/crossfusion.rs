@@ -6,7 +6,7 @@ use super::{
     encoder::{COARSE, CrossEncoder, EncoderNames, FINE, SOURCE, STREAMED, STREAMS, SavedEncoder},
     fusion::{ConvFuse, SavedConvFuse, SavedNorms, norms, norms_backward},
     layer::scratch,
-    params::{Layout, Norm},
+    params::{Layout, NormWeights},
     readout::{Readout, SavedReadout},
 };
 use crate::{
@@ -21,7 +21,7 @@ pub struct CrossFusion {
     layout: Layout,
     encoder: CrossEncoder,
     /// Of the streams.
-    norms: [Norm; STREAMS],
+    norms: [NormWeights; STREAMS],
     fuse: ConvFuse,
     readout: Readout,
 }

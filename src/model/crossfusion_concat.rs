@@ -6,7 +6,7 @@ use super::{
     encoder::{COARSE, CrossEncoder, EncoderNames, FINE, SOURCE, STREAMED, STREAMS, SavedEncoder},
     fusion::{LinearNorm, SavedLinearNorm, SavedNorms, norms, norms_backward},
     layer::scratch,
-    params::{Layout, Norm},
+    params::{Layout, NormWeights},
     readout::{Readout, SavedReadout},
 };
 use crate::{
@@ -21,7 +21,7 @@ pub struct CrossFusionConcat {
     layout: Layout,
     encoder: CrossEncoder,
     /// Of the streams.
-    norms: [Norm; STREAMS],
+    norms: [NormWeights; STREAMS],
     fuse: LinearNorm,
     readout: Readout,
 }

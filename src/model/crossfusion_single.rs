@@ -4,7 +4,7 @@
 use super::{
     BagGrads, Bags, Config, Context, Network, Scale, dropout_sites,
     fusion::{ConvFuse, SavedConvFuse, SavedNorms, norms, norms_backward},
-    params::{Layout, Norm},
+    params::{Layout, NormWeights},
     projection::{
         Input, Projection, StreamedInput, project, project_backward, project_streamed, project_streamed_backward,
     },
@@ -25,7 +25,7 @@ pub struct CrossFusionSingle {
     layout: Layout,
     projection: Projection,
     transformer: PadTransformer,
-    norm: Norm,
+    norm: NormWeights,
     fuse: ConvFuse,
     readout: Readout,
 }

@@ -4,7 +4,7 @@
 use super::{
     Config, Context, Fusion,
     layer::{norm, norm_grad},
-    params::{Layout, Linear, Norm, Param},
+    params::{Layout, Linear, NormWeights, Param},
 };
 use crate::{
     Result,
@@ -22,7 +22,7 @@ pub(super) type SavedNorms<T, S> = Vec<(View<T>, View<S>)>;
 /// y = LayerNorm(x) of each stream, into `ys`.
 pub(super) fn norms<T: Element>(
     ctx: &mut Context,
-    norms: &[Norm],
+    norms: &[NormWeights],
     streams: &[View<T>],
     ys: &[View<T>],
 ) -> Result<SavedNorms<T, T::Sum>> {
@@ -38,7 +38,7 @@ pub(super) fn norms<T: Element>(
 /// dx = from dy; the norms' parameters' gradients +=. dx may be dy.
 pub(super) fn norms_backward<T: Element>(
     ctx: &mut Context,
-    norms: &[Norm],
+    norms: &[NormWeights],
     saved: &SavedNorms<T, T::Sum>,
     dys: &[View<T>],
     dxs: &[View<T>],
@@ -51,7 +51,7 @@ pub(super) fn norms_backward<T: Element>(
 /// Linear and LayerNorm, into rows of a matrix that the caller has.
 pub(super) struct LinearNorm {
     linear: Linear,
-    norm: Norm,
+    norm: NormWeights,
 }
 
 #[derive(Clone, Copy)]

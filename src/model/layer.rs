@@ -19,7 +19,7 @@ pub(super) use tail::{Tail, TailGrad, tail, tail_backward};
 
 use super::{
     Context, LinearViews,
-    params::{Layout, Linear, Norm, Param},
+    params::{Layout, Linear, NormWeights, Param},
 };
 use crate::{
     Result,
@@ -29,7 +29,7 @@ use crate::{
         elementwise,
         layer_norm::{self, NormGrad},
         matmul::{self, Epilogue, Matmul, WeightGrad},
-        scale_embedding::{self, Fold, FoldGrad},
+        scale_embedding::{self, FoldEmbedding, FoldEmbeddingGrad},
     },
 };
 
@@ -38,7 +38,7 @@ pub(super) struct Layer {
     qkv: Linear,
     out: Linear,
     embedding: Option<Param>,
-    norm: Norm,
+    norm: NormWeights,
     ffn: [Linear; 2],
     attention_dropout: f64,
     /// First of this layer's dropout sites: attention's heads, then the two of the feed-forward.
@@ -154,7 +154,7 @@ impl Layer {
 
 pub(super) fn norm<T: Element>(
     ctx: &Context,
-    norm: Norm,
+    norm: NormWeights,
     x: View<T>,
     stats: View<T::Sum>,
     y: View<T>,
@@ -164,7 +164,7 @@ pub(super) fn norm<T: Element>(
 
 pub(super) fn norm_grad<T: Element>(
     ctx: &Context,
-    norm: Norm,
+    norm: NormWeights,
     x: View<T>,
     stats: View<T::Sum>,
     dy: View<T>,
@@ -271,7 +271,7 @@ fn launch_projections<T: Element>(ctx: &mut Context, projections: &[Projection<T
         let (weight, mut bias) = (p.linear.weight.of(ctx.params), p.linear.bias.of(ctx.params));
         if let Some(embedding) = p.layer.embedding {
             let folded = ctx.arena.scratch(1, bias.cols())?;
-            folds.push(Fold { weight, bias, embedding: embedding.of(ctx.params), folded });
+            folds.push(FoldEmbedding { weight, bias, embedding: embedding.of(ctx.params), folded });
             bias = folded;
         }
         let epilogue = Epilogue { bias: Some(bias), ..Default::default() };
@@ -402,7 +402,7 @@ pub(super) fn fold_backward<T: Element>(ctx: &Context, layers: &[&Layer], biases
         for (linear, &dfolded) in [layer.q(), layer.kv()].into_iter().zip(biases) {
             let LinearViews { weight, dweight, dbias, .. } = ctx.linear::<T>(linear);
             let (embedding, dembedding) = (embedding.of(ctx.params), embedding.of(ctx.grads));
-            folds.push(FoldGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
+            folds.push(FoldEmbeddingGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
         }
     }
     scale_embedding::backward(ctx.device, &folds)

@@ -83,7 +83,7 @@ impl Linear {
 
 /// Weight and bias `[1, d]`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Norm {
+pub(crate) struct NormWeights {
     pub weight: Param,
     pub bias: Param,
 }
@@ -165,12 +165,12 @@ impl Layout {
         Linear { weight: Param { rows: N * out, ..weight }, bias: Param { cols: N * out, ..bias } }
     }
 
-    pub(super) fn norm(&mut self, name: &str, d: usize) -> Norm {
+    pub(super) fn norm(&mut self, name: &str, d: usize) -> NormWeights {
         self.align();
         let weight = self.tensor(format!("{name}.weight"), &[d], Init::Constant(1.0));
         self.align();
         let bias = self.tensor(format!("{name}.bias"), &[d], Init::Constant(0.0));
-        Norm { weight, bias }
+        NormWeights { weight, bias }
     }
 
     /// A convolution's weight `[out, inputs a group, taps..]` and bias; Kaiming normal over out *

@@ -4,7 +4,7 @@
 use super::{
     Context,
     layer::{norm, norm_grad},
-    params::{Layout, Linear, Norm},
+    params::{Layout, Linear, NormWeights},
     stream::Stream,
 };
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
 
 /// One scale's; None where features are as wide as the model.
 #[derive(Clone, Copy)]
-pub(super) struct Projection(Option<(Linear, Norm)>);
+pub(super) struct Projection(Option<(Linear, NormWeights)>);
 
 /// A bag, or a part of one, on its way into the model.
 #[derive(Clone, Copy)]

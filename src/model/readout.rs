@@ -4,7 +4,7 @@
 use super::{
     Config, Context,
     layer::norm,
-    params::{Layout, Linear, Norm, Param},
+    params::{Layout, Linear, NormWeights, Param},
     transformer::{PadTransformer, SavedTransformer, TokenGrid},
 };
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
 pub(super) struct Readout {
     class_token: Param,
     last: PadTransformer,
-    norm: Norm,
+    norm: NormWeights,
     head: Linear,
 }
 

@@ -11,7 +11,7 @@ use crate::{
 };
 
 #[derive(Clone, Copy)]
-pub(crate) struct Fold<T> {
+pub(crate) struct FoldEmbedding<T> {
     pub weight: View<T>,
     pub bias: View<T>,
     pub embedding: View<T>,
@@ -19,7 +19,7 @@ pub(crate) struct Fold<T> {
 }
 
 #[derive(Clone, Copy)]
-pub(crate) struct FoldGrad<T: Element> {
+pub(crate) struct FoldEmbeddingGrad<T: Element> {
     pub weight: View<T>,
     pub embedding: View<T>,
     /// Gradient of the folded bias: the column sums of the projection's gradient.
@@ -30,7 +30,7 @@ pub(crate) struct FoldGrad<T: Element> {
 }
 
 /// folded = bias + W e
-pub(crate) fn forward<T: Element>(device: &Device, problems: &[Fold<T>]) -> Result<()> {
+pub(crate) fn forward<T: Element>(device: &Device, problems: &[FoldEmbedding<T>]) -> Result<()> {
     const OP: &str = "scale_embedding forward";
     for p in problems {
         let (out, d) = (p.weight.rows(), p.weight.cols());
@@ -44,7 +44,7 @@ pub(crate) fn forward<T: Element>(device: &Device, problems: &[Fold<T>]) -> Resu
     )
 }
 
-fn cpu_forward<T: Element>(cpu: &Cpu, p: &Fold<T>) {
+fn cpu_forward<T: Element>(cpu: &Cpu, p: &FoldEmbedding<T>) {
     cpu.parallel(
         1,
         #[inline(always)]
@@ -68,7 +68,7 @@ fn cpu_forward<T: Element>(cpu: &Cpu, p: &Fold<T>) {
 
 /// dbias += dfolded; dweight += dfoldedᵀ e (what the projection's own gradient, taken at x, leaves
 /// out); dembedding += dfolded W
-pub(crate) fn backward<T: Element>(device: &Device, problems: &[FoldGrad<T>]) -> Result<()> {
+pub(crate) fn backward<T: Element>(device: &Device, problems: &[FoldEmbeddingGrad<T>]) -> Result<()> {
     const OP: &str = "scale_embedding backward";
     for p in problems {
         let (out, d) = (p.weight.rows(), p.weight.cols());
@@ -84,7 +84,7 @@ pub(crate) fn backward<T: Element>(device: &Device, problems: &[FoldGrad<T>]) ->
     )
 }
 
-fn cpu_backward<T: Element>(cpu: &Cpu, p: &FoldGrad<T>) {
+fn cpu_backward<T: Element>(cpu: &Cpu, p: &FoldEmbeddingGrad<T>) {
     cpu.parallel(
         1,
         #[inline(always)]
@@ -138,8 +138,8 @@ struct GradTable {
     padding: i32,
 }
 
-fn forward_launches<T: Element>(storage: Storage, problems: &[Fold<T>]) -> Vec<Launch> {
-    let launch = |problems: &[Fold<T>]| {
+fn forward_launches<T: Element>(storage: Storage, problems: &[FoldEmbedding<T>]) -> Vec<Launch> {
+    let launch = |problems: &[FoldEmbedding<T>]| {
         let mut table = [KernelFold::zeroed(); PROBLEMS];
         for (place, p) in table.iter_mut().zip(problems) {
             let (bias, embedding, folded) = (p.bias.address(), p.embedding.address(), p.folded.address());
@@ -160,8 +160,8 @@ fn forward_launches<T: Element>(storage: Storage, problems: &[Fold<T>]) -> Vec<L
     problems.chunks(PROBLEMS).map(launch).collect()
 }
 
-fn backward_launches<T: Element>(storage: Storage, problems: &[FoldGrad<T>]) -> Vec<Launch> {
-    let launch = |problems: &[FoldGrad<T>]| {
+fn backward_launches<T: Element>(storage: Storage, problems: &[FoldEmbeddingGrad<T>]) -> Vec<Launch> {
+    let launch = |problems: &[FoldEmbeddingGrad<T>]| {
         let mut table =
             GradTable { problem: [KernelFoldGrad::zeroed(); PROBLEMS], count: problems.len() as i32, padding: 0 };
         for (place, p) in table.problem.iter_mut().zip(problems) {

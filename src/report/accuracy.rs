@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use serde::Serialize;
 
-use super::{Fold, SlideResult, reason};
+use super::{FoldFacts, SlideResult, reason};
 use crate::{
     Error, Result,
     survival::{
@@ -150,7 +150,13 @@ impl Horizon {
 
 impl Accuracy {
     /// `rows` are slides, or patients of [`by_patient`].
-    pub fn new(unit: Unit, rows: &[SlideResult], folds: &[Fold], times: &Horizon, plan: Bootstrap) -> Result<Self> {
+    pub fn new(
+        unit: Unit,
+        rows: &[SlideResult],
+        folds: &[FoldFacts],
+        times: &Horizon,
+        plan: Bootstrap,
+    ) -> Result<Self> {
         let cohort = Columns::new(rows);
         let patients = draws(rows)?;
         let all = rows.len();
@@ -331,7 +337,7 @@ fn auc_times(rows: &[SlideResult], horizon: f64) -> Result<Vec<f64>, String> {
     Ok((0..AUC_TIMES).map(|i| start + i as f64 * step).collect())
 }
 
-fn brier(rows: &[SlideResult], cohort: &Columns, folds: &[Fold], patients: &Patients, plan: Bootstrap) -> Brier {
+fn brier(rows: &[SlideResult], cohort: &Columns, folds: &[FoldFacts], patients: &Patients, plan: Bootstrap) -> Brier {
     let scored = || -> Result<Brier, String> {
         let mut times = edge_times(folds)?;
         let (first, last) = cohort.time.iter().fold((f64::MAX, f64::MIN), |(a, b), &t| (a.min(t), b.max(t)));
@@ -370,7 +376,7 @@ fn brier_of_kaplan_meier(cohort: &Columns, times: &[f64]) -> Result<f64> {
 
 /// The inner edges of the time bins, in months: those of the folds' models, averaged where folds
 /// cut their own.
-pub fn edge_times(folds: &[Fold]) -> Result<Vec<f64>, String> {
+pub fn edge_times(folds: &[FoldFacts]) -> Result<Vec<f64>, String> {
     let edges: Vec<&[f64]> = folds.iter().map(|fold| fold.bin_edges.as_slice()).collect();
     let bins = edges.first().map_or(0, |edges| edges.len());
     if bins == 0 || edges.iter().any(|edges| edges.len() != bins) {
@@ -381,7 +387,7 @@ pub fn edge_times(folds: &[Fold]) -> Result<Vec<f64>, String> {
 
 /// Predicted survival at `times`, row by row: at the end of bin k it is survival\[k\], and runs
 /// straight between the ends.
-pub fn survival_at(rows: &[SlideResult], folds: &[Fold], times: &[f64]) -> Result<Vec<f64>, String> {
+pub fn survival_at(rows: &[SlideResult], folds: &[FoldFacts], times: &[f64]) -> Result<Vec<f64>, String> {
     let mut all = Vec::with_capacity(rows.len() * times.len());
     for row in rows {
         let edges = folds.iter().find(|fold| fold.fold == row.fold).map_or(&[][..], |fold| &fold.bin_edges);

@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::{
-    Fold, SlideResult,
+    FoldFacts, SlideResult,
     accuracy::{edge_times, quantile, survival_at},
     figure::{Anchor, Axis, Figure, Screen, nice_step, tick_label},
 };
@@ -36,7 +36,7 @@ const MOST_TIMES: usize = 3;
 
 /// Up to three of the times at which bins meet, and up to four groups a time, of equal size; or why
 /// there are none.
-pub fn calibration(rows: &[SlideResult], folds: &[Fold]) -> Result<Vec<CalibrationPoint>, String> {
+pub fn calibration(rows: &[SlideResult], folds: &[FoldFacts]) -> Result<Vec<CalibrationPoint>, String> {
     let groups = (rows.len() / LEAST).min(MOST_GROUPS);
     if groups < 2 {
         return Err(format!("two groups need {} patients, and there are {}", 2 * LEAST, rows.len()));

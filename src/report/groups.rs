@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{SlideResult, accuracy::quantile, km::Group, reason};
 use crate::{
     Error, Result,
-    report::Fold,
+    report::FoldFacts,
     survival::{Limits, LogRank, hazard_ratio, kaplan_meier, log_rank, number_at_risk},
 };
 
@@ -122,12 +122,12 @@ impl Grouping {
     }
 
     /// Each fold's patients are cut at their own median.
-    pub fn fold_median(rows: &[SlideResult], folds: &[Fold]) -> Self {
+    pub fn fold_median(rows: &[SlideResult], folds: &[FoldFacts]) -> Self {
         Self::fold_quantiles("fold_median", rows, folds, &[0.5])
     }
 
     /// Each fold's patients are cut at their own tertiles.
-    pub fn fold_tertiles(rows: &[SlideResult], folds: &[Fold]) -> Self {
+    pub fn fold_tertiles(rows: &[SlideResult], folds: &[FoldFacts]) -> Self {
         Self::fold_quantiles("fold_tertiles", rows, folds, &TERTILES)
     }
 
@@ -138,7 +138,7 @@ impl Grouping {
         Self::new(name, rows, shares.len() + 1, vec![cuts], group)
     }
 
-    fn fold_quantiles(name: &'static str, rows: &[SlideResult], folds: &[Fold], shares: &[f64]) -> Self {
+    fn fold_quantiles(name: &'static str, rows: &[SlideResult], folds: &[FoldFacts], shares: &[f64]) -> Self {
         let mut group = vec![0; rows.len()];
         let cuts = folds.iter().map(|fold| {
             let of_fold: Vec<usize> = (0..rows.len()).filter(|&row| rows[row].fold == fold.fold).collect();
@@ -160,7 +160,7 @@ impl Grouping {
     /// statistic of the *other* folds' patients, ranked in their own folds, is greatest. Ranks, as
     /// the models of two folds need not share a scale of risk. No patient's outcome has a say in
     /// its own cut.
-    pub fn learnt_cut(rows: &[SlideResult], folds: &[Fold]) -> Result<Self> {
+    pub fn learnt_cut(rows: &[SlideResult], folds: &[FoldFacts]) -> Result<Self> {
         let undefined = |reason: String| Error::Statistic { statistic: "the learnt cut", reason };
         if folds.len() < 2 {
             return Err(undefined("a cut is learnt on other folds, and there is one fold".into()));

@@ -25,7 +25,7 @@ pub const VERSION: &str = env!("CROSSFUSION_VERSION");
 
 pub use files::{FIGURES, files_of, predictions_csv, read_evaluation, read_predictions, save, write};
 pub use history::best_epoch_note;
-pub use summary::{Fold, FoldResult, RESAMPLING, Resampling, SlideResult, Summary};
+pub use summary::{FoldFacts, FoldResult, RESAMPLING, Resampling, SlideResult, Summary};
 pub use table::{Cell, StatisticRow};
 
 /// The run a report is about, as far as numbers do not tell.

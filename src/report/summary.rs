@@ -38,7 +38,7 @@ pub struct SlideResult {
 
 /// What is known of a fold besides its predictions.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Fold {
+pub struct FoldFacts {
     /// Its number, by which predictions name it.
     pub fold: usize,
     /// None when a checkpoint is evaluated on a cohort that it was not trained in.
@@ -55,7 +55,7 @@ pub struct Fold {
 pub struct FoldResult {
     /// The fold's number.
     pub fold: usize,
-    /// As [`Fold::train_slides`].
+    /// As [`FoldFacts::train_slides`].
     pub train_slides: Option<usize>,
     /// Slides that the fold's model predicted.
     pub slides: usize,
@@ -65,7 +65,7 @@ pub struct FoldResult {
     pub events: usize,
     /// Patients that had an event.
     pub patient_events: usize,
-    /// As [`Fold::best_epoch`].
+    /// As [`FoldFacts::best_epoch`].
     pub best_epoch: Option<usize>,
     /// Harrell's C of the slides; None where it is undefined.
     pub c_index: Option<f64>,
@@ -139,7 +139,7 @@ pub const RESAMPLING: Bootstrap = Bootstrap { replicates: 1000, seed: 0, level: 
 impl Summary {
     /// A statistic that the cohort does not define becomes a note, not an error. An error if there
     /// is no prediction, or one is not finite.
-    pub fn new(folds: &[Fold], predictions: &[SlideResult], plan: Bootstrap) -> Result<Self> {
+    pub fn new(folds: &[FoldFacts], predictions: &[SlideResult], plan: Bootstrap) -> Result<Self> {
         if predictions.is_empty() {
             return Err(Error::Usage("there are no slides to evaluate".into()));
         }
@@ -253,7 +253,7 @@ impl Summary {
 }
 
 impl FoldResult {
-    fn new(fold: &Fold, c_index: &Estimate, predictions: &[SlideResult]) -> Self {
+    fn new(fold: &FoldFacts, c_index: &Estimate, predictions: &[SlideResult]) -> Self {
         let of_fold: Vec<&SlideResult> = predictions.iter().filter(|p| p.fold == fold.fold).collect();
         Self {
             fold: fold.fold,

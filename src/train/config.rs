@@ -210,15 +210,15 @@ fn path(text: &str) -> std::result::Result<PathBuf, std::convert::Infallible> {
 }
 
 /// How a run stores activations and weights. Master weights and sums are f32 in any case.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// bf16 on a GPU, f32 on a CPU
+    /// bf16 on a GPU, f32 on a CPU.
     #[default]
     Auto,
-    /// 4 bytes a number, of 24 significant bits
+    /// 4 bytes a number, of 24 significant bits.
     F32,
-    /// 2 bytes a number, of 8 significant bits
+    /// 2 bytes a number, of 8 significant bits.
     Bf16,
 }
 

@@ -31,12 +31,12 @@ use crate::{
 };
 
 /// Whose risks are compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CoxUnit {
-    /// Every slide counts as one
+    /// Every slide counts as one.
     Slide,
-    /// A patient's risk is the mean of the slides' risks
+    /// A patient's risk is the mean of the slides' risks.
     Patient,
 }
 

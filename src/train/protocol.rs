@@ -17,15 +17,15 @@ use crate::{
 };
 
 /// How a fold's epoch is chosen, and what its label bins are cut from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
     /// The epoch that is best on the fold's validation slides, on which it is then reported, or on
-    /// its test slides where it has some; bins of all slides but those
+    /// its test slides where it has some; bins of all slides but those.
     Published,
     /// The epoch that is best on a fifth of the training patients, which no weight is trained on;
     /// bins of the training slides; the fold's validation slides are used once, at the end. Where a
-    /// fold has test slides, the validation slides choose the epoch
+    /// fold has test slides, the validation slides choose the epoch.
     Nested,
 }
 

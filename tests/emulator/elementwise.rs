@@ -7,7 +7,7 @@ use crossfusion::{
         Draw, Dropout,
         adam::{self, Adam, Arenas},
         elementwise::{self, Map},
-        scale_embedding::{self, Fold, FoldGrad},
+        scale_embedding::{self, FoldEmbedding, FoldEmbeddingGrad},
     },
 };
 
@@ -100,10 +100,10 @@ impl Case for Embedding {
                 if i < 2 { shared } else { (bed.input("f", 1, d, UNIT), bed.accumulated("df", 1, d)) };
             let (weight, bias) = (bed.input(&of("w"), out, d, UNIT), bed.input(&of("b"), 1, out, UNIT));
             let folded = bed.output(&of("folded"), 1, out);
-            forward.push(Fold { weight, bias, embedding, folded });
+            forward.push(FoldEmbedding { weight, bias, embedding, folded });
             let dfolded = bed.accumulated(&of("dfolded"), 1, out);
             let (dweight, dbias) = (bed.accumulated(&of("dw"), out, d), bed.accumulated(&of("db"), 1, out));
-            backward.push(FoldGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
+            backward.push(FoldEmbeddingGrad { weight, embedding, dfolded, dweight, dbias, dembedding });
         }
         scale_embedding::forward(bed.device, &forward)?;
         scale_embedding::backward(bed.device, &backward)

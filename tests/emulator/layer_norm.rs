@@ -1,7 +1,7 @@
 //! kernels/layer_norm.cu against src/ops/layer_norm.rs.
 
 use crossfusion::{
-    device::{Arena, Cpu, Device, Matrix, Real, Stored, View, emulator::Options},
+    device::{Arena, Cpu, Device, Matrix, Real, View, emulator::Options},
     ops::layer_norm::{
         self, KernelNorm, KernelNormGrad, Norm, NormGrad, apply_launches, backward_launches, forward_launches,
         partial_len,
@@ -10,7 +10,7 @@ use crossfusion::{
 use half::bf16;
 
 use super::{
-    Element, Memory, PLAIN, RACE,
+    Element, Guarded, PLAIN, RACE,
     common::{Law, fill},
     error, launch,
 };
@@ -105,16 +105,16 @@ fn reference<R: Real, T: Element>(case: Case, inputs: &Inputs<T>) -> [Vec<f64>; 
 /// The buffers of one problem on the emulator.
 struct Problem<T> {
     case: Case,
-    x: Memory<T>,
-    dy: Memory<T>,
-    weight: Memory<T>,
-    bias: Memory<T>,
-    y: Memory<T>,
-    dx: Memory<T>,
-    stats: Memory<f32>,
-    partial: Memory<f32>,
-    dweight: Memory<f32>,
-    dbias: Memory<f32>,
+    x: Guarded<T>,
+    dy: Guarded<T>,
+    weight: Guarded<T>,
+    bias: Guarded<T>,
+    y: Guarded<T>,
+    dx: Guarded<T>,
+    stats: Guarded<f32>,
+    partial: Guarded<f32>,
+    dweight: Guarded<f32>,
+    dbias: Guarded<f32>,
 }
 
 impl<T: Element> Problem<T> {
@@ -122,16 +122,16 @@ impl<T: Element> Problem<T> {
         let Case { rows, padded, cols } = case;
         Self {
             case,
-            x: Memory::new(&inputs.x).unwrap(),
-            dy: Memory::new(&inputs.dy).unwrap(),
-            weight: Memory::new(&inputs.weight).unwrap(),
-            bias: Memory::new(&inputs.bias).unwrap(),
-            y: Memory::unset(padded * cols).unwrap(),
-            dx: Memory::unset(rows * cols).unwrap(),
-            stats: Memory::unset(rows * 2).unwrap(),
-            partial: Memory::unset(partial_len(rows, cols)).unwrap(),
-            dweight: Memory::new(&inputs.dweight).unwrap(),
-            dbias: Memory::new(&inputs.dbias).unwrap(),
+            x: Guarded::new(&inputs.x).unwrap(),
+            dy: Guarded::new(&inputs.dy).unwrap(),
+            weight: Guarded::new(&inputs.weight).unwrap(),
+            bias: Guarded::new(&inputs.bias).unwrap(),
+            y: Guarded::unset(padded * cols).unwrap(),
+            dx: Guarded::unset(rows * cols).unwrap(),
+            stats: Guarded::unset(rows * 2).unwrap(),
+            partial: Guarded::unset(partial_len(rows, cols)).unwrap(),
+            dweight: Guarded::new(&inputs.dweight).unwrap(),
+            dbias: Guarded::new(&inputs.dbias).unwrap(),
         }
     }
 
@@ -163,7 +163,7 @@ impl<T: Element> Problem<T> {
     fn outputs(&self) -> [Vec<f64>; 5] {
         let widen = |v: Vec<T>| v.into_iter().map(|x| f64::from(x.f32())).collect();
         let wide = |v: Vec<f32>| v.into_iter().map(f64::from).collect();
-        let f32s = |m: &Memory<f32>| wide(m.read().unwrap());
+        let f32s = |m: &Guarded<f32>| wide(m.read().unwrap());
         self.partial.read().unwrap();
         [
             widen(self.y.read().unwrap()),
@@ -255,7 +255,7 @@ fn apply_and_in_place_of<T: Element>(case: Case, options: Options) {
     let expected = run::<T>(&[case], options);
     let p = Problem::new(case, &inputs::<T>(case));
     launch(&forward_launches(T::STORAGE, &[p.norm()])[0], options).unwrap();
-    let again = Memory::<T>::unset(case.padded * case.cols).unwrap();
+    let again = Guarded::<T>::unset(case.padded * case.cols).unwrap();
     let norm = KernelNorm { y: again.matrix(case.padded, case.cols), ..p.norm() };
     launch(&apply_launches(T::STORAGE, &[norm])[0], options).unwrap();
     assert_eq!(again.read().unwrap(), p.y.read().unwrap());

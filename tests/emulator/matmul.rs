@@ -15,7 +15,7 @@ use crossfusion::{
 use half::bf16;
 
 use super::{
-    Memory, PLAIN,
+    Guarded, PLAIN,
     bed::{Bed, Case, check, check_races},
     common::Law,
 };
@@ -188,8 +188,8 @@ fn fragments_have_no_bank_conflicts() {
     // 132 large tiles, or one small one; depth 64 is one stage
     for (rows, cols, warps, fragments) in [(12 * 128, 11 * 128, 132 * 8, 6), (64, 64, 4, 4)] {
         let (a, b) =
-            (Memory::new(&vec![bf16::ONE; rows * 64]).unwrap(), Memory::new(&vec![bf16::ONE; cols * 64]).unwrap());
-        let out = Memory::<bf16>::unset(rows * cols).unwrap();
+            (Guarded::new(&vec![bf16::ONE; rows * 64]).unwrap(), Guarded::new(&vec![bf16::ONE; cols * 64]).unwrap());
+        let out = Guarded::<bf16>::unset(rows * cols).unwrap();
         let mut problem = kernel::KernelMatmul::zeroed();
         (problem.a, problem.out) = (a.matrix(rows, 64), out.matrix(rows, cols));
         problem.b = b.matrix(cols, 64);
@@ -203,9 +203,9 @@ fn fragments_have_no_bank_conflicts() {
     }
     for (side, warps, fragments) in [(128, 8, 6), (64, 4, 4)] {
         let (dy, x) =
-            (Memory::new(&vec![bf16::ONE; 64 * side]).unwrap(), Memory::new(&vec![bf16::ONE; 64 * side]).unwrap());
-        let dw = Memory::new(&vec![0f32; side * side]).unwrap();
-        let db = Memory::new(&vec![0f32; side]).unwrap();
+            (Guarded::new(&vec![bf16::ONE; 64 * side]).unwrap(), Guarded::new(&vec![bf16::ONE; 64 * side]).unwrap());
+        let dw = Guarded::new(&vec![0f32; side * side]).unwrap();
+        let db = Guarded::new(&vec![0f32; side]).unwrap();
         let mut problem = kernel::KernelWeightGrad::zeroed();
         (problem.dy, problem.x) = (dy.matrix(64, side), x.matrix(64, side));
         (problem.dw, problem.db, problem.splits) = (dw.matrix(side, side), db.address(), 1);

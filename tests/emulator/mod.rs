@@ -58,8 +58,8 @@ fn launch(launch: &Launch, options: Options) -> Result<Stats> {
 }
 
 /// Memory that kernels may touch, to the byte.
-enum Memory<T> {
-    Emulator(emulator::Memory<T>),
+enum Guarded<T> {
+    Emulator(emulator::Guarded<T>),
     /// A guard, `len` elements, a guard.
     Gpu {
         buffer: Buffer,
@@ -69,9 +69,9 @@ enum Memory<T> {
 
 const GUARD: usize = 256;
 
-impl<T: Pod> Memory<T> {
+impl<T: Pod> Guarded<T> {
     fn new(data: &[T]) -> Result<Self> {
-        let Some(gpu) = gpu() else { return emulator::Memory::new(data).map(Self::Emulator) };
+        let Some(gpu) = gpu() else { return emulator::Guarded::new(data).map(Self::Emulator) };
         let bytes = [&[0xff; GUARD], bytemuck::cast_slice(data), &[0xff; GUARD]].concat();
         let buffer = gpu.alloc(bytes.len())?;
         gpu.write(&bytes, &buffer)?;

@@ -11,7 +11,7 @@ use crossfusion::{
 use half::bf16;
 
 use super::{
-    Memory, PLAIN, RACE,
+    Guarded, PLAIN, RACE,
     common::{Law, fill},
     gpu, launch,
 };
@@ -56,7 +56,7 @@ fn mma_fragments() {
                 rd[lane * 4 + v] = c[layout(lane, v, [32, 1], &[16, 8])];
             }
         }
-        let (ra, rb, rd) = (Memory::new(&ra).unwrap(), Memory::new(&rb).unwrap(), Memory::new(&rd).unwrap());
+        let (ra, rb, rd) = (Guarded::new(&ra).unwrap(), Guarded::new(&rb).unwrap(), Guarded::new(&rd).unwrap());
         let args = vec![Arg::new(ra.address()), Arg::new(rb.address()), Arg::new(rd.address())];
         let kernel = if tf32 { "probe_mma_tf32" } else { "probe_mma_bf16" };
         let stats = launch(&probe(kernel, 1, 32, 0, args), RACE).unwrap();
@@ -80,7 +80,7 @@ fn mma_fragments() {
 fn ldmatrix_fragments() {
     for trans in [false, true] {
         let rows: Vec<u16> = (0..256).map(|i| i * 7 + 1).collect();
-        let (input, output) = (Memory::new(&rows).unwrap(), Memory::<u32>::unset(128).unwrap());
+        let (input, output) = (Guarded::new(&rows).unwrap(), Guarded::<u32>::unset(128).unwrap());
         let kernel = if trans { "probe_ldmatrix_trans" } else { "probe_ldmatrix" };
         let args = vec![Arg::new(input.address()), Arg::new(output.address())];
         let stats = launch(&probe(kernel, 1, 32, 512, args), RACE).unwrap();
@@ -153,8 +153,8 @@ fn wgmma_layouts() {
         let (a, b, c) = (bits(&noise("a", 8192)), bits(&noise("b", 8192)), noise("c", 64 * 128));
         let mut d = vec![0f32; 64 * 128];
         (0..128 * 64).for_each(|i| d[i] = c[warpgroup_layout(i / 64, i % 64)]);
-        let [da, db] = [&a, &b].map(|halves| Memory::new(&words(halves)).unwrap());
-        let d = Memory::new(&d).unwrap();
+        let [da, db] = [&a, &b].map(|halves| Guarded::new(&words(halves)).unwrap());
+        let d = Guarded::new(&d).unwrap();
         let mut args = vec![Arg::new(da.address()), Arg::new(db.address()), Arg::new(d.address())];
         args.push(Arg::new([places.a, places.b]));
         let stats = launch(&probe(kernel, 1, 128, 32 << 10, args), RACE).unwrap();
@@ -182,9 +182,9 @@ fn conversions() {
     let mut x = noise("x", 1000);
     x.extend([0.0, -0.0, 1.0, f32::INFINITY, f32::MAX, 1e-40, 1.003_906_3, 1.011_718_8, -126.0, 127.0]);
     let n = x.len();
-    let input = Memory::new(&x).unwrap();
+    let input = Guarded::new(&x).unwrap();
     let (halves, tf32, exp2) =
-        (Memory::<u32>::unset(n).unwrap(), Memory::<u32>::unset(n).unwrap(), Memory::<f32>::unset(n).unwrap());
+        (Guarded::<u32>::unset(n).unwrap(), Guarded::<u32>::unset(n).unwrap(), Guarded::<f32>::unset(n).unwrap());
     let mut args: Vec<_> = [input.address(), halves.address(), tf32.address(), exp2.address()].map(Arg::new).into();
     args.push(Arg::new(n as i32));
     launch(&probe("probe_convert", n.div_ceil(256) as u32, 256, 0, args), RACE).unwrap();
@@ -209,8 +209,8 @@ fn attempt<T: bytemuck::Pod>(
     n: i32,
     options: Options,
 ) -> Result<Vec<T>, String> {
-    let input = input.map(|data| Memory::new(data).unwrap());
-    let output = Memory::new(output).unwrap();
+    let input = input.map(|data| Guarded::new(data).unwrap());
+    let output = Guarded::new(output).unwrap();
     let mut args: Vec<_> = input.iter().map(|m| Arg::new(m.address())).collect();
     args.extend([Arg::new(output.address()), Arg::new(n)]);
     let (blocks, threads, shared) = shape;
@@ -397,7 +397,7 @@ fn dropout_is_the_cpu_s() {
     for (i, rate) in [0.1, 0.3, 0.5, 0.95].into_iter().enumerate() {
         let dropout = Dropout::new(Some(draws[i % 2]), [0, 7, 1 << 20][i % 3], rate).unwrap();
         for first in [0, 40_000] {
-            let outs = [(); 3].map(|()| Memory::<f32>::unset(rows * cols).unwrap());
+            let outs = [(); 3].map(|()| Guarded::<f32>::unset(rows * cols).unwrap());
             let mut args = vec![Arg::new(KernelDropout::from(Some(dropout))), Arg::new(first), Arg::new(cols as i32)];
             args.extend(outs.iter().map(|out| Arg::new(out.address())));
             launch(&probe("probe_dropout", rows as u32, 32, 0, args), RACE).unwrap();

@@ -3,7 +3,7 @@
 use super::{PLAN, cohort, folds, summary};
 use crossfusion::{
     report::{
-        Fold, SlideResult, Summary,
+        FoldFacts, SlideResult, Summary,
         accuracy::{Accuracy, Estimate, Unit, by_patient},
         figure::Screen,
         forest::{self, Forest, Row},
@@ -308,7 +308,7 @@ fn undefined_statistics_say_why() {
         p.event = p.event && left > 0;
         left -= usize::from(p.event);
     }
-    let fold = Fold { fold: 0, train_slides: None, best_epoch: None, bin_edges: Vec::new() };
+    let fold = FoldFacts { fold: 0, train_slides: None, best_epoch: None, bin_edges: Vec::new() };
     let summary = Summary::new(&[fold], &predictions, PLAN).unwrap();
     let Accuracy { auc, brier, c_index_fold_mean, .. } = &summary.by_slide;
     assert!(auc.mean.note.as_ref().unwrap().contains("needs 5 events, and there are 4"), "{auc:?}");
@@ -442,7 +442,7 @@ fn events_of_slides_and_of_patients_are_two_numbers() {
             }
         })
         .collect();
-    let fold = Fold { fold: 0, train_slides: None, best_epoch: None, bin_edges: Vec::new() };
+    let fold = FoldFacts { fold: 0, train_slides: None, best_epoch: None, bin_edges: Vec::new() };
     let summary = Summary::new(&[fold], &predictions, PLAN).unwrap();
     let fold = &summary.folds[0];
     assert_eq!((fold.slides, fold.events, fold.patients, fold.patient_events), (18, 9, 6, 3));

@@ -6,14 +6,14 @@ use crate::{
     device::{Element, Mark, View},
     model::{
         Context,
-        params::{Layout, Norm},
+        params::{Layout, NormWeights},
     },
     ops::layer_norm,
 };
 
 /// A layer and the norm in front of it.
 pub(in crate::model) struct SelfLayer {
-    norm: Norm,
+    norm: NormWeights,
     layer: Layer,
 }
 
