@@ -167,6 +167,9 @@ typedef struct cf_dropout {
   uint32_t step;
   // Tells a pass' dropouts apart; attention takes as many sites as heads.
   uint32_t site;
+  // Null, or two numbers in the context's memory that are read when the op runs, in place of
+  // seed and step: a captured CUDA graph draws anew if they have been changed meanwhile.
+  const uint64_t *draw;
 } cf_dropout;
 
 // A slide's loss.

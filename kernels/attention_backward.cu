@@ -101,7 +101,7 @@ template <int D, bool ADD_DQ> GPU_FN void keys_and_values(const AttentionGrads& 
   const float scale = score_scale(head_dim), scale2 = score_scale2(head_dim);
   const auto q = head_of(p.q, place.head, head_dim), dout = head_of(p.dout, place.head, head_dim);
   const int64_t rows_of_head = int64_t(place.head) * n;
-  Dropout dropout = p.dropout;
+  Dropout dropout = drawn(p.dropout);
   dropout.site += uint32_t(place.head);
 
   SharedMemory shared;
@@ -227,7 +227,7 @@ template <int D> GPU_FN void queries(const AttentionGrads& table) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const float scale = score_scale(head_dim), scale2 = score_scale2(head_dim);
   const auto k = head_of(p.k, place.head, head_dim), v = head_of(p.v, place.head, head_dim);
-  Dropout dropout = p.dropout;
+  Dropout dropout = drawn(p.dropout);
   dropout.site += uint32_t(place.head);
 
   SharedMemory shared;

@@ -85,10 +85,11 @@ template <int D8> GPU_FN void scale_row(float (&out)[D8][4], int h, float factor
 // Dropout of row h of a tile's weights, whose first keys are those of the generator's `first` block
 // of 32.
 template <int N8> GPU_FN void drop(float (&s)[N8][4], const Dropout& dropout, int row, int h, int first) {
+  const Dropout now = drawn(dropout);  // here, tile by tile: no register holds it in between
 #pragma unroll
   for (int block = 0; block < N8 / 4; block++) {
     float factors[4][2];
-    dropout_fragment(dropout, uint32_t(row + 8 * h), uint32_t(first + block), int(threadIdx.x) % 4, factors);
+    dropout_fragment(now, uint32_t(row + 8 * h), uint32_t(first + block), int(threadIdx.x) % 4, factors);
 #pragma unroll
     for (int w = 0; w < 4; w++)
 #pragma unroll

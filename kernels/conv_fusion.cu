@@ -47,7 +47,7 @@ template <int STREAMS> struct Mix {
 };
 
 GPU_FN float channel_factor(const Dropout& dropout, int j) {
-  return dropout.threshold == 0 ? 1.f : dropout_factor(dropout, 0, uint32_t(j));
+  return dropout.threshold == 0 ? 1.f : dropout_factor(drawn(dropout), 0, uint32_t(j));
 }
 
 template <int TALL, int STREAMS> GPU_FN void forward(const Fusion& p) {

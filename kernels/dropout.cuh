@@ -11,7 +11,18 @@ struct Dropout {
   float scale;         // of the others
   uint32_t first_row;  // of the whole tensor, where the tensor at hand is a part of its rows
   uint32_t padding;
+  const uint64_t* draw;  // [2], the seed and the step that hold instead; null: those above
 };
+
+// The seed and the step of this launch: a captured graph reads new ones whenever it is launched.
+GPU_FN Dropout drawn(Dropout dropout) {
+  if (dropout.threshold && dropout.draw) {
+    dropout.seed = dropout.draw[0];
+    dropout.step = uint32_t(dropout.draw[1]);
+  }
+  return dropout;
+}
+
 
 struct PhiloxWords { uint32_t word[4]; };
 

@@ -35,7 +35,7 @@ KERNEL(elementwise_map, kThreads, const Maps maps) {
   const Map& p = maps.problem[blockIdx.y];
   const Piece piece = piece_of(p.out.cols);
   const uint32_t kept =
-      p.dropout.threshold ? dropout_kept_eight(p.dropout, uint32_t(piece.row), uint32_t(piece.column / 32)) : 0xffu;
+      p.dropout.threshold ? dropout_kept_eight(drawn(p.dropout), uint32_t(piece.row), uint32_t(piece.column / 32)) : 0xffu;
   if (piece.row >= p.out.rows || piece.column >= p.out.cols) return;
   float v[8];
   load_eight(p.x.row(int(piece.row)) + piece.column, v);

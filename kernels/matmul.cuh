@@ -101,7 +101,7 @@ GPU_FN void finish(const Problem& p, const float (*c)[4], int row0, int column0)
     const int row = row0 + 8 * h + g;
     float v[8];
     exchange(c, h, v);
-    const uint32_t keep = p.dropout.threshold ? dropout_kept_eight(p.dropout, uint32_t(row), uint32_t(column0 / 32)) : 0xffu;
+    const uint32_t keep = p.dropout.threshold ? dropout_kept_eight(drawn(p.dropout), uint32_t(row), uint32_t(column0 / 32)) : 0xffu;
     if (row >= p.out.rows || column >= p.out.cols) continue;
     float x[8];
     if (p.accumulate) {

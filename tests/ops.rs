@@ -1,6 +1,9 @@
 //! The public ops, called as another engine would: gradients against central differences in f64,
 //! groups of problems, operands of other libraries, and a pool of threads across a fork.
 
+#[path = "ops/draws.rs"]
+mod draws;
+
 use std::sync::Arc;
 
 use crossfusion::{

@@ -5,7 +5,7 @@
 //! kernels can.
 
 use engine::{
-    Result,
+    Error, Result,
     loss::{Loss, Target},
     ops::{self, Draw, Dropout, adam::Adam, head::SlideLoss},
 };
@@ -68,11 +68,19 @@ pub struct cf_dropout {
     pub step: u32,
     /// Tells a pass' dropouts apart; attention takes as many sites as heads.
     pub site: u32,
+    /// Null, or two numbers in the context's memory that are read when the op runs, in place of
+    /// seed and step: a captured CUDA graph draws anew if they have been changed meanwhile.
+    pub draw: *const u64,
 }
 
 impl cf_dropout {
     fn get(&self) -> Result<Option<Dropout>> {
-        Dropout::with_rate(Draw { seed: self.seed, step: self.step }, self.site, self.rate)
+        if !self.draw.is_aligned() {
+            return Err(Error::Usage(format!("dropout: draw at {:?} is no address of two 64-bit numbers", self.draw)));
+        }
+        let dropout = Dropout::with_rate(Draw { seed: self.seed, step: self.step }, self.site, self.rate)?;
+        // SAFETY: as `cf_dropout` says; the caller keeps the numbers as it keeps the tensors.
+        Ok(dropout.map(|dropout| unsafe { dropout.with_draw_at(self.draw.cast()) }))
     }
 }
 

@@ -142,7 +142,7 @@ static void compare(const Group *g) {
 int main(void) {
   cf_context *context;
   check(cf_context_cpu(2, &context), "context");
-  const cf_dropout none = {0, 0, 0, 0};
+  const cf_dropout none = {0};
 
   /* groups of any lengths are one call: one query, one key, no key, scores of hundreds */
   enum { GROUPS = 5 };
@@ -165,11 +165,16 @@ int main(void) {
   const size_t bytes = (size_t)g->q.shape[0] * D * sizeof(float);
   float *first = malloc(bytes), *second = malloc(bytes);
   for (uint32_t step = 0; step < 2; step++) {
-    cf_attention call = forward(g, (cf_dropout){0.5, 7, step, 0});
+    cf_attention call = forward(g, (cf_dropout){.rate = 0.5, .seed = 7, .step = step});
     check(cf_attention_forward(context, &call, 1), "dropout");
     memcpy(step ? second : first, g->out.data, bytes);
     check(cf_attention_forward(context, &call, 1), "dropout again");
     if (memcmp(step ? second : first, g->out.data, bytes)) return fprintf(stderr, "another draw\n"), 1;
+    /* seed and step may lie in memory, and are read when the op runs */
+    const uint64_t draw[2] = {7, step};
+    call = forward(g, (cf_dropout){.rate = 0.5, .draw = draw});
+    check(cf_attention_forward(context, &call, 1), "dropout by numbers in memory");
+    if (memcmp(step ? second : first, g->out.data, bytes)) return fprintf(stderr, "not those in memory\n"), 1;
   }
   if (memcmp(first, second, bytes) == 0) return fprintf(stderr, "the same draw at another step\n"), 1;
 
@@ -205,7 +210,7 @@ int main(void) {
   call = forward(g, none);
   call.heads = 3;
   refused(cf_attention_forward(context, &call, 1), "16 columns in 3 heads");
-  call = forward(g, (cf_dropout){1.0, 0, 0, 0});
+  call = forward(g, (cf_dropout){.rate = 1.0});
   refused(cf_attention_forward(context, &call, 1), "dropout at a rate of 1");
   refused(cf_context_cpu(0, NULL), "out is null");
 

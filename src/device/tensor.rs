@@ -283,7 +283,7 @@ fn check_range(what: &str, range: &Range<usize>, len: usize) -> Result<()> {
 /// Takes the operands of one call of an op.
 pub(crate) struct Operands {
     pub op: &'static str,
-    device: Arc<Device>,
+    pub device: Arc<Device>,
 }
 
 impl Operands {

@@ -10,7 +10,10 @@
 //! An element is dropped when its draw is below `rate * 65536` (rounded); the rest are divided by
 //! the exact keep probability.
 
-use crate::{Error, Result, device::Real};
+use crate::{
+    Error, Result,
+    device::{Device, Real},
+};
 
 /// Highest rate of dropout.
 pub const MOST_DROPOUT: f64 = 0.95;
@@ -39,6 +42,8 @@ pub struct Dropout {
     threshold: u32,
     /// Row of the whole tensor that row 0 of the tensor at hand is.
     first_row: u32,
+    /// Where a kernel reads a seed and a step that hold instead of `draw`'s; 0: nowhere.
+    draw_at: u64,
 }
 
 impl Dropout {
@@ -54,12 +59,32 @@ impl Dropout {
     /// None where nothing is dropped. `rate` is in [0, 1).
     pub(crate) fn new(draw: Option<Draw>, site: u32, rate: f64) -> Option<Self> {
         let threshold = (rate * 65536.0).round() as u32;
-        draw.filter(|_| threshold > 0).map(|draw| Self { draw, site, threshold, first_row: 0 })
+        draw.filter(|_| threshold > 0).map(|draw| Self { draw, site, threshold, first_row: 0, draw_at: 0 })
     }
 
     /// The same tensor's dropout at another site, for attention's heads.
     pub fn at(self, offset: u32) -> Self {
         Self { site: self.site + offset, ..self }
+    }
+
+    /// The same dropout, of a seed and a step (below 2^32) that are read when the op runs from
+    /// memory of its device. A captured CUDA graph that is launched again draws anew if they have
+    /// been changed meanwhile; seed and step as numbers would be the capture's for ever.
+    ///
+    /// # Safety
+    /// `address` is a multiple of 8, of two numbers of the device that live until the work is done.
+    pub unsafe fn with_draw_at(self, address: *const [u64; 2]) -> Self {
+        Self { draw_at: address as u64, ..self }
+    }
+
+    /// What the op at hand takes: on a CPU the seed and the step as they are now.
+    pub(crate) fn for_device(self, device: &Device) -> Self {
+        if self.draw_at == 0 || device.runs_kernels() {
+            return self;
+        }
+        // SAFETY: `with_draw_at` has the caller's word.
+        let [seed, step] = unsafe { *(self.draw_at as *const [u64; 2]) };
+        Self { draw: Draw { seed, step: step as u32 }, draw_at: 0, ..self }
     }
 
     /// The dropout of the rows from `row` on, where they stand as a tensor of their own.
@@ -144,6 +169,7 @@ pub(crate) struct KernelDropout {
     pub scale: f32,
     pub first_row: u32,
     padding: u32,
+    draw: u64,
 }
 
 impl From<Option<Dropout>> for KernelDropout {
@@ -156,6 +182,7 @@ impl From<Option<Dropout>> for KernelDropout {
             scale: d.scale() as f32,
             first_row: d.first_row,
             padding: 0,
+            draw: d.draw_at,
         })
     }
 }

@@ -88,6 +88,11 @@ pub fn layer_norm_backward<T: Element>(workspace: &mut Workspace, problems: &mut
     workspace.run(|device, arena| layer_norm::backward(device, arena, &problems))
 }
 
+/// An op's dropout, with the seed and the step that hold now where they are read from memory.
+fn drawn(on: &Operands, dropout: Option<Dropout>) -> Option<Dropout> {
+    dropout.map(|dropout| dropout.for_device(&on.device))
+}
+
 /// [`linear`]: y = x Wᵀ + bias; then GELU (exact) where `gelu` is given, dropout, and + residual.
 pub struct Linear<'a, T: Element> {
     /// `[m, in]`
@@ -115,7 +120,7 @@ pub fn linear<T: Element>(workspace: &mut Workspace, problems: &mut [Linear<T>])
             bias: p.bias.as_ref().map(|bias| on.read("bias", bias)).transpose()?,
             gelu: p.gelu.as_ref().map(|gelu| on.write("gelu", gelu)).transpose()?,
             gelu_grad: None,
-            dropout: p.dropout,
+            dropout: drawn(&on, p.dropout),
             residual: p.residual.as_ref().map(|residual| on.read("residual", residual)).transpose()?,
         };
         Ok(Matmul { a: on.read("x", &p.x)?, b: on.read("weight", &p.weight)?, out: on.write("y", &p.y)?, epilogue })
@@ -155,7 +160,7 @@ pub fn linear_backward_input<T: Element>(
             bias: None,
             gelu: None,
             gelu_grad: p.gelu.as_ref().map(|gelu| on.read("gelu", gelu)).transpose()?,
-            dropout: p.dropout,
+            dropout: drawn(&on, p.dropout),
             residual: p.residual.as_ref().map(|residual| on.read("residual", residual)).transpose()?,
         };
         Ok(Matmul { a: on.read("dy", &p.dy)?, b: on.read("weight", &p.weight)?, out: on.write("dx", &p.dx)?, epilogue })
@@ -220,7 +225,7 @@ pub fn attention<T: Element>(workspace: &mut Workspace, problems: &mut [Attentio
             out: on.write("out", &p.out)?,
             lse: on.write("lse", &p.lse)?,
             heads: p.heads,
-            dropout: p.dropout,
+            dropout: drawn(&on, p.dropout),
         })
     };
     let problems = problems.iter().map(view).collect::<Result<Vec<_>>>()?;
@@ -264,7 +269,7 @@ pub fn attention_backward<T: Element>(workspace: &mut Workspace, problems: &mut 
             out: on.read("out", &p.out)?,
             lse: on.read("lse", &p.lse)?,
             heads: p.heads,
-            dropout: p.dropout,
+            dropout: drawn(&on, p.dropout),
         };
         Ok(attention::AttentionGrad {
             forward,
@@ -381,7 +386,8 @@ pub fn conv_fusion<T: Element>(workspace: &mut Workspace, p: &mut ConvFusion<T>)
     let on = workspace.operands("conv_fusion");
     let (streams, weights) = conv_fusion_views(&on, p.streams, &p.mix, &p.kernels, &p.biases)?;
     let out = on.write("out", &p.out)?;
-    let problem = conv_fusion::ConvFusion { streams, weights, grid: p.grid.into(), dropout: p.dropout, out };
+    let problem =
+        conv_fusion::ConvFusion { streams, weights, grid: p.grid.into(), dropout: drawn(&on, p.dropout), out };
     workspace.run(|device, arena| conv_fusion::forward(device, arena, &problem))
 }
 
@@ -418,7 +424,8 @@ pub fn conv_fusion_backward<T: Element>(workspace: &mut Workspace, p: &mut ConvF
     let on = workspace.operands("conv_fusion_backward");
     let (streams, weights) = conv_fusion_views(&on, p.streams, &p.mix, &p.kernels, &p.biases)?;
     let out = on.read("out", &p.out)?;
-    let forward = conv_fusion::ConvFusion { streams, weights, grid: p.grid.into(), dropout: p.dropout, out };
+    let forward =
+        conv_fusion::ConvFusion { streams, weights, grid: p.grid.into(), dropout: drawn(&on, p.dropout), out };
     let (got, expected) = (p.dstreams.len(), p.streams.len());
     if got != expected {
         return Err(Error::Usage(format!("{}: {got} dstreams of {expected} streams", on.op)));
@@ -629,7 +636,7 @@ pub struct GeluDropout<'a, T: Element> {
 pub fn gelu_dropout<T: Element>(workspace: &mut Workspace, problems: &mut [GeluDropout<T>]) -> Result<()> {
     let on = workspace.operands("gelu_dropout");
     let view = |p: &GeluDropout<T>| {
-        Ok(Map { x: on.read("x", &p.x)?, gelu: p.gelu, dropout: p.dropout, out: on.write("out", &p.out)? })
+        Ok(Map { x: on.read("x", &p.x)?, gelu: p.gelu, dropout: drawn(&on, p.dropout), out: on.write("out", &p.out)? })
     };
     let problems = problems.iter().map(view).collect::<Result<Vec<_>>>()?;
     workspace.run(|device, _| elementwise::map(device, &problems))
