@@ -388,6 +388,52 @@ fn head() {
     check("head", &shapes, |inputs| run(inputs, None).0, |inputs, dout| run(inputs, Some(dout)).1);
 }
 
+/// Every operand: a kernel would read or write past the end of one that is too short.
+#[test]
+fn a_head_of_other_shapes_is_refused() {
+    let device = cpu();
+    let (d, classes) = (8, 4);
+    let names = ["x", "norm_weight", "norm_bias", "weight", "bias", "stats", "normed", "logits", "dlogits"];
+    let gradients = ["dx", "dnorm_weight", "dnorm_bias", "dweight", "dbias"];
+    let names: Vec<&str> = names.into_iter().chain(gradients).collect();
+    for short in 1..names.len() {
+        let of = |name: &str| match name {
+            "weight" | "dweight" => [classes, d],
+            "bias" | "dbias" | "logits" | "dlogits" => [1, classes],
+            "stats" => [1, 2],
+            _ => [1, d],
+        };
+        let tensor = |i: usize| {
+            let [rows, cols] = of(names[i]);
+            Tensor::<f64>::zeros(&device, rows, cols - usize::from(i == short)).unwrap()
+        };
+        let mut tensors: Vec<Tensor<f64>> = (0..names.len()).map(tensor).collect();
+        let (given, written) = tensors.split_at_mut(5);
+        let [stats, normed, logits, dlogits, dx, dnorm_weight, dnorm_bias, dweight, dbias] = written else { panic!() };
+        let forward = Head {
+            x: given[0].mat(),
+            norm_weight: given[1].mat(),
+            norm_bias: given[2].mat(),
+            weight: given[3].mat(),
+            bias: given[4].mat(),
+            stats: stats.mat_mut(),
+            normed: normed.mat_mut(),
+            logits: logits.mat_mut(),
+        };
+        let mut problem = HeadBackward {
+            forward,
+            dlogits: dlogits.mat_mut(),
+            dx: dx.mat_mut(),
+            dnorm_weight: dnorm_weight.mat_mut(),
+            dnorm_bias: dnorm_bias.mat_mut(),
+            dweight: dweight.mat_mut(),
+            dbias: dbias.mat_mut(),
+        };
+        let text = ops::head_backward(&mut Workspace::new(&device).unwrap(), &mut problem).unwrap_err().to_string();
+        assert!(text.contains(&format!("head backward: {} has shape", names[short])), "{text}");
+    }
+}
+
 /// Two parts of a context, merged, are the whole.
 #[test]
 fn attention_in_parts() {

@@ -58,7 +58,7 @@ pub(crate) fn forward<T: Element>(device: &Device, head: &Head<T>) -> Result<()>
 
 /// dx =, parameter gradients +=.
 pub(crate) fn backward<T: Element>(device: &Device, grad: &HeadGrad<T>) -> Result<()> {
-    check("head backward", device, &grad.forward)?;
+    check_grad("head backward", device, grad)?;
     device.run(
         |cpu| cpu_backward(cpu, grad),
         || Ok([launch("head_backward", storage::<T>()?, vec![Arg::new(KernelHeadGrad::from(grad))])]),
@@ -73,7 +73,7 @@ pub(crate) fn train<T: Element>(
     loss: &SlideLoss,
     result: View<f64>,
 ) -> Result<()> {
-    check("head train", device, &grad.forward)?;
+    check_grad("head train", device, grad)?;
     result.check("head train", "result", &[1, 2])?;
     let classes = grad.forward.logits.cols();
     if loss.target.label >= classes {
@@ -164,9 +164,24 @@ fn check<T: Element>(op: &'static str, device: &Device, head: &Head<T>) -> Resul
         return Err(Error::Usage(format!("{op}: {classes} classes: a kernel takes at most {MOST_CLASSES}")));
     }
     head.norm.x.check(op, "x", &[1, d])?;
+    head.norm.stats.check(op, "stats", &[1, 2])?;
+    head.norm.weight.check(op, "norm_weight", &[1, d])?;
+    head.norm.bias.check(op, "norm_bias", &[1, d])?;
+    head.norm.y.check(op, "normed", &[1, d])?;
     head.weight.check(op, "weight", &[classes, d])?;
     head.bias.check(op, "bias", &[1, classes])?;
     head.logits.check(op, "logits", &[1, classes])
+}
+
+fn check_grad<T: Element>(op: &'static str, device: &Device, grad: &HeadGrad<T>) -> Result<()> {
+    check(op, device, &grad.forward)?;
+    let (d, classes) = (grad.forward.norm.x.cols(), grad.forward.weight.rows());
+    grad.dlogits.check(op, "dlogits", &[1, classes])?;
+    grad.dx.check(op, "dx", &[1, d])?;
+    grad.dnorm_weight.check(op, "dnorm_weight", &[1, d])?;
+    grad.dnorm_bias.check(op, "dnorm_bias", &[1, d])?;
+    grad.dweight.check(op, "dweight", &[classes, d])?;
+    grad.dbias.check(op, "dbias", &[1, classes])
 }
 
 // ---- kernels/head.cu ---------------------------------------------------------------------------------------------
