@@ -57,8 +57,15 @@ impl Patients {
         Self::new(&(0..patients).collect::<Vec<usize>>(), None)
     }
 
-    /// Rows of the patients drawn with replacement; a patient drawn twice brings its rows twice.
-    fn draw(&self, mut random: Random) -> Vec<usize> {
+    /// All rows, once each: the cohort itself.
+    pub fn all(&self) -> Vec<usize> {
+        (0..self.rows).collect()
+    }
+
+    /// A resampled cohort of this seed: rows of the patients drawn with replacement; a patient drawn
+    /// twice brings its rows twice.
+    pub fn draw(&self, seed: u64, replicate: usize) -> Vec<usize> {
+        let mut random = Random::new(seed, replicate);
         let mut rows = Vec::with_capacity(self.rows);
         for fold in &self.folds {
             for _ in 0..fold.len() {
@@ -83,6 +90,73 @@ pub struct Bootstrap {
 impl Default for Bootstrap {
     fn default() -> Self {
         Self { replicates: 2000, seed: 0, level: 0.95 }
+    }
+}
+
+impl Bootstrap {
+    /// Whether there can be an interval at all.
+    pub fn check(&self) -> Result<()> {
+        check_level(NAME, self.level)?;
+        if self.replicates < 2 {
+            return Err(undefined(
+                NAME,
+                format!("{} replicates are asked for, at least 2 are needed", self.replicates),
+            ));
+        }
+        Ok(())
+    }
+
+    /// What [`bootstrap`] makes of a statistic's estimate and replicates, for a statistic that cannot
+    /// be handed over as a closure (another language's, say): `replicates[b]` is of the rows
+    /// [`Patients::draw`]`(seed, b)`.
+    pub fn interval(&self, estimate: f64, replicates: &[Result<f64>]) -> Result<Interval> {
+        Ok(self.interval_of(estimate, &self.defined(replicates)?))
+    }
+
+    /// What [`bootstrap_difference`] makes of two estimates, and of replicates of their difference.
+    pub fn comparison(&self, a: f64, b: f64, differences: &[Result<f64>]) -> Result<PairedComparison> {
+        let differences = self.defined(differences)?;
+        let below = differences.partition_point(|&d| d < 0.0);
+        let not_above = differences.partition_point(|&d| d <= 0.0);
+        let count = not_above.min(differences.len() - below);
+        Ok(PairedComparison {
+            a,
+            b,
+            difference: self.interval_of(a - b, &differences),
+            p_value: (2.0 * (1 + count) as f64 / (1 + differences.len()) as f64).min(1.0),
+        })
+    }
+
+    /// The finite replicates, ascending.
+    fn defined(&self, replicates: &[Result<f64>]) -> Result<Vec<f64>> {
+        self.check()?;
+        if replicates.len() != self.replicates {
+            let got = replicates.len();
+            return Err(undefined(NAME, format!("{got} replicates came, {} are asked for", self.replicates)));
+        }
+        let mut values: Vec<f64> = replicates.iter().flatten().copied().filter(|value| value.is_finite()).collect();
+        if values.len() * 10 < self.replicates * 9 {
+            let error = replicates.iter().find_map(|r| r.as_ref().err());
+            let why = error.map_or("it is not finite".into(), ToString::to_string);
+            let failed = self.replicates - values.len();
+            return Err(undefined(NAME, format!("{failed} of {} resampled cohorts fail: {why}", self.replicates)));
+        }
+        values.sort_unstable_by(f64::total_cmp);
+        Ok(values)
+    }
+
+    fn interval_of(&self, estimate: f64, sorted: &[f64]) -> Interval {
+        let n = sorted.len() as f64;
+        let mean = sorted.iter().sum::<f64>() / n;
+        let variance = sorted.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0);
+        Interval {
+            estimate,
+            lower: percentile(sorted, 0.5 - 0.5 * self.level),
+            upper: percentile(sorted, 0.5 + 0.5 * self.level),
+            level: self.level,
+            std_error: variance.sqrt(),
+            undefined: self.replicates - sorted.len(),
+        }
     }
 }
 
@@ -128,7 +202,7 @@ where
     S: Fn(&[usize]) -> Result<f64> + Sync,
 {
     let replicates = replicate(patients, plan, &statistic)?;
-    interval(patients, plan, &statistic, &replicates)
+    plan.interval(statistic(&patients.all())?, &replicates)
 }
 
 /// Two runs on the same patients.
@@ -152,57 +226,18 @@ where
     A: Fn(&[usize]) -> Result<f64> + Sync,
     B: Fn(&[usize]) -> Result<f64> + Sync,
 {
-    let difference = |rows: &[usize]| Ok(a(rows)? - b(rows)?);
-    let replicates = replicate(patients, plan, &difference)?;
-    let below = replicates.partition_point(|&d| d < 0.0);
-    let not_above = replicates.partition_point(|&d| d <= 0.0);
-    let count = not_above.min(replicates.len() - below);
-    let all: Vec<usize> = (0..patients.rows).collect();
-    Ok(PairedComparison {
-        a: a(&all)?,
-        b: b(&all)?,
-        difference: interval(patients, plan, &difference, &replicates)?,
-        p_value: (2.0 * (1 + count) as f64 / (1 + replicates.len()) as f64).min(1.0),
-    })
+    let replicates = replicate(patients, plan, &|rows: &[usize]| Ok(a(rows)? - b(rows)?))?;
+    let all = patients.all();
+    plan.comparison(a(&all)?, b(&all)?, &replicates)
 }
 
-/// The statistic on every resampled cohort on which it is defined, ascending.
-fn replicate<S>(patients: &Patients, plan: Bootstrap, statistic: &S) -> Result<Vec<f64>>
+/// The statistic on every resampled cohort.
+fn replicate<S>(patients: &Patients, plan: Bootstrap, statistic: &S) -> Result<Vec<Result<f64>>>
 where
     S: Fn(&[usize]) -> Result<f64> + Sync,
 {
-    check_level(NAME, plan.level)?;
-    if plan.replicates < 2 {
-        return Err(undefined(NAME, format!("{} replicates are asked for, at least 2 are needed", plan.replicates)));
-    }
-    let results: Vec<Result<f64>> =
-        (0..plan.replicates).into_par_iter().map(|b| statistic(&patients.draw(Random::new(plan.seed, b)))).collect();
-    let mut values: Vec<f64> = results.iter().flatten().copied().filter(|value| value.is_finite()).collect();
-    if values.len() * 10 < plan.replicates * 9 {
-        let why = results.iter().find_map(|r| r.as_ref().err()).map_or("it is not finite".into(), ToString::to_string);
-        let failed = plan.replicates - values.len();
-        return Err(undefined(NAME, format!("{failed} of {} resampled cohorts fail: {why}", plan.replicates)));
-    }
-    values.sort_unstable_by(f64::total_cmp);
-    Ok(values)
-}
-
-fn interval<S>(patients: &Patients, plan: Bootstrap, statistic: &S, replicates: &[f64]) -> Result<Interval>
-where
-    S: Fn(&[usize]) -> Result<f64>,
-{
-    let estimate = statistic(&(0..patients.rows).collect::<Vec<usize>>())?;
-    let n = replicates.len() as f64;
-    let mean = replicates.iter().sum::<f64>() / n;
-    let variance = replicates.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    Ok(Interval {
-        estimate,
-        lower: percentile(replicates, 0.5 - 0.5 * plan.level),
-        upper: percentile(replicates, 0.5 + 0.5 * plan.level),
-        level: plan.level,
-        std_error: variance.sqrt(),
-        undefined: plan.replicates - replicates.len(),
-    })
+    plan.check()?;
+    Ok((0..plan.replicates).into_par_iter().map(|b| statistic(&patients.draw(plan.seed, b))).collect())
 }
 
 /// R's default quantile (type 7) of sorted values: linear between the order statistics.
