@@ -15,7 +15,7 @@ use half::bf16;
 use numpy::{IntoPyArray, PyArray2};
 use pyo3::{exceptions::PyValueError, prelude::*};
 
-use crate::raise;
+use crate::compute;
 
 type Coordinates<'py> = Option<Bound<'py, PyArray2<i64>>>;
 
@@ -26,7 +26,7 @@ fn read_bag(py: Python<'_>, path: PathBuf) -> PyResult<(Bound<'_, PyArray2<f32>>
         let file = FeatureFile::open(&path)?;
         Ok((file.read()?, file.coordinates()?))
     };
-    let (features, coordinates) = py.detach(read).map_err(raise)?;
+    let (features, coordinates) = compute(py, read)?;
     Ok((features.into_pyarray(py), coordinates.map(|coordinates| coordinates.into_pyarray(py))))
 }
 
@@ -59,7 +59,7 @@ fn plan(
             Planner::<f32>::new(facts, model, memory, Plans::default()).plan(sizes, true)
         }
     };
-    let plan = py.detach(find).map_err(raise)?;
+    let plan = compute(py, find)?;
     let policy = plan.policy.to_string();
     Ok((plan.peak_bytes(), plan.arena_bytes, plan.step_flop, plan.forward_flop, plan.launches, policy))
 }

@@ -8,7 +8,8 @@ use std::{
 use engine::{
     Result,
     device::{Cpu, Device, Element, Mat, MatMut, Workspace},
-    ops::{self, Draw, Dropout},
+    loss::{Loss, Target},
+    ops::{self, Draw, Dropout, head::SlideLoss},
 };
 use half::bf16;
 use pyo3::prelude::*;
@@ -388,6 +389,11 @@ fn ppeg_backward(py: Python<'_>, place: Place, m: [Matrix; 12], side: usize) -> 
     })
 }
 
+/// A square of this side; without one, a sequence as long as `out`.
+fn grid(side: Option<usize>, out: Matrix) -> ops::TokenGrid {
+    side.map_or(ops::TokenGrid::Sequence(out.1), ops::TokenGrid::Square)
+}
+
 /// The streams (three, or one without a mix), the mix' weight and bias, four kernels, four biases, out.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)] // what the op is given
@@ -399,7 +405,7 @@ fn conv_fusion_forward(
     kernels: [Matrix; 4],
     biases: [Matrix; 4],
     out: Matrix,
-    side: usize,
+    side: Option<usize>,
     drop: Draws,
 ) -> PyResult<()> {
     on(py, place, |device, workspace| {
@@ -411,7 +417,7 @@ fn conv_fusion_forward(
                 mix: mix.map(|[weight, bias]| Ok([weight.read(device)?, bias.read(device)?])).transpose()?,
                 kernels: four(kernels, |m| m.read(device))?,
                 biases: four(biases, |m| m.read(device))?,
-                grid: ops::TokenGrid::Square(side),
+                grid: grid(side, out),
                 dropout: dropout(drop)?,
                 out: out.write(device)?,
             };
@@ -431,7 +437,7 @@ fn conv_fusion_backward(
     kernels: [Matrix; 4],
     biases: [Matrix; 4],
     out: Matrix,
-    side: usize,
+    side: Option<usize>,
     drop: Draws,
     dout: Matrix,
     dstreams: Vec<Matrix>,
@@ -448,7 +454,7 @@ fn conv_fusion_backward(
                 mix: mix.map(|[weight, bias]| Ok([weight.read(device)?, bias.read(device)?])).transpose()?,
                 kernels: four(kernels, |m| m.read(device))?,
                 biases: four(biases, |m| m.read(device))?,
-                grid: ops::TokenGrid::Square(side),
+                grid: grid(side, out),
                 dropout: dropout(drop)?,
                 out: out.read(device)?,
                 dout: dout.read(device)?,
@@ -466,6 +472,54 @@ fn four<R>([a, b, c, d]: [Matrix; 4], of: impl Fn(Matrix) -> Result<R>) -> Resul
     Ok([of(a)?, of(b)?, of(c)?, of(d)?])
 }
 
+/// From x to a survival loss of the logits and back: x, norm weight and bias, weight, bias; scratch
+/// for the norm's statistics, its output, the logits and their gradient; the gradients of the first
+/// five; and `result`, which takes loss and risk.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // what the op is given
+fn head_loss(
+    py: Python<'_>,
+    place: Place,
+    m: [Matrix; 5],
+    scratch: [Matrix; 4],
+    grads: [Matrix; 5],
+    result: Matrix,
+    cross_entropy: bool,
+    label: usize,
+    censored: bool,
+    alpha: f64,
+) -> PyResult<()> {
+    let ([x, norm_weight, norm_bias, weight, bias], [stats, normed, logits, dlogits]) = (m, scratch);
+    let [dx, dnorm_weight, dnorm_bias, dweight, dbias] = grads;
+    let loss = if cross_entropy { Loss::CeSurv } else { Loss::NllSurv };
+    let loss = SlideLoss { loss, target: Target { label, censored }, alpha, share: 1.0 };
+    on(py, place, |device, workspace| {
+        // SAFETY: as above.
+        by_type!(x, T => unsafe {
+            let forward = ops::Head::<T> {
+                x: x.read(device)?,
+                norm_weight: norm_weight.read(device)?,
+                norm_bias: norm_bias.read(device)?,
+                weight: weight.read(device)?,
+                bias: bias.read(device)?,
+                stats: stats.write(device)?,
+                normed: normed.write(device)?,
+                logits: logits.write(device)?,
+            };
+            let mut problem = ops::HeadBackward {
+                forward,
+                dlogits: dlogits.write(device)?,
+                dx: dx.write(device)?,
+                dnorm_weight: dnorm_weight.write(device)?,
+                dnorm_bias: dnorm_bias.write(device)?,
+                dweight: dweight.write(device)?,
+                dbias: dbias.write(device)?,
+            };
+            ops::head_loss(workspace, &mut problem, &loss, &mut result.write(device)?)
+        })
+    })
+}
+
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(attention_forward, module)?)?;
     module.add_function(wrap_pyfunction!(attention_backward, module)?)?;
@@ -478,5 +532,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(ppeg_forward, module)?)?;
     module.add_function(wrap_pyfunction!(ppeg_backward, module)?)?;
     module.add_function(wrap_pyfunction!(conv_fusion_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(conv_fusion_backward, module)?)
+    module.add_function(wrap_pyfunction!(conv_fusion_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(head_loss, module)?)
 }

@@ -10,14 +10,19 @@
 ``ops`` and ``models`` need PyTorch, the rest does not.
 """
 
+import typing
+
 from . import survival
 from ._crossfusion import __version__
 from .data import Plan, plan, read_bag, read_cohort
 
+if typing.TYPE_CHECKING:
+    from . import models as models, ops as ops
+
 __all__ = ["Plan", "__version__", "models", "ops", "plan", "read_bag", "read_cohort", "survival"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> typing.Any:
     # PyTorch takes a second to import: only when it is asked for
     if name in ("ops", "models"):
         import importlib

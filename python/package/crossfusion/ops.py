@@ -589,7 +589,8 @@ def cox(risk, time, event, ties="efron"):
 @torch.library.custom_op("crossfusion::cox", mutates_args=())
 def _cox(risk: torch.Tensor, time: torch.Tensor, event: torch.Tensor, efron: bool) -> tuple[torch.Tensor, torch.Tensor]:
     columns = (x.detach().cpu().contiguous() for x in (time.double(), event.bool(), risk.double()))
-    loglik, gradient = _crossfusion.cox_loglik_and_gradient(*(c.numpy() for c in columns), efron, None, None)
+    times, events, risks = (column.numpy() for column in columns)
+    loglik, gradient = _crossfusion.CoxCohort(times, events, None, None).loglik_and_gradient(risks, efron)
     value = torch.tensor(-loglik, dtype=risk.dtype, device=risk.device)
     return value, torch.from_numpy(gradient).neg_().to(risk)
 
