@@ -1,10 +1,14 @@
 """The operators: registrations and gradients by PyTorch's own checks, agreement with PyTorch's, and the
 traps that other libraries' users fell into."""
 
+import json
 import math
 import multiprocessing
-import pickle
-import copy
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -31,10 +35,15 @@ DRAW = torch.tensor([7, 3])
 
 
 def conv_inputs(d=6, side=3, streams=3):
-    x = [rand(side * side, d) for _ in range(streams)]
+    """Without a side, a sequence of 10 tokens."""
+    x = [rand(side * side if side else 10, d) for _ in range(streams)]
     mix = [rand(1, 3, 1, 1, 1), rand(1)] if streams == 3 else []
-    kernels = [rand(d // 2, 2, k, k) for k in (7, 5, 3, 1)]
+    kernels = [rand(d // 2, 2, *([k, k] if side else [k])) for k in (7, 5, 3, 1)]
     return x, mix, kernels, [rand(d // 2) for _ in range(4)], side
+
+
+def head_inputs():
+    return rand(1, 6), rand(6), rand(6), rand(4, 6), rand(4)
 
 
 def ppeg_inputs(c=4, side=3):
@@ -53,6 +62,8 @@ CASES = {
     "ppeg": lambda rate: (lambda *a: ops._ppeg(*a), flat_ppeg()),
     "conv_fusion": lambda rate: (ops._conv_fusion, (*conv_inputs(), rate, DRAW)),
     "conv_fusion_single": lambda rate: (ops._conv_fusion, (*conv_inputs(streams=1), rate, DRAW)),
+    "conv_fusion_sequence": lambda rate: (ops._conv_fusion, (*conv_inputs(side=None), rate, DRAW)),
+    "head_loss": lambda rate: (lambda *a: ops._head_loss(*a)[0], (*head_inputs(), False, 2, False, 0.2)),
     "cox": lambda rate: (
         ops._cox, (rand(8), torch.rand(8, dtype=torch.float64), torch.arange(8) % 3 > 0, True)
     ),
@@ -67,7 +78,7 @@ def flat_ppeg():
 @pytest.mark.parametrize("name", list(CASES))
 def test_registrations(name):
     _, arguments = CASES[name](0.3)
-    op = getattr(torch.ops.crossfusion, name.replace("_single", "")).default
+    op = getattr(torch.ops.crossfusion, name.replace("_single", "").replace("_sequence", "")).default
     torch.library.opcheck(op, arguments)
 
 
@@ -111,11 +122,66 @@ def test_attention_is_pytorchs(dtype, n, m, scale):
         assert error(a) <= 2 * error(c) + 1e-5 * (1 + b.norm()) * (1 if scale == 1 else 30)
 
 
-def test_no_keys_give_zero():
-    q = rand(4, 8)
-    out = ops.attention(q, torch.zeros(0, 8, dtype=torch.float64), torch.zeros(0, 8, dtype=torch.float64), heads=2)
-    out.sum().backward()
-    assert (out == 0).all() and (q.grad == 0).all()
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_keys_give_zero(dtype, rate):
+    for n, m in ((4, 0), (0, 5), (0, 0)):
+        q, k, v = (rand(size, 8, dtype=dtype) for size in (n, m, m))
+        out = ops.attention(q, k, v, heads=2, dropout=rate)
+        out.sum().backward()
+        assert out.shape == (n, 8)
+        for x in (out, q.grad, k.grad, v.grad):
+            assert (x == 0).all()
+
+
+def test_scores_of_a_few_hundred():
+    """The softmax is a step there: exact zeros in the probabilities, and no NaN behind them."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        q, k = rand(20, 16, dtype=dtype, scale=20), rand(30, 16, dtype=dtype, scale=20)
+        v = rand(30, 16, dtype=dtype)
+        assert (q @ k.t()).abs().max() > 800
+        ops.attention(q, k, v, heads=1, dropout=0.3).square().sum().backward()
+        assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def plain_conv_fusion(streams, mix, kernels, biases, side):
+    x = sum(w * s for w, s in zip(mix[0].reshape(-1), streams)) + mix[1] if mix else streams[0]
+    x = x.t()[None] if side is None else x.t().reshape(1, -1, side, side)
+    convolve = F.conv1d if side is None else F.conv2d
+    groups = kernels[0].shape[0]
+    y = sum(convolve(x, k, b, padding=k.shape[-1] // 2, groups=groups) for k, b in zip(kernels, biases))
+    return torch.relu(y).flatten(2)[0].t()
+
+
+@pytest.mark.parametrize("streams", [3, 1])
+@pytest.mark.parametrize("side", [None, 3, 5])
+def test_conv_fusion_is_pytorchs(side, streams):
+    x, mix, kernels, biases, _ = arguments = conv_inputs(d=8, side=side, streams=streams)
+    ours, theirs = ops.conv_fusion(*arguments), plain_conv_fusion(*arguments)
+    assert torch.allclose(ours, theirs) and (ours == 0).any() and (ours > 0).any()
+    dout = torch.randn_like(ours)
+    tensors = [*x, *mix, *kernels, *biases]
+    for a, b in zip(torch.autograd.grad(ours, tensors, dout), torch.autograd.grad(theirs, tensors, dout)):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("loss", ["nll", "ce"])
+@pytest.mark.parametrize("censored", [False, True])
+@pytest.mark.parametrize("label", [0, 2, 3])
+def test_head_loss_is_its_parts(label, censored, loss):
+    x, norm_weight, norm_bias, weight, bias = tensors = head_inputs()
+    value, risk = ops.head_loss(*tensors, label, censored, alpha=0.3, loss=loss)
+    logits = F.linear(F.layer_norm(x, (6,), norm_weight, norm_bias), weight, bias)
+    truth = {"nll": ops.nll_surv, "ce": ops.ce_surv}[loss](logits, label, censored, 0.3)
+    assert torch.allclose(value, truth) and not risk.requires_grad
+    assert torch.allclose(risk, -torch.cumprod(1 - torch.sigmoid(logits), 1).sum())
+    ours, theirs = torch.autograd.grad(3 * value, tensors), torch.autograd.grad(3 * truth, tensors)
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a, b)
+    half = [t.detach().bfloat16().requires_grad_() for t in tensors]
+    value, _ = ops.head_loss(*half, label, censored, loss=loss)
+    value.backward()
+    assert value.dtype == torch.float32 and all(t.grad.dtype == torch.bfloat16 for t in half)
 
 
 def test_dropout_draws_by_its_numbers():
@@ -134,55 +200,158 @@ def test_dropout_draws_by_its_numbers():
     assert (mean - plain).abs().max() < 6 * plain.abs().max() / math.sqrt(400)
 
 
-def test_gradients_that_are_not_contiguous():
-    x, weight, bias = rand(5, 6), rand(6), rand(6)
-    ops.layer_norm(x, weight, bias).sum().backward()  # an expanded gradient: all strides are 0
-    expanded = x.grad.clone()
-    x.grad = None
-    ops.layer_norm(x, weight, bias).backward(torch.ones(5, 6, dtype=torch.float64))
-    assert torch.equal(x.grad, expanded)
-    x.grad = None
-    ops.layer_norm(x, weight, bias).t().backward(torch.ones(6, 5, dtype=torch.float64))  # transposed
-    assert torch.equal(x.grad, expanded)
-    q, kv = rand(4, 7, 8), rand(9, 8)
-    wide = torch.randn(9, 20, dtype=torch.float64)
-    out = ops.attention(q[1], wide[:, 2:10], kv, 2)  # parts of wider tensors
-    assert torch.allclose(out, plain_attention(q[1], wide[:, 2:10], kv, 2))
-    out = ops.attention(q[1], kv.t().contiguous().t(), kv, 2)
-    assert torch.allclose(out, plain_attention(q[1], kv, kv, 2))
+def all_ops():
+    """Each public operator as a function of tensors, and its tensors."""
+    x, mix, kernels, biases, side = conv_inputs()
+    px, pk, pb, pside = ppeg_inputs()
+    time, event = torch.rand(8, dtype=torch.float64), torch.arange(8) % 3 > 0
+    return {
+        "attention": (lambda q, k, v: ops.attention(q, k, v, 2, 0.3, DRAW), [rand(5, 6), rand(9, 6), rand(9, 6)]),
+        "layer_norm": (ops.layer_norm, [rand(5, 6), rand(6), rand(6)]),
+        "linear": (ops.linear, [rand(5, 6), rand(4, 6), rand(4)]),
+        "feed_forward": (
+            lambda *t: ops.feed_forward(*t, 0.3, DRAW), [rand(5, 6), rand(8, 6), rand(8), rand(6, 8), rand(6)]
+        ),
+        "ppeg": (lambda x, *t: ops.ppeg(x, t[:3], t[3:], pside), [px, *pk, *pb]),
+        "conv_fusion": (
+            lambda *t: ops.conv_fusion(t[:3], t[3:5], t[5:9], t[9:], side, 0.3, DRAW), [*x, *mix, *kernels, *biases]
+        ),
+        "head_loss": (lambda *t: ops.head_loss(*t, 2, False)[0], list(head_inputs())),
+        "cox": (lambda risk: ops.cox(risk, time, event), [rand(8)]),
+        "nll_surv": (lambda logits: ops.nll_surv(logits, 1, True), [rand(4)]),
+        "ce_surv": (lambda logits: ops.ce_surv(logits, 1, False, 0.2), [rand(4)]),
+    }
 
 
-def test_some_inputs_alone_want_gradients():
-    for wanted in range(3):
-        tensors = [rand(5, 8, grad=i == wanted) for i in range(3)]
-        ops.attention(*tensors, heads=2).sum().backward()
-        assert [t.grad is not None for t in tensors] == [i == wanted for i in range(3)]
+NAMES = list(all_ops())
+
+
+def in_other_strides(dout):
+    """The same numbers as gradients come: transposed, part of a wider tensor, backwards in memory."""
+    yield dout.t().contiguous().t() if dout.dim() == 2 else dout
+    yield torch.stack([dout, dout], -1)[..., 0]
+    if dout.dim() == 2:
+        yield F.pad(dout, (3, 2))[:, 3:-2]
+        yield torch.repeat_interleave(dout, 2, 0)[::2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_any_strides(name):
+    op, tensors = all_ops()[name]
+    out = op(*tensors)
+    grads = lambda dout: torch.autograd.grad(out, tensors, dout, retain_graph=True)
+    # out.sum().backward(): one number expanded, all strides are 0
+    ones = grads(torch.ones_like(out))
+    for a, b in zip(grads(torch.ones((), dtype=out.dtype).expand_as(out)), ones):
+        assert torch.equal(a, b)
+    for a, b in zip(torch.autograd.grad(out.sum(), tensors, retain_graph=True), ones):
+        assert torch.equal(a, b)
+    dout = torch.randn_like(out)
+    plain = grads(dout)
+    for other in in_other_strides(dout):
+        assert torch.equal(other, dout)
+        for a, b in zip(grads(other), plain):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_of_any_strides(name):
+    op, tensors = all_ops()[name]
+    expected = op(*tensors)
+    for arrange in (
+        lambda t: t.detach().t().contiguous().t() if t.dim() == 2 else t.detach(),
+        lambda t: torch.stack([t.detach(), t.detach()], -1)[..., 0],
+        lambda t: F.pad(t.detach(), (1, 2))[..., 1:-2],
+        lambda t: torch._neg_view(-t.detach()),
+    ):
+        others = [arrange(t).requires_grad_() for t in tensors]
+        out = op(*others)
+        assert torch.equal(out, expected)
+        plain = torch.autograd.grad(expected.sum(), tensors, retain_graph=True)
+        for a, b in zip(torch.autograd.grad(out.sum(), others), plain):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_one_input_alone_wants_a_gradient(name):
+    op, tensors = all_ops()[name]
+    whole = torch.autograd.grad(op(*tensors).sum(), tensors)
+    for wanted, expected in enumerate(whole):
+        some = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+        op(*some).sum().backward()
+        assert torch.equal(some[wanted].grad, expected)
+        assert all(t.grad is None for i, t in enumerate(some) if i != wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradients(name):
+    op, tensors = all_ops()[name]
+    expected = op(*tensors).detach()
     with torch.no_grad():
-        assert not ops.attention(*tensors, heads=2).requires_grad
+        out = op(*tensors)
+    assert not out.requires_grad and torch.equal(out, expected)
+    with torch.inference_mode():
+        out = op(*tensors)
+        assert out.is_inference() and torch.equal(out, expected)
+        inside = [t.detach().clone() for t in tensors]  # inference tensors themselves
+        assert torch.equal(op(*inside), expected)
 
 
-def test_a_second_backward_says_so():
-    x, weight, bias = rand(5, 6), rand(6), rand(6)
-    y = ops.layer_norm(x, weight, bias).sum()
-    y.backward(retain_graph=True)
-    first = x.grad.clone()
-    y.backward()
-    assert torch.equal(x.grad, 2 * first)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backward_more(name):
+    op, tensors = all_ops()[name]
+    out = op(*tensors).sum()
+    first = torch.autograd.grad(out, tensors, retain_graph=True)
+    second = torch.autograd.grad(out, tensors)
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
     with pytest.raises(RuntimeError, match="second time"):
-        y.backward()
-    gradient = torch.autograd.grad(ops.layer_norm(x, weight, bias).square().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError):  # a gradient of a gradient is not there, and not silently zero
-        torch.autograd.grad(gradient.sum(), x)
+        torch.autograd.grad(out, tensors)
+    # a gradient of a gradient is right, or an error, and not silently zero
+    out = op(*tensors)
+    gradient = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+    if name in ("nll_surv", "ce_surv"):
+        torch.autograd.grad(sum(g.sum() for g in gradient), tensors)
+    else:
+        with pytest.raises(RuntimeError, match="autograd|differentiable|grad"):
+            torch.autograd.grad(sum(g.square().sum() for g in gradient), tensors)
 
 
-def test_an_input_that_is_written_to_between_is_noticed():
-    x, weight, bias = rand(5, 6), rand(6), rand(6)
-    y = ops.layer_norm(x * 1, weight, bias)
-    z = x * 1
-    y = ops.layer_norm(z, weight, bias)
-    z.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("cox", "head_loss")])
+def test_what_is_written_to_between_is_noticed(name):
+    """The version counter of each tensor that backward reads: none is used silently with other numbers."""
+    op, tensors = all_ops()[name]
+    expected = torch.autograd.grad(op(*tensors).sum(), tensors)
+    for i in range(len(tensors)):
+        copies = [t * 1 for t in tensors]
+        out = op(*copies).sum()
+        with torch.no_grad():
+            copies[i].mul_(2)
+        try:
+            found = torch.autograd.grad(out, tensors)
+        except RuntimeError as e:
+            assert "modified by an inplace operation" in str(e)
+        else:  # not needed (a bias, say): then the gradients are those of before
+            for a, b in zip(found, expected):
+                assert torch.equal(a, b)
+    if name not in ("nll_surv", "ce_surv"):  # which keep the hazards alone
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            copies = [t * 1 for t in tensors]
+            out = op(*copies).sum()
+            with torch.no_grad():
+                copies[0].mul_(2)
+            torch.autograd.grad(out, tensors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_op_compiles_whole(name):
+    op, tensors = all_ops()[name]
+    torch.compiler.reset()  # the other cases have the same function
+    compiled = torch.compile(lambda *t: op(*t), fullgraph=True, backend="aot_eager")
+    ours, plain = compiled(*tensors), op(*tensors)
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours.sum(), tensors), torch.autograd.grad(plain.sum(), tensors)):
+        torch.testing.assert_close(a, b)
 
 
 def test_types_that_do_not_fit_are_named():
@@ -199,6 +368,130 @@ def test_types_that_do_not_fit_are_named():
         ops.attention(q, q, rand(5, 8, dtype=torch.float32), heads=2)
 
 
+def tensors_of(name, arguments):
+    """Where each tensor of a call is: its name, and its place where there is a list."""
+    for key, value in arguments.items():
+        if isinstance(value, torch.Tensor) and key != "draw":
+            yield key, None, value
+        for i, tensor in enumerate(value if isinstance(value, list) else []):
+            yield key, i, tensor
+
+
+F32 = dict(dtype=torch.float32, grad=False)
+CALLS = {
+    "attention": lambda: dict(q=rand(5, 8, **F32), k=rand(9, 8, **F32), v=rand(9, 8, **F32), heads=2),
+    "layer_norm": lambda: dict(x=rand(5, 8, **F32), weight=rand(8, **F32), bias=rand(8, **F32)),
+    "linear": lambda: dict(x=rand(5, 8, **F32), weight=rand(4, 8, **F32), bias=rand(4, **F32)),
+    "feed_forward": lambda: dict(
+        x=rand(5, 8, **F32), w1=rand(6, 8, **F32), b1=rand(6, **F32), w2=rand(8, 6, **F32), b2=rand(8, **F32)
+    ),
+    "head_loss": lambda: dict(
+        x=rand(1, 8, **F32),
+        norm_weight=rand(8, **F32),
+        norm_bias=rand(8, **F32),
+        weight=rand(4, 8, **F32),
+        bias=rand(4, **F32),
+        label=1,
+        censored=False,
+    ),
+    "ppeg": lambda: dict(
+        x=rand(10, 4, **F32),
+        kernels=[rand(4, 1, k, k, **F32) for k in (7, 5, 3)],
+        biases=[rand(4, **F32) for _ in range(3)],
+        side=3,
+    ),
+    "conv_fusion": lambda: dict(
+        streams=[rand(9, 6, **F32) for _ in range(3)],
+        mix=[rand(1, 3, 1, 1, 1, **F32), rand(1, **F32)],
+        kernels=[rand(3, 2, k, k, **F32) for k in (7, 5, 3, 1)],
+        biases=[rand(3, **F32) for _ in range(4)],
+        side=3,
+    ),
+    "nll_surv": lambda: dict(logits=rand(4, **F32), label=1, censored=False),
+    "ce_surv": lambda: dict(logits=rand(4, **F32), label=1, censored=False),
+    "cox": lambda: dict(risk=rand(6, **F32), time=torch.arange(6.0), event=torch.arange(6) % 2),
+}
+# what is in the place of a tensor, and the arguments that may be so
+LOGITS = [("nll_surv", "logits"), ("ce_surv", "logits")]
+COX = [("cox", "risk"), ("cox", "time"), ("cox", "event")]
+BAD_TENSORS = {
+    "none": (lambda t: None, []),
+    "text": (lambda t: "x", []),
+    "a number": (lambda t: 1.0, []),
+    "integers": (lambda t: t.long(), COX[1:]),
+    "complex": (lambda t: t.to(torch.complex64), []),
+    "half": (lambda t: t.half(), LOGITS + COX),
+    "another type": (lambda t: t.double(), LOGITS + COX),
+    "no dimension": (lambda t: torch.tensor(1.0), [("conv_fusion", "mix 1")]),
+    "no elements": (lambda t: t[..., :0], []),
+    "a dimension more": (lambda t: t[None], [("layer_norm", "x"), ("conv_fusion", "mix"), *LOGITS]),
+    "two dimensions more": (lambda t: t[None, None], [("layer_norm", "x"), ("conv_fusion", "mix")]),
+    "a column less": (lambda t: t[..., 1:], LOGITS),
+    "on no device": (lambda t: t.to("meta"), [*LOGITS, COX[0]]),  # where it is the only one: shapes alone
+    "sparse": (lambda t: t.to_sparse(), []),
+}
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_no_tensor_that_does_not_fit_gives_a_number(name):
+    """Neither a panic nor a result: a TypeError or ValueError for each tensor in turn."""
+    op = getattr(ops, name)
+    arguments = CALLS[name]()
+    op(**arguments)
+    for key, i, tensor in list(tensors_of(name, arguments)):
+        for what, (bad, fine) in BAD_TENSORS.items():
+            if (name, key) in fine or (name, f"{key} {i}") in fine:
+                continue
+            value = bad(tensor)
+            if i is not None:
+                value = [*arguments[key][:i], value, *arguments[key][i + 1 :]]
+            with pytest.raises((TypeError, ValueError)):
+                print(name, key, i, what, op(**{**arguments, key: value}))
+
+
+def test_other_arguments_that_do_not_fit():
+    def refused(name, match=None, **changed):
+        with pytest.raises((TypeError, ValueError), match=match):
+            print(name, changed, getattr(ops, name)(**{**CALLS[name](), **changed}))
+
+    for wrong in (0, -1, 3, 1.5, "2", None, 2**40, 10**30):
+        refused("attention", heads=wrong)
+    for wrong in (4, -1, 1.5, "3", None, 10**30):
+        refused("ppeg", side=wrong)
+        if wrong is not None:
+            refused("conv_fusion", side=wrong)
+    refused("conv_fusion", match="kernel 0 has shape", side=None)  # a sequence's kernels have one row
+    for name in ("attention", "feed_forward", "conv_fusion"):
+        for wrong in (1.0, 0.99, -0.1, math.nan, math.inf, "x", None):
+            refused(name, dropout=wrong)
+        nowhere = torch.zeros(2, dtype=torch.int64, device="meta")
+        for wrong in (torch.tensor([1]), torch.tensor([1.0, 2.0]), [1, 2], nowhere):
+            refused(name, match="draw", dropout=0.5, draw=wrong)
+        getattr(ops, name)(**CALLS[name](), dropout=0.5, draw=torch.tensor([-1, -(2**63)]))  # any two numbers
+    for name, count in (("kernels", 3), ("biases", 3)):
+        for wrong in ([], CALLS["ppeg"]()[name][1:], CALLS["ppeg"]()[name] * 2):
+            refused("ppeg", match=f"expected {count} of each", **{name: wrong})
+    for wrong in ([], CALLS["conv_fusion"]()["streams"][:2]):
+        refused("conv_fusion", match="expected three and two, or one and none", streams=wrong)
+    refused("conv_fusion", match="expected three and two, or one and none", mix=[])
+    for name in ("nll_surv", "ce_surv", "head_loss"):
+        for wrong in (-1, 4, 1.5, "1", None, 10**30):
+            refused(name, label=wrong)
+        for wrong in ("yes", None, 2, math.nan, -1):
+            refused(name, match="censored", censored=wrong)
+        for wrong in (-0.1, 1.1, math.nan, "x"):
+            refused(name, alpha=wrong)
+    refused("nll_surv", match="expected .classes. or .1, classes.", logits=torch.zeros(2, 4))  # a batch of two
+    refused("head_loss", match="expected 'nll' or 'ce'", loss="cox")
+    refused("cox", match="expected 'efron' or 'breslow'", ties="exact")
+    refused("cox", match="True or False", event=[2, 0, 1, 1, 0, 1])
+    refused("cox", match="True or False", event=[math.nan, 0, 1, 1, 0, 1])
+    refused("cox", match="NaN", time=[math.nan, 1, 2, 3, 4, 5])
+    refused("cox", match="NaN", risk=torch.full((6,), math.nan))
+    refused("cox", match="entries", time=[1.0, 2.0])
+    refused("cox", match="numbers", time=[None] * 6)
+
+
 def test_autocast():
     linear = torch.nn.Linear(8, 8)
     x = torch.randn(5, 8)
@@ -208,6 +501,26 @@ def test_autocast():
         assert out.dtype == torch.bfloat16
         out.float().sum().backward()
     assert linear.weight.grad.isfinite().all()
+    # a layer's result is in bfloat16 there and the next weight is not, which elsewhere is refused
+    weight, bias = rand(8, dtype=torch.float32), rand(8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="weight is torch.float32"):
+        ops.layer_norm(q.detach(), weight, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.layer_norm(linear(x), weight, bias)
+        y.float().sum().backward()
+        assert y.dtype == torch.bfloat16 and ops.layer_norm(x, weight, bias).dtype == torch.float32
+    truth = F.layer_norm(linear(x).bfloat16().float(), (8,), weight, bias)
+    assert (y - truth).abs().max() < 0.05 and weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+        with pytest.raises(ValueError, match="weight is torch.float32"):
+            ops.layer_norm(q.detach(), weight, bias)
+    for name in ("linear", "feed_forward", "ppeg", "conv_fusion", "head_loss", "attention"):
+        arguments = CALLS[name]()
+        key, i, tensor = next(tensors_of(name, arguments))
+        first = tensor.bfloat16()
+        arguments[key] = first if i is None else [first, *arguments[key][1:]]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            getattr(ops, name)(**arguments)
 
 
 def test_compiled_whole_and_once():
@@ -239,10 +552,51 @@ def test_a_fork_after_use():
         assert pool.map_async(_attend, range(4)).get(timeout=60) == [expected] * 4
 
 
-def test_losses_are_the_goldens():
-    import json
-    import pathlib
+def _gradients(_):
+    """Forward and backward, without PyTorch's autograd, which refuses to work in a fork; of so few numbers
+    that its own operators start no threads, which would be waited for in vain."""
+    x = torch.arange(1600, dtype=torch.float32).reshape(1, 200, 8).sin()
+    out, lse = ops._attention(x, x, x, 2, 0.1, DRAW)
+    return [float(d.sum()) for d in ops._attention_backward(x, x, x, out, lse, out, 2, 0.1, DRAW)]
 
+
+def test_a_fork_that_goes_backward():
+    expected = _gradients(0)
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.map_async(_gradients, range(6)).get(timeout=60) == [expected] * 6
+    assert _gradients(0) == expected  # and the parent goes on
+
+
+QUOTA = """
+set -e
+mount -t tmpfs none /sys/fs/cgroup
+v1=$(grep -E '^[0-9]+:([a-z_]+,)*cpu(,[a-z_]+)*:' /proc/self/cgroup || true)
+if [ -n "$v1" ]; then
+  folder=/sys/fs/cgroup/cpu/${v1##*:}
+  mkdir -p "$folder" && echo 150000 > "$folder/cpu.cfs_quota_us" && echo 100000 > "$folder/cpu.cfs_period_us"
+else
+  v2=$(grep '^0::' /proc/self/cgroup)
+  folder=/sys/fs/cgroup/${v2##*:}
+  mkdir -p "$folder" && touch /sys/fs/cgroup/cgroup.controllers && echo "150000 100000" > "$folder/cpu.max"
+fi
+"""
+
+
+def test_a_containers_quota_is_counted():
+    """A quota of 1.5 cores is one thread, whatever the machine has and PyTorch takes: in a mount namespace
+    of its own, whose control group says so."""
+    if not shutil.which("unshare") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs unshare and two cores")
+    code = "import torch; from crossfusion import ops; torch.set_num_threads(2); print(ops._place(torch.zeros(1)))"
+    whole = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    script = QUOTA + f"exec {sys.executable} -c '{code}'"
+    limited = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True)
+    if "unshare" in limited.stderr or "mount" in limited.stderr:
+        pytest.skip(f"not allowed here: {limited.stderr.strip()}")
+    assert (whole.stdout, limited.stdout) == ("(-1, 2)\n", "(-1, 1)\n"), limited.stderr
+
+
+def test_losses_are_the_goldens():
     cases = json.loads((pathlib.Path(__file__).parents[2] / "tests/goldens/losses.json").read_text())
     assert cases
     for case in cases:

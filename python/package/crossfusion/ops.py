@@ -12,33 +12,72 @@ draws another mask.
 """
 
 import math
+import operator
+import typing
 
 import torch
 
 from . import _crossfusion
 
+__all__ = [
+    "attention",
+    "ce_surv",
+    "conv_fusion",
+    "cox",
+    "draw",
+    "feed_forward",
+    "head_loss",
+    "layer_norm",
+    "linear",
+    "nll_surv",
+    "ppeg",
+]
+
+Tensor = torch.Tensor
+# as the library takes them: see _matrix and _drop
+_Matrix = tuple[int, int, int, int, int]
+_Draws = tuple[int, int, int, float]
+# of an operator's arguments: None of what is no tensor
+_Grads = tuple[typing.Any, ...]
+
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
-def draw():
+# PyTorch's number of threads knows nothing of a container's quota.
+_CORES = _crossfusion.cores()
+
+
+def draw() -> Tensor:
     """Seed and step of one dropout, from PyTorch's default generator of the CPU."""
     return torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64)
+
+
+def _draw(draw: typing.Optional[Tensor], rate: float) -> Tensor:
+    """The given draw, or a fresh one where one is needed."""
+    if draw is None:
+        return _fresh() if rate else torch.zeros(2, dtype=torch.int64)
+    _tensors("dropout", draw=draw)
+    if draw.dtype != torch.int64 or draw.shape != (2,) or draw.device.type != "cpu":
+        raise ValueError(
+            f"dropout: draw is {list(draw.shape)} of {draw.dtype} on {draw.device}, expected two int64 on the CPU"
+        )
+    return draw
 
 
 _fresh = draw  # where an argument is called draw
 
 
-def _place(x):
+def _place(x: Tensor) -> tuple[int, int]:
     """Where an operator runs: the GPU and its current stream, or the CPU and PyTorch's threads."""
     if x.device.type == "cuda":
         with torch.cuda.device(x.device):
-            return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+            return x.device.index or 0, int(torch.cuda.current_stream(x.device).cuda_stream)
     if x.device.type != "cpu":
         raise ValueError(f"crossfusion runs on cpu and cuda, not on {x.device}")
-    return -1, torch.get_num_threads()
+    return -1, min(torch.get_num_threads(), _CORES)
 
 
-def _rows(x):
+def _rows(x: Tensor) -> Tensor:
     """A tensor whose rows have no gaps and do not overlap: itself, or a copy."""
     x = x.detach()
     if x.dim() == 0 or x.numel() == 0:
@@ -56,7 +95,7 @@ def _rows(x):
     return x
 
 
-def _matrix(x):
+def _matrix(x: Tensor) -> _Matrix:
     """Address, rows, columns, elements from row to row, type: as the library takes it."""
     if x.dtype not in _TYPES:
         raise ValueError(f"crossfusion takes float32, bfloat16 and (on the CPU) float64, not {x.dtype}")
@@ -71,35 +110,79 @@ class _Held:
     """Tensors as the library takes them, each kept alive as long as this is: a call must hold what it
     gives by address, copies included."""
 
-    def __init__(self):
-        self.tensors = []
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> _Matrix:
         x = _rows(x)
         self.tensors.append(x)
         return _matrix(x)
 
-    def all(self, tensors):
+    def all(self, tensors: typing.Iterable[Tensor]) -> tuple[_Matrix, ...]:
         return tuple(map(self, tensors))
 
 
-def _sums(x):
+def _sums(x: Tensor) -> torch.dtype:
     """The type that sums are kept in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _same(name, first, **others):
-    """All of one type and on one device, or a ValueError that names the one that is not."""
+def _tensors(name: str, **tensors: object) -> None:
+    """All dense tensors on one device, or an error that names the one that is not.
+
+    Here and not in the operator: one operand on the meta device, and PyTorch would call what is
+    registered for shapes alone, whose result is memory that nobody has written.
+    """
+    device = None
+    for which, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: {which} is of type {type(tensor).__name__}, expected a tensor")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name}: {which} is {tensor.layout}, expected a dense tensor")
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(f"{name}: {which} is on {tensor.device}, expected {device}")
+
+
+def _same(name: str, first: Tensor, **others: Tensor) -> None:
+    """All of one type, or a ValueError that names the one that is not."""
     for other, tensor in others.items():
-        if tensor is not None and (tensor.dtype != first.dtype or tensor.device != first.device):
+        if tensor.dtype != first.dtype or tensor.device != first.device:
             raise ValueError(
                 f"{name}: {other} is {tensor.dtype} on {tensor.device}, expected {first.dtype} on {first.device}"
             )
 
 
-def _drop(draw, rate, site=0):
+def _dims(name: str, which: str, tensor: Tensor, *dims: int) -> None:
+    """So many dimensions: the library sees all but the first together, and would take others for them."""
+    if tensor.dim() not in dims:
+        expected = " or ".join(map(str, dims))
+        raise ValueError(f"{name}: {which} has shape {list(tensor.shape)}, expected {expected} dimensions")
+
+
+def _whole(name: str, which: str, value: int, least: int = 1) -> int:
+    if not isinstance(value, (int, torch.SymInt)):
+        value = operator.index(value)  # a TypeError of what is no integer
+    if not least <= value < 2**31:
+        raise ValueError(f"{name}: {which} is {value}, expected {least} to 2^31")
+    return value
+
+
+def _autocast(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, tensors of several types in autocast's, as PyTorch's own operators take them: a
+    layer's result is in bfloat16 there, and the next layer's weight is not."""
+    tensors = (first, *others)
+    kind = first.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    if all(tensor.dtype == first.dtype for tensor in others):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() else t for t in tensors)
+
+
+def _drop(draw: Tensor, rate: float, site: int = 0) -> _Draws:
     seed, step = (int(n) for n in draw.tolist()) if rate else (0, 0)
-    return seed, step & 0xFFFFFFFF, site, float(rate)
+    return seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF, site, float(rate)
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -121,7 +204,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, heads, rate, draw):
+def _(q: Tensor, k: Tensor, v: Tensor, heads: int, rate: float, draw: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[0], heads, q.shape[1]), dtype=_sums(q))
 
 
@@ -145,18 +228,28 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(q, k, v, out, lse, dout, heads, rate, draw):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    heads: int,
+    rate: float,
+    draw: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _attention_setup(ctx, inputs, output):
+def _attention_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
     q, k, v, ctx.heads, ctx.rate, draw = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, draw)
 
 
-def _attention_grad(ctx, dout, _):
+def _attention_grad(ctx: typing.Any, dout: Tensor, _: Tensor) -> _Grads:
     q, k, v, out, lse, draw = ctx.saved_tensors
     dq, dk, dv = _attention_backward(q, k, v, out, lse, dout.to(q.dtype), ctx.heads, ctx.rate, draw)
     return dq, dk, dv, None, None, None
@@ -165,19 +258,26 @@ def _attention_grad(ctx, dout, _):
 _attention.register_autograd(_attention_grad, setup_context=_attention_setup)
 
 
-def attention(q, k, v, heads, dropout=0.0, draw=None):
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float = 0.0, draw: typing.Optional[Tensor] = None
+) -> Tensor:
     """softmax(q kᵀ / sqrt(d / heads)) v of each head, with dropout of the probabilities.
 
     q ``[n, d]`` or ``[b, n, d]``, k and v ``[m, d]`` or ``[b, m, d]``; the result is shaped as q. Head
     h owns columns ``h * d / heads`` and on; at most 128 columns a head. No ``n x m`` matrix is held,
-    with dropout either. ``draw``: see :func:`draw`; by default a fresh one.
+    with dropout either. Without keys (m = 0) the result is zero. ``draw``: see :func:`draw`; by default
+    a fresh one.
     """
+    _tensors("attention", q=q, k=k, v=v)
+    _dims("attention", "q", q, 2, 3)
+    for which, tensor in (("k", k), ("v", v)):
+        _dims("attention", which, tensor, q.dim())
+    heads = _whole("attention", "heads", heads)
+    q, k, v = _autocast(q, k, v)
     single = q.dim() == 2
     if single:
         q, k, v = q[None], k[None], v[None]
-    if draw is None:
-        draw = _fresh() if dropout else torch.zeros(2, dtype=torch.int64)
-    out = _attention(q, k, v, heads, float(dropout), draw)[0]
+    out: Tensor = _attention(q, k, v, heads, float(dropout), _draw(draw, dropout))[0]
     return out[0] if single else out
 
 
@@ -196,7 +296,7 @@ def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tu
 
 
 @_layer_norm.register_fake
-def _(x, weight, bias):
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.numel() // x.shape[-1], 2), dtype=_sums(x))
 
 
@@ -213,27 +313,36 @@ def _layer_norm_backward(
 
 
 @_layer_norm_backward.register_fake
-def _(x, stats, weight, dy):
+def _(x: Tensor, stats: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _layer_norm_setup(ctx, inputs, output):
+def _layer_norm_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
     x, weight, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], weight)
 
 
-def _layer_norm_grad(ctx, dy, _):
+def _layer_norm_grad(ctx: typing.Any, dy: Tensor, _: Tensor) -> _Grads:
     x, stats, weight = ctx.saved_tensors
-    return _layer_norm_backward(x, stats, weight, dy.to(x.dtype))
+    return tuple(_layer_norm_backward(x, stats, weight, dy.to(x.dtype)))
 
 
 _layer_norm.register_autograd(_layer_norm_grad, setup_context=_layer_norm_setup)
 
 
-def layer_norm(x, weight, bias):
-    """LayerNorm over the last dimension, epsilon 1e-5; x ``[..., d]``, weight and bias ``[d]``."""
-    return _layer_norm(x, weight, bias)[0]
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm over the last dimension, epsilon 1e-5; x ``[..., d]``, weight and bias ``[d]``.
+
+    The result is shaped as x.
+    """
+    _tensors("layer_norm", x=x, weight=weight, bias=bias)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"layer_norm: x has shape {list(x.shape)}, expected a column at least")
+    _dims("layer_norm", "weight", weight, 1)
+    _dims("layer_norm", "bias", bias, 1)
+    y: Tensor = _layer_norm(*_autocast(x, weight, bias))[0]
+    return y
 
 
 # ---- linear and feed-forward ---------------------------------------------------------------------
@@ -249,7 +358,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
 
 
 @_linear.register_fake
-def _(x, weight, bias):
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -267,16 +376,17 @@ def _linear_backward(
 
 
 @_linear_backward.register_fake
-def _(x, weight, dy, wants_dx):
-    return x.new_empty(x.shape if wants_dx else (0,)), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+def _(x: Tensor, weight: Tensor, dy: Tensor, wants_dx: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape if wants_dx else (0,))
+    return dx, weight.new_empty(weight.shape), weight.new_empty((weight.shape[0],))
 
 
-def _linear_setup(ctx, inputs, output):
+def _linear_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _linear_grad(ctx, dy):
+def _linear_grad(ctx: typing.Any, dy: Tensor) -> _Grads:
     x, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad[0]
     dx, dweight, dbias = _linear_backward(x, weight, dy.to(x.dtype), wanted)
@@ -286,9 +396,13 @@ def _linear_grad(ctx, dy):
 _linear.register_autograd(_linear_grad, setup_context=_linear_setup)
 
 
-def linear(x, weight, bias):
-    """x Wᵀ + bias: x ``[m, in]``, weight ``[out, in]``, bias ``[out]``, as ``nn.Linear`` has them."""
-    return _linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + bias ``[m, out]``: x ``[m, in]``, weight ``[out, in]``, bias ``[out]``, as in ``nn.Linear``."""
+    _tensors("linear", x=x, weight=weight, bias=bias)
+    for which, tensor, dims in (("x", x, 2), ("weight", weight, 2), ("bias", bias, 1)):
+        _dims("linear", which, tensor, dims)
+    y: Tensor = _linear(*_autocast(x, weight, bias))
+    return y
 
 
 @torch.library.custom_op("crossfusion::feed_forward", mutates_args=())
@@ -312,7 +426,9 @@ def _feed_forward(
 
 
 @_feed_forward.register_fake
-def _(x, w1, b1, w2, b2, rate, draw):
+def _(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rate: float, draw: Tensor
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], w1.shape[0]))
 
 
@@ -342,18 +458,20 @@ def _feed_forward_backward(
 
 
 @_feed_forward_backward.register_fake
-def _(x, w1, w2, hidden, dout, rate, draw):
+def _(
+    x: Tensor, w1: Tensor, w2: Tensor, hidden: Tensor, dout: Tensor, rate: float, draw: Tensor
+) -> list[Tensor]:
     shapes = (x.shape, w1.shape, (w1.shape[0],), w2.shape, (w2.shape[0],))
     return [x.new_empty(shape) for shape in shapes]
 
 
-def _feed_forward_setup(ctx, inputs, output):
+def _feed_forward_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
     x, w1, _, w2, _, ctx.rate, draw = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, w1, w2, output[1], draw)
 
 
-def _feed_forward_grad(ctx, dout, _):
+def _feed_forward_grad(ctx: typing.Any, dout: Tensor, _: Tensor) -> _Grads:
     x, w1, w2, hidden, draw = ctx.saved_tensors
     return (*_feed_forward_backward(x, w1, w2, hidden, dout.to(x.dtype), ctx.rate, draw), None, None)
 
@@ -361,11 +479,26 @@ def _feed_forward_grad(ctx, dout, _):
 _feed_forward.register_autograd(_feed_forward_grad, setup_context=_feed_forward_setup)
 
 
-def feed_forward(x, w1, b1, w2, b2, dropout=0.0, draw=None):
-    """x + dropout(dropout(GELU(x W1ᵀ + b1)) W2ᵀ + b2): x ``[m, d]``, w1 ``[h, d]``, w2 ``[d, h]``; GELU is exact."""
-    if draw is None:
-        draw = _fresh() if dropout else torch.zeros(2, dtype=torch.int64)
-    return _feed_forward(x, w1, b1, w2, b2, float(dropout), draw)[0]
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    dropout: float = 0.0,
+    draw: typing.Optional[Tensor] = None,
+) -> Tensor:
+    """x + dropout(dropout(GELU(x W1ᵀ + b1)) W2ᵀ + b2); GELU is exact.
+
+    x and the result ``[m, d]``, w1 ``[h, d]``, b1 ``[h]``, w2 ``[d, h]``, b2 ``[d]``. ``draw``: see
+    :func:`draw`; by default a fresh one.
+    """
+    _tensors("feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    for which, tensor, dims in (("x", x, 2), ("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
+        _dims("feed_forward", which, tensor, dims)
+    x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
+    out: Tensor = _feed_forward(x, w1, b1, w2, b2, float(dropout), _draw(draw, dropout))[0]
+    return out
 
 
 # ---- PPEG --------------------------------------------------------------------------------------
@@ -390,7 +523,9 @@ def _ppeg(
 
 
 @_ppeg.register_fake
-def _(x, k7, k5, k3, b7, b5, b3, side):
+def _(
+    x: Tensor, k7: Tensor, k5: Tensor, k3: Tensor, b7: Tensor, b5: Tensor, b3: Tensor, side: int
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -407,17 +542,17 @@ def _ppeg_backward(
 
 
 @_ppeg_backward.register_fake
-def _(x, k7, k5, k3, dy, side):
-    biases = [x.new_empty(x.shape[1]) for _ in range(3)]
+def _(x: Tensor, k7: Tensor, k5: Tensor, k3: Tensor, dy: Tensor, side: int) -> list[Tensor]:
+    biases = [x.new_empty((x.shape[1],)) for _ in range(3)]
     return [x.new_empty(x.shape), *(k.new_empty(k.shape) for k in (k7, k5, k3)), *biases]
 
 
-def _ppeg_setup(ctx, inputs, output):
+def _ppeg_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
     x, k7, k5, k3, _, _, _, ctx.side = inputs
     ctx.save_for_backward(x, k7, k5, k3)
 
 
-def _ppeg_grad(ctx, dy):
+def _ppeg_grad(ctx: typing.Any, dy: Tensor) -> _Grads:
     x, k7, k5, k3 = ctx.saved_tensors
     return (*_ppeg_backward(x, k7, k5, k3, dy.to(x.dtype), ctx.side), None)
 
@@ -425,13 +560,39 @@ def _ppeg_grad(ctx, dy):
 _ppeg.register_autograd(_ppeg_grad, setup_context=_ppeg_setup)
 
 
-def ppeg(x, kernels, biases, side):
+def ppeg(x: Tensor, kernels: typing.Sequence[Tensor], biases: typing.Sequence[Tensor], side: int) -> Tensor:
     """x + conv7(x) + conv5(x) + conv3(x), depthwise on the tokens' square grid (TransMIL's encoding).
 
     x ``[first + side * side, c]``, whose first rows (a class token) pass through; kernels
-    ``[c, 1, 7, 7]``, ``[c, 1, 5, 5]`` and ``[c, 1, 3, 3]``, biases ``[c]``.
+    ``[c, 1, 7, 7]``, ``[c, 1, 5, 5]`` and ``[c, 1, 3, 3]``, biases ``[c]``. The result is shaped as x.
     """
-    return _ppeg(x, *kernels, *biases, side)
+    shapes: list[tuple[int, ...]] = [(1, 7, 7), (1, 5, 5), (1, 3, 3)]
+    _tensors("ppeg", x=x, **_named("kernel", kernels), **_named("bias", biases))
+    _dims("ppeg", "x", x, 2)
+    _convolutions("ppeg", kernels, biases, shapes)
+    y: Tensor = _ppeg(*_autocast(x, *kernels, *biases), _whole("ppeg", "side", side, 0))
+    return y
+
+
+def _named(which: str, tensors: typing.Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{which} {i}": tensor for i, tensor in enumerate(tensors)}
+
+
+def _convolutions(
+    name: str,
+    kernels: typing.Sequence[Tensor],
+    biases: typing.Sequence[Tensor],
+    shapes: list[tuple[int, ...]],
+) -> None:
+    """A kernel of each shape (behind its channels), and as many biases."""
+    if not len(kernels) == len(biases) == len(shapes):
+        got, expected = f"{len(kernels)} kernels and {len(biases)} biases", len(shapes)
+        raise ValueError(f"{name}: {got}, expected {expected} of each")
+    for i, (kernel, bias, shape) in enumerate(zip(kernels, biases, shapes)):
+        if tuple(kernel.shape[1:]) != shape:
+            whole = f"[channels, {str(shape)[1:-1]}]"
+            raise ValueError(f"{name}: kernel {i} has shape {list(kernel.shape)}, expected {whole}")
+        _dims(name, f"bias {i}", bias, 1)
 
 
 # ---- conv fusion -------------------------------------------------------------------------------
@@ -443,7 +604,7 @@ def _conv_fusion(
     mix: list[torch.Tensor],
     kernels: list[torch.Tensor],
     biases: list[torch.Tensor],
-    side: int,
+    side: typing.Optional[int],
     rate: float,
     draw: torch.Tensor,
 ) -> torch.Tensor:
@@ -455,15 +616,25 @@ def _conv_fusion(
     return out
 
 
-def _conv_fusion_operands(held, streams, mix, kernels, biases):
+def _conv_fusion_operands(
+    held: _Held, streams: list[Tensor], mix: list[Tensor], kernels: list[Tensor], biases: list[Tensor]
+) -> tuple[list[_Matrix], typing.Optional[tuple[_Matrix, ...]], tuple[_Matrix, ...], tuple[_Matrix, ...]]:
     names = {f"operand {i}": t for i, t in enumerate([*streams[1:], *mix, *kernels, *biases])}
     _same("conv_fusion", streams[0], **names)
-    mix = held.all(m.reshape(-1) for m in mix) or None
-    return list(held.all(streams)), mix, held.all(kernels), held.all(biases)
+    flat = held.all(m.reshape(-1) for m in mix) or None
+    return list(held.all(streams)), flat, held.all(kernels), held.all(biases)
 
 
 @_conv_fusion.register_fake
-def _(streams, mix, kernels, biases, side, rate, draw):
+def _(
+    streams: list[Tensor],
+    mix: list[Tensor],
+    kernels: list[Tensor],
+    biases: list[Tensor],
+    side: typing.Optional[int],
+    rate: float,
+    draw: Tensor,
+) -> Tensor:
     return streams[0].new_empty((streams[0].shape[0], streams[0].shape[1] // 2))
 
 
@@ -475,14 +646,15 @@ def _conv_fusion_backward(
     biases: list[torch.Tensor],
     out: torch.Tensor,
     dout: torch.Tensor,
-    side: int,
+    side: typing.Optional[int],
     rate: float,
     draw: torch.Tensor,
 ) -> list[torch.Tensor]:
     x = streams[0]
     dstreams = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in streams]
-    zeros = lambda tensors: [torch.zeros(t.shape, dtype=_sums(t), device=t.device) for t in tensors]
-    dmix, dkernels, dbiases = zeros(mix), zeros(kernels), zeros(biases)
+    dmix, dkernels, dbiases = (
+        [torch.zeros(t.shape, dtype=_sums(t), device=t.device) for t in tensors] for tensors in (mix, kernels, biases)
+    )
     held = _Held()
     _crossfusion.conv_fusion_backward(
         _place(x),
@@ -500,24 +672,34 @@ def _conv_fusion_backward(
 
 
 @_conv_fusion_backward.register_fake
-def _(streams, mix, kernels, biases, out, dout, side, rate, draw):
+def _(
+    streams: list[Tensor],
+    mix: list[Tensor],
+    kernels: list[Tensor],
+    biases: list[Tensor],
+    out: Tensor,
+    dout: Tensor,
+    side: typing.Optional[int],
+    rate: float,
+    draw: Tensor,
+) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in [*streams, *mix, *kernels, *biases]]
 
 
-def _conv_fusion_setup(ctx, inputs, output):
+def _conv_fusion_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
     streams, mix, kernels, biases, ctx.side, ctx.rate, draw = inputs
     ctx.sizes = [len(streams), len(mix), len(kernels), len(biases)]
     ctx.save_for_backward(output, draw, *streams, *mix, *kernels, *biases)
 
 
-def _conv_fusion_grad(ctx, dout):
+def _conv_fusion_grad(ctx: typing.Any, dout: Tensor) -> _Grads:
     out, draw, *tensors = ctx.saved_tensors
     lists = _split(tensors, ctx.sizes)
     found = _conv_fusion_backward(*lists, out, dout.to(out.dtype), ctx.side, ctx.rate, draw)
     return (*_split(found, ctx.sizes), None, None, None)
 
 
-def _split(tensors, sizes):
+def _split(tensors: typing.Sequence[Tensor], sizes: list[int]) -> list[list[Tensor]]:
     lists, at = [], 0
     for size in sizes:
         lists.append(list(tensors[at : at + size]))
@@ -528,48 +710,98 @@ def _split(tensors, sizes):
 _conv_fusion.register_autograd(_conv_fusion_grad, setup_context=_conv_fusion_setup)
 
 
-def conv_fusion(streams, mix, kernels, biases, side, dropout=0.0, draw=None):
+def conv_fusion(
+    streams: typing.Sequence[Tensor],
+    mix: typing.Sequence[Tensor],
+    kernels: typing.Sequence[Tensor],
+    biases: typing.Sequence[Tensor],
+    side: typing.Optional[int] = None,
+    dropout: float = 0.0,
+    draw: typing.Optional[Tensor] = None,
+) -> Tensor:
     """relu(the sum of grouped 7-, 5-, 3- and 1-tap convolutions of the streams' weighted sum).
 
-    Three streams ``[side * side, d]`` and their mix, weight and bias of ``nn.Conv3d(3, 1, 1)``; or one
-    stream and ``mix=()``. Kernels ``[d / 2, 2, k, k]``, biases ``[d / 2]``; dropout of whole channels. The
-    result is ``[side * side, d / 2]``.
+    Three streams ``[n, d]`` and their mix, weight (3 numbers) and bias (1) of ``nn.Conv3d(3, 1, 1)``;
+    or one stream and ``mix=()``. The tokens lie on a square of ``side``, n = side * side, row by row,
+    and kernels are ``[d / 2, 2, k, k]`` of ``nn.Conv2d(d, d / 2, k, groups=d / 2)``; or, without
+    ``side``, in a sequence, and kernels are ``[d / 2, 2, k]`` of ``nn.Conv1d``. Biases ``[d / 2]``;
+    dropout of whole channels. The result is ``[n, d / 2]``.
     """
-    if draw is None:
-        draw = _fresh() if dropout else torch.zeros(2, dtype=torch.int64)
-    return _conv_fusion(list(streams), list(mix), list(kernels), list(biases), side, float(dropout), draw)
+    streams, mix = list(streams), list(mix)
+    if len(streams) not in (1, 3) or len(mix) != (2 if len(streams) == 3 else 0):
+        raise ValueError(
+            f"conv_fusion: {len(streams)} streams and {len(mix)} tensors of a mix, "
+            "expected three and two, or one and none"
+        )
+    _tensors(
+        "conv_fusion",
+        **_named("stream", streams),
+        **_named("mix", mix),
+        **_named("kernel", kernels),
+        **_named("bias", biases),
+    )
+    for i, tensor in enumerate(streams):
+        _dims("conv_fusion", f"stream {i}", tensor, 2)
+    for which, tensor, numbers in zip(("mix 0", "mix 1"), mix, (3, 1)):
+        if tensor.numel() != numbers:
+            raise ValueError(f"conv_fusion: {which} has shape {list(tensor.shape)}, expected {numbers} numbers")
+    taps = (7, 5, 3, 1)
+    _convolutions("conv_fusion", kernels, biases, [(2, k) if side is None else (2, k, k) for k in taps])
+    if side is not None:
+        side = _whole("conv_fusion", "side", side, 0)
+    tensors = _autocast(*streams, *mix, *kernels, *biases)
+    lists = _split(tensors, [len(streams), len(mix), len(kernels), len(biases)])
+    out: Tensor = _conv_fusion(*lists, side, float(dropout), _draw(draw, dropout))
+    return out
 
 
 # ---- losses ------------------------------------------------------------------------------------
 
 
-def _at(logits, label):
+def _at(
+    name: str, logits: Tensor, label: int, censored: bool, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hazard and survival of a bin, and survival before it."""
+    _tensors(name, logits=logits)
+    if not logits.is_floating_point():
+        raise ValueError(f"{name}: logits are {logits.dtype}, expected floating point numbers")
+    if logits.dim() not in (1, 2) or (logits.dim() == 2 and logits.shape[0] != 1):
+        raise ValueError(f"{name}: logits have shape {list(logits.shape)}, expected [classes] or [1, classes]")
+    label = _label(name, label, logits.shape[-1], censored, alpha)
     hazards = torch.sigmoid(logits.reshape(-1).double())
     survival = torch.cumprod(1 - hazards, dim=0)
-    if not 0 <= label < len(hazards):
-        raise ValueError(f"label {label} of {len(hazards)} classes")
     return hazards[label], survival[label], survival[label - 1] if label else torch.ones_like(survival[0])
 
 
-def _log(p):
+def _label(name: str, label: int, classes: int, censored: bool, alpha: float) -> int:
+    label = operator.index(label)
+    if not 0 <= label < classes:
+        raise ValueError(f"{name}: label {label} of {classes} classes")
+    if censored not in (0, 1):  # any other thing would be true
+        raise ValueError(f"{name}: censored is {censored!r}, expected True or False")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{name}: alpha is {alpha}, expected 0 to 1")
+    return label
+
+
+def _log(p: Tensor) -> Tensor:
     return torch.log(torch.clamp(p, min=1e-7))
 
 
-def nll_surv(logits, label, censored, alpha=0.0):
-    """Negative log-likelihood of discrete hazards, the published loss.
+def nll_surv(logits: Tensor, label: int, censored: bool, alpha: float = 0.0) -> Tensor:
+    """Negative log-likelihood of discrete hazards, the published loss: a tensor of no dimension.
 
     logits ``[classes]`` or ``[1, classes]``; ``label`` is the time bin of the event or of the last
     visit, ``censored`` whether no event was seen; ``alpha`` weighs the uncensored part up.
     """
-    hazard, survival, before = _at(logits, label)
+    hazard, survival, before = _at("nll_surv", logits, label, censored, alpha)
     loss = -(1 - alpha) * _log(survival) if censored else -_log(before) - _log(hazard)
     return loss.to(logits.dtype)
 
 
-def ce_surv(logits, label, censored, alpha=0.0):
+def ce_surv(logits: Tensor, label: int, censored: bool, alpha: float = 0.0) -> Tensor:
     """Cross-entropy of the survival curve at the label's bin; arguments as :func:`nll_surv`'s."""
-    hazard, survival, before = _at(logits, label)
+    hazard, survival, before = _at("ce_surv", logits, label, censored, alpha)
     if censored:
         loss = -(1 - alpha) * _log(survival)
     else:
@@ -577,17 +809,153 @@ def ce_surv(logits, label, censored, alpha=0.0):
     return loss.to(logits.dtype)
 
 
-def cox(risk, time, event, ties="efron"):
-    """The negative Cox partial log-likelihood of log-risks ``[n]``, in O(n log n), with its gradient."""
+@torch.library.custom_op("crossfusion::times", mutates_args=())
+def _times(gradients: list[torch.Tensor], by: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients that forward has found, times the loss's own. An operator because it has no gradient: a
+    plain product would say that a gradient of the gradient is zero."""
+    return [(by * gradient).to(gradient.dtype) for gradient in gradients]
+
+
+@_times.register_fake
+def _(gradients: list[Tensor], by: Tensor) -> list[Tensor]:
+    return [gradient.new_empty(gradient.shape) for gradient in gradients]
+
+
+@torch.library.custom_op("crossfusion::head_loss", mutates_args=())
+def _head_loss(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    cross_entropy: bool,
+    label: int,
+    censored: bool,
+    alpha: float,
+) -> list[torch.Tensor]:
+    given = (x, norm_weight, norm_bias, weight, bias)
+    _same("head_loss", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
+    classes, sums = weight.shape[0], _sums(x)
+    stats, logits, dlogits = (torch.empty(n, dtype=sums, device=x.device) for n in (2, classes, classes))
+    normed, dx = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    grads = [torch.zeros(t.shape, dtype=sums, device=x.device) for t in given[1:]]
+    result = torch.empty(2, dtype=torch.float64, device=x.device)
+    held = _Held()
+    _crossfusion.head_loss(
+        _place(x),
+        held.all(given),
+        held.all((stats, normed, logits, dlogits)),
+        held.all((dx, *grads)),
+        held(result),
+        cross_entropy,
+        label,
+        censored,
+        alpha,
+    )
+    loss, risk = result.to(sums).unbind()
+    return [loss.clone(), risk.clone(), dx, *(gradient.to(x.dtype) for gradient in grads)]
+
+
+@_head_loss.register_fake
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cross_entropy: bool,
+    label: int,
+    censored: bool,
+    alpha: float,
+) -> list[Tensor]:
+    numbers = [x.new_empty((), dtype=_sums(x)) for _ in range(2)]
+    return [*numbers, *(t.new_empty(t.shape) for t in (x, norm_weight, norm_bias, weight, bias))]
+
+
+def _head_loss_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+
+
+def _head_loss_grad(ctx: typing.Any, douts: list[Tensor]) -> _Grads:
+    return (*_times(list(ctx.saved_tensors), douts[0]), None, None, None, None)
+
+
+_head_loss.register_autograd(_head_loss_grad, setup_context=_head_loss_setup)
+
+
+def head_loss(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    label: int,
+    censored: bool,
+    alpha: float = 0.0,
+    loss: typing.Literal["nll", "ce"] = "nll",
+) -> tuple[Tensor, Tensor]:
+    """A survival loss of the logits W LayerNorm(x) + bias of one row, and the slide's risk.
+
+    x ``[1, d]`` or ``[d]``, norm_weight and norm_bias ``[d]``, weight ``[classes, d]``, bias
+    ``[classes]``; ``label``, ``censored`` and ``alpha`` as :func:`nll_surv`'s. Both results are tensors
+    of no dimension in float32 (float64); the risk has no gradient. All is computed at once, the
+    gradients too, and on a GPU nothing waits for the host.
+    """
+    _tensors("head_loss", x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
+    _dims("head_loss", "x", x, 1, 2)
+    for which, tensor, dims in (
+        ("norm_weight", norm_weight, 1), ("norm_bias", norm_bias, 1), ("weight", weight, 2), ("bias", bias, 1)
+    ):
+        _dims("head_loss", which, tensor, dims)
+    if loss not in ("nll", "ce"):
+        raise ValueError(f"head_loss: loss = {loss!r}, expected 'nll' or 'ce'")
+    label = _label("head_loss", label, weight.shape[0], censored, alpha)
+    tensors = _autocast(x, norm_weight, norm_bias, weight, bias)
+    found = _head_loss(*tensors, loss == "ce", label, bool(censored), float(alpha))
+    return found[0], found[1]
+
+
+# ---- Cox -----------------------------------------------------------------------------------------
+
+
+def cox(
+    risk: Tensor,
+    time: typing.Any,
+    event: typing.Any,
+    ties: typing.Literal["efron", "breslow"] = "efron",
+) -> Tensor:
+    """The negative Cox partial log-likelihood of log-risks, in O(n log n), with its gradient.
+
+    risk ``[n]`` or ``[n, 1]``; time and event (True: it was observed) ``[n]``, tensors, arrays or lists. The
+    result is a tensor of no dimension, of the risks' type.
+    """
+    _tensors("cox", risk=risk)
+    if not risk.is_floating_point():
+        raise ValueError(f"cox: risk is {risk.dtype}, expected floating point numbers")
+    if risk.dim() != 1 and not (risk.dim() == 2 and risk.shape[1] == 1):
+        raise ValueError(f"cox: risk has shape {list(risk.shape)}, expected [n] or [n, 1]")
     if ties not in ("efron", "breslow"):
         raise ValueError(f"ties = {ties!r}: expected 'efron' or 'breslow'")
-    time = torch.as_tensor(time, dtype=torch.float64)
-    event = torch.as_tensor(event, dtype=torch.bool)
-    return _cox(risk.reshape(-1), time, event, ties == "efron")[0]
+    try:
+        time, event = torch.as_tensor(time), torch.as_tensor(event)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"cox: time and event must be numbers: {e}") from None
+    for which, tensor in (("time", time), ("event", event)):
+        _tensors("cox", **{which: tensor})
+        _dims("cox", which, tensor, 1)
+        if tensor.device.type not in ("cpu", risk.device.type):
+            raise ValueError(f"cox: {which} is on {tensor.device}, expected the CPU or {risk.device}")
+        if tensor.is_complex():
+            raise ValueError(f"cox: {which} is {tensor.dtype}, expected real numbers")
+    value: Tensor = _cox(risk.reshape(-1), time.double(), event.double(), ties == "efron")[0]
+    return value
 
 
 @torch.library.custom_op("crossfusion::cox", mutates_args=())
 def _cox(risk: torch.Tensor, time: torch.Tensor, event: torch.Tensor, efron: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if not ((event == 0) | (event == 1)).all():
+        raise ValueError("cox: `event` must be True or False, or 1 and 0")
     columns = (x.detach().cpu().contiguous() for x in (time.double(), event.bool(), risk.double()))
     times, events, risks = (column.numpy() for column in columns)
     loglik, gradient = _crossfusion.CoxCohort(times, events, None, None).loglik_and_gradient(risks, efron)
@@ -596,18 +964,17 @@ def _cox(risk: torch.Tensor, time: torch.Tensor, event: torch.Tensor, efron: boo
 
 
 @_cox.register_fake
-def _(risk, time, event, efron):
+def _(risk: Tensor, time: Tensor, event: Tensor, efron: bool) -> tuple[Tensor, Tensor]:
     return risk.new_empty(()), risk.new_empty(risk.shape)
 
 
-def _cox_setup(ctx, inputs, output):
+def _cox_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
-def _cox_grad(ctx, dvalue, _):
-    (gradient,) = ctx.saved_tensors
-    return dvalue * gradient, None, None, None
+def _cox_grad(ctx: typing.Any, dvalue: Tensor, _: Tensor) -> _Grads:
+    return (*_times(list(ctx.saved_tensors), dvalue), None, None, None)
 
 
 _cox.register_autograd(_cox_grad, setup_context=_cox_setup)
