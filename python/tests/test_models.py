@@ -159,13 +159,60 @@ def test_a_model_compiles_whole(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_bag_of_another_shape_is_named():
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bag_of_another_shape_is_named(name):
+    # of as many features as the model is wide nothing projects them: one column would be repeated
+    for features, dim in ((24, 32), (32, 32)):
+        model = getattr(models, name)(features, dim, heads=2)
+        x5, x10, x20 = bags = slide(features)
+        for i in (2,) if name == "CrossFusionSingle" else range(3):
+            for wrong, match in (
+                (torch.cat([bags[i], bags[i]]), "a bag has shape"),
+                (bags[i][:, :0], "with a patch at least"),
+                (bags[i][..., :1], rf"expected \[1, patches, {features}\]"),
+                (bags[i][..., :0], "a bag has shape"),
+                (bags[i][None], "a bag has shape"),
+                (bags[i][0, 0], "a bag has shape"),
+            ):
+                with pytest.raises(ValueError, match=match):
+                    model(*bags[:i], wrong, *bags[i + 1 :])
+            for wrong in (None, bags[i].tolist(), bags[i].numpy()):
+                with pytest.raises(TypeError, match="a bag is of type"):
+                    model(*bags[:i], wrong, *bags[i + 1 :])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_other_sizes_is_refused(name):
+    good = {"features": 24, "dim": 32, "heads": 2}
+    for key in ("features", "dim", "heads", "layers", "n_classes"):
+        for wrong in (0, -1):
+            with pytest.raises(ValueError, match=f"{key} is {wrong}"):
+                getattr(models, name)(**{**good, key: wrong})
+        with pytest.raises(TypeError):
+            getattr(models, name)(**{**good, key: 1.5})
+    for wrong in ({"dim": 33}, {"heads": 3}, {"dim": 512, "heads": 2}):
+        with pytest.raises(ValueError, match="expected an even number, and at most 128 for each head"):
+            getattr(models, name)(**{**good, **wrong})
+
+
+def test_bags_with_and_without_a_batch():
     model, _ = pair("CrossFusion")
-    x5, x10, x20 = slide()
-    with pytest.raises(ValueError, match=r"a bag has shape \(2, 5, 24\)"):
-        model(torch.cat([x5, x5]), x10, x20)
-    with pytest.raises(ValueError, match="with a patch at least"):
-        model(x5[:, :0], x10, x20)
+    model.eval()
+    bags = slide()
+    assert torch.equal(model(*bags), model(*(bag[0] for bag in bags)))
+
+
+def test_bfloat16_and_inference():
+    model, _ = pair("CrossFusion")
+    model.eval()
+    bags = slide()
+    expected = model(*bags)
+    with torch.inference_mode():
+        assert torch.equal(model(*bags), expected)
+    half = copy.deepcopy(model).bfloat16()
+    assert (half(*(bag.bfloat16() for bag in bags)) - expected).abs().max() < 0.05
+    with pytest.raises(ValueError, match="linear: weight is torch.bfloat16"):
+        half(*bags)
 
 
 def test_a_plain_training_loop():
