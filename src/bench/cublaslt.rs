@@ -17,7 +17,7 @@ use cudarc::{
 use super::cases::{Operand, Product};
 use crate::{
     Error, Result,
-    device::{Cuda, Storage},
+    device::{Cuda, Storage, library_is_present},
 };
 
 /// What its algorithms may use: NVIDIA's recommendation for Hopper.
@@ -51,8 +51,12 @@ fn column_major(operand: Operand) -> (u64, u64, i64) {
 impl<'a> CublasLt<'a> {
     /// None where the library is not installed.
     pub fn open(cuda: &'a Cuda) -> Result<Option<Self>> {
-        // SAFETY: looks for the library; every other call panics without it.
-        if !unsafe { sys::is_culib_present() } {
+        const NAMES: &[&str] = if cfg!(windows) {
+            &["cublasLt64_13.dll"]
+        } else {
+            &["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12"]
+        };
+        if !library_is_present(NAMES) {
             return Ok(None);
         }
         let workspace = cuda.alloc(WORKSPACE)?;

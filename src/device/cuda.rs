@@ -77,8 +77,7 @@ impl Cuda {
                     .into(),
             ));
         }
-        // SAFETY: looks for the driver's library; every other call panics without it.
-        if !unsafe { sys::is_culib_present() } {
+        if !library_is_present(if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] }) {
             return Err(Error::Device(
                 "--device cuda: there is no NVIDIA driver on this machine (libcuda was not found); use --device cpu"
                     .into(),
@@ -302,6 +301,13 @@ impl Cuda {
         });
         Error::Device(format!("{}: {what} failed: {}{after}", self.name, reason(e)))
     }
+}
+
+/// Whether the system finds one of NVIDIA's libraries, all of whose functions panic without it. cudarc
+/// tells it too, but not in a program another crate of which has cudarc link them (candle does).
+pub(crate) fn library_is_present(names: &[&str]) -> bool {
+    // SAFETY: loading them does what it does in any program that uses CUDA.
+    names.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok())
 }
 
 /// A copy within the host, at the speed of its memory.

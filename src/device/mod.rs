@@ -23,7 +23,7 @@ pub(crate) use arena::ALIGNMENT;
 pub(crate) use arena::{Arena, Mark};
 pub use cpu::{Cpu, Real};
 pub use cuda::Cuda;
-pub(crate) use cuda::copy_by_all_threads;
+pub(crate) use cuda::{copy_by_all_threads, library_is_present};
 pub(crate) use dry::Counts;
 pub use dry::{Dry, Facts};
 pub use element::Element;
