@@ -62,9 +62,9 @@ impl Dropout {
         draw.filter(|_| threshold > 0).map(|draw| Self { draw, site, threshold, first_row: 0, draw_at: 0 })
     }
 
-    /// The same tensor's dropout at another site, for attention's heads.
+    /// The same tensor's dropout at another site, for attention's heads; sites wrap at 2^32.
     pub fn at(self, offset: u32) -> Self {
-        Self { site: self.site + offset, ..self }
+        Self { site: self.site.wrapping_add(offset), ..self }
     }
 
     /// The same dropout, of a seed and a step (below 2^32) that are read when the op runs from
