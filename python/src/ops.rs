@@ -35,6 +35,21 @@ impl Matrix {
         // SAFETY: the caller's.
         unsafe { MatMut::from_raw(device, self.0 as *mut T, self.1, self.2, self.3) }
     }
+
+    /// Where an op adds a parameter's gradient: on a CPU zeroed here, since PyTorch's threads, once
+    /// they have filled a tensor, spin for milliseconds on the cores that the op is to use.
+    ///
+    /// # Safety
+    /// As [`Matrix::write`]; rows lie behind one another.
+    unsafe fn sums<'a, T: Element>(&self, device: &'a Device) -> Result<MatMut<'a, T>> {
+        // SAFETY: the caller's.
+        let sums = unsafe { self.write(device) }?;
+        if !device.runs_kernels() {
+            // SAFETY: `write` has checked that it can be such memory; zeros are a number.
+            unsafe { std::ptr::write_bytes(self.0 as *mut T, 0, self.1 * self.2) };
+        }
+        Ok(sums)
+    }
 }
 
 /// A device, and the scratch memory of its ops.
@@ -75,11 +90,13 @@ fn on(py: Python<'_>, place: Place, work: impl FnOnce(&Device, &mut Workspace) -
     py.detach(run).map_err(raise)
 }
 
-/// Seed, step, site and rate of a dropout.
-type Draws = (u64, u32, u32, f64);
+/// Seed, step, rate, and the address of a seed and a step that are read when the op runs, or 0.
+type Draws = (u64, u32, f64, usize);
 
-fn dropout((seed, step, site, rate): Draws) -> Result<Option<Dropout>> {
-    Dropout::with_rate(Draw { seed, step }, site, rate)
+fn dropout((seed, step, rate, draw): Draws) -> Result<Option<Dropout>> {
+    let dropout = Dropout::with_rate(Draw { seed, step }, 0, rate)?;
+    // SAFETY: a tensor of two int64 on the op's device, which the caller holds.
+    Ok(dropout.map(|dropout| unsafe { dropout.with_draw_at(draw as *const [u64; 2]) }))
 }
 
 /// Runs `$work` with `$T` as the type of a matrix.
@@ -191,16 +208,16 @@ fn layer_norm_backward(py: Python<'_>, place: Place, m: [Matrix; 7]) -> PyResult
         by_type!(x, T => unsafe {
             let (x, stats, weight, dy) =
                 (x.read::<T>(device)?, stats.read(device)?, weight.read(device)?, dy.read(device)?);
-            let (dx, dweight, dbias) = (dx.write(device)?, dweight.write(device)?, dbias.write(device)?);
+            let (dx, dweight, dbias) = (dx.write(device)?, dweight.sums(device)?, dbias.sums(device)?);
             let problem = ops::LayerNormBackward { x, stats, weight, dy, dx, dweight, dbias };
             ops::layer_norm_backward(workspace, &mut [problem])
         })
     })
 }
 
-/// y = x Wᵀ + b: x, weight, bias, y.
+/// y = x Wᵀ + b, and + residual where there is one: x, weight, bias, y.
 #[pyfunction]
-fn linear_forward(py: Python<'_>, place: Place, m: [Matrix; 4]) -> PyResult<()> {
+fn linear_forward(py: Python<'_>, place: Place, m: [Matrix; 4], residual: Option<Matrix>) -> PyResult<()> {
     let [x, weight, bias, y] = m;
     on(py, place, |device, workspace| {
         // SAFETY: as above.
@@ -211,7 +228,7 @@ fn linear_forward(py: Python<'_>, place: Place, m: [Matrix; 4]) -> PyResult<()> 
                 bias: Some(bias.read(device)?),
                 gelu: None,
                 dropout: None,
-                residual: None,
+                residual: residual.map(|residual| residual.read(device)).transpose()?,
                 y: y.write(device)?,
             };
             ops::linear(workspace, &mut [problem])
@@ -245,7 +262,7 @@ fn linear_backward(
                 ops::linear_backward_input(workspace, &mut [problem])?;
             }
             let (dy, x) = (dy.read::<T>(device)?, x.read(device)?);
-            let (dweight, dbias) = (dweight.write(device)?, dbias.write(device)?);
+            let (dweight, dbias) = (dweight.sums(device)?, dbias.sums(device)?);
             ops::linear_backward_weight(workspace, &mut [ops::LinearBackwardWeight { dy, x, dweight, dbias }])
         })
     })
@@ -335,14 +352,14 @@ fn feed_forward_backward(
             let second = ops::LinearBackwardWeight::<T> {
                 dy: dz.read(device)?,
                 x: z.read(device)?,
-                dweight: dw2.write(device)?,
-                dbias: db2.write(device)?,
+                dweight: dw2.sums(device)?,
+                dbias: db2.sums(device)?,
             };
             let first = ops::LinearBackwardWeight::<T> {
                 dy: dhidden.read(device)?,
                 x: x.read(device)?,
-                dweight: dw1.write(device)?,
-                dbias: db1.write(device)?,
+                dweight: dw1.sums(device)?,
+                dbias: db1.sums(device)?,
             };
             ops::linear_backward_weight(workspace, &mut [second, first])
         })
@@ -381,8 +398,8 @@ fn ppeg_backward(py: Python<'_>, place: Place, m: [Matrix; 12], side: usize) -> 
                 kernels: [k7.read(device)?, k5.read(device)?, k3.read(device)?],
                 dy: dy.read(device)?,
                 dx: dx.write(device)?,
-                dkernels: [d7.write(device)?, d5.write(device)?, d3.write(device)?],
-                dbiases: [b7.write(device)?, b5.write(device)?, b3.write(device)?],
+                dkernels: [d7.sums(device)?, d5.sums(device)?, d3.sums(device)?],
+                dbiases: [b7.sums(device)?, b5.sums(device)?, b3.sums(device)?],
             };
             ops::ppeg_backward(workspace, &mut [problem])
         })
@@ -459,9 +476,9 @@ fn conv_fusion_backward(
                 out: out.read(device)?,
                 dout: dout.read(device)?,
                 dstreams: dstreams.iter().map(|x| x.write(device)).collect::<Result<Vec<_>>>()?,
-                dmix: dmix.map(|[weight, bias]| Ok([weight.write(device)?, bias.write(device)?])).transpose()?,
-                dkernels: four(dkernels, |m| m.write(device))?,
-                dbiases: four(dbiases, |m| m.write(device))?,
+                dmix: dmix.map(|[weight, bias]| Ok([weight.sums(device)?, bias.sums(device)?])).transpose()?,
+                dkernels: four(dkernels, |m| m.sums(device))?,
+                dbiases: four(dbiases, |m| m.sums(device))?,
             };
             ops::conv_fusion_backward(workspace, &mut problem)
         })
@@ -510,10 +527,10 @@ fn head_loss(
                 forward,
                 dlogits: dlogits.write(device)?,
                 dx: dx.write(device)?,
-                dnorm_weight: dnorm_weight.write(device)?,
-                dnorm_bias: dnorm_bias.write(device)?,
-                dweight: dweight.write(device)?,
-                dbias: dbias.write(device)?,
+                dnorm_weight: dnorm_weight.sums(device)?,
+                dnorm_bias: dnorm_bias.sums(device)?,
+                dweight: dweight.sums(device)?,
+                dbias: dbias.sums(device)?,
             };
             ops::head_loss(workspace, &mut problem, &loss, &mut result.write(device)?)
         })

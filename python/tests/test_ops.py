@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,7 @@ CASES = {
     ),
     "layer_norm": lambda rate: (ops._layer_norm, (rand(2, 5, 6), rand(6), rand(6))),
     "linear": lambda rate: (ops._linear, (rand(5, 6), rand(4, 6), rand(4))),
+    "linear_residual": lambda rate: (ops._linear, (rand(5, 6), rand(4, 6), rand(4), rand(5, 4))),
     "feed_forward": lambda rate: (
         ops._feed_forward, (rand(5, 6), rand(8, 6), rand(8), rand(6, 8), rand(6), rate, DRAW)
     ),
@@ -78,7 +80,7 @@ def flat_ppeg():
 @pytest.mark.parametrize("name", list(CASES))
 def test_registrations(name):
     _, arguments = CASES[name](0.3)
-    op = getattr(torch.ops.crossfusion, name.replace("_single", "").replace("_sequence", "")).default
+    op = getattr(torch.ops.crossfusion, re.sub("_(single|sequence|residual)", "", name)).default
     torch.library.opcheck(op, arguments)
 
 
@@ -194,6 +196,14 @@ def test_dropout_draws_by_its_numbers():
     first = ops.attention(q, k, v, 2, 0.5)
     torch.manual_seed(5)
     assert torch.equal(first, ops.attention(q, k, v, 2, 0.5))
+    # by address, as on a GPU
+    out, lse, draw = torch.empty_like(q), torch.empty(2, len(q), dtype=q.dtype), torch.tensor([1, 2])
+    held = ops._Held()
+    call = [held.all((q, k, v, out, lse))]
+    for step in (2, 3):
+        draw[1] = step
+        ops._crossfusion.attention_forward((-1, 2), call, 2, (0, 0, 0.5, draw.data_ptr()))
+        assert torch.equal(out, with_draw(1, step))
     # E[dropout(P) v] = P v: the mean of many draws is the attention without
     mean = torch.stack([with_draw(9, step) for step in range(400)]).mean(0)
     plain = ops.attention(q, k, v, 2)
@@ -209,6 +219,7 @@ def all_ops():
         "attention": (lambda q, k, v: ops.attention(q, k, v, 2, 0.3, DRAW), [rand(5, 6), rand(9, 6), rand(9, 6)]),
         "layer_norm": (ops.layer_norm, [rand(5, 6), rand(6), rand(6)]),
         "linear": (ops.linear, [rand(5, 6), rand(4, 6), rand(4)]),
+        "linear_residual": (ops.linear, [rand(5, 6), rand(4, 6), rand(4), rand(5, 4)]),
         "feed_forward": (
             lambda *t: ops.feed_forward(*t, 0.3, DRAW), [rand(5, 6), rand(8, 6), rand(8), rand(6, 8), rand(6)]
         ),
@@ -381,7 +392,7 @@ F32 = dict(dtype=torch.float32, grad=False)
 CALLS = {
     "attention": lambda: dict(q=rand(5, 8, **F32), k=rand(9, 8, **F32), v=rand(9, 8, **F32), heads=2),
     "layer_norm": lambda: dict(x=rand(5, 8, **F32), weight=rand(8, **F32), bias=rand(8, **F32)),
-    "linear": lambda: dict(x=rand(5, 8, **F32), weight=rand(4, 8, **F32), bias=rand(4, **F32)),
+    "linear": lambda: dict(x=rand(5, 8, **F32), weight=rand(4, 8, **F32), bias=rand(4, **F32), residual=rand(5, 4, **F32)),
     "feed_forward": lambda: dict(
         x=rand(5, 8, **F32), w1=rand(6, 8, **F32), b1=rand(6, **F32), w2=rand(8, 6, **F32), b2=rand(8, **F32)
     ),
@@ -415,7 +426,7 @@ CALLS = {
 LOGITS = [("nll_surv", "logits"), ("ce_surv", "logits")]
 COX = [("cox", "risk"), ("cox", "time"), ("cox", "event")]
 BAD_TENSORS = {
-    "none": (lambda t: None, []),
+    "none": (lambda t: None, [("linear", "residual")]),
     "text": (lambda t: "x", []),
     "a number": (lambda t: 1.0, []),
     "integers": (lambda t: t.long(), COX[1:]),

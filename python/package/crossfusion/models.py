@@ -45,10 +45,10 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` of x ``[n, in_features]``."""
+    """``nn.Linear`` of x ``[n, in_features]``, and + residual ``[n, out_features]``."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: typing.Optional[Tensor] = None) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, residual)
 
 
 class FeedForward(nn.Module):
@@ -79,11 +79,19 @@ class Attention(nn.Module):
         # one embedding is added to both sides of a cross-attention
         self.scale_embeddings = nn.Parameter(torch.zeros(1, 1, dim)) if scale_embedding else None
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def _project(self, projection: Linear, x: Tensor) -> Tensor:
+        """``projection`` of x + the embedding e, as x Wᵀ + (e Wᵀ + b)."""
+        weight: Tensor = projection.weight
+        bias: Tensor = projection.bias
         if self.scale_embeddings is not None:
-            x, context = x + self.scale_embeddings[0], context + self.scale_embeddings[0]
-        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
-        y: Tensor = self.out_proj(ops.attention(q, k, v, self.heads, self.p if self.training else 0.0))
+            bias = ops.linear(self.scale_embeddings[0], weight, bias)[0]
+        return ops.linear(x, weight, bias)
+
+    def forward(self, x: Tensor, context: Tensor, residual: Tensor) -> Tensor:
+        """+ residual ``[n, d]``."""
+        q, k, v = (self._project(p, y) for p, y in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context)))
+        attended = ops.attention(q, k, v, self.heads, self.p if self.training else 0.0)
+        y: Tensor = self.out_proj(attended, residual)
         return y
 
 
@@ -104,7 +112,7 @@ class Block(nn.Module):
             norm1, attention, norm2, ffn = typing.cast(nn.ModuleList, layer)
             x = norm1(x)
             queries = x[:rows] if i == last and rows else x
-            x = ffn(norm2(queries + attention(queries, x)))
+            x = ffn(norm2(attention(queries, x, queries)))
         return x
 
 
@@ -204,7 +212,7 @@ class _Model(nn.Module):
         return x
 
     def _cross(self, name: str, x: Tensor, context: Tensor) -> Tensor:
-        x = getattr(self, f"{name}_ln")(x + getattr(self, name)(x, context))
+        x = getattr(self, f"{name}_ln")(getattr(self, name)(x, context, x))
         y: Tensor = getattr(self, f"{name}_ffn")(x)
         return y
 

@@ -6,9 +6,10 @@ copied first. Gradients of parameters are summed in float32 (float64) and rounde
 type. Each operator is a ``torch.library`` custom operator: it can be compiled whole
 (``torch.compile(fullgraph=True)``), and autograd knows it.
 
-Dropout draws by counter: from a tensor ``draw`` of two int64 on the CPU, a seed and a step, which
-:func:`draw` makes from PyTorch's generator. Forward and backward draw the same; a different step
-draws another mask.
+Dropout draws by counter: from a tensor ``draw`` of two int64, a seed and a step, which :func:`draw`
+makes from PyTorch's generator. Forward and backward draw the same; a different step draws another
+mask. On CUDA it may lie on the GPU, and is read there when the operator runs: so a captured CUDA
+graph draws anew if it is written to between two launches; from the CPU, the capture's mask repeats.
 """
 
 import math
@@ -36,7 +37,7 @@ __all__ = [
 Tensor = torch.Tensor
 # as the library takes them: see _matrix and _drop
 _Matrix = tuple[int, int, int, int, int]
-_Draws = tuple[int, int, int, float]
+_Draws = tuple[int, int, float, int]
 # of an operator's arguments: None of what is no tensor
 _Grads = tuple[typing.Any, ...]
 
@@ -52,16 +53,17 @@ def draw() -> Tensor:
     return torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64)
 
 
-def _draw(draw: typing.Optional[Tensor], rate: float) -> Tensor:
-    """The given draw, or a fresh one where one is needed."""
+def _draw(draw: typing.Optional[Tensor], rate: float, x: Tensor) -> Tensor:
+    """The given draw, or a fresh one where one is needed, of an operator on x."""
     if draw is None:
         return _fresh() if rate else torch.zeros(2, dtype=torch.int64)
     _tensors("dropout", draw=draw)
-    if draw.dtype != torch.int64 or draw.shape != (2,) or draw.device.type != "cpu":
+    if draw.dtype != torch.int64 or draw.shape != (2,) or draw.device not in (torch.device("cpu"), x.device):
         raise ValueError(
             f"dropout: draw is {list(draw.shape)} of {draw.dtype} on {draw.device}, expected two int64 on the CPU"
+            f"{f' or {x.device}' if x.is_cuda else ''}"
         )
-    return draw
+    return draw.contiguous()
 
 
 _fresh = draw  # where an argument is called draw
@@ -127,6 +129,12 @@ def _sums(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _gradient(x: Tensor, *shape: int) -> Tensor:
+    """Where a parameter's gradient is summed: zeros on a GPU; on the CPU the library zeroes it."""
+    make = torch.zeros if x.device.type == "cuda" else torch.empty
+    return make(shape, dtype=_sums(x), device=x.device)
+
+
 def _tensors(name: str, **tensors: object) -> None:
     """All dense tensors on one device, or an error that names the one that is not.
 
@@ -180,9 +188,12 @@ def _autocast(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() else t for t in tensors)
 
 
-def _drop(draw: Tensor, rate: float, site: int = 0) -> _Draws:
+def _drop(draw: Tensor, rate: float) -> _Draws:
+    """By its numbers; on a GPU by its address, so that a captured graph reads what is there."""
+    if draw.is_cuda:
+        return 0, 0, float(rate), draw.data_ptr()
     seed, step = (int(n) for n in draw.tolist()) if rate else (0, 0)
-    return seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF, site, float(rate)
+    return seed & 0xFFFFFFFFFFFFFFFF, step & 0xFFFFFFFF, float(rate), 0
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -277,7 +288,7 @@ def attention(
     single = q.dim() == 2
     if single:
         q, k, v = q[None], k[None], v[None]
-    out: Tensor = _attention(q, k, v, heads, float(dropout), _draw(draw, dropout))[0]
+    out: Tensor = _attention(q, k, v, heads, float(dropout), _draw(draw, dropout, q))[0]
     return out[0] if single else out
 
 
@@ -306,7 +317,7 @@ def _layer_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     flat, dy = (t.detach().reshape(-1, x.shape[-1]) for t in (x, dy))
     dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    dweight, dbias = (torch.zeros(x.shape[-1], dtype=_sums(x), device=x.device) for _ in range(2))
+    dweight, dbias = (_gradient(x, x.shape[-1]) for _ in range(2))
     held = _Held()
     _crossfusion.layer_norm_backward(_place(x), held.all((flat, stats, weight, dy, dx, dweight, dbias)))
     return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
@@ -349,16 +360,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("crossfusion::linear", mutates_args=())
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    _same("linear", x, weight=weight, bias=bias)
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: typing.Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    _same("linear", x, weight=weight, bias=bias, **({} if residual is None else {"residual": residual}))
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     held = _Held()
-    _crossfusion.linear_forward(_place(x), held.all((x, weight, bias, y)))
+    beside = None if residual is None else held(residual)
+    _crossfusion.linear_forward(_place(x), held.all((x, weight, bias, y)), beside)
     return y
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, residual: typing.Optional[Tensor] = None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -367,8 +381,7 @@ def _linear_backward(
     x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, wants_dx: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx = torch.empty(x.shape if wants_dx else (0,), dtype=x.dtype, device=x.device)
-    dweight = torch.zeros(weight.shape, dtype=_sums(x), device=x.device)
-    dbias = torch.zeros(weight.shape[0], dtype=_sums(x), device=x.device)
+    dweight, dbias = _gradient(x, *weight.shape), _gradient(x, weight.shape[0])
     held = _Held()
     given, out = held.all((dy, x, weight)), held(dx) if wants_dx else None
     _crossfusion.linear_backward(_place(x), given, out, held.all((dweight, dbias)))
@@ -382,26 +395,30 @@ def _(x: Tensor, weight: Tensor, dy: Tensor, wants_dx: bool) -> tuple[Tensor, Te
 
 
 def _linear_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
-    x, weight, _ = inputs
+    x, weight, *_ = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _linear_grad(ctx: typing.Any, dy: Tensor) -> _Grads:
     x, weight = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[0]
-    dx, dweight, dbias = _linear_backward(x, weight, dy.to(x.dtype), wanted)
-    return dx if wanted else None, dweight, dbias
+    wanted = ctx.needs_input_grad
+    dx, dweight, dbias = _linear_backward(x, weight, dy.to(x.dtype), wanted[0])
+    # a residual that was not given is no input either
+    return (dx if wanted[0] else None, dweight, dbias, dy)[: len(wanted)]
 
 
 _linear.register_autograd(_linear_grad, setup_context=_linear_setup)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x Wᵀ + bias ``[m, out]``: x ``[m, in]``, weight ``[out, in]``, bias ``[out]``, as in ``nn.Linear``."""
-    _tensors("linear", x=x, weight=weight, bias=bias)
-    for which, tensor, dims in (("x", x, 2), ("weight", weight, 2), ("bias", bias, 1)):
-        _dims("linear", which, tensor, dims)
-    y: Tensor = _linear(*_autocast(x, weight, bias))
+def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: typing.Optional[Tensor] = None) -> Tensor:
+    """x Wᵀ + bias ``[m, out]``: x ``[m, in]``, weight ``[out, in]``, bias ``[out]``, as in ``nn.Linear``;
+    and + residual ``[m, out]`` in the same pass."""
+    operands = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    _tensors("linear", **operands)
+    for which, tensor in operands.items():
+        _dims("linear", which, tensor, 1 if which == "bias" else 2)
+    given = _autocast(*operands.values())
+    y: Tensor = _linear(*given, *([None] if residual is None else []))
     return y
 
 
@@ -444,7 +461,7 @@ def _feed_forward_backward(
 ) -> list[torch.Tensor]:
     z, dhidden = (torch.empty(hidden.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     dz, dx = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    grads = [torch.zeros(s, dtype=_sums(x), device=x.device) for s in (w1.shape, w1.shape[0], w2.shape, w2.shape[0])]
+    grads = [_gradient(x, *shape) for shape in (w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])]
     held = _Held()
     _crossfusion.feed_forward_backward(
         _place(x),
@@ -497,7 +514,7 @@ def feed_forward(
     for which, tensor, dims in (("x", x, 2), ("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
         _dims("feed_forward", which, tensor, dims)
     x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
-    out: Tensor = _feed_forward(x, w1, b1, w2, b2, float(dropout), _draw(draw, dropout))[0]
+    out: Tensor = _feed_forward(x, w1, b1, w2, b2, float(dropout), _draw(draw, dropout, x))[0]
     return out
 
 
@@ -534,8 +551,8 @@ def _ppeg_backward(
     x: torch.Tensor, k7: torch.Tensor, k5: torch.Tensor, k3: torch.Tensor, dy: torch.Tensor, side: int
 ) -> list[torch.Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernels = [torch.zeros(k.shape, dtype=_sums(x), device=x.device) for k in (k7, k5, k3)]
-    biases = [torch.zeros(x.shape[1], dtype=_sums(x), device=x.device) for _ in range(3)]
+    kernels = [_gradient(x, *k.shape) for k in (k7, k5, k3)]
+    biases = [_gradient(x, x.shape[1]) for _ in range(3)]
     held = _Held()
     _crossfusion.ppeg_backward(_place(x), held.all((x, k7, k5, k3, dy, dx, *kernels, *biases)), side)
     return [dx, *(gradient.to(x.dtype) for gradient in kernels + biases)]
@@ -653,7 +670,7 @@ def _conv_fusion_backward(
     x = streams[0]
     dstreams = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in streams]
     dmix, dkernels, dbiases = (
-        [torch.zeros(t.shape, dtype=_sums(t), device=t.device) for t in tensors] for tensors in (mix, kernels, biases)
+        [_gradient(t, *t.shape) for t in tensors] for tensors in (mix, kernels, biases)
     )
     held = _Held()
     _crossfusion.conv_fusion_backward(
@@ -751,7 +768,7 @@ def conv_fusion(
         side = _whole("conv_fusion", "side", side, 0)
     tensors = _autocast(*streams, *mix, *kernels, *biases)
     lists = _split(tensors, [len(streams), len(mix), len(kernels), len(biases)])
-    out: Tensor = _conv_fusion(*lists, side, float(dropout), _draw(draw, dropout))
+    out: Tensor = _conv_fusion(*lists, side, float(dropout), _draw(draw, dropout, lists[0][0]))
     return out
 
 
@@ -838,7 +855,7 @@ def _head_loss(
     classes, sums = weight.shape[0], _sums(x)
     stats, logits, dlogits = (torch.empty(n, dtype=sums, device=x.device) for n in (2, classes, classes))
     normed, dx = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    grads = [torch.zeros(t.shape, dtype=sums, device=x.device) for t in given[1:]]
+    grads = [_gradient(x, *t.shape) for t in given[1:]]
     result = torch.empty(2, dtype=torch.float64, device=x.device)
     held = _Held()
     _crossfusion.head_loss(
