@@ -13,6 +13,10 @@
 #include <cstddef>
 #include <cstdint>
 
+// Of the kernels' names, blocks and parameters, for engines that launch them on their own:
+// docs/launching.md. Raised whenever one of those changes.
+constexpr int kAbiVersion = 1;
+
 #define GPU_PASTE_(a, b) a##_##b
 #define GPU_PASTE(a, b) GPU_PASTE_(a, b)
 #define GPU_STRING_(x) #x

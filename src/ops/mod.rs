@@ -30,6 +30,10 @@ mod constants {
     include!(concat!(env!("OUT_DIR"), "/constants.rs"));
 }
 
+/// The version of the kernels' names, grids and parameters (docs/launching.md), for engines that
+/// launch the fatbins on their own.
+pub const KERNELS_VERSION: usize = constants::gpu::ABI_VERSION;
+
 /// Multiprocessors of a large GPU (an H100), which launches should fill. Not of the GPU at hand:
 /// sums are split by it, and have the same order everywhere.
 const MULTIPROCESSORS: usize = 132;
