@@ -24,7 +24,8 @@ fn attention_on_a_callers_slices_and_stream() {
     let mut host = unsafe { context.alloc_pinned::<f32>(ROWS * COLS) }.unwrap();
     host.as_mut_slice().unwrap().copy_from_slice(&values);
     let x = stream.clone_htod(&host).unwrap();
-    let (mut out, mut lse) = (stream.alloc_zeros(ROWS * COLS).unwrap(), stream.alloc_zeros(HEADS * ROWS).unwrap());
+    let (mut out, mut lse) =
+        (stream.alloc_zeros::<f32>(ROWS * COLS).unwrap(), stream.alloc_zeros::<f32>(HEADS * ROWS).unwrap());
     // SAFETY: a stream of the primary context, which outlives the device.
     let device = Arc::new(unsafe { Device::on_stream(0, stream.cu_stream().cast()) }.unwrap());
     let workspace = &mut Workspace::new(&device).unwrap();
@@ -40,7 +41,8 @@ fn attention_on_a_callers_slices_and_stream() {
                 MatMut::from_raw(&device, lse as *mut f32, HEADS, ROWS, ROWS).unwrap(),
             )
         };
-        ops::attention(workspace, &mut [Attention { q: x, k: x, v: x, heads: HEADS, dropout: None, out, lse }]).unwrap();
+        ops::attention(workspace, &mut [Attention { q: x, k: x, v: x, heads: HEADS, dropout: None, out, lse }])
+            .unwrap();
     }
     stream.memcpy_dtoh(&out, &mut host).unwrap();
     let got = host.as_slice().unwrap().to_vec(); // waits for the copy

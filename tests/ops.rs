@@ -3,6 +3,8 @@
 
 #[path = "ops/draws.rs"]
 mod draws;
+#[path = "ops/head.rs"]
+mod head;
 
 use std::sync::Arc;
 
@@ -350,88 +352,6 @@ fn ppeg() {
             gradients.map(|gradient| gradient.to_vec().unwrap()).to_vec()
         },
     );
-}
-
-#[test]
-fn head() {
-    let (d, classes) = (8, 4);
-    let shapes = [[1, d], [1, d], [1, d], [classes, d], [1, classes]];
-    let device = cpu();
-    let call = Call { device: &device };
-    type Run<'d> = (Vec<f64>, Vec<Vec<f64>>);
-    let run = |inputs: &[Vec<f64>], dlogits: Option<&[f64]>| -> Run {
-        let inputs = [0, 1, 2, 3, 4].map(|i| call.given(&inputs[i], shapes[i]));
-        let [x, norm_weight, norm_bias, weight, bias] = inputs.each_ref().map(Tensor::mat);
-        let [mut stats, mut normed, mut logits] = [call.zeros([1, 2]), call.zeros([1, d]), call.zeros([1, classes])];
-        let workspace = &mut Workspace::new(&device).unwrap();
-        let mut gradients = shapes.map(|shape| call.zeros(shape));
-        let mut dlogits_in = dlogits.map_or(call.zeros([1, classes]), |dlogits| call.given(dlogits, [1, classes]));
-        {
-            let mut forward = Head {
-                x,
-                norm_weight,
-                norm_bias,
-                weight,
-                bias,
-                stats: stats.mat_mut(),
-                normed: normed.mat_mut(),
-                logits: logits.mat_mut(),
-            };
-            ops::head(workspace, &mut forward).unwrap();
-            let [dx, dnorm_weight, dnorm_bias, dweight, dbias] = gradients.each_mut().map(Tensor::mat_mut);
-            let dlogits = dlogits_in.mat_mut();
-            let mut problem = HeadBackward { forward, dlogits, dx, dnorm_weight, dnorm_bias, dweight, dbias };
-            ops::head_backward(workspace, &mut problem).unwrap();
-        }
-        (logits.to_vec().unwrap(), gradients.map(|gradient| gradient.to_vec().unwrap()).to_vec())
-    };
-    check("head", &shapes, |inputs| run(inputs, None).0, |inputs, dout| run(inputs, Some(dout)).1);
-}
-
-/// Every operand: a kernel would read or write past the end of one that is too short.
-#[test]
-fn a_head_of_other_shapes_is_refused() {
-    let device = cpu();
-    let (d, classes) = (8, 4);
-    let names = ["x", "norm_weight", "norm_bias", "weight", "bias", "stats", "normed", "logits", "dlogits"];
-    let gradients = ["dx", "dnorm_weight", "dnorm_bias", "dweight", "dbias"];
-    let names: Vec<&str> = names.into_iter().chain(gradients).collect();
-    for short in 1..names.len() {
-        let of = |name: &str| match name {
-            "weight" | "dweight" => [classes, d],
-            "bias" | "dbias" | "logits" | "dlogits" => [1, classes],
-            "stats" => [1, 2],
-            _ => [1, d],
-        };
-        let tensor = |i: usize| {
-            let [rows, cols] = of(names[i]);
-            Tensor::<f64>::zeros(&device, rows, cols - usize::from(i == short)).unwrap()
-        };
-        let mut tensors: Vec<Tensor<f64>> = (0..names.len()).map(tensor).collect();
-        let (given, written) = tensors.split_at_mut(5);
-        let [stats, normed, logits, dlogits, dx, dnorm_weight, dnorm_bias, dweight, dbias] = written else { panic!() };
-        let forward = Head {
-            x: given[0].mat(),
-            norm_weight: given[1].mat(),
-            norm_bias: given[2].mat(),
-            weight: given[3].mat(),
-            bias: given[4].mat(),
-            stats: stats.mat_mut(),
-            normed: normed.mat_mut(),
-            logits: logits.mat_mut(),
-        };
-        let mut problem = HeadBackward {
-            forward,
-            dlogits: dlogits.mat_mut(),
-            dx: dx.mat_mut(),
-            dnorm_weight: dnorm_weight.mat_mut(),
-            dnorm_bias: dnorm_bias.mat_mut(),
-            dweight: dweight.mat_mut(),
-            dbias: dbias.mat_mut(),
-        };
-        let text = ops::head_backward(&mut Workspace::new(&device).unwrap(), &mut problem).unwrap_err().to_string();
-        assert!(text.contains(&format!("head backward: {} has shape", names[short])), "{text}");
-    }
 }
 
 /// Two parts of a context, merged, are the whole.
