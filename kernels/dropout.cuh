@@ -23,7 +23,6 @@ GPU_FN Dropout drawn(Dropout dropout) {
   return dropout;
 }
 
-
 struct PhiloxWords { uint32_t word[4]; };
 
 // Philox4x32 with 7 rounds: eight 16-bit draws.

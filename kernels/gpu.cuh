@@ -13,8 +13,9 @@
 #include <cstddef>
 #include <cstdint>
 
-// Of the kernels' names, blocks and parameters, for engines that launch them on their own:
-// docs/launching.md. Raised whenever one of those changes.
+// Of the kernels' names, grids and parameters, for engines that launch them on their own:
+// docs/launching.md. Raised whenever one of those changes; scripts/kernel-layouts.py sees it of names
+// and parameters.
 constexpr int kAbiVersion = 1;
 
 #define GPU_PASTE_(a, b) a##_##b
@@ -31,7 +32,7 @@ constexpr int kAbiVersion = 1;
 // kMnMajor  a line is 64 neighbours in m or n; `stride` from 8 lines (of k) to the next 8, `leading` to the next 64 of m or n
 constexpr bool kKMajor = false, kMnMajor = true;
 
-// ---- CUDA -----------------------------------------------------------------------------
+// ---- CUDA ---------------------------------------------------------------------------------------
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 
@@ -103,7 +104,8 @@ GPU_FN void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 GPU_FN void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 GPU_FN void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// ---- Hopper's own: wgmma, products of a warpgroup (four warps, the first one's number divisible b
+// ---- Hopper's own: wgmma, products of a warpgroup -----------------------------------------------
+// A warpgroup is four warps, of which the first one's number is divisible by four.
 // Only code for sm_90a has them. A kernel that takes them asks kHasWgmma, and traps where it is false.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool kHasWgmma = true;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the layouts of docs/launching.md: each kernel's block and parameters, by the sources and a C++ compiler.
+"""Writes the layouts of docs/launching.md: each kernel's parameters, by the sources and a C++ compiler.
 
 scripts/kernel-layouts.py           writes them
 scripts/kernel-layouts.py --check   changes nothing; fails if they are not current
@@ -84,8 +84,8 @@ def page():
         if file.stem == "probes":
             continue
         text = source(file.stem)
-        entries = re.findall(r"^KERNEL(?:_BLOCKS)?\((\w+), (\w+)(?:, \d+)?, (.*)\) \{", file.read_text(), re.M)
-        parameters = {name: re.findall(r"(?:const )?(\w+(?:<[^>]*>)?) (\w+)", given) for name, _, given in entries}
+        entries = re.findall(r"^KERNEL(?:_BLOCKS)?\((\w+), \w+(?:, \d+)?, (.*)\) \{", file.read_text(), re.M)
+        parameters = {name: re.findall(r"(?:const )?(\w+(?:<[^>]*>)?) (\w+)", given) for name, given in entries}
         names, wanted = [], [plain(kind) for given in parameters.values() for kind, _ in given]
         while wanted:
             name = wanted.pop(0)

@@ -275,7 +275,6 @@ fn statistic_of(statistic: &Bound<'_, PyAny>, rows: Vec<usize>) -> PyResult<Resu
 
 /// `statistic` is called in the thread of the caller, one resampled cohort after the other.
 #[pyfunction]
-#[allow(clippy::too_many_arguments)] // what the statistic depends on
 fn bootstrap(
     patient: Groups,
     fold: Option<Groups>,
@@ -293,7 +292,6 @@ fn bootstrap(
 
 /// Both estimates, the interval of their difference, p.
 #[pyfunction]
-#[allow(clippy::too_many_arguments)] // what the statistic depends on
 fn bootstrap_difference(
     patient: Groups,
     fold: Option<Groups>,

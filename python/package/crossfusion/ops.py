@@ -965,13 +965,13 @@ def cox(
             raise ValueError(f"cox: {which} is on {tensor.device}, expected the CPU or {risk.device}")
         if tensor.is_complex():
             raise ValueError(f"cox: {which} is {tensor.dtype}, expected real numbers")
-    value: Tensor = _cox(risk.reshape(-1), time.double(), event.double(), ties == "efron")[0]
+    value: Tensor = _cox(risk.reshape(-1), time.double(), event, ties == "efron")[0]
     return value
 
 
 @torch.library.custom_op("crossfusion::cox", mutates_args=())
 def _cox(risk: torch.Tensor, time: torch.Tensor, event: torch.Tensor, efron: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if not ((event == 0) | (event == 1)).all():
+    if event.dtype != torch.bool and not ((event == 0) | (event == 1)).all():
         raise ValueError("cox: `event` must be True or False, or 1 and 0")
     columns = (x.detach().cpu().contiguous() for x in (time.double(), event.bool(), risk.double()))
     times, events, risks = (column.numpy() for column in columns)
