@@ -6,10 +6,10 @@ use clap::{Args, ValueEnum};
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
-use super::{Precision, cases, cases::Case, ceilings, cox, parse_bags, peer};
+use super::{Precision, cases::Cases, ceilings, cox, parse_bags, peer};
 use crate::{
     Error, Result,
-    device::{Arena, Device, Element},
+    device::{Device, Element},
     model::{BagSizes, Config, Model, Scale},
     survival::Ties,
 };
@@ -155,14 +155,12 @@ fn microseconds(time: Option<f64>) -> String {
 }
 
 fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Report> {
-    let mut arena = Arena::new(device, cases::ARENA)?;
     let (peak, copy) = (ceilings::peak::<T>(device)?, ceilings::copy_rate(device)?);
     let parameters = Model::new(&Config::new(arguments.features))?.layout().len();
-    let mut keep = Vec::new();
-    let mut cases = cases::cases::<T>(device, arguments.bags, arguments.features, parameters, &mut keep)?;
-    let wanted = |case: &Case| arguments.all || arguments.ops.iter().any(|op| case.op.starts_with(op.as_str()));
-    cases.retain(wanted);
-    if cases.is_empty() {
+    let mut cases = Cases::new::<T>(device, arguments.bags, arguments.features, parameters)?;
+    let wanted = |op: &str| arguments.all || arguments.ops.iter().any(|start| op.starts_with(start.as_str()));
+    let wanted: Vec<usize> = (0..cases.cases().len()).filter(|&i| wanted(cases.cases()[i].op)).collect();
+    if wanted.is_empty() {
         return Err(Error::Usage(format!(
             "there is no op {:?}: cox, or see the names that --all shows",
             arguments.ops
@@ -172,8 +170,9 @@ fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Repor
         Some(python) => peer_rows(python, arguments)?,
         None => Vec::new(),
     };
-    let row = |case: &Case| {
-        let times = times(device, &mut arena, case, arguments.repeat)?;
+    let row = |i: usize| {
+        let times = times(device, &mut cases, i, arguments.repeat)?;
+        let case = &cases.cases()[i];
         let (median, min, max) = (times[times.len() / 2], times[0], times[times.len() - 1]);
         Ok(Row {
             op: case.op,
@@ -188,7 +187,7 @@ fn measure<T: Element>(device: &Device, arguments: &OpArguments) -> Result<Repor
             of_roofline: peak.map(|peak| (case.flop / peak).max(case.bytes / copy) / median),
         })
     };
-    let ops = cases.iter().map(row).collect::<Result<_>>()?;
+    let ops = wanted.into_iter().map(row).collect::<Result<_>>()?;
     Ok(Report {
         device: device.description(),
         precision: arguments.precision,
@@ -221,18 +220,18 @@ fn peer_rows(python: &str, arguments: &OpArguments) -> Result<Vec<PeerRow>> {
 
 /// Seconds of each run, ascending. On a GPU by its own clock, each after the L2 cache has been
 /// filled with something else.
-fn times(device: &Device, arena: &mut Arena, case: &Case, repeat: u32) -> Result<Vec<f64>> {
-    case.run(device, arena)?;
+fn times(device: &Device, cases: &mut Cases, i: usize, repeat: u32) -> Result<Vec<f64>> {
+    cases.run(i)?;
     let mut times = Vec::new();
     for _ in 0..repeat {
         times.push(match device {
             Device::Cuda(cuda) => {
                 ceilings::flush_l2(cuda)?;
-                cuda.time(|| case.run(device, arena))?
+                cuda.time(|| cases.run(i))?
             }
             _ => {
                 let start = Instant::now();
-                device.install(|| case.run(device, arena))?;
+                device.install(|| cases.run(i))?;
                 start.elapsed().as_secs_f64()
             }
         });

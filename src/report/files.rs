@@ -187,18 +187,21 @@ pub fn read_evaluation(folder: &Path) -> Result<(Vec<SlideResult>, Vec<String>)>
     }
     let origin: Origin = serde_json::from_slice(&read_bytes(&summary, MOST)?)
         .map_err(|e| Error::file(&summary, format!("is damaged: {e}")))?;
-    let now = sha256(&read_bytes(&path, MOST)?);
-    if origin.predictions_sha256.is_some_and(|before| before != now) {
+    let bytes = read_bytes(&path, MOST)?;
+    if origin.predictions_sha256.is_some_and(|before| before != sha256(&bytes)) {
         let message = "has changed since the evaluation wrote it and summary.json; evaluate again";
         return Err(Error::file(&path, message));
     }
-    Ok((read_predictions(&path)?, origin.warnings))
+    Ok((parse_predictions(&path, &bytes)?, origin.warnings))
 }
 
 /// A predictions.csv again; hazards and survival are read where it has them.
 pub fn read_predictions(path: &Path) -> Result<Vec<SlideResult>> {
-    let bytes = read_bytes(path, MOST)?;
-    let mut table = csv::Reader::from_reader(&bytes[..]);
+    parse_predictions(path, &read_bytes(path, MOST)?)
+}
+
+fn parse_predictions(path: &Path, bytes: &[u8]) -> Result<Vec<SlideResult>> {
+    let mut table = csv::Reader::from_reader(bytes);
     let heads = table.headers().map_err(|e| Error::file(path, e))?.clone();
     let place = |name: &str| {
         let missing = || Error::file(path, format!("has no column `{name}`; it is no predictions.csv of cf-eval"));
