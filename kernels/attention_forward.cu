@@ -9,7 +9,6 @@
 #include "attention_forward.cuh"
 
 namespace {
-constexpr int kUnroll = kIsBf16 ? 2 : 1;
 
 template <int D> GPU_FN void attend(const Attentions& table) {
   constexpr int kN = kKeys<D>, kN8 = kN / 8;
@@ -22,10 +21,10 @@ template <int D> GPU_FN void attend(const Attentions& table) {
   real* keys = shared.take<real>(2 * kN * D);  // two stages
   real* values = shared.take<real>(2 * kN * D);
 
-  load_tile<kOwn, D, kThreads, kUnroll>(queries, work.q, work.q0, 0);
+  load_tile<kOwn, D, kThreads>(queries, work.q, work.q0, 0);
   if (begin < end) {
-    load_tile<kN, D, kThreads, kUnroll>(keys, work.k, begin * kN, 0);
-    load_tile<kN, D, kThreads, kUnroll>(values, work.v, begin * kN, 0);
+    load_tile<kN, D, kThreads>(keys, work.k, begin * kN, 0);
+    load_tile<kN, D, kThreads>(values, work.v, begin * kN, 0);
   }
   cp_async_commit();
 
@@ -38,8 +37,8 @@ template <int D> GPU_FN void attend(const Attentions& table) {
     cp_async_wait<0>();
     __syncthreads();  // tile j has landed for everyone, and everyone has finished with tile j - 1
     if (j + 1 < end) {
-      load_tile<kN, D, kThreads, kUnroll>(keys + (stage ^ 1) * kN * D, work.k, (j + 1) * kN, 0);
-      load_tile<kN, D, kThreads, kUnroll>(values + (stage ^ 1) * kN * D, work.v, (j + 1) * kN, 0);
+      load_tile<kN, D, kThreads>(keys + (stage ^ 1) * kN * D, work.k, (j + 1) * kN, 0);
+      load_tile<kN, D, kThreads>(values + (stage ^ 1) * kN * D, work.v, (j + 1) * kN, 0);
       cp_async_commit();
     }
     float s[kN8][4];
@@ -56,10 +55,12 @@ template <int D> GPU_FN void attend(const Attentions& table) {
   cp_async_wait<0>();  // where there are no keys, the queries are still on their way
   finish(work, softmax, out, row);
 }
+
+constexpr int kBlocks = kIsBf16 ? 3 : 2;  // of narrow heads that a multiprocessor shall hold
 }  // namespace
 
-KERNEL(attention_forward_32, kThreads, const Attentions table) { attend<32>(table); }
-KERNEL(attention_forward_64, kThreads, const Attentions table) { attend<64>(table); }
+KERNEL_BLOCKS(attention_forward_32, kThreads, kBlocks, const Attentions table) { attend<32>(table); }
+KERNEL_BLOCKS(attention_forward_64, kThreads, kBlocks, const Attentions table) { attend<64>(table); }
 KERNEL(attention_forward_128, kThreads, const Attentions table) { attend<128>(table); }
 
 // Joins the splits of problem blockIdx.y: a warp takes a row.

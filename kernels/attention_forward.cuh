@@ -8,8 +8,9 @@ namespace {
 struct Attention {
   Matrix<const real> q, k, v;
   Matrix<real> out;
-  float* lse;            // [heads][n]
-  float *parts, *part_lse;  // [splits][n][heads head_dim], [splits][heads][n]
+  float* lse;       // [heads][n]
+  float* parts;     // [splits][n][heads head_dim]
+  float* part_lse;  // [splits][heads][n]
   Dropout dropout;
   int32_t heads, splits, first_block, padding;
 };
@@ -61,12 +62,12 @@ struct Softmax {
     for (int c = 0; c < N8; c++) high = fmaxf(high, fmaxf(s[c][2 * h], s[c][2 * h + 1]));
     high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
     high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
-    const float base = high * scale2, shrink = fast_exp2(highest[h] * scale2 - base);
+    const float base = high * scale2, shrink = fast_exp2(fmaf(highest[h], scale2, -base));
     float part = 0.f;
 #pragma unroll
     for (int c = 0; c < N8; c++)
 #pragma unroll
-      for (int e = 0; e < 2; e++) part += s[c][2 * h + e] = fast_exp2(s[c][2 * h + e] * scale2 - base);
+      for (int e = 0; e < 2; e++) part += s[c][2 * h + e] = fast_exp2(fmaf(s[c][2 * h + e], scale2, -base));
     sum[h] = sum[h] * shrink + part;
     highest[h] = high;
     return shrink;
@@ -110,7 +111,7 @@ template <int D8> GPU_FN void finish(const Work& work, const Softmax& softmax, c
     if (i >= n) continue;
     const float inverse = total > 0.f ? 1.f / total : 0.f;
     // no keys: -infinity
-    const float lse = (softmax.highest[h] * softmax.scale2) * kLn2 + logf(total);
+    const float lse = fmaf(softmax.highest[h] * softmax.scale2, kLn2, logf(total));
     const int64_t at = int64_t(work.head) * n + i;
     if (t == 0) (p.splits > 1 ? p.part_lse + int64_t(work.split) * p.heads * n : p.lse)[at] = lse;
 #pragma unroll

@@ -12,7 +12,6 @@
 namespace {
 constexpr int kD = 128, kQueries = 128, kTileKeys = 128, kBlock = 256;
 constexpr int kTile = kTileKeys * kD;  // elements of a stage of keys, and of values
-constexpr int kUnroll = 2;
 
 // Starts s = the warpgroup's queries times a tile of keys.
 GPU_FN void start_scores(float (&s)[16][4], const real* queries, const real* keys) {
@@ -33,7 +32,7 @@ GPU_FN void start_sums(float (&out)[16][4], Fragment (&weights)[8], const real* 
 }
 
 GPU_FN void load_tiles(real* stages, const Matrix<const real>& from, int stage, int tile) {
-  load_panels<kTileKeys, kD, kBlock, kUnroll>(stages + stage * kTile, from, tile * kTileKeys, 0);
+  load_panels<kTileKeys, kD, kBlock>(stages + stage * kTile, from, tile * kTileKeys, 0);
 }
 
 GPU_FN void attend(const Attentions& table) {
@@ -65,7 +64,7 @@ GPU_FN void attend(const Attentions& table) {
   };
 
   if (begin < end) {
-    load_panels<kQueries, kD, kBlock, kUnroll>(queries, work.q, work.q0, 0);
+    load_panels<kQueries, kD, kBlock>(queries, work.q, work.q0, 0);
     load_tiles(keys, work.k, 0, begin);
     cp_async_commit();
     load_tiles(values, work.v, 0, begin);

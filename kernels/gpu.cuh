@@ -16,7 +16,7 @@
 // Of the kernels' names, grids and parameters, for engines that launch them on their own:
 // docs/launching.md. Raised whenever one of those changes; scripts/kernel-layouts.py sees it of names
 // and parameters.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 #define GPU_PASTE_(a, b) a##_##b
 #define GPU_PASTE(a, b) GPU_PASTE_(a, b)
@@ -64,8 +64,8 @@ struct SharedMemory {
 
 GPU_FN uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Asynchronous copy of 16 bytes, global to shared; zeros where !valid (src must still be a valid
-// pointer).
+// Asynchronous copy of 16 bytes, global to shared; zeros where !valid, and src is not read (it must
+// be aligned all the same).
 GPU_FN void cp_async16(void* dst, const void* src, bool valid = true) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
                "r"(valid ? 16 : 0) : "memory");
@@ -192,16 +192,6 @@ template <int V, class T> GPU_FN Pack<T, V> load(const T* p) { return *reinterpr
 template <int V, class T> GPU_FN void store(T* p, const Pack<T, V>& x) { *reinterpret_cast<Pack<T, V>*>(p) = x; }
 // Elements of storage type in 16 bytes.
 constexpr int kRealsPerPack = 16 / int(sizeof(real));
-
-// Adds to two neighbouring floats in device memory, each atomically.
-GPU_FN void atomic_add_pair(float* to, float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  atomicAdd(reinterpret_cast<float2*>(to), make_float2(a, b));
-#else
-  atomicAdd(to, a);
-  atomicAdd(to + 1, b);
-#endif
-}
 
 // The sum over the warp, the same bits in every lane.
 GPU_FN float warp_sum(float x) {

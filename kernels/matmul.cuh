@@ -16,13 +16,10 @@
 #pragma once
 #include "dropout.cuh"
 #include "eight.cuh"
-#include "tile.cuh"
+#include "product.cuh"
 
 namespace {
-constexpr int kProblems = 8, kWeightProblems = 12, kStages = 3;
-constexpr int kDepth = 8 * kChunk;         // elements of the depth in a stage: 128 bytes
-// copies: leaves registers for two blocks on a multiprocessor
-constexpr int kUnroll = kIsBf16 ? 2 : 1;
+constexpr int kProblems = 8, kWeightProblems = 12;
 
 struct Problem {
   Matrix<const real> a, b;
@@ -55,8 +52,6 @@ template <class T> GPU_FN int find_problem(const T& table, int tile) {
   while (i + 1 < table.count && tile >= table.problem[i + 1].first_tile) i++;
   return i;
 }
-
-enum Layout { kForward, kInput, kWeight };
 
 // Of a warp's accumulators c[n8][4] of 16 rows x 32 columns, the quad's of row 8 h + lane / 4,
 // transposed: this thread's eight columns, 8 t ...

@@ -12,16 +12,16 @@ namespace {
 constexpr int kSide = 128, kThreads = 256;
 constexpr int kTile = kSide * kDepth;  // elements of a, and of b, in a stage
 
-template <Layout LAYOUT> struct Product {
+template <Layout LAYOUT> struct WarpgroupProduct {
   const Matrix<const real>&a, &b;
   int m0, n0;
   float c[16][4];  // 16 rows a warp, 128 columns
 
   GPU_FN void load(real* stage, int k0) const {
-    if constexpr (LAYOUT == kWeight) load_panels<kDepth, kSide, kThreads, kUnroll>(stage, a, k0, m0);
-    else load_panels<kSide, kDepth, kThreads, kUnroll>(stage, a, m0, k0);
-    if constexpr (LAYOUT == kForward) load_panels<kSide, kDepth, kThreads, kUnroll>(stage + kTile, b, n0, k0);
-    else load_panels<kDepth, kSide, kThreads, kUnroll>(stage + kTile, b, k0, n0);
+    if constexpr (LAYOUT == kWeight) load_panels<kDepth, kSide, kThreads>(stage, a, k0, m0);
+    else load_panels<kSide, kDepth, kThreads>(stage, a, m0, k0);
+    if constexpr (LAYOUT == kForward) load_panels<kSide, kDepth, kThreads>(stage + kTile, b, n0, k0);
+    else load_panels<kDepth, kSide, kThreads>(stage + kTile, b, k0, n0);
   }
 
   // Starts c += the stage's product.
@@ -71,7 +71,7 @@ template <Layout LAYOUT> struct Product {
 template <Layout LAYOUT> GPU_FN void multiply(const Problems& table) {
   const Problem& p = table.problem[find_problem(table, int(blockIdx.x))];
   const int tile = int(blockIdx.x) - p.first_tile, across = (p.out.cols + kSide - 1) / kSide;
-  Product<LAYOUT> product{p.a, p.b, tile / across * kSide, tile % across * kSide, {}};
+  WarpgroupProduct<LAYOUT> product{p.a, p.b, tile / across * kSide, tile % across * kSide, {}};
   SharedMemory shared;
   real* stages = shared.take<real>(kStages * 2 * kTile, 1024);
   product.sum(stages, 0, p.a.cols, [](const real*) {});
@@ -80,7 +80,7 @@ template <Layout LAYOUT> GPU_FN void multiply(const Problems& table) {
 
 GPU_FN void multiply_weight(const WeightProblems& table) {
   const WeightPart part = weight_part<kSide, kSide>(table);
-  Product<kWeight> product{part.p.dy, part.p.x, part.m0, part.n0, {}};
+  WarpgroupProduct<kWeight> product{part.p.dy, part.p.x, part.m0, part.n0, {}};
   SharedMemory shared;
   real* stages = shared.take<real>(kStages * 2 * kTile, 1024);
   const int thread = int(threadIdx.x);

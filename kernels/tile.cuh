@@ -22,16 +22,23 @@ template <int C> GPU_FN int swizzle(int row, int col) {
 
 // Starts copying rows row0 .. row0 + ROWS and columns col0 .. col0 + C of `from` into a tile; what
 // lies outside becomes zero. The matrix splits into 16-byte chunks (`Matrix::splits_into` of
-// src/device/launch.rs). UNROLL: copies whose addresses the compiler may keep in registers at once.
-template <int ROWS, int C, int THREADS, int UNROLL>
-GPU_FN void load_tile(real* tile, const Matrix<const real>& from, int row0, int col0) {
-  constexpr int kChunks = C / kChunk;
-#pragma unroll UNROLL
-  for (int i = 0; i < (ROWS * kChunks + THREADS - 1) / THREADS; i++) {
-    const int e = i * THREADS + int(threadIdx.x), row = e / kChunks, col = e % kChunks * kChunk;
-    if ((ROWS * kChunks) % THREADS != 0 && e >= ROWS * kChunks) break;
-    const bool inside = row0 + row < from.rows && col0 + col < from.cols;
-    cp_async16(tile + swizzle<C>(row, col), inside ? from.row(row0 + row) + col0 + col : from.data, inside);
+// src/device/launch.rs). A thread copies every kRows-th row of one column of chunks: both its
+// addresses move on by constants.
+template <int ROWS, int C, int THREADS> GPU_FN void load_tile(real* tile, const Matrix<const real>& from, int row0, int col0) {
+  constexpr int kChunks = C / kChunk, kRows = THREADS / kChunks;
+  constexpr int kPeriod = kRows < 8 ? 8 / kRows : 1;  // copies after which the swizzle repeats itself
+  static_assert(THREADS % kChunks == 0 && kRows * kPeriod % 8 == 0);
+  const int row = int(threadIdx.x) / kChunks, col = int(threadIdx.x) % kChunks * kChunk;
+  const int rows = col0 + col < from.cols ? from.rows - row0 - row : 0;  // from this thread's first on
+  const real* source = from.data + int64_t(row0) * from.stride + (row * int(from.stride) + col0 + col);
+  real* to[kPeriod];
+#pragma unroll
+  for (int i = 0; i < kPeriod; i++) to[i] = tile + swizzle<C>(row + i * kRows, col);
+#pragma unroll 2
+  for (int i = 0; i < (ROWS + kRows - 1) / kRows; i++) {
+    if (ROWS % kRows != 0 && row + i * kRows >= ROWS) break;
+    cp_async16(to[i % kPeriod] + i / kPeriod * kPeriod * kRows * C, source, i * kRows < rows);
+    source += kRows * from.stride;
   }
 }
 
@@ -121,21 +128,41 @@ template <int N8> GPU_FN void accumulator_to_a(Fragment& f, const float (&c)[N8]
   }
 }
 
+// A few steps of a product on their way to c[16][8]. Tensor cores cut what they add
+// (emulator/tensor_core.hpp), so that a long sum inside them loses f32's accuracy: for f32 they sum
+// a few steps from zero, and c is added to outside.
+struct Sum {
+  float (&c)[4];
+  float inside[4] = {};
+
+  // += a b over kStep.
+  GPU_FN void add(const Fragment& a, uint32_t b0, uint32_t b1) {
+    if constexpr (kIsBf16) {
+      mma_bf16(c, a, b0, b1);
+    } else {
+      Fragment big, small;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        big[i] = to_tf32(__uint_as_float(a[i]));
+        small[i] = to_tf32(__uint_as_float(a[i]) - __uint_as_float(big[i]));
+      }
+      const uint32_t big0 = to_tf32(__uint_as_float(b0)), small0 = to_tf32(__uint_as_float(b0) - __uint_as_float(big0));
+      const uint32_t big1 = to_tf32(__uint_as_float(b1)), small1 = to_tf32(__uint_as_float(b1) - __uint_as_float(big1));
+      mma_tf32(inside, small, big0, big1);
+      mma_tf32(inside, big, small0, small1);
+      mma_tf32(inside, big, big0, big1);
+    }
+  }
+  GPU_FN void finish() {
+    if constexpr (!kIsBf16) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) c[i] += inside[i];
+    }
+  }
+};
 // c[16][8] += a b over kStep.
 GPU_FN void multiply_add(float (&c)[4], const Fragment& a, uint32_t b0, uint32_t b1) {
-  if constexpr (kIsBf16) {
-    mma_bf16(c, a, b0, b1);
-  } else {
-    Fragment big, small;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      big[i] = to_tf32(__uint_as_float(a[i]));
-      small[i] = to_tf32(__uint_as_float(a[i]) - __uint_as_float(big[i]));
-    }
-    const uint32_t big0 = to_tf32(__uint_as_float(b0)), small0 = to_tf32(__uint_as_float(b0) - __uint_as_float(big0));
-    const uint32_t big1 = to_tf32(__uint_as_float(b1)), small1 = to_tf32(__uint_as_float(b1) - __uint_as_float(big1));
-    mma_tf32(c, small, big0, big1);
-    mma_tf32(c, big, small0, small1);
-    mma_tf32(c, big, big0, big1);
-  }
+  Sum sum{c};
+  sum.add(a, b0, b1);
+  sum.finish();
 }

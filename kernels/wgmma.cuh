@@ -10,10 +10,9 @@ namespace {
 constexpr int kPanel = 64;
 
 // load_tile into panels [C / 64][ROWS][64].
-template <int ROWS, int C, int THREADS, int UNROLL>
-GPU_FN void load_panels(real* tile, const Matrix<const real>& from, int row0, int col0) {
+template <int ROWS, int C, int THREADS> GPU_FN void load_panels(real* tile, const Matrix<const real>& from, int row0, int col0) {
 #pragma unroll
-  for (int c = 0; c < C; c += kPanel) load_tile<ROWS, kPanel, THREADS, UNROLL>(tile + ROWS * c, from, row0, col0 + c);
+  for (int c = 0; c < C; c += kPanel) load_tile<ROWS, kPanel, THREADS>(tile + ROWS * c, from, row0, col0 + c);
 }
 
 // Element (row, col) of a tile of ROWS rows in panels.

@@ -4,6 +4,7 @@
 
 #include "banks.hpp"
 #include "runtime.hpp"
+#include "tensor_core.hpp"
 
 namespace simt {
 
@@ -123,34 +124,28 @@ void op_ldmatrix(void* const* arg, uint32_t) {
   worker->stats.ldmatrix++;
 }
 
-// D += A[16][K] B[K][8]; decode(register, e) is the e-th element of a register. Products are exact
-// and summed in double, then rounded once: a tensor core too rounds less often than it adds, but
-// not in this way.
+// D += A[16][K] B[K][8]; decode(register, e) is the e-th element of a register.
 template <int K, class Decode> static void mma_16x8(void* const* arg, Decode decode) {
   constexpr int E = K == 16 ? 2 : 1;
-  float A[16][K], B[K][8], C[16][8];
+  Operands<16, 8, K> x;
+  float c[16][8];
   auto lane = [&](int l) -> MmaArg& { return *static_cast<MmaArg*>(arg[l]); };
   for (int l = 0; l < 32; l++) {
     const int g = l / 4, t = l % 4;
-    const MmaArg& x = lane(l);
+    const MmaArg& own = lane(l);
     for (int e = 0; e < E; e++)
       for (int half = 0; half < 2; half++) {  // of k
         const int k = t * E + e + half * K / 2;
-        A[g][k] = decode(x.a[half * 2], e);
-        A[g + 8][k] = decode(x.a[half * 2 + 1], e);
-        B[k][g] = decode(half ? x.b1 : x.b0, e);
+        x.a[k][g] = decode(own.a[half * 2], e);
+        x.a[k][g + 8] = decode(own.a[half * 2 + 1], e);
+        x.b[k][g] = decode(half ? own.b1 : own.b0, e);
       }
-    for (int i = 0; i < 4; i++) C[g + i / 2 * 8][t * 2 + i % 2] = x.d[i];
+    for (int i = 0; i < 4; i++) c[g + i / 2 * 8][t * 2 + i % 2] = own.d[i];
   }
-  for (int i = 0; i < 16; i++) {
-    double sum[8];
-    for (int j = 0; j < 8; j++) sum[j] = C[i][j];
-    for (int k = 0; k < K; k++)
-      for (int j = 0; j < 8; j++) sum[j] += double(A[i][k]) * double(B[k][j]);
-    for (int j = 0; j < 8; j++) C[i][j] = float(sum[j]);
-  }
+  x.prepare();
+  for (int i = 0; i < 16; i++) multiply_row(c[i], x, i);
   for (int l = 0; l < 32; l++)
-    for (int i = 0; i < 4; i++) lane(l).d[i] = C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+    for (int i = 0; i < 4; i++) lane(l).d[i] = c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
   worker->stats.mma++;
 }
 void op_mma_bf16(void* const* arg, uint32_t) {

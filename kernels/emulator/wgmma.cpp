@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "runtime.hpp"
+#include "tensor_core.hpp"
 
 namespace simt {
 
@@ -68,21 +69,19 @@ static int row(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
 static int column(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
 static void run(Wgmma& p, Accumulators& c) {
-  float a[16][16], b[16][128];
+  Operands<16, 128, 16> x;
   if (p.arg.a) {
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 8; i++)
-        a[column(l, i)][row(l, i)] = std::bit_cast<float>(i % 2 ? p.a[l][i / 2] & 0xffff0000u : p.a[l][i / 2] << 16);
+        x.a[column(l, i)][row(l, i)] = std::bit_cast<float>(i % 2 ? p.a[l][i / 2] & 0xffff0000u : p.a[l][i / 2] << 16);
   } else {
-    read(a, p.arg.a_descriptor, p.arg.a_mn_major, rows_of(self->linear));
+    read(x.a, p.arg.a_descriptor, p.arg.a_mn_major, rows_of(self->linear));
   }
-  read(b, p.arg.b_descriptor, p.arg.b_mn_major, 0);
+  read(x.b, p.arg.b_descriptor, p.arg.b_mn_major, 0);
+  x.prepare();
   for (int i = 0; i < 16; i++) {
-    double sum[128];
-    for (int j = 0; j < 128; j++) sum[j] = p.arg.accumulate ? c.value[i][j] : 0.f;
-    for (int k = 0; k < 16; k++)
-      for (int j = 0; j < 128; j++) sum[j] += double(a[k][i]) * double(b[k][j]);
-    for (int j = 0; j < 128; j++) c.value[i][j] = float(sum[j]);
+    if (!p.arg.accumulate) std::fill_n(c.value[i], 128, 0.f);
+    multiply_row(c.value[i], x, i);
   }
   p.done = true;
   worker->stats.mma += 16;

@@ -16,7 +16,7 @@ use crate::{
 /// The flags of `cf-bench plan`: a slide's sizes, a model, a device and a memory budget.
 #[derive(Args)]
 pub struct PlanArguments {
-    /// Where it would run: auto, cpu or cuda; a GPU need not be there
+    /// Where it would run: auto, cpu, cuda, or hopper for an H100; a GPU need not be there
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads; 0 is one for each core
@@ -71,6 +71,7 @@ struct PlanReport {
 pub fn plan(arguments: &PlanArguments) -> Result<()> {
     let device = match arguments.device.as_str() {
         "cuda" => Device::Dry(Dry::new(Facts { runs_kernels: true, has_wgmma: false })),
+        "hopper" => Device::Dry(Dry::new(Facts { runs_kernels: true, has_wgmma: true })),
         name => Device::from_name(name, arguments.threads)?,
     };
     let report = match arguments.precision {

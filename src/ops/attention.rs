@@ -13,7 +13,9 @@
 //! dv = (P F)ᵀ dout,   dS = P * (F * (dout vᵀ) - delta) * scale,   dq = dS k,   dk = dSᵀ q
 //! ```
 //!
-//! all of which overwrite. An empty context gives out = 0.
+//! all of which overwrite. An empty context gives out = 0. The kernels write dS down on its way from
+//! dk to dq, some heads at a time: these are five products of n x m x head_dim, and the same bits on
+//! every run, where FlashAttention-2 adds dq up by atomics.
 //!
 //! A context may come in parts ([`merge`]): with out_i and lse_i of part i alone,
 //! lse = log(sum_i exp(lse_i)) and out = sum_i exp(lse_i - lse) out_i (FlashAttention-2, section
@@ -23,12 +25,14 @@
 mod cpu;
 pub(crate) mod kernel;
 
+use std::ops::Range;
+
 use kernel::{KernelAttention, KernelAttentionGrad, KernelMerge, Kernels};
 
 use super::Dropout;
 use crate::{
     Error, Result,
-    device::{Arena, Cpu, Device, Element, Launch, Storage, View, storage},
+    device::{Arena, Cpu, Device, Element, Storage, View, storage},
 };
 
 /// Most columns of a head.
@@ -55,6 +59,25 @@ pub(crate) struct AttentionGrad<T: Element> {
     pub dq: View<T>,
     pub dk: View<T>,
     pub dv: View<T>,
+}
+
+impl<T: Element> AttentionGrad<T> {
+    /// Some of the heads alone.
+    fn heads(&self, heads: Range<usize>) -> Self {
+        let p = &self.forward;
+        let columns = heads.start * p.head_dim()..heads.end * p.head_dim();
+        let of = |view: View<T>| view.cols_range(columns.clone());
+        let forward = Attention {
+            q: of(p.q),
+            k: of(p.k),
+            v: of(p.v),
+            out: of(p.out),
+            lse: p.lse.rows_range(heads.clone()),
+            heads: heads.len(),
+            dropout: p.dropout.map(|dropout| dropout.at(heads.start as u32)),
+        };
+        Self { forward, dout: of(self.dout), dq: of(self.dq), dk: of(self.dk), dv: of(self.dv) }
+    }
 }
 
 impl<T: Element> Attention<T> {
@@ -100,22 +123,16 @@ impl<T: Element> Attention<T> {
 }
 
 pub(crate) fn forward<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
-    forward_with(device, arena, problems, Kernels::Mma)
+    forward_by(device, arena, problems, Kernels::Wgmma)
 }
 
-/// [`forward`] by Hopper's wgmma, where the device and `T` have it (an H100 and bf16) and heads are
-/// wider than 64; elsewhere the same. NOT YET RUN ON A GPU: training does not take it before it has
-/// been measured.
-pub(crate) fn forward_wgmma<T: Element>(device: &Device, arena: &mut Arena, problems: &[Attention<T>]) -> Result<()> {
-    let at_hand = device.has_wgmma() && T::KERNELS == Some(Storage::Bf16);
-    forward_with(device, arena, problems, if at_hand { Kernels::Wgmma } else { Kernels::Mma })
-}
-
-fn forward_with<T: Element>(
+/// [`forward`] by these kernels, where the device, `T` and the heads have them: Hopper's are for
+/// bf16 and heads wider than 64 columns.
+pub(crate) fn forward_by<T: Element>(
     device: &Device,
     arena: &mut Arena,
     problems: &[Attention<T>],
-    wanted: Kernels,
+    by: Kernels,
 ) -> Result<()> {
     const OP: &str = "attention forward";
     problems.iter().try_for_each(|p| p.check(OP))?;
@@ -126,7 +143,7 @@ fn forward_with<T: Element>(
         |arena| {
             problems.iter().try_for_each(|p| p.check_for_kernels(OP))?;
             let mut table: Vec<_> = problems.iter().map(KernelAttention::from).collect();
-            let kernels = Kernels::of(wanted, &table);
+            let kernels = Kernels::of(device, storage::<T>()?, by, &table);
             let splits = kernel::splits(kernels, &table);
             for ((p, entry), splits) in problems.iter().zip(&mut table).zip(splits) {
                 let (n, d) = (p.q.rows(), p.q.cols());
@@ -175,28 +192,17 @@ pub(crate) fn merge<T: Element>(device: &Device, problems: &[Merge<T>]) -> Resul
     )
 }
 
-/// The same bits on every run. Takes scratch from the arena.
+/// The same bits on every run. Takes scratch from the arena: on a GPU up to [`MOST_DS`] bytes.
 pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
-    backward_with(device, arena, problems, kernel::backward_launches, |_| 0)
+    backward_within(device, arena, problems, MOST_DS)
 }
 
-/// [`backward`] with five products instead of the kernels' seven: dq is summed by atomics, over the
-/// keys' blocks in another order on every run. Takes n x d f32 of scratch more for each problem. On
-/// a CPU the same as [`backward`].
-pub(crate) fn backward_atomic<T: Element>(
+/// [`backward`] with so many bytes of scratch for dS.
+pub(crate) fn backward_within<T: Element>(
     device: &Device,
     arena: &mut Arena,
     problems: &[AttentionGrad<T>],
-) -> Result<()> {
-    backward_with(device, arena, problems, kernel::backward_atomic_launches, |p| p.dq.rows() * p.dq.cols())
-}
-
-fn backward_with<T: Element>(
-    device: &Device,
-    arena: &mut Arena,
-    problems: &[AttentionGrad<T>],
-    launches: fn(Storage, &[KernelAttentionGrad]) -> Vec<Launch>,
-    sums_len: fn(&AttentionGrad<T>) -> usize,
+    most_ds: usize,
 ) -> Result<()> {
     const OP: &str = "attention backward";
     for p in problems {
@@ -214,16 +220,67 @@ fn backward_with<T: Element>(
             Ok(move |cpu: &Cpu| cpu::backward(cpu, problems, &partial))
         },
         |arena| {
-            let mut kernels: Vec<_> = problems.iter().map(KernelAttentionGrad::from).collect();
-            for (p, kernel) in problems.iter().zip(&mut kernels) {
+            for p in problems {
                 p.forward.check_for_kernels(OP)?;
                 for (name, tensor) in [("dout", p.dout), ("dq", p.dq), ("dk", p.dk), ("dv", p.dv)] {
                     tensor.check_for_kernels(OP, name)?;
                 }
-                kernel.delta = arena.scratch::<f32>(p.forward.heads, p.forward.q.rows())?.address();
-                kernel.sums = arena.scratch::<f32>(1, sums_len(p))?.address();
             }
-            Ok(launches(storage::<T>()?, &kernels))
+            let storage = storage::<T>()?;
+            let groups = groups(problems, most_ds / storage.bytes());
+            let len = |group: &Group<T>| group.iter().map(|(_, ds)| ds.unwrap_or(0)).sum::<usize>();
+            let scratch = arena.scratch::<T>(1, groups.iter().map(len).max().unwrap_or(0))?;
+            let mut launches = Vec::new();
+            for group in &groups {
+                let (mut kernels, mut first) = (Vec::new(), 0);
+                for (p, ds) in group {
+                    let delta = arena.scratch::<f32>(p.forward.heads, p.forward.q.rows())?.address();
+                    let mut kernel = KernelAttentionGrad::from(p);
+                    kernel.delta = delta;
+                    if let Some(len) = ds {
+                        kernel.ds = scratch.cols_range(first..first + len).address();
+                        first += len;
+                    }
+                    kernels.push(kernel);
+                }
+                launches.extend(kernel::backward_launches(storage, &kernels));
+            }
+            Ok(launches)
         },
     )
+}
+
+/// Most bytes of dS that the kernels write down at a time: one head of 16,384 queries and as many
+/// keys in bf16. A head with more is computed by seven products instead of five, without dS.
+const MOST_DS: usize = 512 << 20;
+
+/// Problems of some heads that share launches, and how many elements of dS each of them takes; None
+/// where it goes without.
+type Group<T> = Vec<(AttentionGrad<T>, Option<usize>)>;
+
+/// All heads of all problems in order, so many at a time that at most `most` elements of dS are
+/// there at once.
+fn groups<T: Element>(problems: &[AttentionGrad<T>], most: usize) -> Vec<Group<T>> {
+    let (mut groups, mut group, mut left) = (Vec::new(), Vec::new(), most);
+    for p in problems {
+        let (n, m, heads) = (p.forward.q.rows(), p.forward.k.rows(), p.forward.heads);
+        let one = kernel::ds_len(T::KERNELS.unwrap_or(Storage::F32), 1, n, m);
+        if one > most {
+            groups.push(vec![(*p, None)]);
+            continue;
+        }
+        let mut first = 0;
+        while first < heads {
+            let fit = left.checked_div(one).unwrap_or(heads).min(heads - first);
+            if fit == 0 {
+                groups.push(std::mem::take(&mut group));
+                left = most;
+                continue;
+            }
+            group.push((p.heads(first..first + fit), Some(fit * one)));
+            (first, left) = (first + fit, left - fit * one);
+        }
+    }
+    groups.push(group);
+    groups
 }

@@ -11,9 +11,8 @@
 //!
 //! Each takes a list of independent problems, which a GPU runs as one launch.
 //!
-//! Each has a `_wgmma` twin, by Hopper's kernels where the device and `T` have them (an H100 and
-//! bf16), elsewhere the same. NOT YET RUN ON A GPU: training does not take them before they have
-//! been measured.
+//! On an H100 bf16 is multiplied by Hopper's wgmma, where there are tiles enough; elsewhere by
+//! mma.sync. Neither has run on a GPU yet.
 
 mod cpu;
 pub(crate) mod kernel;
@@ -24,7 +23,7 @@ use kernel::{KernelMatmul, KernelWeightGrad, Kernels};
 use super::Dropout;
 use crate::{
     Result,
-    device::{Arena, Cpu, Device, Element, Storage, View, storage},
+    device::{Arena, Cpu, Device, Element, View, storage},
 };
 
 /// What happens to a product while it is in cache, in this order.
@@ -69,19 +68,26 @@ pub(crate) struct WeightGrad<T: Element> {
 }
 
 pub(crate) fn forward<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
-    run(device, "matmul forward", problems, true, Kernels::Mma)
+    forward_by(device, problems, None)
 }
 
-pub(crate) fn forward_wgmma<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
-    run(device, "matmul forward", problems, true, Kernels::Wgmma)
+/// [`forward`] by these kernels, where the device and `T` have them; None: by those that are
+/// predicted to be the fastest.
+pub(crate) fn forward_by<T: Element>(device: &Device, problems: &[Matmul<T>], by: Option<Kernels>) -> Result<()> {
+    run(device, "matmul forward", problems, true, by)
 }
 
 pub(crate) fn backward_input<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
-    run(device, "matmul backward input", problems, false, Kernels::Mma)
+    backward_input_by(device, problems, None)
 }
 
-pub(crate) fn backward_input_wgmma<T: Element>(device: &Device, problems: &[Matmul<T>]) -> Result<()> {
-    run(device, "matmul backward input", problems, false, Kernels::Wgmma)
+/// As [`forward_by`].
+pub(crate) fn backward_input_by<T: Element>(
+    device: &Device,
+    problems: &[Matmul<T>],
+    by: Option<Kernels>,
+) -> Result<()> {
+    run(device, "matmul backward input", problems, false, by)
 }
 
 pub(crate) fn backward_weight<T: Element>(
@@ -89,27 +95,15 @@ pub(crate) fn backward_weight<T: Element>(
     arena: &mut Arena,
     problems: &[WeightGrad<T>],
 ) -> Result<()> {
-    run_weight(device, arena, problems, Kernels::Mma)
+    backward_weight_by(device, arena, problems, None)
 }
 
-pub(crate) fn backward_weight_wgmma<T: Element>(
+/// As [`forward_by`].
+pub(crate) fn backward_weight_by<T: Element>(
     device: &Device,
     arena: &mut Arena,
     problems: &[WeightGrad<T>],
-) -> Result<()> {
-    run_weight(device, arena, problems, Kernels::Wgmma)
-}
-
-/// The wanted kernels if the device and the storage type have them.
-fn kernels_at_hand(device: &Device, storage: Storage, wanted: Kernels) -> Kernels {
-    if device.has_wgmma() && storage == Storage::Bf16 { wanted } else { Kernels::Mma }
-}
-
-fn run_weight<T: Element>(
-    device: &Device,
-    arena: &mut Arena,
-    problems: &[WeightGrad<T>],
-    wanted: Kernels,
+    by: Option<Kernels>,
 ) -> Result<()> {
     const OP: &str = "matmul backward weight";
     for p in problems {
@@ -130,7 +124,7 @@ fn run_weight<T: Element>(
             }
             let (storage, mut parts) =
                 (storage::<T>()?, problems.iter().map(KernelWeightGrad::from).collect::<Vec<_>>());
-            let kernels = kernels_at_hand(device, storage, wanted);
+            let kernels = Kernels::of(device, storage, by, || kernel::large_tiles(parts.iter().map(|p| p.dw)));
             let splits = kernel::splits(kernels, &parts);
             for ((p, part), splits) in problems.iter().zip(&mut parts).zip(splits) {
                 let partial = arena.scratch::<f32>(1, kernel::partial_len(splits, p.dw.rows(), p.dw.cols()))?;
@@ -146,7 +140,7 @@ fn run<T: Element>(
     op: &'static str,
     problems: &[Matmul<T>],
     transposed: bool,
-    wanted: Kernels,
+    by: Option<Kernels>,
 ) -> Result<()> {
     for p in problems {
         let (m, n, k) = (p.out.rows(), p.out.cols(), p.a.cols());
@@ -169,7 +163,8 @@ fn run<T: Element>(
             problems.iter().try_for_each(|p| check_for_kernels(op, p))?;
             let (storage, problems) = (storage::<T>()?, problems.iter().map(KernelMatmul::from).collect::<Vec<_>>());
             let launches = if transposed { kernel::forward_launches } else { kernel::backward_input_launches };
-            Ok(launches(kernels_at_hand(device, storage, wanted), storage, &problems))
+            let kernels = Kernels::of(device, storage, by, || kernel::large_tiles(problems.iter().map(|p| p.out)));
+            Ok(launches(kernels, storage, &problems))
         },
     )
 }

@@ -91,14 +91,11 @@ impl Case for Products {
             };
             products.push(Matmul { a, b, out, epilogue });
         }
-        let wgmma = self.kernels == Kernels::Wgmma;
+        let by = Some(self.kernels);
         match self.part {
-            Part::Forward if wgmma => matmul::forward_wgmma(bed.device, &products),
-            Part::Forward => matmul::forward(bed.device, &products),
-            Part::Input if wgmma => matmul::backward_input_wgmma(bed.device, &products),
-            Part::Input => matmul::backward_input(bed.device, &products),
-            Part::Weight if wgmma => matmul::backward_weight_wgmma(bed.device, &mut bed.arena, &weights),
-            Part::Weight => matmul::backward_weight(bed.device, &mut bed.arena, &weights),
+            Part::Forward => matmul::forward_by(bed.device, &products, by),
+            Part::Input => matmul::backward_input_by(bed.device, &products, by),
+            Part::Weight => matmul::backward_weight_by(bed.device, &mut bed.arena, &weights, by),
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     device::{Arena, Element},
     ops::{
         Dropout,
-        attention::{self, Attention, AttentionGrad},
+        attention::{self, Attention, AttentionGrad, kernel::Kernels},
     },
 };
 
@@ -37,14 +37,14 @@ fn grouped<T: Element>(make: &mut Maker, shape: &str, sizes: &[(usize, usize)], 
         rows += 2 * n + 2 * m;
     }
     // backward needs what forward wrote
-    let (first, by_wgmma) = (forward.clone(), forward.clone());
+    let (first, by_mma) = (forward.clone(), forward.clone());
     let bytes = (size_of::<T>() * rows * D) as f64;
     make.case::<T>("attention forward", shape, flop, bytes, move |device, arena| {
         attention::forward(device, arena, &forward)
     });
     if make.hopper::<T>() {
-        make.case::<T>("attention forward wgmma", shape, flop, bytes, move |device, arena| {
-            attention::forward_wgmma(device, arena, &by_wgmma)
+        make.case::<T>("attention forward mma", shape, flop, bytes, move |device, arena| {
+            attention::forward_by(device, arena, &by_mma, Kernels::Mma)
         });
     }
     attention::forward(make.device, &mut Arena::new(make.device, ARENA)?, &first)?;
@@ -53,8 +53,8 @@ fn grouped<T: Element>(make: &mut Maker, shape: &str, sizes: &[(usize, usize)], 
         attention::backward(device, arena, &backward)
     });
     if make.device.runs_kernels() {
-        make.case::<T>("attention backward atomic", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
-            attention::backward_atomic(device, arena, &again)
+        make.case::<T>("attention backward, seven products", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
+            attention::backward_within(device, arena, &again, 0)
         });
     }
     Ok(())

@@ -6,9 +6,12 @@ use crate::{
     device::{Element, View},
     ops::{
         Dropout,
-        matmul::{self, Epilogue, Matmul, WeightGrad},
+        matmul::{self, Epilogue, Matmul, WeightGrad, kernel::Kernels},
     },
 };
+
+/// The portable kernels, on a GPU that takes Hopper's by itself.
+const MMA: Option<Kernels> = Some(Kernels::Mma);
 
 pub(super) fn cases<T: Element>(make: &mut Maker) -> Result<()> {
     let ([m5, m10, m20], n) = (make.slide.bags, make.tokens());
@@ -42,7 +45,7 @@ fn grouped<T: Element>(make: &mut Maker, name: &str, rows: &[usize], out: usize,
     let bytes = (element * (total * (out + inner) + rows.len() * out * inner)) as f64;
     let weight_bytes = bytes + (rows.len() * out * inner * (2 * size_of::<T::Sum>() - element)) as f64;
     let shape = format!("{name}: {total} x {out} x {inner}");
-    let by_wgmma = (forward.clone(), backward.clone(), weights.clone());
+    let again = (forward.clone(), backward.clone(), weights.clone());
     let run = move |device: &_, _: &mut _| matmul::forward(device, &forward);
     make.case::<T>("matmul forward", &shape, flop, bytes, run).products = plain.0;
     let run = move |device: &_, _: &mut _| matmul::backward_input(device, &backward);
@@ -50,15 +53,15 @@ fn grouped<T: Element>(make: &mut Maker, name: &str, rows: &[usize], out: usize,
     let run = move |device: &_, arena: &mut _| matmul::backward_weight(device, arena, &weights);
     make.case::<T>("matmul backward weight", &shape, flop, weight_bytes, run).products = plain.2;
     if make.hopper::<T>() {
-        let (forward, backward, weights) = by_wgmma;
-        make.case::<T>("matmul forward wgmma", &shape, flop, bytes, move |device, _| {
-            matmul::forward_wgmma(device, &forward)
+        let (forward, backward, weights) = again;
+        make.case::<T>("matmul forward mma", &shape, flop, bytes, move |device, _| {
+            matmul::forward_by(device, &forward, MMA)
         });
-        make.case::<T>("matmul backward input wgmma", &shape, flop, bytes, move |device, _| {
-            matmul::backward_input_wgmma(device, &backward)
+        make.case::<T>("matmul backward input mma", &shape, flop, bytes, move |device, _| {
+            matmul::backward_input_by(device, &backward, MMA)
         });
-        make.case::<T>("matmul backward weight wgmma", &shape, flop, weight_bytes, move |device, arena| {
-            matmul::backward_weight_wgmma(device, arena, &weights)
+        make.case::<T>("matmul backward weight mma", &shape, flop, weight_bytes, move |device, arena| {
+            matmul::backward_weight_by(device, arena, &weights, MMA)
         });
     }
     Ok(())
@@ -75,8 +78,8 @@ fn feed_forward<T: Element>(make: &mut Maker, n: usize) -> Result<()> {
     let (flop, bytes) = (4.0 * (n * D * D) as f64, (size_of::<T>() * (5 * n * D + 2 * D * D)) as f64);
     make.case::<T>("matmul forward", &shape, flop, bytes, move |device, _| matmul::forward(device, &[problem]));
     if make.hopper::<T>() {
-        make.case::<T>("matmul forward wgmma", &shape, flop, bytes, move |device, _| {
-            matmul::forward_wgmma(device, &[problem])
+        make.case::<T>("matmul forward mma", &shape, flop, bytes, move |device, _| {
+            matmul::forward_by(device, &[problem], MMA)
         });
     }
     Ok(())

@@ -5,12 +5,14 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Attention, AttentionGrad, Merge};
 use crate::{
-    device::{Arg, Element, Launch, Matrix, Storage},
+    device::{Arg, Device, Element, Launch, Matrix, Storage},
     ops::{
         MULTIPROCESSORS,
         constants::{
             attention::{OWN, PROBLEMS, THREADS},
+            attention_dq::QUERIES,
             attention_forward_wgmma as wgmma,
+            product::STAGES,
         },
         dropout::KernelDropout,
     },
@@ -56,8 +58,8 @@ pub(crate) struct KernelAttentionGrad {
     pub lse: u64,
     /// Scratch of `heads * n` f32.
     pub delta: u64,
-    /// Scratch of `n * d` f32 where dq is summed by atomics.
-    pub sums: u64,
+    /// Scratch of [`ds_len`] elements, or 0 where dS finds no room.
+    pub ds: u64,
     pub dropout: KernelDropout,
     pub heads: i32,
     first_block: i32,
@@ -137,7 +139,7 @@ impl<T: Element> From<&AttentionGrad<T>> for KernelAttentionGrad {
             dv: p.dv.into(),
             lse: forward.lse.address(),
             delta: 0,
-            sums: 0,
+            ds: 0,
             dropout: forward.dropout.into(),
             heads: forward.heads as i32,
             first_block: 0,
@@ -166,10 +168,11 @@ pub(crate) enum Kernels {
 }
 
 impl Kernels {
-    /// The wanted ones, if they are made for all the problems' heads.
-    pub(crate) fn of(wanted: Self, problems: &[KernelAttention]) -> Self {
+    /// The wanted ones, if the device, the storage type and all the problems' heads have them.
+    pub(crate) fn of(device: &Device, storage: Storage, wanted: Self, problems: &[KernelAttention]) -> Self {
         let wide = |p: &KernelAttention| width(p.q, p.heads) == 2;
-        if problems.iter().all(wide) { wanted } else { Self::Mma }
+        let at_hand = device.has_wgmma() && storage == Storage::Bf16 && problems.iter().all(wide);
+        if at_hand { wanted } else { Self::Mma }
     }
 
     /// Queries that a block owns, and blocks that a multiprocessor runs at a time.
@@ -282,35 +285,43 @@ pub(crate) fn merge_launches(storage: Storage, problems: &[KernelMerge]) -> Vec<
     launches.flatten().collect()
 }
 
+/// By five products, where every problem has scratch for dS: `ds`; else by seven.
 pub(crate) fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
     let mut launches = Vec::new();
     for problems in problems.chunks(PROBLEMS) {
         let width = widest(problems);
-        let by_queries = |p: &KernelAttentionGrad| p.heads as usize * (p.q.rows as usize).div_ceil(OWN);
-        // the queries' kernel first: it finds delta for both
-        let kernel = ["attention_dq_32", "attention_dq_64", "attention_dq_128"][width];
-        let (queries, blocks) = table(problems, by_queries, |p, first| p.first_block = first);
-        launches.extend(launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width), queries));
-        let kernel = ["attention_dkv_32", "attention_dkv_64", "attention_dkv_128"][width];
-        launches.extend(launch_by_keys(kernel, storage, problems, width, 0));
-    }
-    launches
-}
-
-pub(crate) fn backward_atomic_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
-    let mut launches = Vec::new();
-    for problems in problems.chunks(PROBLEMS) {
-        let width = widest(problems);
+        let by_queries = |own: usize| {
+            let blocks = move |p: &KernelAttentionGrad| p.heads as usize * (p.q.rows as usize).div_ceil(own);
+            table(problems, blocks, |p, first| p.first_block = first)
+        };
+        let keys = ["attention_dkv_32", "attention_dkv_64", "attention_dkv_128"][width];
+        if problems.iter().any(|p| p.ds == 0) {
+            // the queries' kernel first: it finds delta for both
+            let kernel = ["attention_dq_32", "attention_dq_64", "attention_dq_128"][width];
+            let (queries, blocks) = by_queries(OWN);
+            launches.extend(launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width), queries));
+            launches.extend(launch_by_keys(keys, storage, problems, width));
+            continue;
+        }
         let (by_rows, _) = table(problems, |_| 0, |_, _| {});
         let rows = problems.iter().map(|p| p.q.rows as usize).max().unwrap_or(0);
         let grid = [rows.div_ceil(THREADS / 32), problems.len()];
         launches.extend(launch("attention_delta", storage, grid, 0, by_rows));
-        let kernel = ["attention_dqkv_32", "attention_dqkv_64", "attention_dqkv_128"][width];
-        let ds = if stages(storage, width) == 2 { OWN * STREAMED * storage.bytes() } else { 0 };
-        launches.extend(launch_by_keys(kernel, storage, problems, width, ds));
-        launches.extend(launch("attention_round", storage, grid, 0, by_rows));
+        launches.extend(launch_by_keys(keys, storage, problems, width));
+        let (kernel, columns) =
+            if width == 2 { ("attention_dq_product_128", 128) } else { ("attention_dq_product_64", 64) };
+        // a stage is 128 bytes of the keys for each query and each column
+        let shared = STAGES * (QUERIES + columns) * 128;
+        let (queries, blocks) = by_queries(QUERIES);
+        let launch = launch(kernel, storage, [blocks, 1], shared, queries);
+        launches.extend(launch.map(|launch| Launch { block: [2 * columns as u32, 1, 1], ..launch }));
     }
     launches
+}
+
+/// Elements of dS^T of so many heads of a problem: rows of whole 16-byte chunks.
+pub(crate) fn ds_len(storage: Storage, heads: usize, n: usize, m: usize) -> usize {
+    heads * m * n.next_multiple_of(16 / storage.bytes())
 }
 
 fn widest(problems: &[KernelAttentionGrad]) -> usize {
@@ -327,24 +338,24 @@ fn tiles_bytes(storage: Storage, width: usize) -> usize {
     (2 * OWN + 2 * stages(storage, width) * STREAMED) * WIDTHS[width] * storage.bytes()
 }
 
-/// A kernel whose blocks own keys, with `more` bytes of shared memory than attention_dkv takes.
+/// The kernel whose blocks own keys.
 fn launch_by_keys(
     kernel: &'static str,
     storage: Storage,
     problems: &[KernelAttentionGrad],
     width: usize,
-    more: usize,
 ) -> Option<Launch> {
     let by_keys = |p: &KernelAttentionGrad| p.heads as usize * (p.k.rows as usize).div_ceil(OWN);
     let (keys, blocks) = table(problems, by_keys, |p, first| p.first_block = first);
     // lse and delta of the streamed rows, and two stages of dropout's bits
     let others = (2 * stages(storage, width) * STREAMED * 4).next_multiple_of(128) + 2 * 2 * 4 * (STREAMED + 8) * 4;
-    launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width) + others + more, keys)
+    launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width) + others, keys)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::{Dry, Facts};
 
     fn problem(n: usize, m: usize) -> KernelAttention {
         KernelAttention {
@@ -384,10 +395,15 @@ mod tests {
     #[test]
     fn hopper_s_blocks_own_128_queries_of_wide_heads() {
         let problems = [problem(3000, 800), problem(65, 12000)];
-        assert_eq!(Kernels::of(Kernels::Wgmma, &problems), Kernels::Wgmma);
-        assert_eq!(Kernels::of(Kernels::Mma, &problems), Kernels::Mma);
+        let facts = |has_wgmma| Facts { runs_kernels: true, has_wgmma };
+        let [hopper, ampere] = [true, false].map(|has_wgmma| Device::Dry(Dry::new(facts(has_wgmma))));
+        let wanted = Kernels::Wgmma;
+        assert_eq!(Kernels::of(&hopper, Storage::Bf16, wanted, &problems), Kernels::Wgmma);
+        assert_eq!(Kernels::of(&ampere, Storage::Bf16, wanted, &problems), Kernels::Mma);
+        assert_eq!(Kernels::of(&hopper, Storage::F32, wanted, &problems), Kernels::Mma);
+        assert_eq!(Kernels::of(&hopper, Storage::Bf16, Kernels::Mma, &problems), Kernels::Mma);
         let narrow = KernelAttention { heads: 8, ..problem(3000, 800) };
-        assert_eq!(Kernels::of(Kernels::Wgmma, &[problems[0], narrow]), Kernels::Mma);
+        assert_eq!(Kernels::of(&hopper, Storage::Bf16, wanted, &[problems[0], narrow]), Kernels::Mma);
         let launches = forward_launches(Kernels::Wgmma, Storage::Bf16, &problems);
         assert_eq!(launches.len(), 1);
         assert_eq!((launches[0].kernel, launches[0].grid), ("attention_forward_wgmma_128", [4 * (24 + 1), 1, 1]));
@@ -408,7 +424,8 @@ mod tests {
         for storage in [Storage::F32, Storage::Bf16] {
             for d in [32, 64, 128] {
                 let forward = KernelAttention { q: Matrix::new(0, 100, d), heads: 1, ..problem(1, 1) };
-                let backward = [backward_launches(storage, &[grad(d)]), backward_atomic_launches(storage, &[grad(d)])];
+                let five = KernelAttentionGrad { ds: 1, ..grad(d) };
+                let backward = [backward_launches(storage, &[grad(d)]), backward_launches(storage, &[five])];
                 let launches = [forward_launches(Kernels::Mma, storage, &[forward]), backward.concat()].concat();
                 assert!(launches.iter().all(|l| l.shared_bytes <= 99 << 10), "{launches:?}");
             }

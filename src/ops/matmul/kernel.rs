@@ -4,10 +4,13 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Matmul, WeightGrad};
 use crate::{
-    device::{Arg, Element, Launch, Matrix, Storage},
+    device::{Arg, Device, Element, Launch, Matrix, Storage},
     ops::{
         MULTIPROCESSORS,
-        constants::matmul::{PROBLEMS, STAGES, WEIGHT_PROBLEMS},
+        constants::{
+            matmul::{PROBLEMS, WEIGHT_PROBLEMS},
+            product::STAGES,
+        },
         dropout::KernelDropout,
     },
 };
@@ -100,6 +103,24 @@ pub(crate) enum Kernels {
     Mma,
     /// matmul_wgmma.cu, Hopper, bf16 alone. Always the large tile.
     Wgmma,
+}
+
+impl Kernels {
+    /// The wanted ones, if the device and the storage type have them; without a wish Hopper's, where
+    /// their tiles are enough to keep half of a GPU's multiprocessors busy.
+    pub(super) fn of(device: &Device, storage: Storage, wanted: Option<Self>, tiles: impl Fn() -> usize) -> Self {
+        match wanted {
+            _ if !device.has_wgmma() || storage != Storage::Bf16 => Self::Mma,
+            Some(kernels) => kernels,
+            None if 2 * tiles() >= MULTIPROCESSORS => Self::Wgmma,
+            None => Self::Mma,
+        }
+    }
+}
+
+/// Tiles of 128 x 128 of some outputs.
+pub(super) fn large_tiles(outputs: impl Iterator<Item = Matrix>) -> usize {
+    outputs.map(|out| Shape::large("").tiles(out)).sum()
 }
 
 /// A block's tile and threads, and its kernel.
@@ -233,6 +254,7 @@ pub(crate) fn backward_weight_launches(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::{Dry, Facts};
 
     fn product(m: usize, n: usize) -> KernelMatmul {
         KernelMatmul { out: Matrix::new(0, m, n), ..Zeroable::zeroed() }
@@ -250,6 +272,20 @@ mod tests {
         assert_eq!(launches[0].shared_bytes, 96 << 10);
         let small = forward_launches(Kernels::Mma, Storage::Bf16, &[product(3025, 512)]);
         assert_eq!((small[0].kernel, small[0].grid[0]), ("matmul_forward_small", 48 * 8));
+    }
+
+    #[test]
+    fn hopper_s_kernels_are_taken_where_they_fill_half_of_it() {
+        let facts = |has_wgmma| Facts { runs_kernels: true, has_wgmma };
+        let [hopper, ampere] = [true, false].map(|has_wgmma| Device::Dry(Dry::new(facts(has_wgmma))));
+        let of =
+            |device, storage, m| Kernels::of(device, storage, None, || large_tiles([product(m, 512).out].into_iter()));
+        assert_eq!(of(&hopper, Storage::Bf16, 3026), Kernels::Wgmma);
+        assert_eq!(of(&hopper, Storage::Bf16, 1), Kernels::Mma);
+        assert_eq!(of(&hopper, Storage::F32, 3026), Kernels::Mma);
+        assert_eq!(of(&ampere, Storage::Bf16, 3026), Kernels::Mma);
+        assert_eq!(Kernels::of(&ampere, Storage::Bf16, Some(Kernels::Wgmma), || 1000), Kernels::Mma);
+        assert_eq!(Kernels::of(&hopper, Storage::Bf16, Some(Kernels::Mma), || 1000), Kernels::Mma);
     }
 
     #[test]
