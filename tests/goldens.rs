@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use common::{Law, ModelConfig, Parameter, bag, parameters};
 use crossfusion::{
-    device::{Device, Element},
+    device::{Device, Element, Real},
     loss::{Loss, Prediction, Target},
     model::{BagGrads, Bags, Config, ModelName, Scale, Scales},
     train::{
@@ -20,7 +20,7 @@ use half::bf16;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Golden {
     model: String,
     config: ModelConfig,
@@ -58,6 +58,24 @@ impl Golden {
         };
         scales.map(bag).collect()
     }
+
+    /// Logits, all parameters' gradients and all inputs' gradients.
+    fn gradients<T: Element>(&self, device: Device) -> [Vec<f64>; 3] {
+        let config = self.config().unwrap();
+        let mut engine = Engine::<T>::new(device, &config, 0).unwrap();
+        engine.load(&parameters(&self.fill_tag, &self.parameters)).unwrap();
+        let data = self.slide(&config, |x| T::from_sum(T::Sum::of(f64::from(x))));
+        let mut inputs = data.clone();
+        let bags = Bags::new(data.as_ref().map(|_, bag| &bag[..]), config.features).unwrap();
+        let target = Target { label: self.loss.label, censored: self.loss.censorship == 1.0 };
+        let (loss, alpha) = (loss_of(&self.loss.name), self.loss.alpha);
+        let memory = Some(grads(&mut inputs, config.features));
+        let logits = engine.accumulate(bags, None, memory, |logits| loss.evaluate(logits, target, alpha).1).unwrap();
+        let names = self.parameters.keys();
+        let parameters = names.flat_map(|name| engine.read(State::Grads, name).unwrap()).map(Real::f64).collect();
+        let inputs = inputs.iter().flat_map(|(_, bag)| bag.iter().map(|x| x.to_sum().f64())).collect();
+        [logits, parameters, inputs]
+    }
 }
 
 /// The gradients' memory, as the engine takes it.
@@ -65,7 +83,7 @@ fn grads<T: Element>(bags: &mut Scales<Vec<T>>, features: usize) -> BagGrads<'_,
     BagGrads::new(bags.iter_mut().map(|(scale, bag)| (scale, &mut bag[..])).collect::<Scales<_>>(), features).unwrap()
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct LossSpec {
     name: String,
     label: usize,
@@ -241,8 +259,13 @@ fn check_model(path: &Path) {
     println!("{file}: {checked} gradients agree, worst {:.1e} ({})", check.worst.0, check.worst.1);
 }
 
-/// Stored in bf16: at most twice as far from the golden as PyTorch
-/// in plain bf16 (bf16.json, by scripts/make-bf16-errors.py).
+/// Draws of a golden's numbers that bf16.json is of, the golden's own the first. Few draws of badly
+/// conditioned gradients make a root mean square: of a dozen, the same code's ratio went up to 2.5.
+const DRAWS: usize = 96;
+
+/// Stored in bf16, over many draws of the goldens' numbers: the root mean square of the distance
+/// from f64, of its size, is at most 1.25 times that of PyTorch in plain bf16 (bf16.json, by
+/// scripts/make-bf16-errors.py).
 #[test]
 fn bf16_is_as_good_as_plain_bf16() {
     #[derive(Deserialize)]
@@ -254,42 +277,25 @@ fn bf16_is_as_good_as_plain_bf16() {
     let json = std::fs::read(common::goldens().join("bf16.json")).unwrap();
     let plain: BTreeMap<String, Errors> = serde_json::from_slice(&json).unwrap();
     for (name, plain) in plain {
-        let bytes = std::fs::read(common::goldens().join(format!("{name}.safetensors"))).unwrap();
-        let golden = Golden::read(&bytes);
-        let config = golden.config().unwrap();
-        let tensors = SafeTensors::deserialize(&bytes).unwrap();
-        let mut engine = Engine::<bf16>::new(device(), &config, 0).unwrap();
-        engine.load(&parameters(&golden.fill_tag, &golden.parameters)).unwrap();
-        let width = config.features;
-        let data = golden.slide(&config, bf16::from_f32);
-        let mut gradients = data.clone();
-        let bags = Bags::new(data.as_ref().map(|_, bag| &bag[..]), width).unwrap();
-        let inputs = Some(grads(&mut gradients, width));
-        let target = Target { label: golden.loss.label, censored: golden.loss.censorship == 1.0 };
-        let (loss, alpha) = (loss_of(&golden.loss.name), golden.loss.alpha);
-        let logits = engine.accumulate(bags, None, inputs, |logits| loss.evaluate(logits, target, alpha).1).unwrap();
-
-        let distance = |got: &[f64], name: &str| {
-            let truth = f32s(&tensors, name).unwrap();
-            assert_eq!(got.len(), truth.len(), "{name}");
-            got.iter().zip(&truth).map(|(a, b)| (a - b) * (a - b)).sum::<f64>()
-        };
-        let gradient = |name: &String| -> f64 {
-            let values: Vec<f64> = engine.read(State::Grads, name).unwrap().into_iter().map(f64::from).collect();
-            distance(&values, &format!("grad.{name}"))
-        };
-        let input = |(scale, gradient): (Scale, &Vec<bf16>)| -> f64 {
-            let values: Vec<f64> = gradient.iter().map(|g| g.to_f64()).collect();
-            distance(&values, &format!("grad.{scale}"))
-        };
-        let ours = [
-            ("logits", distance(&logits, "logits").sqrt(), plain.logits),
-            ("parameters", golden.parameters.keys().map(gradient).sum::<f64>().sqrt(), plain.parameters),
-            ("inputs", gradients.iter().map(input).sum::<f64>().sqrt(), plain.inputs),
-        ];
-        println!("{name}: {}", ours.map(|(what, ours, plain)| format!("{what} {ours:.2e} of {plain:.2e}")).join(", "));
-        for (what, ours, plain) in ours {
-            assert!(ours <= 2.0 * plain, "{name}: {what} off by {ours:e}, plain bf16 by {plain:e}");
+        let golden = Golden::read(&std::fs::read(common::goldens().join(format!("{name}.safetensors"))).unwrap());
+        let mut squares = [0.0; 3];
+        for draw in 0..DRAWS {
+            let tag = if draw == 0 { golden.fill_tag.clone() } else { format!("{}{draw}/", golden.fill_tag) };
+            let golden = Golden { fill_tag: tag, ..golden.clone() };
+            let ours = golden.gradients::<bf16>(device());
+            let truth = golden.gradients::<f64>(Device::from_name("cpu", 0).unwrap());
+            for ((square, ours), truth) in squares.iter_mut().zip(&ours).zip(&truth) {
+                assert_eq!(ours.len(), truth.len(), "{name}");
+                let distance = ours.iter().zip(truth).map(|(a, b)| (a - b) * (a - b)).sum::<f64>();
+                *square += distance / truth.iter().map(|b| b * b).sum::<f64>();
+            }
+        }
+        let ours = squares.map(|square| (square / DRAWS as f64).sqrt());
+        for ((what, ours), plain) in
+            ["logits", "parameters", "inputs"].iter().zip(ours).zip([plain.logits, plain.parameters, plain.inputs])
+        {
+            println!("{name}: {what} off by {ours:.2e}, plain bf16 by {plain:.2e}: {:.2}", ours / plain);
+            assert!(ours <= 1.25 * plain, "{name}: {what} off by {ours:e}, plain bf16 by {plain:e}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The goldens' generator and reader, shared by the integration tests (reference: spec.md,
-//! "Goldens").
+//! The goldens' generator and reader, shared by the integration tests: their numbers are not stored
+//! but drawn anew from names ([`fill`]).
 #![allow(dead_code)] // each test uses its part
 
 use std::{collections::BTreeMap, path::PathBuf};
@@ -35,14 +35,14 @@ pub struct Law {
     pub scale: f64,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct Parameter {
     pub shape: Vec<usize>,
     #[serde(flatten)]
     pub law: Law,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct ModelConfig {
     pub features: usize,
     #[serde(default = "default_dim")]
