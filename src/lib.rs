@@ -7,7 +7,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`data`] | feature files, cohort tables, labels, folds, sampling |
-//! | [`device`] | where tensors live and ops run: `Cpu`, and `Dry`, which only counts |
+//! | [`device`] | where tensors live and ops run: a CPU, a GPU, an emulated one, or `Dry`, which only counts |
 //! | [`ops`] | the ops: checked API, CPU kernels, forward and backward |
 //! | [`model`] | parameters, and CrossFusion put together from the ops |
 //! | [`loss`] | survival losses with their gradients |

@@ -51,7 +51,7 @@ struct Row {
 
 fn counts(slides: &[&Slide], bins: &Bins) -> Vec<usize> {
     let mut counts = vec![0; 2 * bins.len()];
-    slides.iter().for_each(|slide| counts[bins.class(slide)] += 1);
+    slides.iter().for_each(|slide| counts[bins.stratum(slide)] += 1);
     counts
 }
 

@@ -76,7 +76,8 @@ struct Data {
     /// GDC manifest; slides that it does not list are left out
     #[arg(long, value_name = "F")]
     manifest: Option<PathBuf>,
-    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
+    /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt, of TRIDENT's
+    /// {5,10,20}x_*/features_BACKBONE, or of STAMP's x{5,10,20}/BACKBONE
     #[arg(long, value_name = "DIR")]
     pt_dir: Option<PathBuf>,
     /// Name of the feature extractor, a folder in --pt-dir
@@ -130,7 +131,8 @@ enum Command {
         /// Run folder, whose folds' models are averaged, or one model: best.safetensors, a
         /// published best_model.pt
         model: PathBuf,
-        /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt
+        /// Folder of BACKBONE/x{5,10,20}/pt_files/SLIDE.pt, of TRIDENT's
+        /// {5,10,20}x_*/features_BACKBONE, or of STAMP's x{5,10,20}/BACKBONE
         #[arg(long, value_name = "DIR")]
         pt_dir: PathBuf,
         /// Name of the feature extractor, a folder in --pt-dir

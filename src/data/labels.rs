@@ -60,7 +60,7 @@ impl Bins {
     }
 
     /// What sampling balances: 2 * bin + censorship.
-    pub fn class(&self, slide: &Slide) -> usize {
+    pub fn stratum(&self, slide: &Slide) -> usize {
         2 * self.label(slide.months) + usize::from(slide.censored)
     }
 }

@@ -1,5 +1,5 @@
-//! Which slides an epoch shows: draws with replacement in which every class is as likely as its
-//! share of 1 / count, so that rare classes are seen as often as common ones.
+//! Which slides an epoch shows: draws with replacement in which every stratum is as likely as its
+//! share of 1 / count, so that rare strata are seen as often as common ones.
 
 /// Draws slides by weight; a pure function of seed, fold and epoch, so that a resumed run needs no
 /// generator state.
@@ -10,17 +10,17 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// `classes`: each slide's class. A slide's weight is n / count(its class); classes without a
+    /// `strata`: each slide's stratum. A slide's weight is n / count(its stratum); strata without a
     /// slide take no part.
-    pub fn new(classes: &[usize]) -> Self {
-        let mut counts = vec![0usize; classes.iter().max().map_or(0, |max| max + 1)];
-        classes.iter().for_each(|&class| counts[class] += 1);
+    pub fn new(strata: &[usize]) -> Self {
+        let mut counts = vec![0usize; strata.iter().max().map_or(0, |max| max + 1)];
+        strata.iter().for_each(|&stratum| counts[stratum] += 1);
         let mut total = 0.0;
-        let weight = |&class: &usize| {
-            total += classes.len() as f64 / counts[class] as f64;
+        let weight = |&stratum: &usize| {
+            total += strata.len() as f64 / counts[stratum] as f64;
             total
         };
-        Self { cumulative: classes.iter().map(weight).collect() }
+        Self { cumulative: strata.iter().map(weight).collect() }
     }
 
     /// As many draws as there are slides.
@@ -61,9 +61,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn classes_are_drawn_equally_often() {
-        // 100 slides of class 0, 10 of class 3, 1 of class 7
-        let classes: Vec<usize> = (0..111)
+    fn strata_are_drawn_equally_often() {
+        // 100 slides of stratum 0, 10 of stratum 3, 1 of stratum 7
+        let strata: Vec<usize> = (0..111)
             .map(|i| {
                 if i < 100 {
                     0
@@ -74,16 +74,16 @@ mod tests {
                 }
             })
             .collect();
-        let sampler = Sampler::new(&classes);
+        let sampler = Sampler::new(&strata);
         let mut drawn = [0.0f64; 8];
         for epoch in 0..200 {
-            sampler.epoch(5, 1, epoch).into_iter().for_each(|i| drawn[classes[i]] += 1.0);
+            sampler.epoch(5, 1, epoch).into_iter().for_each(|i| drawn[strata[i]] += 1.0);
         }
         let (n, expected) = (200.0 * 111.0, 200.0 * 37.0);
-        for class in [0, 3, 7] {
+        for stratum in [0, 3, 7] {
             // six standard deviations of a binomial share of 1/3
             let six_sigma = 6.0 * f64::sqrt(n * 2.0 / 9.0);
-            assert!((drawn[class] - expected).abs() < six_sigma, "class {class} drawn {} times", drawn[class]);
+            assert!((drawn[stratum] - expected).abs() < six_sigma, "stratum {stratum} drawn {} times", drawn[stratum]);
         }
     }
 

@@ -37,7 +37,7 @@ use crate::{
     ops::{Draw, Dropout, head},
 };
 
-/// How the three streams are fused (spec, step 4).
+/// How the three streams are fused, as in the published code.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Fusion {

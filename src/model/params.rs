@@ -35,7 +35,7 @@ impl Entry {
     }
 }
 
-/// How a tensor starts (spec: "Initial weights").
+/// How a tensor starts, as in the published code.
 #[derive(Clone, Copy, Debug)]
 enum Init {
     Constant(f64),

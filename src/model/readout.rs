@@ -1,5 +1,5 @@
 //! From the fused tokens to the head's one row: a class token in front, a last transformer, and the
-//! head's norm and linear map (spec, step 5).
+//! head's norm and linear map.
 
 use super::{
     Config, Context,

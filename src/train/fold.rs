@@ -239,13 +239,13 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
             slides.val = validation.concat(); // a patient's slides side by side
             cox = Some(Cox { units, validation: cox::cohort(dataset, &validation, config.cox_ties)? });
         }
-        let classes: Vec<_> = slides.train.iter().map(|&i| bins.class(&dataset.slides[i])).collect();
+        let strata: Vec<_> = slides.train.iter().map(|&i| bins.stratum(&dataset.slides[i])).collect();
         Ok(Self {
             config,
             dataset,
             fold,
             bins: bins.clone(),
-            sampler: Sampler::new(&classes),
+            sampler: Sampler::new(&strata),
             slides,
             cox,
             folder: folder.to_path_buf(),
