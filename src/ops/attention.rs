@@ -216,8 +216,8 @@ pub(crate) fn backward_within<T: Element>(
     device.run_with_scratch(
         arena,
         |arena| {
-            let partial = cpu::partial_dq(arena, problems)?;
-            Ok(move |cpu: &Cpu| cpu::backward(cpu, problems, &partial))
+            let (partial, deltas) = (cpu::partial_dq(arena, problems)?, cpu::deltas(arena, problems)?);
+            Ok(move |cpu: &Cpu| cpu::backward(cpu, problems, &partial, &deltas))
         },
         |arena| {
             for p in problems {

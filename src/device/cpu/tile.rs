@@ -160,6 +160,19 @@ unsafe fn block<T: Real, S: Simd, const R: usize>(
     }
 }
 
+/// Asks the caches for a row that is needed soon: a hint, where the machine takes one.
+#[inline(always)]
+pub fn prefetch<T>(row: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in row.chunks(64 / size_of::<T>()) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
+}
+
 /// Copies `rows` rows of `cols` elements into a row-major tile of row stride `to_stride`, as sums are
 /// kept.
 ///
@@ -227,14 +240,38 @@ pub unsafe fn pack_panel_transposed<T: Element, S: Simd>(
     j0: usize,
     to: *mut T::Sum,
 ) {
+    /// Blocks of 4 x 4 are loads, shuffles and stores of whole vectors; a loop over elements would
+    /// be scatters.
+    const SIDE: usize = 4;
     let width = panel_width::<T::Sum, S>();
-    for j in 0..width {
-        for p in 0..k {
-            // SAFETY: the caller's: from holds n rows of k columns, to a panel of k rows.
+    let rows = width.min(n - j0);
+    let (whole_rows, whole_k) = (rows / SIDE * SIDE, k / SIDE * SIDE);
+    // SAFETY: the caller's: from holds n rows of k columns, to a panel of k rows.
+    let from = unsafe { from.add(j0 * stride) };
+    // SAFETY: as above.
+    let at = |j: usize, p: usize| unsafe { to.add(p * width + j) };
+    for j in (0..whole_rows).step_by(SIDE) {
+        for p in (0..whole_k).step_by(SIDE) {
+            let mut block = [[T::Sum::ZERO; SIDE]; SIDE];
+            // SAFETY: as above.
             unsafe {
-                *to.add(p * width + j) =
-                    if j0 + j < n { (*from.add((j0 + j) * stride + p)).to_sum() } else { T::Sum::ZERO };
+                for (r, row) in block.iter_mut().enumerate() {
+                    for (c, x) in row.iter_mut().enumerate() {
+                        *x = (*from.add((j + r) * stride + p + c)).to_sum();
+                    }
+                }
+                for c in 0..SIDE {
+                    for (r, row) in block.iter().enumerate() {
+                        *at(j + r, p + c) = row[c];
+                    }
+                }
             }
         }
     }
+    let one = |j: usize, p: usize| {
+        // SAFETY: as above.
+        unsafe { *at(j, p) = if j < rows { (*from.add(j * stride + p)).to_sum() } else { T::Sum::ZERO } };
+    };
+    (0..whole_rows).for_each(|j| (whole_k..k).for_each(|p| one(j, p)));
+    (whole_rows..width).for_each(|j| (0..k).for_each(|p| one(j, p)));
 }

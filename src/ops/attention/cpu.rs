@@ -54,23 +54,15 @@ struct Forward<'a, T: Element> {
     tasks: &'a [(usize, usize, usize)],
 }
 
-/// Packs the transpose of `keys` rows of a head into panels.
+/// Packs the transpose of a tile of `rows` rows and `cols` columns, [`HEAD`] apart, into panels.
 ///
 /// # Safety
 /// As [`tile::pack_panel_transposed`].
 #[inline(always)]
-unsafe fn pack_transposed<T: Element, S: Simd>(from: View<T>, to: *mut T::Sum) {
-    for j in (0..from.rows()).step_by(tile::panel_width::<T::Sum, S>()) {
+unsafe fn pack_transposed<T: Real, S: Simd>(from: *const T, (rows, cols): (usize, usize), to: *mut T) {
+    for j in (0..rows).step_by(tile::panel_width::<T, S>()) {
         // SAFETY: the caller's: to holds panels of all rows of from.
-        unsafe {
-            tile::pack_panel_transposed::<T, S>(
-                from.ptr(),
-                from.stride(),
-                (from.rows(), from.cols()),
-                j,
-                to.add(j * from.cols()),
-            );
-        }
+        unsafe { tile::pack_panel_transposed::<T, S>(from, HEAD, (rows, cols), j, to.add(j * cols)) };
     }
 }
 
@@ -114,7 +106,9 @@ impl<T: Element> Kernel for Forward<'_, T> {
                     let keys_here = KEYS.min(m - key);
                     // SAFETY: the workspace holds a tile of keys and one of values.
                     unsafe {
-                        pack_transposed::<T, S>(k.rows_range(key..key + keys_here), keys.as_mut_ptr());
+                        // rows whole first: columns of them would be read from memory piece by piece
+                        copy(k.rows_range(key..key + keys_here), values.as_mut_ptr());
+                        pack_transposed::<T::Sum, S>(values.as_ptr(), (keys_here, d), keys.as_mut_ptr());
                         copy(v.rows_range(key..key + keys_here), values.as_mut_ptr());
                     }
                     for start in (0..n).step_by(ROWS) {
@@ -127,30 +121,26 @@ impl<T: Element> Kernel for Forward<'_, T> {
                             tile::multiply(simd, (rows_here, keys_here, d), a, b, scores.as_mut_ptr(), KEYS, false)
                         };
                         for r in 0..rows_here {
+                            if key + KEYS + start + r < m && start + r < KEYS {
+                                // SAFETY: the views are live, and nobody writes them.
+                                unsafe {
+                                    tile::prefetch(k.row(key + KEYS + start + r));
+                                    tile::prefetch(v.row(key + KEYS + start + r));
+                                }
+                            }
                             let row = &mut scores[r * KEYS..r * KEYS + keys_here];
                             let at = start + r;
                             let new_max = max[at].max(maximum(row) * scale2);
                             let shrink = (max[at] - new_max).exp2();
-                            for s in row.iter_mut() {
-                                *s = (*s * scale2 - new_max).exp2();
+                            let mut factors = [T::Sum::ONE; KEYS];
+                            if let Some(dropout) = dropout {
+                                dropout.factors(rows.start + at, key / KEYS, &mut factors);
                             }
-                            total[at] = total[at] * shrink
-                                + sum(
-                                    keys_here,
-                                    #[inline(always)]
-                                    |j| row[j],
-                                );
+                            total[at] = total[at] * shrink + weigh(row, scale2, new_max, &factors);
                             max[at] = new_max;
                             if shrink != T::Sum::ONE {
                                 for o in &mut out[at * HEAD..at * HEAD + d] {
                                     *o *= shrink;
-                                }
-                            }
-                            if let Some(dropout) = dropout {
-                                let mut factors = [T::Sum::ZERO; KEYS];
-                                dropout.factors(rows.start + at, key / KEYS, &mut factors);
-                                for (s, &f) in row.iter_mut().zip(&factors) {
-                                    *s *= f;
                                 }
                             }
                         }
@@ -187,6 +177,24 @@ impl<T: Element> Kernel for Forward<'_, T> {
     }
 }
 
+/// Scores become weights, 2^(scale2 s - max) times their factors; the sum of them without these.
+#[inline(always)]
+fn weigh<T: Real>(row: &mut [T], scale2: T, max: T, factors: &[T; KEYS]) -> T {
+    let mut lanes = [T::ZERO; 16];
+    for (row, factors) in row.chunks_mut(16).zip(factors.chunks_exact(16)) {
+        for ((s, lane), &factor) in row.iter_mut().zip(&mut lanes).zip(factors) {
+            let weight = (*s * scale2 - max).exp2();
+            *lane += weight;
+            *s = weight * factor;
+        }
+    }
+    sum(
+        16,
+        #[inline(always)]
+        |i| lanes[i],
+    )
+}
+
 /// The largest element, 16 at a time.
 #[inline(always)]
 fn maximum<T: Real>(row: &[T]) -> T {
@@ -219,9 +227,59 @@ pub(super) fn partial_dq<T: Element>(
     problems.iter().map(of_problem).collect()
 }
 
-pub(super) fn backward<T: Element>(cpu: &Cpu, problems: &[AttentionGrad<T>], partial: &[Vec<View<T::Sum>>]) {
+/// Each problem's delta, `[n, heads]`.
+pub(super) fn deltas<T: Element>(arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<Vec<View<T::Sum>>> {
+    problems.iter().map(|p| arena.scratch(p.dq.rows(), p.forward.heads)).collect()
+}
+
+/// delta = rowsum(out * dout) of each head.
+fn delta<T: Element>(cpu: &Cpu, p: &AttentionGrad<T>, delta: View<T::Sum>) {
+    let head_dim = p.forward.head_dim();
+    for_rows(
+        cpu,
+        p.dq.rows(),
+        #[inline(always)]
+        |i| {
+            // SAFETY: the views are live, nobody writes out and dout, and each row is one task's.
+            let (out, dout, delta) = unsafe { (p.forward.out.row(i), p.dout.row(i), delta.row_mut(i)) };
+            for ((delta, out), dout) in
+                delta.iter_mut().zip(out.chunks_exact(head_dim)).zip(dout.chunks_exact(head_dim))
+            {
+                *delta = dot(out, dout);
+            }
+        },
+    );
+}
+
+/// The sum of products, with 16 running sums.
+#[inline(always)]
+fn dot<T: Element>(a: &[T], b: &[T]) -> T::Sum {
+    let (whole_a, whole_b) = (a.chunks_exact(16), b.chunks_exact(16));
+    let mut lanes = [T::Sum::ZERO; 16];
+    for ((lane, a), b) in lanes.iter_mut().zip(whole_a.remainder()).zip(whole_b.remainder()) {
+        *lane = a.to_sum() * b.to_sum();
+    }
+    for (a, b) in whole_a.zip(whole_b) {
+        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += a.to_sum() * b.to_sum();
+        }
+    }
+    sum(
+        16,
+        #[inline(always)]
+        |i| lanes[i],
+    )
+}
+
+pub(super) fn backward<T: Element>(
+    cpu: &Cpu,
+    problems: &[AttentionGrad<T>],
+    partial: &[Vec<View<T::Sum>>],
+    deltas: &[View<T::Sum>],
+) {
+    problems.iter().zip(deltas).for_each(|(p, &of)| delta(cpu, p, of));
     let tasks = tasks(problems.iter().zip(partial).map(|(p, parts)| (p.forward.heads, parts.len())));
-    cpu.parallel_kernel(tasks.len(), &Backward { problems, partial, tasks: &tasks });
+    cpu.parallel_kernel(tasks.len(), &Backward { problems, partial, deltas, tasks: &tasks });
     for (p, parts) in problems.iter().zip(partial) {
         if parts.len() > 1 || p.dq.as_sums().is_none() {
             elementwise::cpu_sum(cpu, parts, p.dq);
@@ -233,6 +291,7 @@ struct Backward<'a, T: Element> {
     problems: &'a [AttentionGrad<T>],
     /// For each problem the dq of each segment of keys.
     partial: &'a [Vec<View<T::Sum>>],
+    deltas: &'a [View<T::Sum>],
     tasks: &'a [(usize, usize, usize)],
 }
 
@@ -244,7 +303,8 @@ impl<T: Element> Kernel for Backward<'_, T> {
         let d = p.head_dim();
         let columns = head * d..(head + 1) * d;
         let of_head = |tensor: View<T>| tensor.cols_range(columns.clone());
-        let (q, k, v, out, dout) = (of_head(p.q), of_head(p.k), of_head(p.v), of_head(p.out), of_head(grad.dout));
+        let (q, k, v, dout) = (of_head(p.q), of_head(p.k), of_head(p.v), of_head(grad.dout));
+        let delta = self.deltas[i];
         let dq = self.partial[i][segment].cols_range(columns.clone());
         let (dk, dv) = (of_head(grad.dk), of_head(grad.dv));
         let (n, m) = (q.rows(), k.rows());
@@ -283,9 +343,10 @@ impl<T: Element> Kernel for Backward<'_, T> {
                     // SAFETY: the views are live; each task writes its own rows and columns of dk, dv
                     // and its own dq.
                     unsafe {
-                        pack_transposed::<T, S>(k.rows_range(here.clone()), keys_t.as_mut_ptr());
-                        pack_transposed::<T, S>(v.rows_range(here.clone()), values_t.as_mut_ptr());
+                        copy(v.rows_range(here.clone()), keys.as_mut_ptr());
+                        pack_transposed::<T::Sum, S>(keys.as_ptr(), (keys_here, d), values_t.as_mut_ptr());
                         copy(k.rows_range(here.clone()), keys.as_mut_ptr());
+                        pack_transposed::<T::Sum, S>(keys.as_ptr(), (keys_here, d), keys_t.as_mut_ptr());
                     }
                     for start in (0..n).step_by(ROWS) {
                         let rows = start..n.min(start + ROWS);
@@ -301,14 +362,17 @@ impl<T: Element> Kernel for Backward<'_, T> {
                             tile::multiply(simd, size, a, b, dscores.as_mut_ptr(), KEYS, false);
                         }
                         for r in 0..rows_here {
+                            // SAFETY: the views are live, and nobody else writes this task's dq.
+                            unsafe {
+                                tile::prefetch(dq.row(start + r));
+                                if start + ROWS + r < n {
+                                    tile::prefetch(q.row(start + ROWS + r));
+                                    tile::prefetch(dout.row(start + ROWS + r));
+                                }
+                            }
                             // SAFETY: the views are live, and nobody writes them.
-                            let (o, lse) = unsafe { (out.row(start + r), p.lse.row(head)[start + r]) };
+                            let (lse, delta) = unsafe { (p.lse.row(head)[start + r], delta.row(start + r)[head]) };
                             let lse2 = lse * T::Sum::of(std::f64::consts::LOG2_E);
-                            let delta = sum(
-                                d,
-                                #[inline(always)]
-                                |j| o[j].to_sum() * douts[r * HEAD + j],
-                            );
                             let prob = &mut probs[r * KEYS..r * KEYS + keys_here];
                             let dscore = &mut dscores[r * KEYS..r * KEYS + keys_here];
                             if let Some(dropout) = dropout {

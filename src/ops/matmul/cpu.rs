@@ -14,8 +14,9 @@ use crate::{
 };
 
 const ROW_BLOCK: usize = 96;
-/// Depth of a block: a panel of B is 32 KiB, which a 48 KiB L1 cache holds with the rest.
-const DEPTH: usize = 256;
+/// Depth of a block: the tiles of A and of B's panels then lie in a core's L2 cache, and what is
+/// read and written of C is little beside the products.
+const DEPTH: usize = 512;
 
 /// Every (problem, start) with `start` in steps of `step` below `len(problem)`.
 fn tasks<P>(problems: &[P], step: usize, len: impl Fn(&P) -> usize) -> Vec<(usize, usize)> {
@@ -174,7 +175,9 @@ fn add<T: Element>(to: &mut [T::Sum], x: &[T]) {
 /// last-level cache.
 const CHUNK: usize = 1024;
 const GROUP: usize = 3;
-const WEIGHT_ROWS: usize = 48;
+/// Rows that a task packs into all panels: few enough that memory is read row by row.
+const PACK_ROWS: usize = 16;
+const WEIGHT_ROWS: usize = 96;
 const WEIGHT_COLS: usize = 512;
 
 pub(super) fn backward_weight<T: Element>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
@@ -188,7 +191,7 @@ fn backward_weight_group<T: Element>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
     cpu.with_panels(len, |panels: View<T::Sum>| {
         for start in (0..rows).step_by(CHUNK) {
             let chunk = |p: &WeightGrad<T>| p.x.rows().saturating_sub(start).min(CHUNK);
-            let pack = tasks(problems, width, |p| if chunk(p) > 0 { p.x.cols() } else { 0 });
+            let pack = tasks(problems, PACK_ROWS, chunk);
             cpu.parallel_kernel(pack.len(), &PackChunk { problems, start, offsets: &offsets, panels, tasks: &pack });
             let cols = |p: &WeightGrad<T>| p.x.cols().div_ceil(WEIGHT_COLS);
             let blocks =
@@ -199,8 +202,6 @@ fn backward_weight_group<T: Element>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
             );
         }
     });
-    let biases: Vec<_> = problems.iter().map(|p| (p.dy, p.db)).collect();
-    column_sums(cpu, &biases);
 }
 
 struct PackChunk<'a, T: Element> {
@@ -214,13 +215,17 @@ struct PackChunk<'a, T: Element> {
 impl<T: Element> Kernel for PackChunk<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(&self, _: S, task: usize) {
-        let (i, j0) = self.tasks[task];
+        let (i, first) = self.tasks[task];
         let p = &self.problems[i];
         let x = p.x.rows_range(self.start..p.x.rows().min(self.start + CHUNK));
-        // SAFETY: the views are live, and each task writes its own panel.
-        unsafe {
-            let to = self.panels.ptr().add(self.offsets[i] + j0 * x.rows());
-            tile::pack_panel::<T, S>(x.ptr(), x.stride(), (x.rows(), x.cols()), j0, to);
+        let rows = x.rows_range(first..x.rows().min(first + PACK_ROWS));
+        let width = tile::panel_width::<T::Sum, S>();
+        for j0 in (0..x.cols()).step_by(width) {
+            // SAFETY: the views are live, and each task writes its own rows of all panels.
+            unsafe {
+                let to = self.panels.ptr().add(self.offsets[i] + j0 * x.rows() + first * width);
+                tile::pack_panel::<T, S>(rows.ptr(), rows.stride(), (rows.rows(), rows.cols()), j0, to);
+            }
         }
     }
 }
@@ -254,6 +259,10 @@ impl<T: Element> Kernel for Accumulate<'_, T> {
                         let depth = DEPTH.min(k - k0);
                         let from = dy.ptr().add(k0 * dy.stride() + row);
                         tile::copy_rows(from, dy.stride(), (depth, rows), tile_.as_mut_ptr(), WEIGHT_ROWS);
+                        if col == 0 {
+                            let db = p.db.cols_range(row..row + rows).row_mut(0);
+                            tile_[..depth * WEIGHT_ROWS].chunks(64 * WEIGHT_ROWS).for_each(|rows| add_rows(rows, db));
+                        }
                         let a = tile::Lhs::columns(tile_.as_ptr(), WEIGHT_ROWS);
                         let panels = self.panels.ptr().add(self.offsets[i] + col * k + k0 * width);
                         let b = tile::Rhs { ptr: panels, panel: k * width, row: width };
@@ -263,6 +272,21 @@ impl<T: Element> Kernel for Accumulate<'_, T> {
                 }
             },
         );
+    }
+}
+
+/// sums += the column sums of some rows of [`WEIGHT_ROWS`] elements, of which those beyond `sums`
+/// are not asked for.
+#[inline(always)]
+fn add_rows<T: Real>(rows: &[T], sums: &mut [T]) {
+    let mut block = [T::ZERO; WEIGHT_ROWS];
+    for row in rows.chunks_exact(WEIGHT_ROWS) {
+        for (sum, &x) in block.iter_mut().zip(row) {
+            *sum += x;
+        }
+    }
+    for (to, &sum) in sums.iter_mut().zip(&block) {
+        *to += sum;
     }
 }
 
