@@ -404,6 +404,62 @@ fn adam() {
     assert_eq!(grads.to_vec().unwrap(), [0.0; 4]);
 }
 
+/// Settings by which parameters would become NaN, or move away from a minimum.
+#[test]
+fn adam_s_settings_are_checked() {
+    let device = cpu();
+    let call = Call { device: &device };
+    let good = Adam { learning_rate: 0.1, weight_decay: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
+    let bad = [
+        (good, 0, "step is 0"),
+        (Adam { learning_rate: f64::NAN, ..good }, 1, "learning_rate is NaN"),
+        (Adam { learning_rate: -1.0, ..good }, 1, "learning_rate is -1"),
+        (Adam { weight_decay: f64::INFINITY, ..good }, 1, "weight_decay is inf"),
+        (Adam { beta1: 1.0, ..good }, 1, "beta1 is 1"),
+        (Adam { beta2: 1.5, ..good }, 1, "beta2 is 1.5"),
+        (Adam { epsilon: -1e-8, ..good }, 1, "epsilon is -0.00000001"),
+    ];
+    for (settings, step, words) in bad {
+        let [mut params, mut grads, mut m, mut v] = [0; 4].map(|_| call.zeros([1, 4]));
+        let (params, grads, m, v) = (params.mat_mut(), grads.mat_mut(), m.mat_mut(), v.mat_mut());
+        let mut state = AdamState::<f64> { params, weights: None, grads, m, v };
+        let said = ops::adam(&mut Workspace::new(&device).unwrap(), &settings, &mut state, step).unwrap_err();
+        assert!(said.to_string().contains(words), "{said}");
+    }
+}
+
+/// Sides whose squares wrap around to the 9 tokens, or to none, that are there.
+#[test]
+fn a_grid_of_a_wrapped_side_is_refused() {
+    let device = cpu();
+    let call = Call { device: &device };
+    for side in [1 << 32, (1 << 63) + 3, usize::MAX - 2, usize::MAX] {
+        let (x, mut y) = (call.zeros([9, 4]), call.zeros([9, 4]));
+        let kernels = [49, 25, 9].map(|taps| call.zeros([4, taps]));
+        let [k7, k5, k3] = kernels.each_ref().map(Tensor::mat);
+        let bias = call.zeros([1, 4]);
+        let biases = [bias.mat(), bias.mat(), bias.mat()];
+        let problem = Ppeg { x: x.mat(), side, kernels: [k7, k5, k3], biases, y: y.mat_mut() };
+        let said = ops::ppeg(&mut Workspace::new(&device).unwrap(), &mut [problem]).unwrap_err().to_string();
+        assert!(said.contains(&format!("a square grid of side {side}")), "{said}");
+        let kernels = [49, 25, 9, 1].map(|taps| call.zeros([2, 2 * taps]));
+        let [k7, k5, k3, k1] = kernels.each_ref().map(Tensor::mat);
+        let bias = call.zeros([1, 2]);
+        let mut out = call.zeros([9, 2]);
+        let mut problem = ConvFusion {
+            streams: &[x.mat()],
+            mix: None,
+            kernels: [k7, k5, k3, k1],
+            biases: [bias.mat(), bias.mat(), bias.mat(), bias.mat()],
+            grid: TokenGrid::Square(side),
+            dropout: None,
+            out: out.mat_mut(),
+        };
+        let said = ops::conv_fusion(&mut Workspace::new(&device).unwrap(), &mut problem).unwrap_err().to_string();
+        assert!(said.contains(&format!("a square grid of side {side}")), "{said}");
+    }
+}
+
 #[test]
 fn what_cannot_be_meant_is_said_by_name() {
     let (device, other) = (cpu(), cpu());

@@ -109,6 +109,21 @@ def slide(features=24, sizes=(5, 14, 60), seed=0):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_parameters_stand_in_the_published_order(name):
+    """Optimizers tell parameters apart by their order, and a seed draws in it."""
+    published = torch.load(GOLDENS.parent / f"fixtures/models/{name}.pt", weights_only=True)
+    ours, theirs = pair(name)
+    assert list(ours.state_dict()) == list(theirs.state_dict()) == list(published)
+    assert [key for key, _ in ours.named_parameters()] == [key for key, _ in theirs.named_parameters()]
+    torch.manual_seed(3)
+    ours = getattr(models, name)(24, 32, 4)
+    torch.manual_seed(3)
+    theirs = getattr(reference, name)(24, 32, 4)
+    for (key, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_drop_in_for_the_published_class(name):
     ours, theirs = pair(name)
     ours.eval(), theirs.eval()

@@ -328,6 +328,30 @@ def test_a_backward_more(name):
             torch.autograd.grad(sum(g.square().sum() for g in gradient), tensors)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_that_are_not_there_are_errors(name):
+    """Of second order of a plain loss, and in forward mode: PyTorch takes what it knows no rule of for zero."""
+    op, tensors = all_ops()[name]
+    gradient = torch.autograd.grad(op(*tensors).sum(), tensors, create_graph=True)
+    assert gradient[0].requires_grad
+    if name in ("nll_surv", "ce_surv"):
+        return
+    with pytest.raises(RuntimeError, match="autograd|differentiable|grad"):
+        torch.autograd.grad(gradient[0].square().sum(), tensors)
+    tangents = tuple(torch.ones_like(t) for t in tensors)
+    with pytest.raises(NotImplementedError, match="tangent"):
+        torch.func.jvp(lambda *t: op(*t), tuple(t.detach() for t in tensors), tangents)
+
+
+def test_a_result_is_changed_in_place():
+    x, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((3, 8), (8,), (8,)))
+    y = ops.layer_norm(x, weight, bias)
+    y += x
+    expected = torch.nn.functional.layer_norm(x, (8,), weight, bias) + x
+    for a, b in zip(torch.autograd.grad(y.square().sum(), (x, weight)), torch.autograd.grad(expected.square().sum(), (x, weight))):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("cox", "head_loss")])
 def test_what_is_written_to_between_is_noticed(name):
     """The version counter of each tensor that backward reads: none is used silently with other numbers."""

@@ -25,6 +25,27 @@ pub struct Adam {
     pub epsilon: f64,
 }
 
+impl Adam {
+    /// An error that names a setting under which parameters would not be numbers, or would move away.
+    fn check(&self, step: u64) -> Result<()> {
+        let Self { learning_rate, weight_decay, beta1, beta2, epsilon } = *self;
+        let wrong = |name: &str, value: &dyn std::fmt::Display, expected: &str| {
+            Err(Error::Usage(format!("adam: {name} is {value}, expected {expected}")))
+        };
+        for (name, value) in [("learning_rate", learning_rate), ("weight_decay", weight_decay), ("epsilon", epsilon)] {
+            if !(value >= 0.0 && value.is_finite()) {
+                return wrong(name, &value, "a number from 0");
+            }
+        }
+        for (name, value) in [("beta1", beta1), ("beta2", beta2)] {
+            if !(0.0..1.0).contains(&value) {
+                return wrong(name, &value, "a number from 0 to below 1");
+            }
+        }
+        if step == 0 { wrong("step", &step, "a number from 1") } else { Ok(()) }
+    }
+}
+
 /// The arenas of one model, each `[1, n]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Arenas<T: Element> {
@@ -42,6 +63,7 @@ pub(crate) struct Arenas<T: Element> {
 /// One update, the `step`-th (from 1); the gradients are zero afterwards.
 pub(crate) fn step<T: Element>(device: &Device, adam: &Adam, arenas: Arenas<T>, step: u64) -> Result<()> {
     const OP: &str = "adam";
+    adam.check(step)?;
     let n = arenas.params.cols();
     for (name, tensor) in [("grads", arenas.grads), ("m", arenas.m), ("v", arenas.v)] {
         tensor.check(OP, name, &[1, n])?;

@@ -68,6 +68,7 @@ fn check_for_kernels<T: Element>(op: &'static str, p: &ConvFusion<T>) -> Result<
 }
 
 fn check<T: Element, P: Element>(op: &'static str, p: &ConvFusion<T>, weights: &Weights<P>) -> Result<()> {
+    p.grid.check(op)?;
     let (n, d) = (p.grid.tokens(), p.streams[0].cols());
     if d % 2 != 0 {
         return Err(Error::Usage(format!("{op}: streams of width {d}: expected an even width")));

@@ -5,7 +5,10 @@
 //! sum of the small kernels, centred; each small kernel's gradient is the centre crop of the merged
 //! kernel's.
 
-use crate::device::{Arg, Cpu, Element, Launch, Real, Storage, View, cpu::with_workspace};
+use crate::{
+    Error, Result,
+    device::{Arg, Cpu, Element, Launch, Real, Storage, View, cpu::with_workspace},
+};
 
 /// The largest kernel's side.
 const SIDE: usize = 7;
@@ -33,7 +36,15 @@ impl Grid {
     }
 
     pub(crate) fn tokens(self) -> usize {
-        self.height * self.width
+        self.height.saturating_mul(self.width)
+    }
+
+    /// An error where a side is so large that its square is no number of tokens.
+    pub(crate) fn check(self, op: &'static str) -> Result<()> {
+        if self.height.checked_mul(self.width).is_some() {
+            return Ok(());
+        }
+        Err(Error::Usage(format!("{op}: a square grid of side {}: expected one of fewer tokens", self.width)))
     }
 
     /// Taps of the merged kernel.

@@ -50,6 +50,7 @@ fn check<T: Element, P: Element>(
     biases: &[View<P>; 3],
 ) -> Result<()> {
     let c = x.cols();
+    Grid::square(side).check(op)?;
     y.check(op, "y", &[x.rows(), c])?;
     x.check(op, "x", &[x.rows().max(side * side), c])?;
     for i in 0..3 {

@@ -221,9 +221,13 @@ class _Model(nn.Module):
         setattr(self, f"{name}_ln", LayerNorm(dim))
         setattr(self, f"{name}_ffn", FeedForward(dim))
 
-    def _add_end(self, dim: int, heads: int, layers: int, n_classes: int) -> None:
+    # What stands between the two in the published classes is registered between them here: optimizers
+    # tell parameters apart by their order, and a seed draws in it.
+    def _add_final(self, dim: int, heads: int, layers: int) -> None:
         self.final_transformer = PadTransformer(dim, heads, layers)
         self.final_ln = LayerNorm(dim)
+
+    def _add_head(self, dim: int, n_classes: int) -> None:
         self.mlp_head = nn.Sequential(Linear(dim, n_classes))
 
     cls_token: nn.Parameter
@@ -252,8 +256,9 @@ class CrossFusion(_Model):
         for scale in ("c", "f", "s"):
             setattr(self, f"{scale}_transformer", PadTransformer(dim, heads, layers))
             setattr(self, f"{scale}_transformer_ln", LayerNorm(dim))
-        self._add_end(dim, heads, layers, n_classes)
+        self._add_final(dim, heads, layers)
         self.conv_processor = ConvProcessor(dim)
+        self._add_head(dim, n_classes)
 
     def _transform(self, scale: str, x: Tensor) -> tuple[Tensor, int]:
         x, side = _square_pad(x)
@@ -287,7 +292,8 @@ class CrossFusionConcat(_Model):
         for scale in ("coarse", "fine"):
             self._add_cross(f"{scale}_cross_attn", dim, heads)
         self.pre_final_linear = nn.Sequential(Linear(3 * dim, dim), LayerNorm(dim))
-        self._add_end(dim, heads, layers, n_classes)
+        self._add_final(dim, heads, layers)
+        self._add_head(dim, n_classes)
 
     def _transform(self, scale: str, x: Tensor) -> tuple[Tensor, int]:
         x, side = _square_pad(x)
@@ -314,8 +320,9 @@ class CrossFusionSingle(_Model):
         self.source_pre_cross_attn = _projection(features, dim)
         self.source_transformer = PadTransformer(dim, heads, layers)
         self.source_ln = LayerNorm(dim)
-        self._add_end(dim, heads, layers, n_classes)
+        self._add_final(dim, heads, layers)
         self.conv_processor = ConvProcessor(dim, scales=1)
+        self._add_head(dim, n_classes)
 
     def forward(self, x5: typing.Optional[Tensor], x10: typing.Optional[Tensor], x20: Tensor) -> Tensor:
         x, side = _square_pad(self.source_pre_cross_attn(self._bag(x20)))

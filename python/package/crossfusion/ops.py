@@ -17,6 +17,7 @@ import operator
 import typing
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _crossfusion
 
@@ -150,6 +151,10 @@ def _tensors(name: str, **tensors: object) -> None:
         device = device or tensor.device
         if tensor.device != device:
             raise ValueError(f"{name}: {which} is on {tensor.device}, expected {device}")
+        # PyTorch would take what has no rule for zero
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+        if dual and dual.tangent is not None:
+            raise NotImplementedError(f"{name}: {which} has a tangent, and this operator no forward-mode derivative")
 
 
 def _same(name: str, first: Tensor, **others: Tensor) -> None:
@@ -299,11 +304,12 @@ def attention(
 def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     _same("layer_norm", x, weight=weight, bias=bias)
     flat = x.detach().reshape(-1, x.shape[-1])
-    y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    # not a view: a result that is one may not be changed in place
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stats = torch.empty((flat.shape[0], 2), dtype=_sums(x), device=x.device)
     held = _Held()
-    _crossfusion.layer_norm_forward(_place(x), held.all((flat, weight, bias, y, stats)))
-    return y.view(x.shape), stats
+    _crossfusion.layer_norm_forward(_place(x), held.all((flat, weight, bias, y.view(flat.shape), stats)))
+    return y, stats
 
 
 @_layer_norm.register_fake
@@ -827,14 +833,15 @@ def ce_surv(logits: Tensor, label: int, censored: bool, alpha: float = 0.0) -> T
 
 
 @torch.library.custom_op("crossfusion::times", mutates_args=())
-def _times(gradients: list[torch.Tensor], by: torch.Tensor) -> list[torch.Tensor]:
+def _times(gradients: list[torch.Tensor], by: torch.Tensor, of: list[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients that forward has found, times the loss's own. An operator because it has no gradient: a
-    plain product would say that a gradient of the gradient is zero."""
+    plain product would say that a gradient of the gradient is zero. What they are the gradients `of` is
+    an argument so that autograd knows of this dependence, and refuses it."""
     return [(by * gradient).to(gradient.dtype) for gradient in gradients]
 
 
 @_times.register_fake
-def _(gradients: list[Tensor], by: Tensor) -> list[Tensor]:
+def _(gradients: list[Tensor], by: Tensor, of: list[Tensor]) -> list[Tensor]:
     return [gradient.new_empty(gradient.shape) for gradient in gradients]
 
 
@@ -891,11 +898,12 @@ def _(
 
 def _head_loss_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*inputs[:5], *output[2:])
 
 
 def _head_loss_grad(ctx: typing.Any, douts: list[Tensor]) -> _Grads:
-    return (*_times(list(ctx.saved_tensors), douts[0]), None, None, None, None)
+    saved = list(ctx.saved_tensors)
+    return (*_times(saved[5:], douts[0], saved[:5]), None, None, None, None)
 
 
 _head_loss.register_autograd(_head_loss_grad, setup_context=_head_loss_setup)
@@ -987,11 +995,12 @@ def _(risk: Tensor, time: Tensor, event: Tensor, efron: bool) -> tuple[Tensor, T
 
 def _cox_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.Any) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
 
 
 def _cox_grad(ctx: typing.Any, dvalue: Tensor, _: Tensor) -> _Grads:
-    return (*_times(list(ctx.saved_tensors), dvalue), None, None, None)
+    risk, gradient = ctx.saved_tensors
+    return (*_times([gradient], dvalue, [risk]), None, None, None)
 
 
 _cox.register_autograd(_cox_grad, setup_context=_cox_setup)
