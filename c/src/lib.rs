@@ -98,6 +98,9 @@ unsafe fn given_mut<'a, T>(name: &str, pointer: *mut T) -> engine::Result<&'a mu
     unsafe { pointer.as_mut() }.ok_or_else(|| usage(format!("{name} is null")))
 }
 
+/// More elements of an array are a slip: what is made from them would find no memory.
+const MOST_ELEMENTS: usize = 1 << 40;
+
 /// An array argument; null is allowed where it is empty.
 ///
 /// # Safety
@@ -108,6 +111,9 @@ unsafe fn array<'a, T>(name: &str, pointer: *const T, count: usize) -> engine::R
     }
     if pointer.is_null() {
         return Err(usage(format!("{name} is null, but {count} are announced")));
+    }
+    if count > MOST_ELEMENTS {
+        return Err(usage(format!("{name}: {count} elements, expected at most {MOST_ELEMENTS}")));
     }
     // SAFETY: the caller's.
     Ok(unsafe { std::slice::from_raw_parts(pointer, count) })

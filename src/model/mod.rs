@@ -79,6 +79,8 @@ pub use crate::ops::MOST_DROPOUT;
 
 /// Most columns of an attention head.
 pub const MOST_HEAD_COLUMNS: usize = 128;
+/// Most layers of a transformer: more are a slip of the pen, and would only take memory.
+pub const MOST_LAYERS: usize = 1024;
 
 impl Config {
     /// The published model for features of this width.
@@ -102,6 +104,9 @@ impl Config {
         let positive = [("features", self.features), ("layers", self.layers), ("n_classes", self.n_classes)];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::Usage(format!("{name} = 0: expected at least 1")));
+        }
+        if self.layers > MOST_LAYERS {
+            return Err(Error::Usage(format!("layers = {}: expected at most {MOST_LAYERS}", self.layers)));
         }
         if self.heads == 0 || self.dim == 0 || !self.dim.is_multiple_of(self.heads) || !self.dim.is_multiple_of(2) {
             return Err(Error::Usage(format!(

@@ -197,7 +197,7 @@ pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems:
     backward_within(device, arena, problems, MOST_DS)
 }
 
-/// [`backward`] with so many bytes of scratch for dS.
+/// [`backward`] with so many bytes of scratch for dS; with none by seven products.
 pub(crate) fn backward_within<T: Element>(
     device: &Device,
     arena: &mut Arena,
@@ -265,7 +265,7 @@ fn groups<T: Element>(problems: &[AttentionGrad<T>], most: usize) -> Vec<Group<T
     for p in problems {
         let (n, m, heads) = (p.forward.q.rows(), p.forward.k.rows(), p.forward.heads);
         let one = kernel::ds_len(T::KERNELS.unwrap_or(Storage::F32), 1, n, m);
-        if one > most {
+        if most == 0 || one > most {
             groups.push(vec![(*p, None)]);
             continue;
         }

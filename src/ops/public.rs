@@ -123,7 +123,10 @@ pub fn linear<T: Element>(workspace: &mut Workspace, problems: &mut [Linear<T>])
             dropout: drawn(&on, p.dropout),
             residual: p.residual.as_ref().map(|residual| on.read("residual", residual)).transpose()?,
         };
-        Ok(Matmul { a: on.read("x", &p.x)?, b: on.read("weight", &p.weight)?, out: on.write("y", &p.y)?, epilogue })
+        let (a, b, out) = (on.read("x", &p.x)?, on.read("weight", &p.weight)?, on.write("y", &p.y)?);
+        b.check("linear", "weight", &[out.cols(), a.cols()])?;
+        out.check("linear", "y", &[a.rows(), b.rows()])?;
+        Ok(Matmul { a, b, out, epilogue })
     };
     let problems = problems.iter().map(view).collect::<Result<Vec<_>>>()?;
     workspace.run(|device, _| matmul::forward(device, &problems))
@@ -163,7 +166,10 @@ pub fn linear_backward_input<T: Element>(
             dropout: drawn(&on, p.dropout),
             residual: p.residual.as_ref().map(|residual| on.read("residual", residual)).transpose()?,
         };
-        Ok(Matmul { a: on.read("dy", &p.dy)?, b: on.read("weight", &p.weight)?, out: on.write("dx", &p.dx)?, epilogue })
+        let (a, b, out) = (on.read("dy", &p.dy)?, on.read("weight", &p.weight)?, on.write("dx", &p.dx)?);
+        b.check("linear_backward_input", "weight", &[a.cols(), out.cols()])?;
+        out.check("linear_backward_input", "dx", &[a.rows(), b.cols()])?;
+        Ok(Matmul { a, b, out, epilogue })
     };
     let problems = problems.iter().map(view).collect::<Result<Vec<_>>>()?;
     workspace.run(|device, _| matmul::backward_input(device, &problems))
