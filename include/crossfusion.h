@@ -443,8 +443,8 @@ uint32_t cf_abi_version(void);
 const char *cf_last_error(void);
 
 // A context on this machine's CPU. `threads` = 0 takes one for each core that the process may use,
-// a container's quota considered. A process may fork while no thread is inside a call on it, and go
-// on using it on both sides.
+// a container's quota considered. A process may fork while no thread is inside a call on it, and
+// go on using it on both sides.
 //
 enum cf_status cf_context_cpu(uint32_t threads, struct cf_context **out);
 

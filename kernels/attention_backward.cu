@@ -3,8 +3,9 @@
 // delta):
 //
 //   attention_delta       a warp owns a query:  delta
-//   attention_dkv         a block owns 64 keys, 16 a warp, and streams queries:  dv = (P F)^T dout,  dk = scale dS^T q
-//   attention_dq_product  attention_dq.cu:  dq = scale dS k,  from the dS^T that attention_dkv wrote down
+//   attention_dkv         a block owns 64 keys, 16 a warp, and streams queries:
+//                         dv = (P F)^T dout,  dk = scale dS^T q
+//   attention_dq_product  attention_dq.cu:  dq = scale dS k,  from attention_dkv's dS^T
 //
 // or, where dS does not find room, with 7 products instead of 5:
 //
@@ -16,7 +17,6 @@
 #include "attention_grad.cuh"
 
 namespace {
-
 // Rows of a streamed tile, and stages of the stream.
 template <int D> constexpr int kQueries = 32;
 // Of a tile a warp has the scores of so many rows at a time: f32's three products a step take their

@@ -51,8 +51,8 @@ unsafe fn hand_out(out: *mut *mut cf_context, device: impl FnOnce() -> Result<De
 }
 
 /// A context on this machine's CPU. `threads` = 0 takes one for each core that the process may use,
-/// a container's quota considered. A process may fork while no thread is inside a call on it, and go
-/// on using it on both sides.
+/// a container's quota considered. A process may fork while no thread is inside a call on it, and
+/// go on using it on both sides.
 ///
 /// # Safety
 /// `out` must be null or a place for a pointer, which [`cf_context_free`] takes.

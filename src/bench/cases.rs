@@ -148,8 +148,9 @@ impl Maker<'_> {
     ) -> &mut Case {
         let storage = T::KERNELS.unwrap_or(Storage::F32);
         let case = Case { op, shape: shape.into(), storage, flop, bytes, run: Box::new(run), products: Vec::new() };
+        let at = self.cases.len();
         self.cases.push(case);
-        self.cases.last_mut().expect("just pushed")
+        &mut self.cases[at]
     }
 
     /// Tokens of a branch: the 10x bag, filled up to a square.

@@ -254,6 +254,12 @@ impl<T: Element> View<T> {
     /// most kernels move.
     pub(crate) fn check_for_kernels(self, op: &'static str, tensor: &str) -> Result<()> {
         const PIECE: usize = 16;
+        /// A tile's kernel counts elements from its first row to its last of 128 in 32 bits.
+        const MOST_STRIDE: usize = 1 << 24;
+        if self.rows > 1 && self.stride >= MOST_STRIDE {
+            let stride = self.stride;
+            return Err(Error::Usage(format!("{op}: {tensor}'s rows are {stride} apart: kernels take less than 2^24")));
+        }
         let splits = |elements: usize| (elements * size_of::<T>()).is_multiple_of(PIECE);
         if self.address.is_multiple_of(PIECE) && splits(self.cols) && (self.rows <= 1 || splits(self.stride)) {
             return Ok(());

@@ -227,20 +227,22 @@ pub(crate) fn backward_within<T: Element>(
                 }
             }
             let storage = storage::<T>()?;
-            let groups = groups(problems, most_ds / storage.bytes());
-            let len = |group: &Group<T>| group.iter().map(|(_, ds)| ds.unwrap_or(0)).sum::<usize>();
+            let (groups, without) = groups(problems, most_ds / storage.bytes());
+            let len = |group: &Group<T>| group.iter().map(|(_, ds)| ds).sum::<usize>();
             let scratch = arena.scratch::<T>(1, groups.iter().map(len).max().unwrap_or(0))?;
-            let mut launches = Vec::new();
+            let mut with_delta = |p: &AttentionGrad<T>| -> Result<KernelAttentionGrad> {
+                let mut kernel = KernelAttentionGrad::from(p);
+                kernel.delta = arena.scratch::<f32>(p.forward.heads, p.forward.q.rows())?.address();
+                Ok(kernel)
+            };
+            let kernels = without.iter().map(&mut with_delta).collect::<Result<Vec<_>>>()?;
+            let mut launches = kernel::backward_launches_without_ds(storage, &kernels);
             for group in &groups {
                 let (mut kernels, mut first) = (Vec::new(), 0);
-                for (p, ds) in group {
-                    let delta = arena.scratch::<f32>(p.forward.heads, p.forward.q.rows())?.address();
-                    let mut kernel = KernelAttentionGrad::from(p);
-                    kernel.delta = delta;
-                    if let Some(len) = ds {
-                        kernel.ds = scratch.cols_range(first..first + len).address();
-                        first += len;
-                    }
+                for (p, len) in group {
+                    let mut kernel = with_delta(p)?;
+                    kernel.ds = scratch.cols_range(first..first + len).address();
+                    first += len;
                     kernels.push(kernel);
                 }
                 launches.extend(kernel::backward_launches(storage, &kernels));
@@ -254,19 +256,19 @@ pub(crate) fn backward_within<T: Element>(
 /// keys in bf16. A head with more is computed by seven products instead of five, without dS.
 const MOST_DS: usize = 512 << 20;
 
-/// Problems of some heads that share launches, and how many elements of dS each of them takes; None
-/// where it goes without.
-type Group<T> = Vec<(AttentionGrad<T>, Option<usize>)>;
+/// Problems of some heads that share launches, and how many elements of dS each of them takes.
+type Group<T> = Vec<(AttentionGrad<T>, usize)>;
 
 /// All heads of all problems in order, so many at a time that at most `most` elements of dS are
-/// there at once.
-fn groups<T: Element>(problems: &[AttentionGrad<T>], most: usize) -> Vec<Group<T>> {
+/// there at once; and the problems whose heads are too large for that.
+fn groups<T: Element>(problems: &[AttentionGrad<T>], most: usize) -> (Vec<Group<T>>, Vec<AttentionGrad<T>>) {
     let (mut groups, mut group, mut left) = (Vec::new(), Vec::new(), most);
+    let mut without = Vec::new();
     for p in problems {
         let (n, m, heads) = (p.forward.q.rows(), p.forward.k.rows(), p.forward.heads);
         let one = kernel::ds_len(T::KERNELS.unwrap_or(Storage::F32), 1, n, m);
         if most == 0 || one > most {
-            groups.push(vec![(*p, None)]);
+            without.push(*p);
             continue;
         }
         let mut first = 0;
@@ -277,10 +279,10 @@ fn groups<T: Element>(problems: &[AttentionGrad<T>], most: usize) -> Vec<Group<T
                 left = most;
                 continue;
             }
-            group.push((p.heads(first..first + fit), Some(fit * one)));
+            group.push((p.heads(first..first + fit), fit * one));
             (first, left) = (first + fit, left - fit * one);
         }
     }
     groups.push(group);
-    groups
+    (groups, without)
 }

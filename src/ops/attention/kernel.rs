@@ -285,34 +285,41 @@ pub(crate) fn merge_launches(storage: Storage, problems: &[KernelMerge]) -> Vec<
     launches.flatten().collect()
 }
 
-/// By five products, where every problem has scratch for dS: `ds`; else by seven.
+/// By seven products, without scratch for dS.
+pub(crate) fn backward_launches_without_ds(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
+    let mut launches = Vec::new();
+    for problems in problems.chunks(PROBLEMS) {
+        let width = widest(problems);
+        // the queries' kernel first: it finds delta for both
+        let kernel = ["attention_dq_32", "attention_dq_64", "attention_dq_128"][width];
+        let (queries, blocks) = by_queries(problems, OWN);
+        launches.extend(launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width), queries));
+        launches.extend(launch_by_keys(storage, problems, width));
+    }
+    launches
+}
+
+/// A table whose blocks own so many queries of a head.
+fn by_queries(problems: &[KernelAttentionGrad], own: usize) -> (Table<KernelAttentionGrad>, usize) {
+    let blocks = |p: &KernelAttentionGrad| p.heads as usize * (p.q.rows as usize).div_ceil(own);
+    table(problems, blocks, |p, first| p.first_block = first)
+}
+
+/// By five products: every problem has scratch for dS, `ds`.
 pub(crate) fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
     let mut launches = Vec::new();
     for problems in problems.chunks(PROBLEMS) {
         let width = widest(problems);
-        let by_queries = |own: usize| {
-            let blocks = move |p: &KernelAttentionGrad| p.heads as usize * (p.q.rows as usize).div_ceil(own);
-            table(problems, blocks, |p, first| p.first_block = first)
-        };
-        let keys = ["attention_dkv_32", "attention_dkv_64", "attention_dkv_128"][width];
-        if problems.iter().any(|p| p.ds == 0) {
-            // the queries' kernel first: it finds delta for both
-            let kernel = ["attention_dq_32", "attention_dq_64", "attention_dq_128"][width];
-            let (queries, blocks) = by_queries(OWN);
-            launches.extend(launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width), queries));
-            launches.extend(launch_by_keys(keys, storage, problems, width));
-            continue;
-        }
         let (by_rows, _) = table(problems, |_| 0, |_, _| {});
         let rows = problems.iter().map(|p| p.q.rows as usize).max().unwrap_or(0);
         let grid = [rows.div_ceil(THREADS / 32), problems.len()];
         launches.extend(launch("attention_delta", storage, grid, 0, by_rows));
-        launches.extend(launch_by_keys(keys, storage, problems, width));
+        launches.extend(launch_by_keys(storage, problems, width));
         let (kernel, columns) =
             if width == 2 { ("attention_dq_product_128", 128) } else { ("attention_dq_product_64", 64) };
         // a stage is 128 bytes of the keys for each query and each column
         let shared = STAGES * (QUERIES + columns) * 128;
-        let (queries, blocks) = by_queries(QUERIES);
+        let (queries, blocks) = by_queries(problems, QUERIES);
         let launch = launch(kernel, storage, [blocks, 1], shared, queries);
         launches.extend(launch.map(|launch| Launch { block: [2 * columns as u32, 1, 1], ..launch }));
     }
@@ -339,16 +346,12 @@ fn tiles_bytes(storage: Storage, width: usize) -> usize {
 }
 
 /// The kernel whose blocks own keys.
-fn launch_by_keys(
-    kernel: &'static str,
-    storage: Storage,
-    problems: &[KernelAttentionGrad],
-    width: usize,
-) -> Option<Launch> {
+fn launch_by_keys(storage: Storage, problems: &[KernelAttentionGrad], width: usize) -> Option<Launch> {
     let by_keys = |p: &KernelAttentionGrad| p.heads as usize * (p.k.rows as usize).div_ceil(OWN);
     let (keys, blocks) = table(problems, by_keys, |p, first| p.first_block = first);
     // lse and delta of the streamed rows, and two stages of dropout's bits
     let others = (2 * stages(storage, width) * STREAMED * 4).next_multiple_of(128) + 2 * 2 * 4 * (STREAMED + 8) * 4;
+    let kernel = ["attention_dkv_32", "attention_dkv_64", "attention_dkv_128"][width];
     launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width) + others, keys)
 }
 
@@ -424,8 +427,8 @@ mod tests {
         for storage in [Storage::F32, Storage::Bf16] {
             for d in [32, 64, 128] {
                 let forward = KernelAttention { q: Matrix::new(0, 100, d), heads: 1, ..problem(1, 1) };
-                let five = KernelAttentionGrad { ds: 1, ..grad(d) };
-                let backward = [backward_launches(storage, &[grad(d)]), backward_launches(storage, &[five])];
+                let backward =
+                    [backward_launches(storage, &[grad(d)]), backward_launches_without_ds(storage, &[grad(d)])];
                 let launches = [forward_launches(Kernels::Mma, storage, &[forward]), backward.concat()].concat();
                 assert!(launches.iter().all(|l| l.shared_bytes <= 99 << 10), "{launches:?}");
             }
