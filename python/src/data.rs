@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use engine::{
-    data::features::FeatureFile,
+    data::{features::FeatureFile, layout},
     device::Facts,
-    model::{BagSizes, Config, ModelName, Policy},
+    model::{BagSizes, Config, ModelName, Policy, Scale},
     train::{
         plan::{Planner, Plans},
         step::Memory,
@@ -28,6 +28,15 @@ fn read_bag(py: Python<'_>, path: PathBuf) -> PyResult<(Bound<'_, PyArray2<f32>>
     };
     let (features, coordinates) = compute(py, read)?;
     Ok((features.into_pyarray(py), coordinates.map(|coordinates| coordinates.into_pyarray(py))))
+}
+
+/// The file of a slide's features at one scale (`x20`), if there is one.
+#[pyfunction]
+fn feature_file(folder: PathBuf, backbone: &str, scale: &str, slide: &str) -> PyResult<Option<PathBuf>> {
+    let known = Scale::ALL.into_iter().find(|known| known.name() == scale);
+    let known =
+        known.ok_or_else(|| PyValueError::new_err(format!("there is no scale {scale}: expected x5, x10 or x20")))?;
+    layout::feature_file(&folder, backbone, known, slide).map_err(crate::raise)
 }
 
 /// Peak bytes, arena bytes, operations of a step and of its forward pass, launches, policy.
@@ -66,5 +75,6 @@ fn plan(
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(read_bag, module)?)?;
+    module.add_function(wrap_pyfunction!(feature_file, module)?)?;
     module.add_function(wrap_pyfunction!(plan, module)?)
 }

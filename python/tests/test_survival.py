@@ -485,6 +485,27 @@ def test_a_bag_is_read(tmp_path):
     np.testing.assert_array_equal(features, bag.numpy())
     assert coordinates is None
     assert crossfusion.read_cohort(tmp_path, ["slide"])["slide"]["x20"].shape == (7, 12)
+    with pytest.raises(ValueError, match="there is no scale x40"):
+        crossfusion.read_cohort(tmp_path, ["slide"], ["x40"])
+
+
+def test_a_cohort_is_read_from_the_folders_of_other_tools(tmp_path):
+    torch = pytest.importorskip("torch")
+    bag = torch.randn(3, 8)
+    trident = tmp_path / "20x_256px_0px_overlap/features_uni"
+    stamp = tmp_path / "x10/uni-0123456789"
+    published = tmp_path / "uni/x5/pt_files"
+    for folder in (trident, stamp, published):
+        folder.mkdir(parents=True)
+        torch.save(bag, folder / "slide.pt")
+    cohort = crossfusion.read_cohort(tmp_path, ["slide.svs"], backbone="uni")
+    for scale in ("x5", "x10", "x20"):
+        np.testing.assert_array_equal(cohort["slide.svs"][scale], bag.numpy())
+    with pytest.raises(FileNotFoundError, match="slide other has no features of uni at x5"):
+        crossfusion.read_cohort(tmp_path, ["other"], backbone="uni")
+    (tmp_path / "x20/uni").mkdir(parents=True)
+    with pytest.raises(OSError, match="has features of `uni` at x20 in both"):
+        crossfusion.read_cohort(tmp_path, ["slide"], backbone="uni")
 
 
 def test_a_plan():

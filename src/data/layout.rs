@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::cohort::{LeftOut, Slide};
+use super::cohort::{LeftOut, Slide, stem};
 use crate::{
     Error, Result,
     model::{Scale, Scales},
@@ -57,7 +57,7 @@ pub fn find_features(
     let (mut found, mut missing) = (Vec::new(), Missing { by_scale, ..Missing::default() });
     let total = slides.len();
     for slide in slides {
-        let file = |folder: &Option<PathBuf>| folder.as_ref().and_then(|folder| file_in(folder, &slide));
+        let file = |folder: &Option<PathBuf>| folder.as_ref().and_then(|folder| file_in(folder, &slide.slide_id));
         let lacking: Vec<_> = folders.iter().filter(|(_, folder)| file(folder).is_none()).collect();
         let Some((first, folder)) = lacking.first() else {
             let files = folders.iter().filter_map(|(scale, folder)| Some((*scale, file(folder)?))).collect();
@@ -101,6 +101,12 @@ fn and(names: &[&str]) -> String {
         [first @ .., last] if !first.is_empty() => format!("{} and {last}", first.join(", ")),
         all => all.concat(),
     }
+}
+
+/// A slide's feature file at one scale; None where there is none. An error where several folders
+/// could be meant.
+pub fn feature_file(pt_dir: &Path, backbone: &str, scale: Scale, slide_id: &str) -> Result<Option<PathBuf>> {
+    Ok(folder(pt_dir, backbone, scale)?.and_then(|folder| file_in(&folder, slide_id)))
 }
 
 /// The names of all slides that have a feature file at one of these scales, sorted.
@@ -162,8 +168,8 @@ fn is_stamp(name: &str, backbone: &str) -> bool {
 
 /// The slide's file in the folder of a magnification, named by the whole slide id or by its stem.
 /// What has its name but is no file is found too, and refused by whoever opens it.
-fn file_in(folder: &Path, slide: &Slide) -> Option<PathBuf> {
-    let names = [slide.slide_id.as_str(), slide.name()];
+fn file_in(folder: &Path, slide_id: &str) -> Option<PathBuf> {
+    let names = [slide_id, stem(slide_id)];
     let path = |name: &str, (kind, extension): &(&str, &str)| folder.join(kind).join(format!("{name}.{extension}"));
     names
         .iter()

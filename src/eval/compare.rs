@@ -26,7 +26,7 @@ use crate::{
 /// The comparison's JSON in its folder.
 pub const FILE: &str = "compare.json";
 
-/// compare.json; docs/survival.md has its keys.
+/// compare.json; docs/outputs.md has its keys.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Comparison {
     /// Folder of the run that is called A, as it was given.
@@ -157,6 +157,11 @@ pub fn compare(
     let mut notes = Vec::new();
     if only_a + only_b > 0 {
         notes.push(format!("{only_a} patients of A alone and {only_b} of B alone are left out."));
+    }
+    if pairs.iter().all(|(p, q)| p.risk == q.risk) {
+        notes.push(
+            "Both predicted the same risks: they are one run twice, or two of the same settings and seed.".into(),
+        );
     }
     let mut rows = Vec::new();
     let mut folds: Vec<usize> = pairs.iter().map(|(p, _)| p.fold).collect();

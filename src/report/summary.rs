@@ -84,7 +84,7 @@ pub struct Resampling {
     pub level: f64,
 }
 
-/// summary.json; docs/survival.md has its keys.
+/// summary.json; docs/outputs.md has its keys.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
     /// In the order given.

@@ -81,6 +81,8 @@ fn only_patients_in_common_count_and_other_folds_leave_the_pool() {
     b.retain(|p| p.time > 10.0);
     let part = compare(&a[..50], &b).unwrap();
     assert_eq!((part.patients, part.only_a, part.only_b), (40, 10, 10));
+    let same = compare(&a, &a).unwrap();
+    assert!(same.notes[0].starts_with("Both predicted the same risks"), "{:?}", same.notes);
     assert!(part.notes[0].contains("10 patients of A alone and 10 of B alone"), "{:?}", part.notes);
     b[3].fold = 1 - b[3].fold;
     let comparison = compare(&a, &b).unwrap();

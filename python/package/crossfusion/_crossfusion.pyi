@@ -1,5 +1,6 @@
 # The compiled module, as python/src has it: everything here is called by the modules beside it alone.
 
+import pathlib
 from typing import Any, Callable, Optional, Sequence, final
 
 import numpy as np
@@ -150,6 +151,7 @@ class CoxCohort:
 
 # data.rs
 def read_bag(path: str) -> tuple[npt.NDArray[np.float32], Optional[npt.NDArray[np.int64]]]: ...
+def feature_file(folder: str, backbone: str, scale: str, slide: str) -> Optional[pathlib.Path]: ...
 def plan(
     model: str,
     features: int,

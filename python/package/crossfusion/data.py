@@ -54,28 +54,30 @@ def read_bag(path: Path, coordinates: bool = False) -> typing.Union[Features, tu
 
 
 def read_cohort(
-    folder: Path, slides: typing.Iterable[str], scales: typing.Sequence[str] = SCALES
+    folder: Path,
+    slides: typing.Iterable[str],
+    scales: typing.Sequence[str] = SCALES,
+    backbone: typing.Optional[str] = None,
 ) -> dict[str, dict[str, Features]]:
     """Bags of several slides: a dict of slide to a dict of scale to ``[patches, features]``.
 
-    ``folder`` holds ``x5/pt_files/SLIDE.pt`` and so on, or ``h5_files/SLIDE.h5``. A FileNotFoundError
-    names the slide that has no file.
+    ``folder`` holds ``x5/pt_files/SLIDE.pt`` and so on, or ``h5_files/SLIDE.h5``. With a ``backbone`` it is
+    what ``cf-train --pt-dir`` takes: the published folders, TRIDENT's or STAMP's. ``slides`` are names of slides,
+    with or without the extension of a slide's file. A FileNotFoundError names the slide that has no file.
     """
     for name, value in (("slides", slides), ("scales", scales)):
         if isinstance(value, str):  # its letters would be taken one by one
             raise TypeError(f"`{name}` is the text {value!r}, expected a list of names")
-    return {slide: {scale: read_bag(_find(folder, scale, slide)) for scale in scales} for slide in slides}
+    return {slide: {scale: read_bag(_find(folder, backbone, scale, slide)) for scale in scales} for slide in slides}
 
 
-def _find(folder: Path, scale: str, slide: str) -> str:
-    tried = [
-        os.path.join(os.fspath(folder), scale, kind, f"{slide}.{extension}")
-        for kind, extension in (("pt_files", "pt"), ("pt_files", "safetensors"), ("h5_files", "h5"))
-    ]
-    for path in tried:
-        if os.path.exists(path):
-            return path
-    raise FileNotFoundError(f"slide {slide} has no features at {scale}: none of {', '.join(tried)}")
+def _find(folder: Path, backbone: typing.Optional[str], scale: str, slide: str) -> str:
+    folder = os.fspath(folder)
+    path = _crossfusion.feature_file(folder, backbone or "", scale, slide)
+    if path is None:
+        of = "" if backbone is None else f" of {backbone}"
+        raise FileNotFoundError(f"{folder}: slide {slide} has no features{of} at {scale}")
+    return os.fspath(path)
 
 
 def _size(name: str, value: int, most: int) -> int:
