@@ -25,7 +25,7 @@ use crate::{
     data::dataset::SlideFeatures,
     device::{Device, Element},
     loss::{Loss, Target},
-    model::{BagSizes, Bags, Config, ModelName, Scale, Scales},
+    model::{BagSizes, Bags, Config, MOST_FEATURES, MOST_PATCHES, ModelName, Scale, Scales},
     ops::{Draw, adam::Adam, head::SlideLoss},
     train::step::{Engine, Memory},
 };
@@ -79,11 +79,6 @@ enum Precision {
     F32,
     Bf16,
 }
-
-/// With [`MOST_FEATURES`] more than any file holds, and few enough that no number of bytes
-/// overflows.
-const MOST_PATCHES: usize = 1 << 31;
-const MOST_FEATURES: usize = 1 << 16;
 
 fn parse_features(text: &str) -> Result<usize, String> {
     let features = text.parse().ok().filter(|features| (1..=MOST_FEATURES).contains(features));

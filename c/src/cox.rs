@@ -43,7 +43,11 @@ pub unsafe extern "C" fn cf_cohort_new(
         let out = given_mut("out", out)?;
         *out = std::ptr::null_mut();
         let time = array("time", time, n)?;
-        let event: Vec<bool> = array("event", event, n)?.iter().map(|&seen| seen != 0).collect();
+        let event = array("event", event, n)?;
+        if let Some((i, other)) = event.iter().enumerate().find(|(_, seen)| **seen > 1) {
+            return Err(usage(format!("event[{i}] = {other}: expected 1 (observed) or 0 (censored)")));
+        }
+        let event: Vec<bool> = event.iter().map(|&seen| seen == 1).collect();
         let strata = (!strata.is_null()).then(|| array("strata", strata, n)).transpose()?;
         let strata: Option<Vec<usize>> = strata.map(|strata| strata.iter().map(|&s| s as usize).collect());
         let weights = (!weights.is_null()).then(|| array("weights", weights, n)).transpose()?;

@@ -43,6 +43,9 @@ pub struct DLTensor {
     pub byte_offset: u64,
 }
 
+/// No operand has more than four; a number that was never set is larger.
+const MOST_DIMENSIONS: usize = 64;
+
 const CPU: i32 = 1;
 const CUDA: i32 = 2;
 const CUDA_HOST: i32 = 3;
@@ -72,9 +75,11 @@ impl DLTensor {
     /// # Safety
     /// `shape` and `strides` must be as DLPack says.
     unsafe fn sizes(&self, name: &str) -> Result<(Vec<i64>, Vec<i64>)> {
-        let rank = usize::try_from(self.ndim).map_err(|_| usage(format!("{name} has {} dimensions", self.ndim)))?;
+        let rank = usize::try_from(self.ndim).ok().filter(|&rank| rank <= MOST_DIMENSIONS);
+        let rank = rank
+            .ok_or_else(|| usage(format!("{name} has {} dimensions, expected at most {MOST_DIMENSIONS}", self.ndim)))?;
         // SAFETY: the caller's.
-        let shape = unsafe { crate::array(name, self.shape, rank) }?.to_vec();
+        let shape = unsafe { crate::array(&format!("{name}'s shape"), self.shape, rank) }?.to_vec();
         if shape.iter().any(|&size| size < 0) {
             return Err(usage(format!("{name} has shape {shape:?}")));
         }
@@ -86,7 +91,7 @@ impl DLTensor {
             return Ok((shape, strides));
         }
         // SAFETY: the caller's.
-        let strides = unsafe { crate::array(name, self.strides, rank) }?.to_vec();
+        let strides = unsafe { crate::array(&format!("{name}'s strides"), self.strides, rank) }?.to_vec();
         Ok((shape, strides))
     }
 
@@ -189,7 +194,9 @@ unsafe fn place<T: Stored>(name: &str, tensor: &DLTensor) -> Result<Place<T>> {
     }
     // SAFETY: the caller's.
     let (rows, cols, stride) = unsafe { tensor.matrix(name) }?;
-    let address = (tensor.data as usize).wrapping_add(tensor.byte_offset as usize) as *mut T;
+    let address = usize::try_from(tensor.byte_offset).ok().and_then(|offset| tensor.data.addr().checked_add(offset));
+    let address = address.ok_or_else(|| usage(format!("{name} has byte_offset {}", tensor.byte_offset)))?;
+    let address = tensor.data.with_addr(address).cast::<T>();
     if !address.is_aligned() {
         return Err(usage(format!("{name} is at {address:?}, where no {} can be", spell(T::DTYPE))));
     }

@@ -9,6 +9,7 @@ use std::{
 use engine::{
     Error, Result,
     data::torch::read_state_dict,
+    device::Real,
     eval::infer,
     loss::Prediction,
     model::{BagSizes, Bags, Config, Fusion, Model, ModelName, Policy, Scale, Scales},
@@ -240,6 +241,13 @@ pub unsafe extern "C" fn cf_model_load(
         let ours = path.extension().is_some_and(|extension| extension == "safetensors");
         let card = if ours { checkpoint::read_card(&path)? } else { None };
         let config = match card {
+            Some(card) if heads != 0 && card.model.heads != heads as usize => {
+                return Err(usage(format!(
+                    "heads = {heads}: {} has {} attention heads",
+                    path.display(),
+                    card.model.heads
+                )));
+            }
             Some(card) => card.model,
             None if heads == 0 => {
                 return Err(usage(format!("{}: heads = 0, and the file does not say", path.display())));
@@ -378,7 +386,14 @@ unsafe fn bag<'a, T: Stored>(name: &str, tensor: *const DLTensor, features: usiz
         if rows > 1 && stride != cols {
             return Err(usage(format!("{name} has rows {stride} apart: expected features without gaps")));
         }
-        array(name, address, rows * cols)
+        let values = array(name, address, rows * cols)?;
+        // one of them would make everything that the model gives of the slide NaN
+        match values.iter().position(|value| !value.to_sum().f64().is_finite()) {
+            Some(at) => {
+                Err(usage(format!("{name} has no finite number at patch {}, feature {}", at / cols, at % cols)))
+            }
+            None => Ok(values),
+        }
     }
 }
 

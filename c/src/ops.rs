@@ -763,6 +763,12 @@ impl cf_loss {
             n if n == cf_loss_kind::CF_CE_SURV as i32 => Loss::CeSurv,
             other => return Err(usage(format!("loss kind {other}: expected 0 (nll_surv) or 1 (ce_surv)"))),
         };
+        if !(0.0..=1.0).contains(&self.alpha) {
+            return Err(usage(format!("alpha = {}: expected 0 to 1", self.alpha)));
+        }
+        if !self.share.is_finite() {
+            return Err(usage(format!("share = {}: expected a number", self.share)));
+        }
         let target = Target { label: self.label as usize, censored: self.censored };
         Ok(SlideLoss { loss, target, alpha: self.alpha, share: self.share })
     }

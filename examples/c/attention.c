@@ -199,7 +199,15 @@ int main(void) {
   k->tensor.data = k->data;
   k->tensor.byte_offset = 2;
   refused(cf_attention_forward(context, &call, 1), "where no float32 can be");
+  k->tensor.byte_offset = UINT64_MAX;
+  refused(cf_attention_forward(context, &call, 1), "k has byte_offset 18446744073709551615");
   k->tensor.byte_offset = 0;
+  k->tensor.ndim = INT32_MAX;
+  refused(cf_attention_forward(context, &call, 1), "k has 2147483647 dimensions, expected at most 64");
+  k->tensor.ndim = 2;
+  k->tensor.shape = NULL;
+  refused(cf_attention_forward(context, &call, 1), "k's shape is null");
+  k->tensor.shape = k->shape;
   k->shape[0] = 199;
   refused(cf_attention_forward(context, &call, 1), "v has shape [200, 16], expected [199, 16]");
   k->shape[0] = -1;

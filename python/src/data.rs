@@ -5,14 +5,15 @@ use std::path::PathBuf;
 use engine::{
     data::{features::FeatureFile, layout},
     device::Facts,
-    model::{BagSizes, Config, ModelName, Policy, Scale},
+    eval::Network,
+    model::{BagSizes, Config, Fusion, ModelName, Policy, Scale},
     train::{
         plan::{Planner, Plans},
         step::Memory,
     },
 };
 use half::bf16;
-use numpy::{IntoPyArray, PyArray2};
+use numpy::{IntoPyArray, PyArray1, PyArray2};
 use pyo3::{exceptions::PyValueError, prelude::*};
 
 use crate::compute;
@@ -28,6 +29,38 @@ fn read_bag(py: Python<'_>, path: PathBuf) -> PyResult<(Bound<'_, PyArray2<f32>>
     };
     let (features, coordinates) = compute(py, read)?;
     Ok((features.into_pyarray(py), coordinates.map(|coordinates| coordinates.into_pyarray(py))))
+}
+
+/// Which model, its sizes and rates by the names that a model file has for them, and its parameters
+/// with their shapes.
+type ModelFile<'py> = (String, Vec<(&'static str, f64)>, Vec<(String, Vec<usize>, Bound<'py, PyArray1<f32>>)>);
+
+/// A model of cf-train or a published checkpoint.
+#[pyfunction]
+fn read_model(py: Python<'_>, path: PathBuf, heads: Option<usize>) -> PyResult<ModelFile<'_>> {
+    let network = compute(py, || Network::read(&path, heads))?;
+    let config = &network.config;
+    if config.fusion == Fusion::Conv1d {
+        let message = format!(
+            "{}: its convolution runs along the sequence (conv1d), which crossfusion.models has not",
+            path.display()
+        );
+        return Err(PyValueError::new_err(message));
+    }
+    let sizes = vec![
+        ("features", config.features as f64),
+        ("dim", config.dim as f64),
+        ("heads", config.heads as f64),
+        ("layers", config.layers as f64),
+        ("n_classes", config.n_classes as f64),
+        ("ffn_dropout", config.ffn_dropout),
+        ("attention_dropout", config.attention_dropout),
+        ("fusion_dropout", config.fusion_dropout),
+    ];
+    let name = config.model.to_string();
+    let tensors = network.tensors.into_iter();
+    let tensors = tensors.map(|(name, tensor)| (name, tensor.shape, tensor.values.into_pyarray(py))).collect();
+    Ok((name, sizes, tensors))
 }
 
 /// The file of a slide's features at one scale (`x20`), if there is one.
@@ -76,5 +109,6 @@ fn plan(
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(read_bag, module)?)?;
     module.add_function(wrap_pyfunction!(feature_file, module)?)?;
+    module.add_function(wrap_pyfunction!(read_model, module)?)?;
     module.add_function(wrap_pyfunction!(plan, module)?)
 }

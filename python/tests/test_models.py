@@ -1,10 +1,12 @@
 """The models beside the published ones in plain PyTorch (benches/peer/model.py) and beside the goldens."""
 
 import copy
+import csv
 import json
 import pathlib
 import pickle
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import crossfusion
 from crossfusion import models, ops
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benches/peer"))
@@ -274,3 +277,45 @@ def test_a_plain_training_loop():
                 adam.step()
                 adam.zero_grad()
     assert next(steps, None) is None
+
+
+PROGRAMS = pathlib.Path(__file__).resolve().parents[2] / "target/release"
+
+
+@pytest.mark.skipif(not (PROGRAMS / "cf-train").exists(), reason="cargo build --release has not made cf-train")
+def test_a_trained_model_is_loaded(tmp_path):
+    """One epoch of the demo: the module's risks are those that the evaluation wrote."""
+    settings = ["--embed-dim", "16", "--num-heads", "2", "--num-epochs", "1", "--warmup-epochs", "0"]
+    trained = subprocess.run(
+        [PROGRAMS / "cf-train", "--demo", *settings], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "runs/demo-1"
+    model = models.load(run / "fold_0/best.safetensors").eval()
+    with open(run / "predictions.csv") as table:
+        rows = [row for row in csv.DictReader(table) if row["fold"] == "0"][:5]
+    names = [row["slide_id"] for row in rows]
+    bags = crossfusion.read_cohort(run / "cohort/features", names, backbone="synthetic")
+    for row in rows:
+        x5, x10, x20 = (torch.from_numpy(bags[row["slide_id"]][scale]) for scale in ("x5", "x10", "x20"))
+        with torch.no_grad():
+            risk = models.survival(model(x5, x10, x20))[2]
+        assert risk.item() == pytest.approx(float(row["risk"]), abs=1e-5)
+    with pytest.raises(ValueError, match="best.safetensors has 2 attention heads, not 4"):
+        models.load(run / "fold_0/best.safetensors", heads=4)
+
+
+def test_a_published_checkpoint_is_loaded(tmp_path):
+    for cls in (models.CrossFusion, models.CrossFusionConcat, models.CrossFusionSingle):
+        torch.manual_seed(1)
+        model = cls(features=12, dim=8, heads=2).eval()
+        torch.save(model.state_dict(), tmp_path / "best_model.pt")
+        loaded = models.load(tmp_path / "best_model.pt", heads=2).eval()
+        bags = [torch.randn(1, n, 12) for n in (3, 5, 9)]
+        assert type(loaded) is cls and torch.equal(model(*bags), loaded(*bags))
+    state = {name.replace("proj1", "other"): tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises((OSError, RuntimeError), match="proj1"):
+        models.load(tmp_path / "other.pt", heads=2)
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        models.load("nowhere.pt")

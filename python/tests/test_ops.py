@@ -67,7 +67,7 @@ CASES = {
     "conv_fusion_sequence": lambda rate: (ops._conv_fusion, (*conv_inputs(side=None), rate, DRAW)),
     "head_loss": lambda rate: (lambda *a: ops._head_loss(*a)[0], (*head_inputs(), False, 2, False, 0.2)),
     "cox": lambda rate: (
-        ops._cox, (rand(8), torch.rand(8, dtype=torch.float64), torch.arange(8) % 3 > 0, True)
+        ops._cox, (rand(8), torch.rand(8, dtype=torch.float64), torch.arange(8) % 3 > 0, torch.arange(8) % 2, True)
     ),
 }
 
@@ -477,6 +477,8 @@ def test_no_tensor_that_does_not_fit_gives_a_number(name):
         for what, (bad, fine) in BAD_TENSORS.items():
             if (name, key) in fine or (name, f"{key} {i}") in fine:
                 continue
+            if (name, key, what) == ("linear", "bias", "none"):
+                continue  # it may be left out
             value = bad(tensor)
             if i is not None:
                 value = [*arguments[key][:i], value, *arguments[key][i + 1 :]]
@@ -544,6 +546,12 @@ def test_autocast():
         y = ops.layer_norm(linear(x), weight, bias)
         y.float().sum().backward()
         assert y.dtype == torch.bfloat16 and ops.layer_norm(x, weight, bias).dtype == torch.float32
+        # products take autocast's type, as PyTorch's do, and leave float64 alone, as they do
+        assert ops.linear(x, linear.weight, linear.bias).dtype == torch.bfloat16
+        assert ops.attention(x, x, x, heads=2).dtype == torch.bfloat16
+        assert ops.attention(x.double(), x.double(), x.double(), heads=2).dtype == torch.float64
+        with pytest.raises(ValueError, match="k is torch.bfloat16"):
+            ops.attention(x.double(), x, x, heads=2)
     truth = F.layer_norm(linear(x).bfloat16().float(), (8,), weight, bias)
     assert (y - truth).abs().max() < 0.05 and weight.grad.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
@@ -653,3 +661,31 @@ def test_cox_is_a_plain_sum():
     assert torch.allclose(value, truth)
     ours, theirs = torch.autograd.grad(value, risk), torch.autograd.grad(truth, risk)
     assert torch.allclose(ours[0], theirs[0])
+
+
+def test_linear_is_that_of_pytorch():
+    x, weight, bias = rand(3, 5, 8), rand(6, 8), rand(6)
+    residual = rand(3, 5, 6)
+    torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(ops.linear(x[0, 0], weight), F.linear(x[0, 0], weight))
+    y = ops.linear(x, weight, bias, residual)
+    torch.testing.assert_close(y, F.linear(x, weight, bias) + residual)
+    grads = torch.autograd.grad(y.square().sum(), (x, weight, bias, residual))
+    truth = torch.autograd.grad((F.linear(x, weight, bias) + residual).square().sum(), (x, weight, bias, residual))
+    for grad, true in zip(grads, truth):
+        torch.testing.assert_close(grad, true)
+    with pytest.raises(ValueError, match=r"residual has shape \[5, 6\], expected \[3, 5, 6\]"):
+        ops.linear(x, weight, bias, residual[0])
+
+
+def test_cox_compares_within_strata():
+    risk, time, event = rand(12), torch.arange(12) % 7, torch.arange(12) % 3 > 0
+    strata = torch.tensor([5, -1] * 6)
+    parts = [ops.cox(risk[strata == s], time[strata == s], event[strata == s]) for s in (5, -1)]
+    whole = ops.cox(risk, time, event, strata=strata)
+    torch.testing.assert_close(whole, sum(parts))
+    (grad,) = torch.autograd.grad(whole, risk)
+    torch.testing.assert_close(grad, torch.autograd.grad(sum(parts), risk)[0])
+    for wrong, match in ((strata[1:], "strata has shape"), ([], "strata"), (strata.double(), "whole numbers")):
+        with pytest.raises(ValueError, match=match):
+            ops.cox(risk, time, event, strata=wrong)

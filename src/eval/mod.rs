@@ -247,16 +247,19 @@ pub fn evaluate_checkpoint(
 }
 
 /// A model file: its parameters, and what they are the parameters of.
-struct Network {
+pub struct Network {
     /// None where another program wrote the file.
-    card: Option<ModelCard>,
-    config: model::Config,
-    tensors: StateDict,
+    pub card: Option<ModelCard>,
+    /// The card's; without one it is inferred from the tensors, with the published dropout rates.
+    pub config: model::Config,
+    /// The parameters by their published names.
+    pub tensors: StateDict,
 }
 
 impl Network {
-    /// Reads `best.safetensors` of a run, whose checksum is checked, or a published checkpoint.
-    fn read(path: &Path, heads: Option<usize>) -> Result<Self> {
+    /// Reads `best.safetensors` of a run, whose checksum is checked, or a published checkpoint, in
+    /// whose tensors `heads` leaves no trace (None: the published 4). An error names the file.
+    pub fn read(path: &Path, heads: Option<usize>) -> Result<Self> {
         let ours = path.extension().is_some_and(|extension| extension == "safetensors");
         if ours {
             refuse_state(path)?;
@@ -265,7 +268,7 @@ impl Network {
         let tensors = read_state_dict(path)?;
         let config = match (&card, heads) {
             (Some(card), Some(heads)) if card.model.heads != heads => {
-                let message = format!("--num-heads {heads}: {} has {}", path.display(), card.model.heads);
+                let message = format!("{} has {} attention heads, not {heads}", path.display(), card.model.heads);
                 return Err(Error::Usage(message));
             }
             (Some(card), _) => card.model.clone(),

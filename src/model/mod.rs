@@ -81,6 +81,12 @@ pub use crate::ops::MOST_DROPOUT;
 pub const MOST_HEAD_COLUMNS: usize = 128;
 /// Most layers of a transformer: more are a slip of the pen, and would only take memory.
 pub const MOST_LAYERS: usize = 1024;
+/// The model's greatest width.
+pub const MOST_DIM: usize = 1 << 14;
+/// The widest features.
+pub const MOST_FEATURES: usize = 1 << 16;
+/// Most patches of a bag.
+pub const MOST_PATCHES: usize = 1 << 31;
 
 impl Config {
     /// The published model for features of this width.
@@ -105,8 +111,14 @@ impl Config {
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::Usage(format!("{name} = 0: expected at least 1")));
         }
-        if self.layers > MOST_LAYERS {
-            return Err(Error::Usage(format!("layers = {}: expected at most {MOST_LAYERS}", self.layers)));
+        let bounded = [
+            ("features", self.features, MOST_FEATURES),
+            ("dim", self.dim, MOST_DIM),
+            ("layers", self.layers, MOST_LAYERS),
+            ("n_classes", self.n_classes, MOST_DIM),
+        ];
+        if let Some((name, value, most)) = bounded.iter().find(|(_, value, most)| value > most) {
+            return Err(Error::Usage(format!("{name} = {value}: expected at most {most}")));
         }
         if self.heads == 0 || self.dim == 0 || !self.dim.is_multiple_of(self.heads) || !self.dim.is_multiple_of(2) {
             return Err(Error::Usage(format!(

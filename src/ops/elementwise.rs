@@ -112,12 +112,12 @@ pub(crate) struct Map<T> {
 
 pub(crate) fn map<T: Element>(device: &Device, problems: &[Map<T>]) -> Result<()> {
     for p in problems {
-        p.x.check("map", "x", &[p.out.rows(), p.out.cols()])?;
+        p.x.check("gelu_dropout", "x", &[p.out.rows(), p.out.cols()])?;
     }
     device.run(
         |cpu| problems.iter().for_each(|p| cpu_map(cpu, p)),
         || {
-            problems.iter().flat_map(|p| [p.x, p.out]).try_for_each(|x| check_for_kernels("map", x))?;
+            problems.iter().flat_map(|p| [p.x, p.out]).try_for_each(|x| check_for_kernels("gelu_dropout", x))?;
             let kernels: Vec<_> = problems.iter().map(KernelMap::from).collect();
             Ok(map_launches(storage::<T>()?, &kernels))
         },

@@ -73,11 +73,11 @@ pub(crate) fn train<T: Element>(
     loss: &SlideLoss,
     result: View<f64>,
 ) -> Result<()> {
-    check_grad("head train", device, grad)?;
-    result.check("head train", "result", &[1, 2])?;
+    check_grad("head_loss", device, grad)?;
+    result.check("head_loss", "result", &[1, 2])?;
     let classes = grad.forward.logits.cols();
     if loss.target.label >= classes {
-        return Err(Error::Usage(format!("head train: label {} of {classes} classes", loss.target.label)));
+        return Err(Error::Usage(format!("head_loss: label {} of {classes} classes", loss.target.label)));
     }
     device.run(
         |cpu| cpu_train(cpu, grad, loss, result),

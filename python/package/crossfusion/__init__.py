@@ -27,5 +27,11 @@ def __getattr__(name: str) -> typing.Any:
     if name in ("ops", "models"):
         import importlib
 
-        return importlib.import_module(f".{name}", __name__)
+        try:
+            return importlib.import_module(f".{name}", __name__)
+        except ModuleNotFoundError as e:
+            if e.name != "torch":
+                raise
+            message = f"crossfusion.{name} needs PyTorch, which is not installed"
+            raise ModuleNotFoundError(message, name="torch") from None
     raise AttributeError(f"module 'crossfusion' has no attribute {name!r}")

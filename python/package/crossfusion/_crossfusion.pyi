@@ -151,6 +151,9 @@ class CoxCohort:
 
 # data.rs
 def read_bag(path: str) -> tuple[npt.NDArray[np.float32], Optional[npt.NDArray[np.int64]]]: ...
+def read_model(
+    path: str, heads: Optional[int]
+) -> tuple[str, list[tuple[str, float]], list[tuple[str, list[int], npt.NDArray[np.float32]]]]: ...
 def feature_file(folder: str, backbone: str, scale: str, slide: str) -> Optional[pathlib.Path]: ...
 def plan(
     model: str,

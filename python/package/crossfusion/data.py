@@ -80,11 +80,11 @@ def _find(folder: Path, backbone: typing.Optional[str], scale: str, slide: str) 
     return os.fspath(path)
 
 
-def _size(name: str, value: int, most: int) -> int:
-    """A number of something; beyond ``most`` it is a slip of the pen, and sums of bytes would not fit."""
+def _size(name: str, value: int) -> int:
+    """A number of something that fits a machine word; the library knows what is too much."""
     value = operator.index(value)
-    if not 1 <= value <= most:
-        raise ValueError(f"{name} = {value}: expected 1 to {most}")
+    if not 1 <= value < 2**63:
+        raise ValueError(f"{name} = {value}: expected a positive number below 2^63")
     return value
 
 
@@ -111,13 +111,13 @@ def plan(
         raise ValueError(f"patches = {patches!r}: expected three whole numbers, or one for all scales")
     found = _crossfusion.plan(
         model,
-        _size("features", features, 2**20),
-        _size("dim", dim, 2**20),
-        _size("heads", heads, 2**20),
-        _size("layers", layers, 1000),
-        [_size("patches", n, 2**30) for n in np.broadcast_to(given, 3).tolist()],
+        _size("features", features),
+        _size("dim", dim),
+        _size("heads", heads),
+        _size("layers", layers),
+        [_size("patches", n) for n in np.broadcast_to(given, 3).tolist()],
         device == "cuda",
         precision == "bf16",
-        None if budget is None else _size("budget", budget, 2**62),
+        None if budget is None else _size("budget", budget),
     )
     return Plan(*found)

@@ -9,14 +9,15 @@ too: a defect.)
 
 import math
 import operator
+import os
 import typing
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import _crossfusion, ops
 
-__all__ = ["CrossFusion", "CrossFusionConcat", "CrossFusionSingle", "survival"]
+__all__ = ["CrossFusion", "CrossFusionConcat", "CrossFusionSingle", "load", "survival"]
 
 
 def survival(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,3 +329,33 @@ class CrossFusionSingle(_Model):
         x, side = _square_pad(self.source_pre_cross_attn(self._bag(x20)))
         x = self.source_ln(self.source_transformer(x, side))
         return self._end(self.conv_processor([x], side), side)
+
+
+def load(path: typing.Union[str, "os.PathLike[str]"], heads: typing.Optional[int] = None) -> _Model:
+    """The model of ``best.safetensors`` of cf-train, or of a published ``best_model.pt``, on the CPU.
+
+    It is in training mode, as any new module: call ``eval()`` before you predict. ``heads`` leave no trace in
+    a published checkpoint (by default its 4). An OSError names the file and what is wrong with it.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: there is no such file")
+    heads = None if heads is None else operator.index(heads)
+    name, sizes, tensors = _crossfusion.read_model(path, heads)
+    classes: dict[str, type[_Model]] = {
+        "crossfusion": CrossFusion,
+        "crossfusion-concat": CrossFusionConcat,
+        "crossfusion-single": CrossFusionSingle,
+    }
+    config = dict(sizes)
+    model = classes[name](*(int(config[size]) for size in ("features", "dim", "heads", "layers", "n_classes")))
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.p = config["ffn_dropout"]
+        elif isinstance(module, ConvProcessor):
+            module.p = config["fusion_dropout"]
+        elif isinstance(module, Block):
+            for layer in module.layers:
+                typing.cast(Attention, typing.cast(nn.ModuleList, layer)[1]).p = config["attention_dropout"]
+    model.load_state_dict({name: torch.from_numpy(values).view(shape) for name, shape, values in tensors})
+    return model

@@ -173,6 +173,12 @@ def _dims(name: str, which: str, tensor: Tensor, *dims: int) -> None:
         raise ValueError(f"{name}: {which} has shape {list(tensor.shape)}, expected {expected} dimensions")
 
 
+def _shape(name: str, which: str, tensor: Tensor, *shape: int) -> None:
+    """Of this shape, or a ValueError."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: {which} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+
 def _whole(name: str, which: str, value: int, least: int = 1) -> int:
     if not isinstance(value, (int, torch.SymInt)):
         value = operator.index(value)  # a TypeError of what is no integer
@@ -182,15 +188,20 @@ def _whole(name: str, which: str, value: int, least: int = 1) -> int:
 
 
 def _autocast(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, tensors of several types in autocast's, as PyTorch's own operators take them: a
-    layer's result is in bfloat16 there, and the next layer's weight is not."""
+    """Under autocast, tensors in its type, as PyTorch's own products take them; float64 stays, as there."""
     tensors = (first, *others)
     kind = first.device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return tensors
-    if all(tensor.dtype == first.dtype for tensor in others):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) if t.is_floating_point() else t for t in tensors)
+    lower = torch.get_autocast_dtype(kind)
+    return tuple(t.to(lower) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _autocast_norm(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """As `_autocast`, but tensors of one type stay as they are: a norm that is given float32 computes
+    in it, and one that is given a product's bfloat16 need not go back."""
+    tensors = (first, *others)
+    return tensors if all(tensor.dtype == first.dtype for tensor in others) else _autocast(*tensors)
 
 
 def _drop(draw: Tensor, rate: float) -> _Draws:
@@ -358,7 +369,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"layer_norm: x has shape {list(x.shape)}, expected a column at least")
     _dims("layer_norm", "weight", weight, 1)
     _dims("layer_norm", "bias", bias, 1)
-    y: Tensor = _layer_norm(*_autocast(x, weight, bias))[0]
+    y: Tensor = _layer_norm(*_autocast_norm(x, weight, bias))[0]
     return y
 
 
@@ -416,16 +427,39 @@ def _linear_grad(ctx: typing.Any, dy: Tensor) -> _Grads:
 _linear.register_autograd(_linear_grad, setup_context=_linear_setup)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: typing.Optional[Tensor] = None) -> Tensor:
-    """x Wᵀ + bias ``[m, out]``: x ``[m, in]``, weight ``[out, in]``, bias ``[out]``, as in ``nn.Linear``;
-    and + residual ``[m, out]`` in the same pass."""
+def _flat(x: Tensor) -> Tensor:
+    """[..., d] as [rows, d]."""
+    return x[None] if x.dim() == 1 else x.flatten(0, -2)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: typing.Optional[Tensor] = None,
+    residual: typing.Optional[Tensor] = None,
+) -> Tensor:
+    """x Wᵀ + bias, as ``nn.Linear``, and + residual in the same pass.
+
+    x ``[..., in]``, weight ``[out, in]``, bias ``[out]``; residual and the result ``[..., out]``.
+    """
+    _tensors("linear", x=x, weight=weight)
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[:1])
     operands = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
     _tensors("linear", **operands)
-    for which, tensor in operands.items():
-        _dims("linear", which, tensor, 1 if which == "bias" else 2)
-    given = _autocast(*operands.values())
+    _dims("linear", "weight", weight, 2)
+    _dims("linear", "bias", bias, 1)
+    if x.dim() == 0:
+        raise ValueError("linear: x has no dimension, expected [..., in]")
+    _shape("linear", "weight", weight, weight.shape[0], x.shape[-1])
+    _shape("linear", "bias", bias, weight.shape[0])
+    shape = (*x.shape[:-1], weight.shape[0])
+    if residual is not None:
+        _shape("linear", "residual", residual, *shape)
+    rows = [t if which in ("weight", "bias") else _flat(t) for which, t in operands.items()]
+    given = _autocast(*rows)
     y: Tensor = _linear(*given, *([None] if residual is None else []))
-    return y
+    return y.view(shape) if x.dim() != 2 else y
 
 
 @torch.library.custom_op("crossfusion::feed_forward", mutates_args=())
@@ -519,6 +553,9 @@ def feed_forward(
     _tensors("feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     for which, tensor, dims in (("x", x, 2), ("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
         _dims("feed_forward", which, tensor, dims)
+    d, h = x.shape[1], w1.shape[0]
+    for which, tensor, shape in (("w1", w1, (h, d)), ("b1", b1, (h,)), ("w2", w2, (d, h)), ("b2", b2, (d,))):
+        _shape("feed_forward", which, tensor, *shape)
     x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
     out: Tensor = _feed_forward(x, w1, b1, w2, b2, float(dropout), _draw(draw, dropout, x))[0]
     return out
@@ -592,7 +629,7 @@ def ppeg(x: Tensor, kernels: typing.Sequence[Tensor], biases: typing.Sequence[Te
     shapes: list[tuple[int, ...]] = [(1, 7, 7), (1, 5, 5), (1, 3, 3)]
     _tensors("ppeg", x=x, **_named("kernel", kernels), **_named("bias", biases))
     _dims("ppeg", "x", x, 2)
-    _convolutions("ppeg", kernels, biases, shapes)
+    _convolutions("ppeg", kernels, biases, shapes, x.shape[1])
     y: Tensor = _ppeg(*_autocast(x, *kernels, *biases), _whole("ppeg", "side", side, 0))
     return y
 
@@ -606,16 +643,15 @@ def _convolutions(
     kernels: typing.Sequence[Tensor],
     biases: typing.Sequence[Tensor],
     shapes: list[tuple[int, ...]],
+    channels: int,
 ) -> None:
     """A kernel of each shape (behind its channels), and as many biases."""
     if not len(kernels) == len(biases) == len(shapes):
         got, expected = f"{len(kernels)} kernels and {len(biases)} biases", len(shapes)
         raise ValueError(f"{name}: {got}, expected {expected} of each")
     for i, (kernel, bias, shape) in enumerate(zip(kernels, biases, shapes)):
-        if tuple(kernel.shape[1:]) != shape:
-            whole = f"[channels, {str(shape)[1:-1]}]"
-            raise ValueError(f"{name}: kernel {i} has shape {list(kernel.shape)}, expected {whole}")
-        _dims(name, f"bias {i}", bias, 1)
+        _shape(name, f"kernel {i}", kernel, channels, *shape)
+        _shape(name, f"bias {i}", bias, channels)
 
 
 # ---- conv fusion -------------------------------------------------------------------------------
@@ -642,8 +678,8 @@ def _conv_fusion(
 def _conv_fusion_operands(
     held: _Held, streams: list[Tensor], mix: list[Tensor], kernels: list[Tensor], biases: list[Tensor]
 ) -> tuple[list[_Matrix], typing.Optional[tuple[_Matrix, ...]], tuple[_Matrix, ...], tuple[_Matrix, ...]]:
-    names = {f"operand {i}": t for i, t in enumerate([*streams[1:], *mix, *kernels, *biases])}
-    _same("conv_fusion", streams[0], **names)
+    named = _named("stream", streams) | _named("mix", mix) | _named("kernel", kernels) | _named("bias", biases)
+    _same("conv_fusion", streams[0], **named)
     flat = held.all(m.reshape(-1) for m in mix) or None
     return list(held.all(streams)), flat, held.all(kernels), held.all(biases)
 
@@ -765,11 +801,13 @@ def conv_fusion(
     )
     for i, tensor in enumerate(streams):
         _dims("conv_fusion", f"stream {i}", tensor, 2)
+        _shape("conv_fusion", f"stream {i}", tensor, *streams[0].shape)
     for which, tensor, numbers in zip(("mix 0", "mix 1"), mix, (3, 1)):
         if tensor.numel() != numbers:
             raise ValueError(f"conv_fusion: {which} has shape {list(tensor.shape)}, expected {numbers} numbers")
     taps = (7, 5, 3, 1)
-    _convolutions("conv_fusion", kernels, biases, [(2, k) if side is None else (2, k, k) for k in taps])
+    shapes: list[tuple[int, ...]] = [(2, k) if side is None else (2, k, k) for k in taps]
+    _convolutions("conv_fusion", kernels, biases, shapes, streams[0].shape[1] // 2)
     if side is not None:
         side = _whole("conv_fusion", "side", side, 0)
     tensors = _autocast(*streams, *mix, *kernels, *biases)
@@ -936,7 +974,7 @@ def head_loss(
     if loss not in ("nll", "ce"):
         raise ValueError(f"head_loss: loss = {loss!r}, expected 'nll' or 'ce'")
     label = _label("head_loss", label, weight.shape[0], censored, alpha)
-    tensors = _autocast(x, norm_weight, norm_bias, weight, bias)
+    tensors = _autocast_norm(x, norm_weight, norm_bias, weight, bias)
     found = _head_loss(*tensors, loss == "ce", label, bool(censored), float(alpha))
     return found[0], found[1]
 
@@ -949,11 +987,13 @@ def cox(
     time: typing.Any,
     event: typing.Any,
     ties: typing.Literal["efron", "breslow"] = "efron",
+    strata: typing.Any = None,
 ) -> Tensor:
     """The negative Cox partial log-likelihood of log-risks, in O(n log n), with its gradient.
 
-    risk ``[n]`` or ``[n, 1]``; time and event (True: it was observed) ``[n]``, tensors, arrays or lists. The
-    result is a tensor of no dimension, of the risks' type.
+    risk ``[n]`` or ``[n, 1]``; time, event (True: it was observed) and strata (whole numbers; only risks
+    of one stratum are compared) ``[n]``, tensors, arrays or lists. The result is a tensor of no dimension,
+    of the risks' type.
     """
     _tensors("cox", risk=risk)
     if not risk.is_floating_point():
@@ -964,32 +1004,44 @@ def cox(
         raise ValueError(f"ties = {ties!r}: expected 'efron' or 'breslow'")
     try:
         time, event = torch.as_tensor(time), torch.as_tensor(event)
+        given = strata is not None
+        strata = torch.as_tensor(strata) if given else torch.zeros(0, dtype=torch.int64)
     except (RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"cox: time and event must be numbers: {e}") from None
-    for which, tensor in (("time", time), ("event", event)):
+        raise ValueError(f"cox: time, event and strata must be numbers: {e}") from None
+    for which, tensor in (("time", time), ("event", event), ("strata", strata)):
         _tensors("cox", **{which: tensor})
         _dims("cox", which, tensor, 1)
         if tensor.device.type not in ("cpu", risk.device.type):
             raise ValueError(f"cox: {which} is on {tensor.device}, expected the CPU or {risk.device}")
         if tensor.is_complex():
             raise ValueError(f"cox: {which} is {tensor.dtype}, expected real numbers")
-    value: Tensor = _cox(risk.reshape(-1), time.double(), event, ties == "efron")[0]
+    if given and strata.shape != time.shape:
+        raise ValueError(f"cox: strata has shape {list(strata.shape)}, expected {list(time.shape)}")
+    if strata.is_floating_point():
+        raise ValueError(f"cox: strata are {strata.dtype}, expected whole numbers")
+    value: Tensor = _cox(risk.reshape(-1), time.double(), event, strata.long(), ties == "efron")[0]
     return value
 
 
 @torch.library.custom_op("crossfusion::cox", mutates_args=())
-def _cox(risk: torch.Tensor, time: torch.Tensor, event: torch.Tensor, efron: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _cox(
+    risk: torch.Tensor, time: torch.Tensor, event: torch.Tensor, strata: torch.Tensor, efron: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     if event.dtype != torch.bool and not ((event == 0) | (event == 1)).all():
         raise ValueError("cox: `event` must be True or False, or 1 and 0")
     columns = (x.detach().cpu().contiguous() for x in (time.double(), event.bool(), risk.double()))
     times, events, risks = (column.numpy() for column in columns)
-    loglik, gradient = _crossfusion.CoxCohort(times, events, None, None).loglik_and_gradient(risks, efron)
+    groups = None
+    if strata.numel():
+        # numbered from 0, as the library takes them
+        groups = torch.unique(strata.detach().cpu(), return_inverse=True)[1].numpy().astype("uintp")
+    loglik, gradient = _crossfusion.CoxCohort(times, events, groups, None).loglik_and_gradient(risks, efron)
     value = torch.tensor(-loglik, dtype=risk.dtype, device=risk.device)
     return value, torch.from_numpy(gradient).neg_().to(risk)
 
 
 @_cox.register_fake
-def _(risk: Tensor, time: Tensor, event: Tensor, efron: bool) -> tuple[Tensor, Tensor]:
+def _(risk: Tensor, time: Tensor, event: Tensor, strata: Tensor, efron: bool) -> tuple[Tensor, Tensor]:
     return risk.new_empty(()), risk.new_empty(risk.shape)
 
 
@@ -1000,7 +1052,7 @@ def _cox_setup(ctx: typing.Any, inputs: tuple[typing.Any, ...], output: typing.A
 
 def _cox_grad(ctx: typing.Any, dvalue: Tensor, _: Tensor) -> _Grads:
     risk, gradient = ctx.saved_tensors
-    return (*_times([gradient], dvalue, [risk]), None, None, None)
+    return (*_times([gradient], dvalue, [risk]), None, None, None, None)
 
 
 _cox.register_autograd(_cox_grad, setup_context=_cox_setup)
