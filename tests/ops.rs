@@ -471,7 +471,7 @@ fn what_cannot_be_meant_is_said_by_name() {
         ops::gelu_dropout(workspace, &mut [problem]).unwrap_err().to_string()
     };
     assert!(say(elsewhere.mat()).contains("gelu_dropout: x is on another device"), "{}", say(elsewhere.mat()));
-    assert!(say(x.mat().rows_range(0..2).unwrap()).contains("map: x has shape [2, 8], expected [3, 8]"));
+    assert!(say(x.mat().rows_range(0..2).unwrap()).contains("gelu_dropout: x has shape [2, 8], expected [3, 8]"));
     for rate in [-0.1, 1.0, f64::NAN] {
         let text = Dropout::with_rate(Draw { seed: 0, step: 0 }, 0, rate).unwrap_err().to_string();
         assert!(text.contains("expected one from 0 to 0.95"), "{text}");
