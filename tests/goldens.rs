@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use common::{Law, ModelConfig, Parameter, bag, parameters};
 use crossfusion::{
-    device::{Device, Element, Real},
+    device::{Cpu, Device, Element, Real},
     loss::{Loss, Prediction, Target},
     model::{BagGrads, Bags, Config, ModelName, Scale, Scales},
     train::{
@@ -268,6 +268,22 @@ const DRAWS: usize = 96;
 /// scripts/make-bf16-errors.py).
 #[test]
 fn bf16_is_as_good_as_plain_bf16() {
+    check_bf16(device, DRAWS);
+}
+
+/// The same of what a CPU does on other machines: AVX-512's dot instruction emulated, and bf16 widened
+/// to f32 without it. Fewer draws, since these are slow.
+#[test]
+fn bf16_on_other_cpus() {
+    if device().runs_kernels() {
+        println!("SKIPPED: this is about CPUs");
+        return;
+    }
+    check_bf16(|| Device::Cpu(Cpu::with_emulated_dots(0).unwrap()), DRAWS / 4);
+    check_bf16(|| Device::Cpu(Cpu::with_arch(0, pulp::Arch::Scalar).unwrap()), DRAWS / 4);
+}
+
+fn check_bf16(stored: impl Fn() -> Device, draws: usize) {
     #[derive(Deserialize)]
     struct Errors {
         logits: f64,
@@ -279,10 +295,10 @@ fn bf16_is_as_good_as_plain_bf16() {
     for (name, plain) in plain {
         let golden = Golden::read(&std::fs::read(common::goldens().join(format!("{name}.safetensors"))).unwrap());
         let mut squares = [0.0; 3];
-        for draw in 0..DRAWS {
+        for draw in 0..draws {
             let tag = if draw == 0 { golden.fill_tag.clone() } else { format!("{}{draw}/", golden.fill_tag) };
             let golden = Golden { fill_tag: tag, ..golden.clone() };
-            let ours = golden.gradients::<bf16>(device());
+            let ours = golden.gradients::<bf16>(stored());
             let truth = golden.gradients::<f64>(Device::from_name("cpu", 0).unwrap());
             for ((square, ours), truth) in squares.iter_mut().zip(&ours).zip(&truth) {
                 assert_eq!(ours.len(), truth.len(), "{name}");
@@ -290,7 +306,7 @@ fn bf16_is_as_good_as_plain_bf16() {
                 *square += distance / truth.iter().map(|b| b * b).sum::<f64>();
             }
         }
-        let ours = squares.map(|square| (square / DRAWS as f64).sqrt());
+        let ours = squares.map(|square| (square / draws as f64).sqrt());
         for ((what, ours), plain) in
             ["logits", "parameters", "inputs"].iter().zip(ours).zip([plain.logits, plain.parameters, plain.inputs])
         {

@@ -65,10 +65,18 @@ fn engine<T: Element<Sum: Real>>(device: Device, config: &Config) -> Engine<T> {
     engine
 }
 
-fn slide<T: Element<Sum: Real>>([x5, x10, x20]: [usize; 3]) -> [Rows<T>; 3] {
+fn slide<T: Element<Sum: Real>>(sizes: [usize; 3]) -> [Rows<T>; 3] {
+    drawn("", sizes)
+}
+
+/// Other numbers for each `draw`.
+fn drawn<T: Element<Sum: Real>>(draw: &str, [x5, x10, x20]: [usize; 3]) -> [Rows<T>; 3] {
     let law = Law { offset: 0.0, scale: 1.7 };
     [("x5", x5), ("x10", x10), ("x20", x20)].map(|(name, patches)| Rows {
-        values: fill(name, patches * FEATURES, law).into_iter().map(|x| T::from_sum(T::Sum::of(x.into()))).collect(),
+        values: fill(&format!("{draw}{name}"), patches * FEATURES, law)
+            .into_iter()
+            .map(|x| T::from_sum(T::Sum::of(x.into())))
+            .collect(),
         broken_from: WHOLE,
     })
 }
@@ -209,35 +217,42 @@ fn all_policies_agree_in_f64() {
     }
 }
 
-/// In bf16, which rounds what is stored between the parts: as near to the truth as twice the error of
-/// keeping everything.
+/// In bf16, which rounds what is stored between the parts: the root mean square of the errors over
+/// some slides is at most 1.25 times that of keeping everything. One slide's may be twice as large.
 #[test]
 fn all_policies_are_as_good_in_bf16() {
     let cpu = || Device::from_name("cpu", 2).unwrap();
-    // on the emulator, which takes minutes, one model
-    let models = if device().runs_kernels() { 1 } else { 3 };
+    // on the emulator, which takes minutes, one model and one slide
+    let (models, draws, most) = if device().runs_kernels() { (1, 1, 2.0) } else { (3, 12, 1.25) };
     for config in &configs(true)[..models] {
-        let sizes = [9, 21, 130];
-        let (slide, rounded) = (slide::<f64>(sizes), slide::<bf16>(sizes));
-        let truth = step(&mut engine::<f64>(cpu(), config), &slide, false).unwrap();
-        let error = |got: &Step<f32>| {
-            let grads: Vec<f64> = got.grads.iter().map(|&g| f64::from(g)).collect();
-            [relative(&got.logits, &truth.logits), relative(&grads, &truth.grads)]
-        };
-        let expected = step(&mut engine::<bf16>(device(), config), &rounded, false).unwrap();
-        let plain = error(&expected);
-        for (policy, exact) in policies() {
-            let mut engine = engine::<bf16>(device(), config);
-            engine.set_memory(Memory::Policy(policy));
-            let got = step(&mut engine, &rounded, policy.stream.is_some()).unwrap();
-            if exact {
-                assert!(got.logits == expected.logits && got.grads == expected.grads, "{policy}: other bits");
+        // squares of the errors of keeping everything, and of each policy
+        let mut plain = [0.0; 2];
+        let mut squares = vec![[0.0; 2]; policies().len()];
+        for draw in 0..draws {
+            let (draw, sizes) = (if draw == 0 { String::new() } else { format!("{draw}/") }, [9, 21, 130]);
+            let (slide, rounded) = (drawn::<f64>(&draw, sizes), drawn::<bf16>(&draw, sizes));
+            let truth = step(&mut engine::<f64>(cpu(), config), &slide, false).unwrap();
+            let add = |squares: &mut [f64; 2], got: &Step<f32>| {
+                let grads: Vec<f64> = got.grads.iter().map(|&g| f64::from(g)).collect();
+                let errors = [relative(&got.logits, &truth.logits), relative(&grads, &truth.grads)];
+                squares.iter_mut().zip(errors).for_each(|(square, error)| *square += error * error);
+            };
+            let expected = step(&mut engine::<bf16>(device(), config), &rounded, false).unwrap();
+            add(&mut plain, &expected);
+            for ((policy, exact), squares) in policies().into_iter().zip(&mut squares) {
+                let mut engine = engine::<bf16>(device(), config);
+                engine.set_memory(Memory::Policy(policy));
+                let got = step(&mut engine, &rounded, policy.stream.is_some()).unwrap();
+                if exact {
+                    assert!(got.logits == expected.logits && got.grads == expected.grads, "{policy}: other bits");
+                }
+                add(squares, &got);
             }
-            let ours = error(&got);
-            assert!(
-                ours.iter().zip(plain).all(|(&ours, plain)| ours <= 2.0 * plain),
-                "{policy}: {ours:?} of {plain:?}"
-            );
+        }
+        for ((policy, _), squares) in policies().into_iter().zip(squares) {
+            let ratios = [0, 1].map(|i: usize| (squares[i] / plain[i]).sqrt());
+            println!("{policy}: {ratios:.2?}");
+            assert!(ratios.iter().all(|ratio| *ratio <= most), "{policy}: {ratios:?}");
         }
     }
 }

@@ -6,14 +6,20 @@ use std::any::TypeId;
 use bytemuck::Pod;
 use half::bf16;
 
-use super::{Real, Storage, Stored};
+use super::{
+    Real, Storage, Stored,
+    cpu::factor::{Packs, Pair},
+};
 use crate::{Error, Result};
 
 /// How activations and weights are stored. Statistics, gradients of parameters and master weights
 /// are of type [`Element::Sum`].
 pub trait Element: Pod + Default + Send + Sync + PartialEq + std::fmt::Debug {
     /// The type that sums are kept in: bf16's is f32, that of f32 and f64 the type itself.
-    type Sum: Real;
+    type Sum: Real + Packs<Self> + Packs<Self::Sum>;
+    /// What a CPU with a dot instruction multiplies: pairs of bf16, or the numbers themselves.
+    #[doc(hidden)]
+    type Dot: Packs<Self> + Packs<Self::Sum>;
     /// The kernels compiled for this type; f64 has none.
     const KERNELS: Option<Storage>;
     /// The nearest number of this type.
@@ -24,6 +30,7 @@ pub trait Element: Pod + Default + Send + Sync + PartialEq + std::fmt::Debug {
 
 impl Element for f32 {
     type Sum = f32;
+    type Dot = f32;
     const KERNELS: Option<Storage> = Some(<Self as Stored>::STORAGE);
     #[inline(always)]
     fn from_sum(x: f32) -> Self {
@@ -37,6 +44,7 @@ impl Element for f32 {
 
 impl Element for f64 {
     type Sum = f64;
+    type Dot = f64;
     const KERNELS: Option<Storage> = None;
     #[inline(always)]
     fn from_sum(x: f64) -> Self {
@@ -50,6 +58,7 @@ impl Element for f64 {
 
 impl Element for bf16 {
     type Sum = f32;
+    type Dot = Pair;
     const KERNELS: Option<Storage> = Some(<Self as Stored>::STORAGE);
     /// To the nearest, to even between two. Without branches, so that loops over it vectorize.
     #[inline(always)]

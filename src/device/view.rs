@@ -125,7 +125,7 @@ pub(crate) struct View<T> {
     element: PhantomData<T>,
 }
 
-impl<T: Element> View<T> {
+impl<T: Copy> View<T> {
     pub(super) fn new(address: usize, rows: usize, cols: usize) -> Self {
         Self { address, rows, cols, stride: cols, element: PhantomData }
     }
@@ -183,18 +183,6 @@ impl<T: Element> View<T> {
         Self { rows, cols, stride: cols, ..self }
     }
 
-    /// The same matrix as one that sums are kept in, where they are stored without rounding.
-    pub(crate) fn as_sums(self) -> Option<View<T::Sum>> {
-        let Self { address, rows, cols, stride, .. } = self;
-        (!is_rounded::<T>()).then_some(View { address, rows, cols, stride, element: PhantomData })
-    }
-
-    /// [`View::as_sums`] the other way.
-    pub(crate) fn of_sums(sums: View<T::Sum>) -> Option<Self> {
-        let View { address, rows, cols, stride, .. } = sums;
-        (!is_rounded::<T>()).then_some(Self { address, rows, cols, stride, element: PhantomData })
-    }
-
     /// Where the first element lies, as kernels take it.
     pub(crate) fn address(self) -> u64 {
         self.address as u64
@@ -248,6 +236,20 @@ impl<T: Element> View<T> {
             return Ok(());
         }
         Err(Error::Shape { op, tensor: tensor.into(), got: vec![self.rows, self.cols], expected: expected.to_vec() })
+    }
+}
+
+impl<T: Element> View<T> {
+    /// The same matrix as one that sums are kept in, where they are stored without rounding.
+    pub(crate) fn as_sums(self) -> Option<View<T::Sum>> {
+        let Self { address, rows, cols, stride, .. } = self;
+        (!is_rounded::<T>()).then_some(View { address, rows, cols, stride, element: PhantomData })
+    }
+
+    /// [`View::as_sums`] the other way.
+    pub(crate) fn of_sums(sums: View<T::Sum>) -> Option<Self> {
+        let View { address, rows, cols, stride, .. } = sums;
+        (!is_rounded::<T>()).then_some(Self { address, rows, cols, stride, element: PhantomData })
     }
 
     /// An error naming op and tensor unless every row begins and ends at 16 bytes, the pieces that

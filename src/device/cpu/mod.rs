@@ -4,6 +4,7 @@
 //! taken inside one task in a fixed order: the same inputs give the same bits with any number of
 //! threads.
 
+pub(crate) mod factor;
 mod fork;
 mod peak;
 pub mod real;
@@ -17,6 +18,8 @@ use std::{
     },
 };
 
+use bytemuck::Pod;
+use factor::Factor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 pub use real::Real;
@@ -33,6 +36,8 @@ pub struct Cpu {
     workers: AtomicPtr<Workers>,
     threads: usize,
     arch: Arch,
+    /// Whether bf16 is multiplied in pairs, by AVX-512's dot instruction.
+    dots: bool,
 }
 
 struct Workers {
@@ -75,7 +80,20 @@ impl Cpu {
         let workers = Workers::start(threads)?;
         // SAFETY: just made.
         let threads = unsafe { &*workers }.pool.current_num_threads();
-        Ok(Self { workers: AtomicPtr::new(workers), threads, arch })
+        Ok(Self { workers: AtomicPtr::new(workers), threads, arch, dots: has_dots(arch) })
+    }
+
+    /// Without AVX-512 and with its dot instruction emulated: for tests that look at its numbers on
+    /// machines without it, and slow.
+    pub fn with_emulated_dots(threads: usize) -> Result<Self> {
+        let mut cpu = Self::with_arch(threads, Arch::Scalar)?;
+        cpu.dots = true;
+        Ok(cpu)
+    }
+
+    /// Whether bf16 is multiplied by AVX-512's dot instruction; else it is widened to f32 first.
+    pub fn has_dots(&self) -> bool {
+        self.dots
     }
 
     /// How many threads work.
@@ -150,7 +168,7 @@ impl Cpu {
     }
 
     /// Hands `work` one row of `len` elements of arbitrary content that all its tasks may use.
-    pub(crate) fn with_panels<T: Real>(&self, len: usize, work: impl FnOnce(View<T>)) {
+    pub(crate) fn with_panels<T: Pod>(&self, len: usize, work: impl FnOnce(View<T>)) {
         // Taken out while in use: a thread that waits inside `work` may start another op on this
         // device.
         let shared = &self.workers().shared;
@@ -164,17 +182,25 @@ impl Cpu {
         *shared.lock().unwrap_or_else(PoisonError::into_inner) = pages;
     }
 
-    /// Elements of `T` in a vector register.
-    pub(crate) fn lanes<T: Real>(&self) -> usize {
-        struct Lanes<T>(std::marker::PhantomData<T>);
-        impl<T: Real> WithSimd for Lanes<T> {
+    /// Columns of a panel of `F`.
+    pub(crate) fn panel_width<F: Factor>(&self) -> usize {
+        struct Width<F>(std::marker::PhantomData<F>);
+        impl<F: Factor> WithSimd for Width<F> {
             type Output = usize;
             fn with_simd<S: Simd>(self, _: S) -> usize {
-                T::lanes::<S>()
+                F::width::<S>()
             }
         }
-        self.arch.dispatch(Lanes::<T>(std::marker::PhantomData))
+        self.arch.dispatch(Width::<F>(std::marker::PhantomData))
     }
+}
+
+/// Whether these vectors are AVX-512's, on a machine that has its dot instruction for bf16.
+fn has_dots(arch: Arch) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return matches!(arch, Arch::V4(_)) && std::arch::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 impl Drop for Cpu {
@@ -210,7 +236,7 @@ thread_local! {
 
 /// Hands `work` a private slice of `len` elements of arbitrary content.
 #[inline(always)]
-pub(crate) fn with_workspace<T: Real, R>(len: usize, work: impl FnOnce(&mut [T]) -> R) -> R {
+pub(crate) fn with_workspace<T: Pod, R>(len: usize, work: impl FnOnce(&mut [T]) -> R) -> R {
     // Taken out of the cell while in use, so that a nested task on the same thread gets its own.
     let mut pages = WORKSPACE.take();
     let words = (len * size_of::<T>()).div_ceil(8);

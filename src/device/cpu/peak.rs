@@ -34,7 +34,7 @@ impl Cpu {
     /// runs.
     pub fn fma_peak<T: Real>(&self, repeats: usize) -> f64 {
         let tasks = 16 * self.threads();
-        let flop = (2 * tasks * STEPS * CHAINS * self.lanes::<T>()) as f64;
+        let flop = (2 * tasks * STEPS * CHAINS * (self.panel_width::<T>() / 2)) as f64;
         let run = |_| {
             let start = Instant::now();
             self.parallel_kernel(tasks, &Chains::<T>(std::marker::PhantomData));

@@ -6,11 +6,13 @@
 
 use pulp::Simd;
 
+use super::factor::Factor;
 use crate::device::Element;
 
 /// A number that the CPU computes in: f32 or f64.
 pub trait Real:
     Element<Sum = Self>
+    + Factor<Sum = Self>
     + PartialOrd
     + std::ops::Add<Output = Self>
     + std::ops::Sub<Output = Self>

@@ -4,12 +4,15 @@
 //! The inner loop keeps an `MR x 2 vectors` block of C in registers (Goto & van de Geijn 2008, fig.
 //! 8). A is read element by element through two strides, so packed slivers, row-major tiles and
 //! their transposes are all the same code; B is read by whole vectors from column panels of
-//! [`panel_width`] columns.
+//! [`Factor::width`] columns.
 
 use pulp::Simd;
 
-use super::Real;
-use crate::device::{Element, widen};
+use super::{
+    Real,
+    factor::{Factor, Packs},
+};
+use crate::device::Element;
 
 /// Rows of the register block where there are 32 vector registers; half of it otherwise.
 const MR: usize = 12;
@@ -17,12 +20,6 @@ const MR: usize = 12;
 pub const ROWS: usize = MR;
 /// Columns of a panel never exceed this.
 pub const MAX_PANEL: usize = 32;
-
-/// Columns of a panel of B: two vector registers.
-#[inline(always)]
-pub fn panel_width<T: Real, S: Simd>() -> usize {
-    2 * T::lanes::<S>()
-}
 
 /// A[i, p] is at `ptr + (i / ROWS) * sliver + (i % ROWS) * row + p * col`. Rows up to the next
 /// multiple of [`ROWS`] are read. Strides that are constants at the call site end up as immediate
@@ -57,37 +54,38 @@ pub struct Rhs<T> {
     pub row: usize,
 }
 
-impl<T: Real> Rhs<T> {
+impl<F: Factor> Rhs<F> {
     /// A row-major tile of row stride `stride` (a multiple of the panel width).
     #[inline(always)]
-    pub fn rows<S: Simd>(ptr: *const T, stride: usize) -> Self {
-        Self { ptr, panel: panel_width::<T, S>(), row: stride }
+    pub fn rows<S: Simd>(ptr: *const F, stride: usize) -> Self {
+        Self { ptr, panel: F::width::<S>(), row: stride }
     }
 
     /// Packed panels of `depth` rows.
     #[inline(always)]
-    pub fn panels<S: Simd>(ptr: *const T, depth: usize) -> Self {
-        Self { ptr, panel: depth * panel_width::<T, S>(), row: panel_width::<T, S>() }
+    pub fn panels<S: Simd>(ptr: *const F, depth: usize) -> Self {
+        Self { ptr, panel: depth * F::width::<S>(), row: F::width::<S>() }
     }
 }
 
-/// C[m, n] = A B, or += with `accumulate`; C is row-major with stride `c_row`.
+/// C[m, n] = A B, or += with `accumulate`; k counts factors, and C is row-major with stride `c_row`.
 ///
 /// # Safety
-/// The strides must describe live memory, of which C is not shared.
+/// The strides must describe live memory, of which C is not shared, and this CPU must have the
+/// factors' instruction.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // three matrices and their sizes
-pub unsafe fn multiply<T: Real, S: Simd>(
+pub unsafe fn multiply<F: Factor, S: Simd>(
     simd: S,
     (m, n, k): (usize, usize, usize),
-    a: Lhs<T>,
-    b: Rhs<T>,
-    c: *mut T,
+    a: Lhs<F>,
+    b: Rhs<F>,
+    c: *mut F::Sum,
     c_row: usize,
     accumulate: bool,
 ) {
-    let width = panel_width::<T, S>();
-    let mut edge = [T::ZERO; MR * MAX_PANEL];
+    let width = F::width::<S>();
+    let mut edge = [F::Sum::ZERO; MR * MAX_PANEL];
     for j in (0..n).step_by(width) {
         // SAFETY: the caller's: b holds the panels of all n columns.
         let b_panel = unsafe { b.ptr.add(j / width * b.panel) };
@@ -104,57 +102,21 @@ pub unsafe fn multiply<T: Real, S: Simd>(
             // SAFETY: the caller vouches for A, B and C; `edge` holds MR rows of MAX_PANEL.
             unsafe {
                 if S::REGISTER_COUNT >= 32 {
-                    block::<T, S, MR>(simd, k, a_sliver, a.row, a.col, b_panel, b.row, target, stride, add);
+                    F::block::<S, MR>(simd, k, a_sliver, a.row, a.col, b_panel, b.row, target, stride, add);
                 } else {
                     for half in [0, MR / 2] {
                         let (a_half, c_half) = (a_sliver.add(half * a.row), target.add(half * stride));
-                        block::<T, S, { MR / 2 }>(simd, k, a_half, a.row, a.col, b_panel, b.row, c_half, stride, add);
+                        F::block::<S, { MR / 2 }>(simd, k, a_half, a.row, a.col, b_panel, b.row, c_half, stride, add);
                     }
                 }
                 if !inside {
                     for r in 0..rows {
                         for col in 0..cols {
                             let target = c_block.add(r * c_row + col);
-                            *target = edge[r * MAX_PANEL + col] + if accumulate { *target } else { T::ZERO };
+                            *target = edge[r * MAX_PANEL + col] + if accumulate { *target } else { F::Sum::ZERO };
                         }
                     }
                 }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-#[allow(clippy::too_many_arguments)] // as `multiply`
-unsafe fn block<T: Real, S: Simd, const R: usize>(
-    simd: S,
-    k: usize,
-    a: *const T,
-    a_row: usize,
-    a_col: usize,
-    b: *const T,
-    b_row: usize,
-    c: *mut T,
-    c_row: usize,
-    accumulate: bool,
-) {
-    let lanes = T::lanes::<S>();
-    let mut sum = [[T::splat(simd, T::ZERO); 2]; R];
-    // SAFETY: the caller's: a and b hold k steps of the block, and c the block.
-    unsafe {
-        for p in 0..k {
-            let b = b.add(p * b_row).cast::<T::Vector<S>>();
-            let (b0, b1) = (b.read_unaligned(), b.add(1).read_unaligned());
-            for (i, sum) in sum.iter_mut().enumerate() {
-                let x = T::splat(simd, *a.add(i * a_row + p * a_col));
-                sum[0] = T::mul_add(simd, x, b0, sum[0]);
-                sum[1] = T::mul_add(simd, x, b1, sum[1]);
-            }
-        }
-        for (i, sum) in sum.iter().enumerate() {
-            for (v, &sum) in sum.iter().enumerate() {
-                let c = c.add(i * c_row + v * lanes).cast::<T::Vector<S>>();
-                c.write_unaligned(if accumulate { T::sum(simd, c.read_unaligned(), sum) } else { sum });
             }
         }
     }
@@ -173,55 +135,90 @@ pub fn prefetch<T>(row: &[T]) {
     let _ = row;
 }
 
-/// Copies `rows` rows of `cols` elements into a row-major tile of row stride `to_stride`, as sums are
-/// kept.
+/// Factors of which each takes [`Factor::DEPTH`] neighbours of a row: `rows` rows of `k` elements
+/// become a row-major tile of row stride `to_stride`, whose last factor of a row is filled up with
+/// zero.
 ///
 /// # Safety
 /// Both must be live and must not overlap.
 #[inline(always)]
-pub unsafe fn copy_rows<T: Element>(
+pub unsafe fn copy_along<T: Element, F: Packs<T>>(
     from: *const T,
     stride: usize,
-    (rows, cols): (usize, usize),
-    to: *mut T::Sum,
+    (rows, k): (usize, usize),
+    to: *mut F,
     to_stride: usize,
 ) {
+    let whole = k / F::DEPTH;
     for i in 0..rows {
         // SAFETY: the caller's: both matrices hold these rows.
-        unsafe { copy(from.add(i * stride), to.add(i * to_stride), cols) };
+        unsafe {
+            let (from, to) = (from.add(i * stride), to.add(i * to_stride));
+            for p in 0..whole {
+                *to.add(p) = F::along(from.add(p * F::DEPTH));
+            }
+            if whole * F::DEPTH < k {
+                *to.add(whole) = F::single(*from.add(whole * F::DEPTH));
+            }
+        }
     }
 }
 
+/// Factors of which each takes the elements of a column in [`Factor::DEPTH`] rows: `k` rows of `n`
+/// elements become a row-major tile of row stride `to_stride`, whose last row is filled up with zero.
+///
 /// # Safety
-/// Both must hold `len` elements and must not overlap.
+/// As [`copy_along`].
 #[inline(always)]
-unsafe fn copy<T: Element>(from: *const T, to: *mut T::Sum, len: usize) {
-    // SAFETY: the caller's.
-    let (from, to) = unsafe { (std::slice::from_raw_parts(from, len), std::slice::from_raw_parts_mut(to, len)) };
-    widen(from, to);
+pub unsafe fn copy_across<T: Element, F: Packs<T>>(
+    from: *const T,
+    stride: usize,
+    (k, n): (usize, usize),
+    to: *mut F,
+    to_stride: usize,
+) {
+    let whole = k / F::DEPTH;
+    for p in 0..whole {
+        // SAFETY: the caller's: from holds k rows of n columns, to a row for each factor.
+        unsafe {
+            let (from, to) = (from.add(p * F::DEPTH * stride), to.add(p * to_stride));
+            for j in 0..n {
+                *to.add(j) = F::across(from.add(j), stride);
+            }
+        }
+    }
+    if whole * F::DEPTH < k {
+        // SAFETY: as above.
+        unsafe {
+            let (from, to) = (from.add(whole * F::DEPTH * stride), to.add(whole * to_stride));
+            for j in 0..n {
+                *to.add(j) = F::single(*from.add(j));
+            }
+        }
+    }
 }
 
 /// Packs columns `j0 .. j0 + width` of a row-major `[k, n]` matrix into one panel; columns from `n`
 /// on become zero.
 ///
 /// # Safety
-/// As [`copy_rows`]; `to` holds k rows of the panel width.
+/// As [`copy_along`]; `to` holds a row of the panel width for each factor of k.
 #[inline(always)]
-pub unsafe fn pack_panel<T: Element, S: Simd>(
+pub unsafe fn pack_panel<T: Element, F: Packs<T>, S: Simd>(
     from: *const T,
     stride: usize,
     (k, n): (usize, usize),
     j0: usize,
-    to: *mut T::Sum,
+    to: *mut F,
 ) {
-    let width = panel_width::<T::Sum, S>();
+    let width = F::width::<S>();
     let cols = width.min(n - j0);
-    for p in 0..k {
-        // SAFETY: the caller's: from holds k rows of n columns, to a panel of k rows.
-        unsafe {
-            copy(from.add(p * stride + j0), to.add(p * width), cols);
+    // SAFETY: the caller's: from holds k rows of n columns, to a panel of k's factors.
+    unsafe {
+        copy_across(from.add(j0), stride, (k, cols), to, width);
+        for p in 0..k.div_ceil(F::DEPTH) {
             for j in cols..width {
-                *to.add(p * width + j) = T::Sum::ZERO;
+                *to.add(p * width + j) = F::zeroed();
             }
         }
     }
@@ -233,31 +230,31 @@ pub unsafe fn pack_panel<T: Element, S: Simd>(
 /// # Safety
 /// As [`pack_panel`].
 #[inline(always)]
-pub unsafe fn pack_panel_transposed<T: Element, S: Simd>(
+pub unsafe fn pack_panel_transposed<T: Element, F: Packs<T>, S: Simd>(
     from: *const T,
     stride: usize,
     (n, k): (usize, usize),
     j0: usize,
-    to: *mut T::Sum,
+    to: *mut F,
 ) {
     /// Blocks of 4 x 4 are loads, shuffles and stores of whole vectors; a loop over elements would
     /// be scatters.
     const SIDE: usize = 4;
-    let width = panel_width::<T::Sum, S>();
-    let rows = width.min(n - j0);
-    let (whole_rows, whole_k) = (rows / SIDE * SIDE, k / SIDE * SIDE);
-    // SAFETY: the caller's: from holds n rows of k columns, to a panel of k rows.
+    let width = F::width::<S>();
+    let (rows, depth) = (width.min(n - j0), k / F::DEPTH);
+    let (whole_rows, whole_depth) = (rows / SIDE * SIDE, depth / SIDE * SIDE);
+    // SAFETY: the caller's: from holds n rows of k columns, to a panel of k's factors.
     let from = unsafe { from.add(j0 * stride) };
     // SAFETY: as above.
     let at = |j: usize, p: usize| unsafe { to.add(p * width + j) };
     for j in (0..whole_rows).step_by(SIDE) {
-        for p in (0..whole_k).step_by(SIDE) {
-            let mut block = [[T::Sum::ZERO; SIDE]; SIDE];
+        for p in (0..whole_depth).step_by(SIDE) {
+            let mut block = [[F::zeroed(); SIDE]; SIDE];
             // SAFETY: as above.
             unsafe {
                 for (r, row) in block.iter_mut().enumerate() {
                     for (c, x) in row.iter_mut().enumerate() {
-                        *x = (*from.add((j + r) * stride + p + c)).to_sum();
+                        *x = F::along(from.add((j + r) * stride + (p + c) * F::DEPTH));
                     }
                 }
                 for c in 0..SIDE {
@@ -270,8 +267,16 @@ pub unsafe fn pack_panel_transposed<T: Element, S: Simd>(
     }
     let one = |j: usize, p: usize| {
         // SAFETY: as above.
-        unsafe { *at(j, p) = if j < rows { (*from.add(j * stride + p)).to_sum() } else { T::Sum::ZERO } };
+        unsafe { *at(j, p) = if j < rows { F::along(from.add(j * stride + p * F::DEPTH)) } else { F::zeroed() } };
     };
-    (0..whole_rows).for_each(|j| (whole_k..k).for_each(|p| one(j, p)));
-    (whole_rows..width).for_each(|j| (0..k).for_each(|p| one(j, p)));
+    (0..whole_rows).for_each(|j| (whole_depth..depth).for_each(|p| one(j, p)));
+    (whole_rows..width).for_each(|j| (0..depth).for_each(|p| one(j, p)));
+    if depth * F::DEPTH < k {
+        for j in 0..width {
+            // SAFETY: as above.
+            unsafe {
+                *at(j, depth) = if j < rows { F::single(*from.add(j * stride + k - 1)) } else { F::zeroed() };
+            }
+        }
+    }
 }

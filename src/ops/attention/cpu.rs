@@ -1,5 +1,7 @@
 //! Attention on the CPU. All tiles of a task lie in the 1 MiB L2 cache of a core.
 
+use std::marker::PhantomData;
+
 use pulp::Simd;
 
 use super::{Attention, AttentionGrad, MOST_HEAD, Merge};
@@ -9,6 +11,7 @@ use crate::{
         Arena, Element, Real, View,
         cpu::{
             Cpu, Kernel,
+            factor::Packs,
             real::sum,
             tile::{self, Lhs, Rhs},
             with_workspace,
@@ -46,33 +49,65 @@ fn tasks(problems: impl Iterator<Item = (usize, usize)>) -> Vec<(usize, usize, u
 
 pub(super) fn forward<T: Element>(cpu: &Cpu, problems: &[Attention<T>]) {
     let tasks = tasks(problems.iter().map(|p| (p.heads, p.q.rows().div_ceil(QUERIES))));
-    cpu.parallel_kernel(tasks.len(), &Forward { problems, tasks: &tasks });
-}
-
-struct Forward<'a, T: Element> {
-    problems: &'a [Attention<T>],
-    tasks: &'a [(usize, usize, usize)],
-}
-
-/// Packs the transpose of a tile of `rows` rows and `cols` columns, [`HEAD`] apart, into panels.
-///
-/// # Safety
-/// As [`tile::pack_panel_transposed`].
-#[inline(always)]
-unsafe fn pack_transposed<T: Real, S: Simd>(from: *const T, (rows, cols): (usize, usize), to: *mut T) {
-    for j in (0..rows).step_by(tile::panel_width::<T, S>()) {
-        // SAFETY: the caller's: to holds panels of all rows of from.
-        unsafe { tile::pack_panel_transposed::<T, S>(from, HEAD, (rows, cols), j, to.add(j * cols)) };
+    if cpu.has_dots() {
+        let factors = PhantomData::<T::Dot>;
+        cpu.parallel_kernel(tasks.len(), &Forward { problems, tasks: &tasks, factors });
+    } else {
+        let factors = PhantomData::<T::Sum>;
+        cpu.parallel_kernel(tasks.len(), &Forward { problems, tasks: &tasks, factors });
     }
 }
 
-#[inline(always)]
-unsafe fn copy<T: Element>(from: View<T>, to: *mut T::Sum) {
-    // SAFETY: the caller's: to holds all rows of from, HEAD apart.
-    unsafe { tile::copy_rows(from.ptr(), from.stride(), (from.rows(), from.cols()), to, HEAD) };
+struct Forward<'a, T: Element, F> {
+    problems: &'a [Attention<T>],
+    tasks: &'a [(usize, usize, usize)],
+    /// What is multiplied.
+    factors: PhantomData<F>,
 }
 
-impl<T: Element> Kernel for Forward<'_, T> {
+/// Packs rows of a matrix as the columns of panels. They are copied into `rows`, [`HEAD`] apart,
+/// first: columns of them would be read from memory piece by piece.
+///
+/// # Safety
+/// The view must be live, of at most [`KEYS`] rows and [`HEAD`] columns; `to` holds panels of them.
+#[inline(always)]
+unsafe fn pack_transposed<T: Element, F: Packs<T>, S: Simd>(from: View<T>, rows: &mut [F], to: &mut [F]) {
+    let rows: &mut [T] = bytemuck::cast_slice_mut(rows);
+    let size = (from.rows(), from.cols());
+    for i in 0..from.rows() {
+        // SAFETY: the caller's.
+        rows[i * HEAD..][..from.cols()].copy_from_slice(unsafe { from.row(i) });
+    }
+    for j in (0..from.rows()).step_by(F::width::<S>()) {
+        let panel = to[j * from.cols().div_ceil(F::DEPTH)..].as_mut_ptr();
+        // SAFETY: `rows` holds all rows, and `to` panels of them.
+        unsafe { tile::pack_panel_transposed::<T, F, S>(rows.as_ptr(), HEAD, size, j, panel) };
+    }
+}
+
+/// Rows as the left side of a product along them, `HEAD / F::DEPTH` factors apart.
+///
+/// # Safety
+/// The view must be live, and `to` hold its rows.
+#[inline(always)]
+unsafe fn copy_along<T: Element, F: Packs<T>>(from: View<T>, to: &mut [F]) {
+    // SAFETY: the caller's.
+    unsafe {
+        tile::copy_along(from.ptr(), from.stride(), (from.rows(), from.cols()), to.as_mut_ptr(), HEAD / F::DEPTH);
+    }
+}
+
+/// Rows as the right side of a product across them, [`HEAD`] factors apart.
+///
+/// # Safety
+/// As [`copy_along`].
+#[inline(always)]
+unsafe fn copy_across<T: Element, F: Packs<T>>(from: View<T>, to: &mut [F]) {
+    // SAFETY: the caller's.
+    unsafe { tile::copy_across(from.ptr(), from.stride(), (from.rows(), from.cols()), to.as_mut_ptr(), HEAD) };
+}
+
+impl<T: Element, F: Packs<T>> Kernel for Forward<'_, T, F> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, task: usize) {
         let (i, head, block) = self.tasks[task];
@@ -99,27 +134,27 @@ impl<T: Element> Kernel for Forward<'_, T> {
                 out.fill(T::Sum::ZERO);
                 max.fill(T::Sum::of(f64::NEG_INFINITY));
                 total.fill(T::Sum::ZERO);
+                let queries: &mut [F] = bytemuck::cast_slice_mut(queries);
+                let [keys, values]: [&mut [F]; 2] = [keys, values].map(bytemuck::cast_slice_mut);
                 // SAFETY: the views are live, and each task writes its own rows and columns of out and
                 // lse.
-                unsafe { copy(q.rows_range(rows.clone()), queries.as_mut_ptr()) };
+                unsafe { copy_along(q.rows_range(rows.clone()), queries) };
+                let depth = d.div_ceil(F::DEPTH);
                 for key in (0..m).step_by(KEYS) {
                     let keys_here = KEYS.min(m - key);
                     // SAFETY: the workspace holds a tile of keys and one of values.
                     unsafe {
-                        // rows whole first: columns of them would be read from memory piece by piece
-                        copy(k.rows_range(key..key + keys_here), values.as_mut_ptr());
-                        pack_transposed::<T::Sum, S>(values.as_ptr(), (keys_here, d), keys.as_mut_ptr());
-                        copy(v.rows_range(key..key + keys_here), values.as_mut_ptr());
+                        pack_transposed::<T, F, S>(k.rows_range(key..key + keys_here), values, keys);
+                        copy_across(v.rows_range(key..key + keys_here), values);
                     }
                     for start in (0..n).step_by(ROWS) {
                         let rows_here = ROWS.min(n - start);
-                        let (a, b) =
-                            (Lhs::rows(queries[start * HEAD..].as_ptr(), HEAD), Rhs::panels::<S>(keys.as_ptr(), d));
+                        let stride = HEAD / F::DEPTH;
+                        let a = Lhs::rows(queries[start * stride..].as_ptr(), stride);
+                        let (b, size) = (Rhs::panels::<S>(keys.as_ptr(), depth), (rows_here, keys_here, depth));
                         // SAFETY: the workspace holds the queries, the packed keys and the scores of a
                         // tile.
-                        unsafe {
-                            tile::multiply(simd, (rows_here, keys_here, d), a, b, scores.as_mut_ptr(), KEYS, false)
-                        };
+                        unsafe { tile::multiply(simd, size, a, b, scores.as_mut_ptr(), KEYS, false) };
                         for r in 0..rows_here {
                             if key + KEYS + start + r < m && start + r < KEYS {
                                 // SAFETY: the views are live, and nobody writes them.
@@ -137,6 +172,7 @@ impl<T: Element> Kernel for Forward<'_, T> {
                                 dropout.factors(rows.start + at, key / KEYS, &mut factors);
                             }
                             total[at] = total[at] * shrink + weigh(row, scale2, new_max, &factors);
+                            F::from_sums(&mut scores[r * KEYS..(r + 1) * KEYS], keys_here);
                             max[at] = new_max;
                             if shrink != T::Sum::ONE {
                                 for o in &mut out[at * HEAD..at * HEAD + d] {
@@ -144,19 +180,11 @@ impl<T: Element> Kernel for Forward<'_, T> {
                                 }
                             }
                         }
-                        let (a, b) = (Lhs::rows(scores.as_ptr(), KEYS), Rhs::rows::<S>(values.as_ptr(), HEAD));
+                        let a = Lhs::rows(scores.as_ptr().cast::<F>(), KEYS);
+                        let b = Rhs::rows::<S>(values.as_ptr(), HEAD);
+                        let size = (rows_here, d, keys_here.div_ceil(F::DEPTH));
                         // SAFETY: the workspace holds the scores, the values and the sums of a tile.
-                        unsafe {
-                            tile::multiply(
-                                simd,
-                                (rows_here, d, keys_here),
-                                a,
-                                b,
-                                out[start * HEAD..].as_mut_ptr(),
-                                HEAD,
-                                true,
-                            )
-                        };
+                        unsafe { tile::multiply(simd, size, a, b, out[start * HEAD..].as_mut_ptr(), HEAD, true) };
                     }
                 }
                 for r in 0..n {
@@ -279,7 +307,13 @@ pub(super) fn backward<T: Element>(
 ) {
     problems.iter().zip(deltas).for_each(|(p, &of)| delta(cpu, p, of));
     let tasks = tasks(problems.iter().zip(partial).map(|(p, parts)| (p.forward.heads, parts.len())));
-    cpu.parallel_kernel(tasks.len(), &Backward { problems, partial, deltas, tasks: &tasks });
+    if cpu.has_dots() {
+        let factors = PhantomData::<T::Dot>;
+        cpu.parallel_kernel(tasks.len(), &Backward { problems, partial, deltas, tasks: &tasks, factors });
+    } else {
+        let factors = PhantomData::<T::Sum>;
+        cpu.parallel_kernel(tasks.len(), &Backward { problems, partial, deltas, tasks: &tasks, factors });
+    }
     for (p, parts) in problems.iter().zip(partial) {
         if parts.len() > 1 || p.dq.as_sums().is_none() {
             elementwise::cpu_sum(cpu, parts, p.dq);
@@ -287,15 +321,17 @@ pub(super) fn backward<T: Element>(
     }
 }
 
-struct Backward<'a, T: Element> {
+struct Backward<'a, T: Element, F> {
     problems: &'a [AttentionGrad<T>],
     /// For each problem the dq of each segment of keys.
     partial: &'a [Vec<View<T::Sum>>],
     deltas: &'a [View<T::Sum>],
     tasks: &'a [(usize, usize, usize)],
+    /// What is multiplied.
+    factors: PhantomData<F>,
 }
 
-impl<T: Element> Kernel for Backward<'_, T> {
+impl<T: Element, F: Packs<T> + Packs<T::Sum>> Kernel for Backward<'_, T, F> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, task: usize) {
         let (i, head, segment) = self.tasks[task];
@@ -322,7 +358,7 @@ impl<T: Element> Kernel for Backward<'_, T> {
             });
             return;
         }
-        const SIZE: usize = 5 * KEYS * HEAD + 2 * ROWS * HEAD + 2 * (ROWS + 1) * KEYS;
+        const SIZE: usize = 5 * KEYS * HEAD + 4 * ROWS * HEAD + 4 * (ROWS + 1) * KEYS;
         with_workspace(
             SIZE,
             #[inline(always)]
@@ -336,29 +372,45 @@ impl<T: Element> Kernel for Backward<'_, T> {
                 let (douts, space) = space.split_at_mut(ROWS * HEAD);
                 // one row more than the tile: a transposed tile's last register block reads past its
                 // columns
-                let (probs, dscores) = space.split_at_mut((ROWS + 1) * KEYS);
+                let (probs, space) = space.split_at_mut((ROWS + 1) * KEYS);
+                let (dscores, space) = space.split_at_mut((ROWS + 1) * KEYS);
+                // pairs of rows, where pairs are multiplied
+                let (queries_across, space) = space.split_at_mut(ROWS * HEAD);
+                let (douts_across, space) = space.split_at_mut(ROWS * HEAD);
+                let (probs_across, dscores_across) = space.split_at_mut((ROWS + 1) * KEYS);
+                let of_factors = |tile| bytemuck::cast_slice_mut::<T::Sum, F>(tile);
+                let [keys_t, values_t, keys] = [keys_t, values_t, keys].map(of_factors);
+                let [queries, douts] = [queries, douts].map(of_factors);
+                let [queries_across, douts_across] = [queries_across, douts_across].map(of_factors);
+                let [probs_across, dscores_across] = [probs_across, dscores_across].map(of_factors);
+                let depth = d.div_ceil(F::DEPTH);
                 for key in segment.clone().step_by(KEYS) {
                     let here = key..segment.end.min(key + KEYS);
                     let keys_here = here.len();
                     // SAFETY: the views are live; each task writes its own rows and columns of dk, dv
                     // and its own dq.
                     unsafe {
-                        copy(v.rows_range(here.clone()), keys.as_mut_ptr());
-                        pack_transposed::<T::Sum, S>(keys.as_ptr(), (keys_here, d), values_t.as_mut_ptr());
-                        copy(k.rows_range(here.clone()), keys.as_mut_ptr());
-                        pack_transposed::<T::Sum, S>(keys.as_ptr(), (keys_here, d), keys_t.as_mut_ptr());
+                        pack_transposed::<T, F, S>(v.rows_range(here.clone()), keys, values_t);
+                        pack_transposed::<T, F, S>(k.rows_range(here.clone()), keys, keys_t);
+                        copy_across(k.rows_range(here.clone()), keys);
                     }
                     for start in (0..n).step_by(ROWS) {
                         let rows = start..n.min(start + ROWS);
                         let rows_here = rows.len();
                         // SAFETY: the workspace holds a tile of queries and one of dout.
                         unsafe {
-                            copy(q.rows_range(rows.clone()), queries.as_mut_ptr());
-                            copy(dout.rows_range(rows.clone()), douts.as_mut_ptr());
-                            let size = (rows_here, keys_here, d);
-                            let (a, b) = (Lhs::rows(queries.as_ptr(), HEAD), Rhs::panels::<S>(keys_t.as_ptr(), d));
+                            copy_along(q.rows_range(rows.clone()), queries);
+                            copy_along(dout.rows_range(rows.clone()), douts);
+                            if F::DEPTH > 1 {
+                                copy_across(q.rows_range(rows.clone()), queries_across);
+                                copy_across(dout.rows_range(rows.clone()), douts_across);
+                            }
+                            let (size, stride) = ((rows_here, keys_here, depth), HEAD / F::DEPTH);
+                            let a = Lhs::rows(queries.as_ptr(), stride);
+                            let b = Rhs::panels::<S>(keys_t.as_ptr(), depth);
                             tile::multiply(simd, size, a, b, probs.as_mut_ptr(), KEYS, false);
-                            let (a, b) = (Lhs::rows(douts.as_ptr(), HEAD), Rhs::panels::<S>(values_t.as_ptr(), d));
+                            let a = Lhs::rows(douts.as_ptr(), stride);
+                            let b = Rhs::panels::<S>(values_t.as_ptr(), depth);
                             tile::multiply(simd, size, a, b, dscores.as_mut_ptr(), KEYS, false);
                         }
                         for r in 0..rows_here {
@@ -392,39 +444,32 @@ impl<T: Element> Kernel for Backward<'_, T> {
                         }
                         // SAFETY: the workspace holds all tiles of this step.
                         unsafe {
-                            let (dout, q, k) = (douts.as_ptr(), queries.as_ptr(), keys.as_ptr());
-                            let (size, later) = ((keys_here, d, rows_here), start > 0);
-                            let probs_t = Lhs::columns(probs.as_ptr(), KEYS);
-                            tile::multiply(
-                                simd,
-                                size,
-                                probs_t,
-                                Rhs::rows::<S>(dout, HEAD),
-                                dvalues.as_mut_ptr(),
-                                HEAD,
-                                later,
-                            );
-                            let dscores_t = Lhs::columns(dscores.as_ptr(), KEYS);
-                            tile::multiply(
-                                simd,
-                                size,
-                                dscores_t,
-                                Rhs::rows::<S>(q, HEAD),
-                                dkeys.as_mut_ptr(),
-                                HEAD,
-                                later,
-                            );
-                            let dq_block = dq.ptr().add(start * dq.stride());
-                            let (a, later) = (Lhs::rows(dscores.as_ptr(), KEYS), key > segment.start);
-                            tile::multiply(
-                                simd,
-                                (rows_here, d, keys_here),
-                                a,
-                                Rhs::rows::<S>(k, HEAD),
-                                dq_block,
-                                dq.stride(),
-                                later,
-                            );
+                            let (dout, q) = if F::DEPTH == 1 {
+                                (douts.as_ptr(), queries.as_ptr())
+                            } else {
+                                (douts_across.as_ptr(), queries_across.as_ptr())
+                            };
+                            let (probs_t, dscores_t) = if F::DEPTH == 1 {
+                                (probs.as_ptr().cast::<F>(), dscores.as_ptr().cast::<F>())
+                            } else {
+                                let size = (rows_here, keys_here);
+                                tile::copy_across(probs.as_ptr(), KEYS, size, probs_across.as_mut_ptr(), KEYS);
+                                tile::copy_across(dscores.as_ptr(), KEYS, size, dscores_across.as_mut_ptr(), KEYS);
+                                for dscore in dscores.chunks_exact_mut(KEYS).take(rows_here) {
+                                    F::from_sums(dscore, keys_here);
+                                }
+                                (probs_across.as_ptr(), dscores_across.as_ptr())
+                            };
+                            let (size, later) = ((keys_here, d, rows_here.div_ceil(F::DEPTH)), start > 0);
+                            let (a, b) = (Lhs::columns(probs_t, KEYS), Rhs::rows::<S>(dout, HEAD));
+                            tile::multiply(simd, size, a, b, dvalues.as_mut_ptr(), HEAD, later);
+                            let (a, b) = (Lhs::columns(dscores_t, KEYS), Rhs::rows::<S>(q, HEAD));
+                            tile::multiply(simd, size, a, b, dkeys.as_mut_ptr(), HEAD, later);
+                            let (dq_block, later) = (dq.ptr().add(start * dq.stride()), key > segment.start);
+                            let a = Lhs::rows(dscores.as_ptr().cast::<F>(), KEYS);
+                            let (b, size) =
+                                (Rhs::rows::<S>(keys.as_ptr(), HEAD), (rows_here, d, keys_here.div_ceil(F::DEPTH)));
+                            tile::multiply(simd, size, a, b, dq_block, dq.stride(), later);
                         }
                     }
                     for (r, row) in here.enumerate() {

@@ -7,15 +7,19 @@ use super::{Epilogue, Matmul, WeightGrad};
 use crate::{
     device::{
         Element, Real, View,
-        cpu::{Cpu, Kernel, tile, with_workspace},
+        cpu::{
+            Cpu, Kernel,
+            factor::{Factor, Packs},
+            tile, with_workspace,
+        },
         round, widen,
     },
     ops::gelu,
 };
 
 const ROW_BLOCK: usize = 96;
-/// Depth of a block: the tiles of A and of B's panels then lie in a core's L2 cache, and what is
-/// read and written of C is little beside the products.
+/// Factors of a block's depth: the tiles of A and of B's panels then lie in a core's L2 cache, and
+/// what is read and written of C is little beside the products.
 const DEPTH: usize = 512;
 
 /// Every (problem, start) with `start` in steps of `step` below `len(problem)`.
@@ -38,9 +42,17 @@ fn panel_offsets<P>(problems: &[P], width: usize, size: impl Fn(&P) -> (usize, u
 
 /// [`super::forward`] where `transposed`, else [`super::backward_input`].
 pub(super) fn run<T: Element>(cpu: &Cpu, problems: &[Matmul<T>], transposed: bool) {
-    let width = 2 * cpu.lanes::<T::Sum>();
-    let (offsets, len) = panel_offsets(problems, width, |p: &Matmul<T>| (p.a.cols(), p.out.cols()));
-    cpu.with_panels(len, |panels: View<T::Sum>| {
+    if cpu.has_dots() {
+        run_by::<T, T::Dot>(cpu, problems, transposed);
+    } else {
+        run_by::<T, T::Sum>(cpu, problems, transposed);
+    }
+}
+
+fn run_by<T: Element, F: Packs<T>>(cpu: &Cpu, problems: &[Matmul<T>], transposed: bool) {
+    let width = cpu.panel_width::<F>();
+    let (offsets, len) = panel_offsets(problems, width, |p: &Matmul<T>| (p.a.cols().div_ceil(F::DEPTH), p.out.cols()));
+    cpu.with_panels(len, |panels: View<F>| {
         let pack = tasks(problems, width, |p| p.out.cols());
         cpu.parallel_kernel(pack.len(), &Pack { problems, transposed, offsets: &offsets, panels, tasks: &pack });
         let blocks = tasks(problems, ROW_BLOCK, |p| p.out.rows());
@@ -48,15 +60,15 @@ pub(super) fn run<T: Element>(cpu: &Cpu, problems: &[Matmul<T>], transposed: boo
     });
 }
 
-struct Pack<'a, T: Element> {
+struct Pack<'a, T: Element, F> {
     problems: &'a [Matmul<T>],
     transposed: bool,
     offsets: &'a [usize],
-    panels: View<T::Sum>,
+    panels: View<F>,
     tasks: &'a [(usize, usize)],
 }
 
-impl<T: Element> Kernel for Pack<'_, T> {
+impl<T: Element, F: Packs<T>> Kernel for Pack<'_, T, F> {
     #[inline(always)]
     fn run<S: Simd>(&self, _: S, task: usize) {
         let (i, j0) = self.tasks[task];
@@ -64,31 +76,31 @@ impl<T: Element> Kernel for Pack<'_, T> {
         let (k, n) = (p.a.cols(), p.out.cols());
         // SAFETY: the views are live, and each task writes its own panel.
         unsafe {
-            let to = self.panels.ptr().add(self.offsets[i] + j0 * k);
+            let to = self.panels.ptr().add(self.offsets[i] + j0 * k.div_ceil(F::DEPTH));
             if self.transposed {
-                tile::pack_panel_transposed::<T, S>(p.b.ptr(), p.b.stride(), (n, k), j0, to);
+                tile::pack_panel_transposed::<T, F, S>(p.b.ptr(), p.b.stride(), (n, k), j0, to);
             } else {
-                tile::pack_panel::<T, S>(p.b.ptr(), p.b.stride(), (k, n), j0, to);
+                tile::pack_panel::<T, F, S>(p.b.ptr(), p.b.stride(), (k, n), j0, to);
             }
         }
     }
 }
 
-struct Product<'a, T: Element> {
+struct Product<'a, T: Element, F> {
     problems: &'a [Matmul<T>],
     offsets: &'a [usize],
-    panels: View<T::Sum>,
+    panels: View<F>,
     tasks: &'a [(usize, usize)],
 }
 
-impl<T: Element> Kernel for Product<'_, T> {
+impl<T: Element, F: Packs<T>> Kernel for Product<'_, T, F> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, task: usize) {
         let (i, row) = self.tasks[task];
         let p = &self.problems[i];
         let (n, k) = (p.out.cols(), p.a.cols());
         let rows = ROW_BLOCK.min(p.out.rows() - row);
-        let width = tile::panel_width::<T::Sum, S>();
+        let (width, panel_rows) = (F::width::<S>(), k.div_ceil(F::DEPTH));
         let out = p.out.rows_range(row..row + rows);
         let in_place = out.as_sums();
         let sums_len = if in_place.is_some() { 0 } else { rows * n };
@@ -97,6 +109,7 @@ impl<T: Element> Kernel for Product<'_, T> {
             #[inline(always)]
             |space: &mut [T::Sum]| {
                 let (block, sums) = space.split_at_mut(ROW_BLOCK * DEPTH);
+                let block: &mut [F] = bytemuck::cast_slice_mut(block);
                 // SAFETY: the workspace is this task's.
                 let sums = in_place.unwrap_or_else(|| unsafe { View::of_slice_mut(sums, rows, n) });
                 // SAFETY: the views are live, and each task writes its own rows of `out`.
@@ -108,16 +121,17 @@ impl<T: Element> Kernel for Product<'_, T> {
                     if in_place.is_none() && p.epilogue.accumulate {
                         (0..rows).for_each(|i| widen(out.row(i), sums.row_mut(i)));
                     }
-                    for k0 in (0..k).step_by(DEPTH) {
-                        let depth = DEPTH.min(k - k0);
-                        tile::copy_rows(a.add(k0), p.a.stride(), (rows, depth), block.as_mut_ptr(), DEPTH);
+                    for p0 in (0..panel_rows).step_by(DEPTH) {
+                        let (k0, depth) = (p0 * F::DEPTH, DEPTH.min(panel_rows - p0));
+                        let size = (rows, (k - k0).min(DEPTH * F::DEPTH));
+                        tile::copy_along(a.add(k0), p.a.stride(), size, block.as_mut_ptr(), DEPTH);
                         let b = tile::Rhs {
-                            ptr: self.panels.ptr().add(self.offsets[i] + k0 * width),
-                            panel: k * width,
+                            ptr: self.panels.ptr().add(self.offsets[i] + p0 * width),
+                            panel: panel_rows * width,
                             row: width,
                         };
                         let a = tile::Lhs::rows(block.as_ptr(), DEPTH);
-                        let accumulate = p.epilogue.accumulate || k0 > 0;
+                        let accumulate = p.epilogue.accumulate || p0 > 0;
                         tile::multiply(simd, (rows, n, depth), a, b, sums.ptr(), sums.stride(), accumulate);
                     }
                     for i in 0..rows {
@@ -181,14 +195,21 @@ const WEIGHT_ROWS: usize = 96;
 const WEIGHT_COLS: usize = 512;
 
 pub(super) fn backward_weight<T: Element>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
-    problems.chunks(GROUP).for_each(|problems| backward_weight_group(cpu, problems));
+    for problems in problems.chunks(GROUP) {
+        if cpu.has_dots() {
+            backward_weight_group::<T, T::Dot>(cpu, problems);
+        } else {
+            backward_weight_group::<T, T::Sum>(cpu, problems);
+        }
+    }
 }
 
-fn backward_weight_group<T: Element>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
-    let width = 2 * cpu.lanes::<T::Sum>();
-    let (offsets, len) = panel_offsets(problems, width, |p: &WeightGrad<T>| (CHUNK.min(p.x.rows()), p.x.cols()));
+fn backward_weight_group<T: Element, F: Packs<T>>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
+    let width = cpu.panel_width::<F>();
+    let panel = |p: &WeightGrad<T>| (CHUNK.min(p.x.rows()).div_ceil(F::DEPTH), p.x.cols());
+    let (offsets, len) = panel_offsets(problems, width, panel);
     let rows = problems.iter().map(|p| p.x.rows()).max().unwrap_or(0);
-    cpu.with_panels(len, |panels: View<T::Sum>| {
+    cpu.with_panels(len, |panels: View<F>| {
         for start in (0..rows).step_by(CHUNK) {
             let chunk = |p: &WeightGrad<T>| p.x.rows().saturating_sub(start).min(CHUNK);
             let pack = tasks(problems, PACK_ROWS, chunk);
@@ -204,41 +225,42 @@ fn backward_weight_group<T: Element>(cpu: &Cpu, problems: &[WeightGrad<T>]) {
     });
 }
 
-struct PackChunk<'a, T: Element> {
+struct PackChunk<'a, T: Element, F> {
     problems: &'a [WeightGrad<T>],
     start: usize,
     offsets: &'a [usize],
-    panels: View<T::Sum>,
+    panels: View<F>,
     tasks: &'a [(usize, usize)],
 }
 
-impl<T: Element> Kernel for PackChunk<'_, T> {
+impl<T: Element, F: Packs<T>> Kernel for PackChunk<'_, T, F> {
     #[inline(always)]
     fn run<S: Simd>(&self, _: S, task: usize) {
         let (i, first) = self.tasks[task];
         let p = &self.problems[i];
         let x = p.x.rows_range(self.start..p.x.rows().min(self.start + CHUNK));
         let rows = x.rows_range(first..x.rows().min(first + PACK_ROWS));
-        let width = tile::panel_width::<T::Sum, S>();
+        let width = F::width::<S>();
         for j0 in (0..x.cols()).step_by(width) {
             // SAFETY: the views are live, and each task writes its own rows of all panels.
             unsafe {
-                let to = self.panels.ptr().add(self.offsets[i] + j0 * x.rows() + first * width);
-                tile::pack_panel::<T, S>(rows.ptr(), rows.stride(), (rows.rows(), rows.cols()), j0, to);
+                let (panel_rows, above) = (x.rows().div_ceil(F::DEPTH), first / F::DEPTH);
+                let to = self.panels.ptr().add(self.offsets[i] + j0 * panel_rows + above * width);
+                tile::pack_panel::<T, F, S>(rows.ptr(), rows.stride(), (rows.rows(), rows.cols()), j0, to);
             }
         }
     }
 }
 
-struct Accumulate<'a, T: Element> {
+struct Accumulate<'a, T: Element, F> {
     problems: &'a [WeightGrad<T>],
     start: usize,
     offsets: &'a [usize],
-    panels: View<T::Sum>,
+    panels: View<F>,
     tasks: &'a [(usize, usize)],
 }
 
-impl<T: Element> Kernel for Accumulate<'_, T> {
+impl<T: Element, F: Packs<T>> Kernel for Accumulate<'_, T, F> {
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, task: usize) {
         let (i, block) = self.tasks[task];
@@ -248,24 +270,25 @@ impl<T: Element> Kernel for Accumulate<'_, T> {
         let col_blocks = p.x.cols().div_ceil(WEIGHT_COLS);
         let (row, col) = (block / col_blocks * WEIGHT_ROWS, block % col_blocks * WEIGHT_COLS);
         let (rows, cols) = (WEIGHT_ROWS.min(dy.cols() - row), WEIGHT_COLS.min(p.x.cols() - col));
-        let width = tile::panel_width::<T::Sum, S>();
+        let (width, panel_rows) = (F::width::<S>(), k.div_ceil(F::DEPTH));
         with_workspace(
             WEIGHT_ROWS * DEPTH,
             #[inline(always)]
-            |tile_: &mut [T::Sum]| {
+            |tile_: &mut [F]| {
                 // SAFETY: the views are live, and each task writes its own block of `dw`.
                 unsafe {
-                    for k0 in (0..k).step_by(DEPTH) {
-                        let depth = DEPTH.min(k - k0);
+                    for p0 in (0..panel_rows).step_by(DEPTH) {
+                        let (k0, depth) = (p0 * F::DEPTH, DEPTH.min(panel_rows - p0));
                         let from = dy.ptr().add(k0 * dy.stride() + row);
-                        tile::copy_rows(from, dy.stride(), (depth, rows), tile_.as_mut_ptr(), WEIGHT_ROWS);
+                        let size = ((k - k0).min(DEPTH * F::DEPTH), rows);
+                        tile::copy_across(from, dy.stride(), size, tile_.as_mut_ptr(), WEIGHT_ROWS);
                         if col == 0 {
                             let db = p.db.cols_range(row..row + rows).row_mut(0);
                             tile_[..depth * WEIGHT_ROWS].chunks(64 * WEIGHT_ROWS).for_each(|rows| add_rows(rows, db));
                         }
                         let a = tile::Lhs::columns(tile_.as_ptr(), WEIGHT_ROWS);
-                        let panels = self.panels.ptr().add(self.offsets[i] + col * k + k0 * width);
-                        let b = tile::Rhs { ptr: panels, panel: k * width, row: width };
+                        let panels = self.panels.ptr().add(self.offsets[i] + col * panel_rows + p0 * width);
+                        let b = tile::Rhs { ptr: panels, panel: panel_rows * width, row: width };
                         let dw = p.dw.ptr().add(row * p.dw.stride() + col);
                         tile::multiply(simd, (rows, cols, depth), a, b, dw, p.dw.stride(), true);
                     }
@@ -278,11 +301,11 @@ impl<T: Element> Kernel for Accumulate<'_, T> {
 /// sums += the column sums of some rows of [`WEIGHT_ROWS`] elements, of which those beyond `sums`
 /// are not asked for.
 #[inline(always)]
-fn add_rows<T: Real>(rows: &[T], sums: &mut [T]) {
-    let mut block = [T::ZERO; WEIGHT_ROWS];
+fn add_rows<F: Factor>(rows: &[F], sums: &mut [F::Sum]) {
+    let mut block = [F::Sum::ZERO; WEIGHT_ROWS];
     for row in rows.chunks_exact(WEIGHT_ROWS) {
         for (sum, &x) in block.iter_mut().zip(row) {
-            *sum += x;
+            *sum += x.total();
         }
     }
     for (to, &sum) in sums.iter_mut().zip(&block) {
