@@ -91,7 +91,7 @@ fn parse_bags(text: &str) -> Result<BagSizes, String> {
         Ok(&[x5, x10, x20]) if [x5, x10, x20].iter().all(|n| (1..=MOST_PATCHES).contains(n)) => {
             Ok([x5, x10, x20].into())
         }
-        _ => Err("expected three patch counts M5,N,M20 from 1 to 2^31".into()),
+        _ => Err("expected three patch counts M5,N,M20 from 1 to 2^26".into()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Cohorts on disk as users have them: the folders of several tools, slides that are left out,
 //! folds numbered from 1, folds with test slides.
+#![cfg(feature = "programs")]
 
 use std::{
     collections::{BTreeSet, HashMap},

@@ -1,6 +1,7 @@
 //! Cox training gives the gradient of the whole batch, from the memory of one slide; it stops and
 //! resumes bit by bit. The nested protocol keeps a fold's validation outcomes away from its
 //! weights.
+#![cfg(feature = "programs")]
 
 mod common;
 #[path = "cox_train/gradient.rs"]

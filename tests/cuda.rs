@@ -1,6 +1,7 @@
 //! The programs on `--device cuda` where there is no GPU: under a driver whose GPU is the emulator
 //! (kernels/emulator/driver.cpp). All of src/device/cuda.rs runs: streams, events, page-locked
 //! memory, launches by name, what it says of trouble.
+#![cfg(feature = "programs")]
 #![cfg(feature = "emulator")]
 
 use std::{

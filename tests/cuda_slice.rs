@@ -1,5 +1,6 @@
 //! The ops on another library's memory and stream of a GPU: cudarc's `CudaSlice` and `CudaStream`.
 //! Ignored where there is no GPU; .ci/run has it run under the emulated driver.
+#![cfg(feature = "programs")]
 
 use std::sync::Arc;
 

@@ -1,5 +1,6 @@
 //! `--device` on a machine whose GPU, driver or kernels are missing: one clear sentence, never a
 //! panic.
+#![cfg(feature = "programs")]
 
 use std::process::{Command, Output};
 

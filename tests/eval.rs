@@ -1,5 +1,6 @@
 //! Evaluation of a small trained run, and of single checkpoints, against what training itself
 //! measured and plain counting of pairs.
+#![cfg(feature = "programs")]
 
 mod common;
 #[path = "eval/compare.rs"]

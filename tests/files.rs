@@ -3,6 +3,7 @@
 //! `tests/fixtures/files` is made by scripts/make-fixtures.py with PyTorch, h5py and safetensors.
 //! Further real files are looked for under `../shared/data`, or under the environment variable
 //! CROSSFUSION_DATA.
+#![cfg(feature = "programs")]
 
 #[path = "files/damaged.rs"]
 mod damaged;

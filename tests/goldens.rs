@@ -1,5 +1,6 @@
 //! Agreement with the PyTorch reference, computed in float64: every file of the folder in
 //! CROSSFUSION_GOLDENS (default tests/goldens). The device is CROSSFUSION_DEVICE's (default cpu).
+#![cfg(feature = "programs")]
 
 mod common;
 

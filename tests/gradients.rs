@@ -1,6 +1,7 @@
 //! Explicit backward passes against central finite differences in f64, dropout on: every parameter
 //! tensor and every bag, along a random direction; and the same bits from any number of threads,
 //! the same numbers from any instruction set.
+#![cfg(feature = "programs")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! `cf-train --memory-budget`: the same training in less memory, refusals before anything is
 //! written, files that fail in mid-run.
+#![cfg(feature = "programs")]
 
 use std::{
     path::Path,

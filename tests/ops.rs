@@ -1,5 +1,6 @@
 //! The public ops, called as another engine would: gradients against central differences in f64,
 //! groups of problems, operands of other libraries, and a pool of threads across a fork.
+#![cfg(feature = "programs")]
 
 #[path = "ops/draws.rs"]
 mod draws;

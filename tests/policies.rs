@@ -1,5 +1,6 @@
 //! Every memory policy gives the gradients of the one that keeps everything, and holds what its
 //! plan says; on the CPU, and by CROSSFUSION_DEVICE on another device.
+#![cfg(feature = "programs")]
 
 mod common;
 

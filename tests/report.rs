@@ -1,5 +1,6 @@
 //! The report on a synthetic cohort: what it shows is what went in, and it is whole without
 //! network, fonts or a model.
+#![cfg(feature = "programs")]
 
 #[path = "report/accuracy.rs"]
 mod accuracy;

@@ -2,6 +2,7 @@
 //! of the folder in CROSSFUSION_GOLDENS, by default tests/goldens; further numbers of R in
 //! tests/survival/r_truth.json), against brute force on small random data, and on degenerate
 //! cohorts.
+#![cfg(feature = "programs")]
 
 #[path = "survival/concordance.rs"]
 mod concordance;

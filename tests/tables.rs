@@ -1,5 +1,6 @@
 //! Cohort tables: the real ones against what pandas makes of them (goldens labels_*.json), and odd
 //! ones that must be refused by row and column.
+#![cfg(feature = "programs")]
 
 mod common;
 #[path = "tables/splits.rs"]

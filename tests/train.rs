@@ -1,5 +1,6 @@
 //! Runs of `cf-train`: stopped and resumed they give the same bits as uninterrupted ones, with any
 //! number of threads; wrong input is refused in a sentence.
+#![cfg(feature = "programs")]
 
 #[path = "train/program.rs"]
 mod program;

@@ -108,6 +108,8 @@ impl DLTensor {
             _ => (shape[0], &shape[1..], &strides[1..]),
         };
         let cols = inner.iter().try_fold(1i64, |cols, &size| cols.checked_mul(size));
+        let fits = |cols: &i64| cols.checked_mul(rows).is_some_and(|count| count as u64 <= crate::MOST_ELEMENTS as u64);
+        let cols = cols.filter(fits);
         let cols = cols.ok_or_else(|| usage(format!("{name} has shape {shape:?}, which is in no memory")))?;
         let mut expected = 1;
         for (&size, &stride) in inner.iter().zip(inner_strides).rev() {
@@ -116,7 +118,7 @@ impl DLTensor {
                     "{name} has shape {shape:?} and strides {strides:?}: expected rows without gaps (make it contiguous)"
                 )));
             }
-            expected *= size.max(1);
+            expected = i64::saturating_mul(expected, size.max(1));
         }
         let stride = if shape.len() > 1 && rows > 1 { strides[0] } else { cols };
         let stride = usize::try_from(stride)
@@ -194,6 +196,9 @@ unsafe fn place<T: Stored>(name: &str, tensor: &DLTensor) -> Result<Place<T>> {
     }
     // SAFETY: the caller's.
     let (rows, cols, stride) = unsafe { tensor.matrix(name) }?;
+    if tensor.data.is_null() && rows * cols > 0 {
+        return Err(usage(format!("{name} is null: there is no element of {} bytes", size_of::<T>())));
+    }
     let address = usize::try_from(tensor.byte_offset).ok().and_then(|offset| tensor.data.addr().checked_add(offset));
     let address = address.ok_or_else(|| usage(format!("{name} has byte_offset {}", tensor.byte_offset)))?;
     let address = tensor.data.with_addr(address).cast::<T>();

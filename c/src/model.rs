@@ -8,9 +8,8 @@ use std::{
 
 use engine::{
     Error, Result,
-    data::torch::read_state_dict,
     device::Real,
-    eval::infer,
+    eval::Network,
     loss::Prediction,
     model::{BagSizes, Bags, Config, Fusion, Model, ModelName, Policy, Scale, Scales},
     ops::Draw,
@@ -237,23 +236,10 @@ pub unsafe extern "C" fn cf_model_load(
         let (context, out) = (given("context", context)?, given_mut("out", out)?);
         *out = std::ptr::null_mut();
         let path = self::path(path)?;
-        let tensors = read_state_dict(&path)?;
-        let ours = path.extension().is_some_and(|extension| extension == "safetensors");
-        let card = if ours { checkpoint::read_card(&path)? } else { None };
-        let config = match card {
-            Some(card) if heads != 0 && card.model.heads != heads as usize => {
-                return Err(usage(format!(
-                    "heads = {heads}: {} has {} attention heads",
-                    path.display(),
-                    card.model.heads
-                )));
-            }
-            Some(card) => card.model,
-            None if heads == 0 => {
-                return Err(usage(format!("{}: heads = 0, and the file does not say", path.display())));
-            }
-            None => infer::config(&tensors, heads as usize).map_err(|e| Error::file(&path, e))?,
-        };
+        let Network { card, config, tensors } = Network::read(&path, (heads != 0).then_some(heads as usize))?;
+        if card.is_none() && heads == 0 {
+            return Err(usage(format!("{}: heads = 0, and the file does not say", path.display())));
+        }
         let made = cf_model::new(context, &config, precision, 0)?;
         either!(&mut *made.lock(), engine => engine.load(&tensors)).map_err(|e| Error::file(&path, e))?;
         *out = Box::into_raw(Box::new(made));
@@ -386,7 +372,7 @@ unsafe fn bag<'a, T: Stored>(name: &str, tensor: *const DLTensor, features: usiz
         if rows > 1 && stride != cols {
             return Err(usage(format!("{name} has rows {stride} apart: expected features without gaps")));
         }
-        let values = array(name, address, rows * cols)?;
+        let values = array(name, address, rows * cols)?; // `matrix` has bounded them
         // one of them would make everything that the model gives of the slide NaN
         match values.iter().position(|value| !value.to_sum().f64().is_finite()) {
             Some(at) => {

@@ -766,7 +766,7 @@ impl cf_loss {
         if !(0.0..=1.0).contains(&self.alpha) {
             return Err(usage(format!("alpha = {}: expected 0 to 1", self.alpha)));
         }
-        if !self.share.is_finite() {
+        if !(self.share as f32).is_finite() {
             return Err(usage(format!("share = {}: expected a number", self.share)));
         }
         let target = Target { label: self.label as usize, censored: self.censored };

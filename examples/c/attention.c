@@ -195,7 +195,9 @@ int main(void) {
   refused(cf_attention_forward(context, &call, 1), "k is on GPU 0, the context on the CPU");
   k->tensor.device.device_type = 1;
   k->tensor.data = NULL;
-  refused(cf_attention_forward(context, &call, 1), "k: there is no element of 4 bytes at address 0x0");
+  refused(cf_attention_forward(context, &call, 1), "k is null: there is no element of 4 bytes");
+  k->tensor.byte_offset = 64;
+  refused(cf_attention_forward(context, &call, 1), "k is null: there is no element of 4 bytes");
   k->tensor.data = k->data;
   k->tensor.byte_offset = 2;
   refused(cf_attention_forward(context, &call, 1), "where no float32 can be");
@@ -210,6 +212,8 @@ int main(void) {
   k->tensor.shape = k->shape;
   k->shape[0] = 199;
   refused(cf_attention_forward(context, &call, 1), "v has shape [200, 16], expected [199, 16]");
+  k->shape[0] = (INT64_C(1) << 62) + 5; /* times the columns it wraps to a few rows */
+  refused(cf_attention_forward(context, &call, 1), "which is in no memory");
   k->shape[0] = -1;
   refused(cf_attention_forward(context, &call, 1), "k has shape [-1, 16]");
   k->shape[0] = 200;

@@ -303,6 +303,14 @@ def test_a_trained_model_is_loaded(tmp_path):
         assert risk.item() == pytest.approx(float(row["risk"]), abs=1e-5)
     with pytest.raises(ValueError, match="best.safetensors has 2 attention heads, not 4"):
         models.load(run / "fold_0/best.safetensors", heads=4)
+    # a model is told by its content: under another name it keeps its card and its checksum
+    data = bytearray((run / "fold_0/best.safetensors").read_bytes())
+    (tmp_path / "blob").write_bytes(data)
+    assert models.load(tmp_path / "blob").final_transformer.pre_layers.layers[0][1].heads == 2
+    data[-1] ^= 1
+    (tmp_path / "blob.pt").write_bytes(data)
+    with pytest.raises(OSError, match="checksum"):
+        models.load(tmp_path / "blob.pt")
 
 
 def test_a_published_checkpoint_is_loaded(tmp_path):
@@ -313,9 +321,16 @@ def test_a_published_checkpoint_is_loaded(tmp_path):
         loaded = models.load(tmp_path / "best_model.pt", heads=2).eval()
         bags = [torch.randn(1, n, 12) for n in (3, 5, 9)]
         assert type(loaded) is cls and torch.equal(model(*bags), loaded(*bags))
+        assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    before = torch.get_rng_state()
+    models.load(tmp_path / "best_model.pt", heads=2)
+    assert torch.equal(before, torch.get_rng_state())
+    for heads in (0, -1, 10**30):
+        with pytest.raises(ValueError, match=f"heads is {heads}"):
+            models.load(tmp_path / "best_model.pt", heads=heads)
     state = {name.replace("proj1", "other"): tensor for name, tensor in model.state_dict().items()}
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises((OSError, RuntimeError), match="proj1"):
+    with pytest.raises(OSError, match="other.pt: .*proj1"):
         models.load(tmp_path / "other.pt", heads=2)
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
         models.load("nowhere.pt")

@@ -554,6 +554,8 @@ def test_autocast():
             ops.attention(x.double(), x, x, heads=2)
     truth = F.layer_norm(linear(x).bfloat16().float(), (8,), weight, bias)
     assert (y - truth).abs().max() < 0.05 and weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="autocast's type is torch.float16"):
+        ops.linear(x, linear.weight, linear.bias)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
         with pytest.raises(ValueError, match="weight is torch.float32"):
             ops.layer_norm(q.detach(), weight, bias)

@@ -529,11 +529,14 @@ def test_a_plan():
     for name in ("features", "dim", "layers"):
         with pytest.raises(ValueError, match=f"{name} = 1099511627776: expected at most"):
             crossfusion.plan([1, 1, 1], **{"features": 64, name: 2**40})
-    largest = ((2**30, 2**16, 2**14, 128, 1), (2**21, 8, 2**14, 128, 512), (2**31, 2**16, 512, 4, 16))
-    for n, features, dim, heads, layers in largest:
-        assert crossfusion.plan([n] * 3, features, dim=dim, heads=heads, layers=layers).peak_bytes > 2**45
+    for patches, dim, heads, layers in ((2**26, 2**14, 128, 16), (2**25, 2**13, 64, 64)):
+        largest = crossfusion.plan([patches] * 3, 2**16, dim=dim, heads=heads, layers=layers)
+        assert largest.peak_bytes > 2**45
+    for patches, dim, heads, layers in ((2**26, 2**14, 128, 17), (2**25 + 1, 2**13, 64, 64)):
         with pytest.raises(ValueError, match="no memory holds that"):
-            crossfusion.plan([n] * 3, features, dim=dim, heads=heads, layers=layers + 1)
+            crossfusion.plan([patches] * 3, 2**16, dim=dim, heads=heads, layers=layers)
+    with pytest.raises(ValueError, match="do not fit into a memory budget"):
+        crossfusion.plan([2**26] * 3, 2**16, budget=2**33)
     with pytest.raises(ValueError, match="expected cpu or cuda"):
         crossfusion.plan([1, 1, 1], features=64, device="tpu")
 
@@ -541,6 +544,11 @@ def test_a_plan():
 def test_useful_without_torch():
     code = "import sys; sys.modules['torch'] = None; import crossfusion; print(crossfusion.survival.fold_mean([1, 2]).mean)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1.5\n"
-    code = "import sys; sys.modules['torch'] = None; import crossfusion; crossfusion.ops"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
-    assert said.endswith("ModuleNotFoundError: crossfusion.ops needs PyTorch, which is not installed\n")
+    without = "import sys; sys.modules['torch'] = None; "
+    for code, error in (
+        ("import crossfusion; assert not hasattr(crossfusion, 'ops'); crossfusion.ops", "AttributeError"),
+        ("from crossfusion import *; from crossfusion import models", "ModuleNotFoundError"),
+    ):
+        said = subprocess.run([sys.executable, "-c", without + code], capture_output=True, text=True).stderr
+        expected = f"{error}: crossfusion.ops and crossfusion.models need PyTorch, which is not installed\n"
+        assert said.endswith(expected), said

@@ -52,6 +52,12 @@ pub fn read_state_dict(path: &Path) -> Result<StateDict> {
     state_dict(bytes).map_err(|e| Error::file(path, e))
 }
 
+/// Whether a file's content is safetensors, whatever its name.
+pub fn is_safetensors(path: &Path) -> Result<bool> {
+    let bytes = super::features::map_file(path)?;
+    container(&bytes).map(|kind| kind == Some(Container::Safetensors)).map_err(|e| Error::file(path, e))
+}
+
 /// [`read_state_dict`] of a file that is already in memory; `name` stands for its path in errors.
 pub fn state_dict_from_bytes(name: &Path, bytes: Vec<u8>) -> Result<StateDict> {
     state_dict(bytes.into()).map_err(|e| Error::file(name, e))

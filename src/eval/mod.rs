@@ -27,12 +27,12 @@ use crate::{
         atomic::remove_leftovers,
         cohort::write_left_out,
         dataset::{Dataset, SlideFeatures, Source},
-        torch::{StateDict, read_state_dict},
+        torch::{StateDict, is_safetensors, read_state_dict},
     },
     device::Device,
     folder::{self, EpochMetrics},
     loss::{Loss, Prediction},
-    model,
+    model::{self, Model},
     report::{self, FoldFacts, FoldResult, SlideResult, Summary, accuracy::quantile},
     survival::Bootstrap,
     train::{
@@ -41,7 +41,7 @@ use crate::{
         fold::{Done, FoldTrainer},
         inputs::Inputs,
         protocol::{self, Protocol, Reported},
-        step::{Engine, Memory},
+        step::{Engine, Memory, check_tensors},
     },
 };
 
@@ -260,11 +260,11 @@ impl Network {
     /// Reads `best.safetensors` of a run, whose checksum is checked, or a published checkpoint, in
     /// whose tensors `heads` leaves no trace (None: the published 4). An error names the file.
     pub fn read(path: &Path, heads: Option<usize>) -> Result<Self> {
-        let ours = path.extension().is_some_and(|extension| extension == "safetensors");
-        if ours {
+        let may_have_a_card = is_safetensors(path)?;
+        if may_have_a_card {
             refuse_state(path)?;
         }
-        let card = if ours { read_card(path)? } else { None };
+        let card = if may_have_a_card { read_card(path)? } else { None };
         let tensors = read_state_dict(path)?;
         let config = match (&card, heads) {
             (Some(card), Some(heads)) if card.model.heads != heads => {
@@ -276,6 +276,7 @@ impl Network {
                 infer::config(&tensors, heads.unwrap_or(PUBLISHED_HEADS)).map_err(|e| Error::file(path, e))?
             }
         };
+        check_tensors(&Model::new(&config)?, &tensors).map_err(|e| Error::file(path, e))?;
         Ok(Self { card, config, tensors })
     }
 

@@ -80,13 +80,13 @@ pub use crate::ops::MOST_DROPOUT;
 /// Most columns of an attention head.
 pub const MOST_HEAD_COLUMNS: usize = 128;
 /// Most layers of a transformer: more are a slip of the pen, and would only take memory.
-pub const MOST_LAYERS: usize = 1024;
+pub const MOST_LAYERS: usize = 64;
 /// The model's greatest width.
 pub const MOST_DIM: usize = 1 << 14;
 /// The widest features.
 pub const MOST_FEATURES: usize = 1 << 16;
-/// Most patches of a bag.
-pub const MOST_PATCHES: usize = 1 << 31;
+/// Most patches of a bag: a plan of the smallest parts walks through 2^16 of them.
+pub const MOST_PATCHES: usize = 1 << 26;
 
 impl Config {
     /// The published model for features of this width.

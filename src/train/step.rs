@@ -9,7 +9,7 @@
 //! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one
 //! arena for a step's activations. What a step takes is planned beforehand ([`super::plan`]).
 
-use std::{ops::Range, sync::Arc};
+use std::{collections::HashSet, ops::Range, sync::Arc};
 
 pub use super::plan::{Memory, Parts, Plan};
 use super::plan::{Planner, Plans};
@@ -332,24 +332,33 @@ impl<T: Element> Engine<T> {
     /// Replaces all parameters; every tensor of the model must be there with its shape, and no
     /// other. On an error nothing has changed.
     pub fn load(&mut self, tensors: &StateDict) -> Result<()> {
-        let entries = self.model().layout().entries();
-        for entry in entries {
-            let Some(Parameter { shape, values }) = tensors.get(&entry.name) else {
-                return Err(Error::Usage(format!("the checkpoint lacks tensor `{}` {:?}", entry.name, entry.shape)));
-            };
-            if *shape != entry.shape || values.len() != entry.len() {
-                let (tensor, got, expected) = (entry.name.clone(), shape.clone(), entry.shape.clone());
-                return Err(Error::Shape { op: "checkpoint", tensor, got, expected });
-            }
-        }
-        if let Some(name) = tensors.keys().find(|name| entries.iter().all(|entry| &entry.name != *name)) {
-            return Err(Error::Usage(format!("the checkpoint holds tensor `{name}`, which this model does not have")));
-        }
-        for entry in entries {
+        check_tensors(self.model(), tensors)?;
+        for entry in self.model().layout().entries() {
             let values: Vec<_> = tensors[&entry.name].values.iter().map(|&x| T::Sum::of(f64::from(x))).collect();
             self.device.upload(&values, self.params.view(entry.offset, 1, entry.len()))?;
         }
         self.round_weights()
+    }
+}
+
+/// An error unless these are the model's tensors, each with its shape, and no others.
+pub fn check_tensors(model: &Model, tensors: &StateDict) -> Result<()> {
+    let entries = model.layout().entries();
+    for entry in entries {
+        let Some(Parameter { shape, values }) = tensors.get(&entry.name) else {
+            return Err(Error::Usage(format!("the checkpoint lacks tensor `{}` {:?}", entry.name, entry.shape)));
+        };
+        if *shape != entry.shape || values.len() != entry.len() {
+            let (tensor, got, expected) = (entry.name.clone(), shape.clone(), entry.shape.clone());
+            return Err(Error::Shape { op: "checkpoint", tensor, got, expected });
+        }
+    }
+    let known: HashSet<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+    match tensors.keys().find(|name| !known.contains(name.as_str())) {
+        Some(name) => {
+            Err(Error::Usage(format!("the checkpoint holds tensor `{name}`, which this model does not have")))
+        }
+        None => Ok(()),
     }
 }
 

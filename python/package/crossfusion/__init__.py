@@ -19,7 +19,8 @@ from .data import Plan, plan, read_bag, read_cohort
 if typing.TYPE_CHECKING:
     from . import models as models, ops as ops
 
-__all__ = ["Plan", "__version__", "models", "ops", "plan", "read_bag", "read_cohort", "survival"]
+# without ops and models: what needs PyTorch is asked for by name
+__all__ = ["Plan", "__version__", "plan", "read_bag", "read_cohort", "survival"]
 
 
 def __getattr__(name: str) -> typing.Any:
@@ -32,6 +33,5 @@ def __getattr__(name: str) -> typing.Any:
         except ModuleNotFoundError as e:
             if e.name != "torch":
                 raise
-            message = f"crossfusion.{name} needs PyTorch, which is not installed"
-            raise ModuleNotFoundError(message, name="torch") from None
+            raise AttributeError(str(e)) from None
     raise AttributeError(f"module 'crossfusion' has no attribute {name!r}")

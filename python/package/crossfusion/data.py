@@ -68,6 +68,7 @@ def read_cohort(
     for name, value in (("slides", slides), ("scales", scales)):
         if isinstance(value, str):  # its letters would be taken one by one
             raise TypeError(f"`{name}` is the text {value!r}, expected a list of names")
+    scales = list(scales)
     return {slide: {scale: read_bag(_find(folder, backbone, scale, slide)) for scale in scales} for slide in slides}
 
 
@@ -75,7 +76,7 @@ def _find(folder: Path, backbone: typing.Optional[str], scale: str, slide: str) 
     folder = os.fspath(folder)
     path = _crossfusion.feature_file(folder, backbone or "", scale, slide)
     if path is None:
-        of = "" if backbone is None else f" of {backbone}"
+        of = f" of {backbone}" if backbone else ""
         raise FileNotFoundError(f"{folder}: slide {slide} has no features{of} at {scale}")
     return os.fspath(path)
 

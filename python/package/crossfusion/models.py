@@ -12,10 +12,10 @@ import operator
 import os
 import typing
 
+from . import _crossfusion, ops  # first: without PyTorch it says so
+
 import torch
 from torch import Tensor, nn
-
-from . import _crossfusion, ops
 
 __all__ = ["CrossFusion", "CrossFusionConcat", "CrossFusionSingle", "load", "survival"]
 
@@ -335,12 +335,15 @@ def load(path: typing.Union[str, "os.PathLike[str]"], heads: typing.Optional[int
     """The model of ``best.safetensors`` of cf-train, or of a published ``best_model.pt``, on the CPU.
 
     It is in training mode, as any new module: call ``eval()`` before you predict. ``heads`` leave no trace in
-    a published checkpoint (by default its 4). An OSError names the file and what is wrong with it.
+    a published checkpoint (by default its 4). An OSError names the file and what is wrong with it. PyTorch's
+    generator is left alone.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: there is no such file")
     heads = None if heads is None else operator.index(heads)
+    if heads is not None and not 1 <= heads < 2**31:
+        raise ValueError(f"heads is {heads}, expected at least 1")
     name, sizes, tensors = _crossfusion.read_model(path, heads)
     classes: dict[str, type[_Model]] = {
         "crossfusion": CrossFusion,
@@ -348,7 +351,8 @@ def load(path: typing.Union[str, "os.PathLike[str]"], heads: typing.Optional[int
         "crossfusion-single": CrossFusionSingle,
     }
     config = dict(sizes)
-    model = classes[name](*(int(config[size]) for size in ("features", "dim", "heads", "layers", "n_classes")))
+    with torch.device("meta"):  # nothing is drawn, and no memory taken
+        model = classes[name](*(int(config[size]) for size in ("features", "dim", "heads", "layers", "n_classes")))
     for module in model.modules():
         if isinstance(module, FeedForward):
             module.p = config["ffn_dropout"]
@@ -357,5 +361,6 @@ def load(path: typing.Union[str, "os.PathLike[str]"], heads: typing.Optional[int
         elif isinstance(module, Block):
             for layer in module.layers:
                 typing.cast(Attention, typing.cast(nn.ModuleList, layer)[1]).p = config["attention_dropout"]
-    model.load_state_dict({name: torch.from_numpy(values).view(shape) for name, shape, values in tensors})
+    state = {name: torch.from_numpy(values).view(shape) for name, shape, values in tensors}
+    model.load_state_dict(state, assign=True)
     return model

@@ -16,7 +16,11 @@ import math
 import operator
 import typing
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    message = "crossfusion.ops and crossfusion.models need PyTorch, which is not installed"
+    raise ModuleNotFoundError(message, name="torch") from None
 from torch.autograd import forward_ad
 
 from . import _crossfusion
@@ -194,6 +198,8 @@ def _autocast(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return tensors
     lower = torch.get_autocast_dtype(kind)
+    if lower not in _TYPES:
+        raise ValueError(f"autocast's type is {lower}: crossfusion computes in bfloat16, torch.autocast(dtype=torch.bfloat16)")
     return tuple(t.to(lower) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
@@ -1017,7 +1023,7 @@ def cox(
             raise ValueError(f"cox: {which} is {tensor.dtype}, expected real numbers")
     if given and strata.shape != time.shape:
         raise ValueError(f"cox: strata has shape {list(strata.shape)}, expected {list(time.shape)}")
-    if strata.is_floating_point():
+    if strata.is_floating_point() and strata.numel():
         raise ValueError(f"cox: strata are {strata.dtype}, expected whole numbers")
     value: Tensor = _cox(risk.reshape(-1), time.double(), event, strata.long(), ties == "efron")[0]
     return value
