@@ -15,11 +15,11 @@ const FLUSH: usize = 256 << 20;
 /// A product large enough for a GPU's peak.
 const LARGE: usize = 8192;
 
-/// Operations a second that this device reaches: on a CPU multiply-adds in registers, on a GPU a
+/// Operations a second that this device reaches: on a CPU products in registers, on a GPU a
 /// large product by cublasLt, if that is installed.
 pub fn peak<T: Element>(device: &Device) -> Result<Option<f64>> {
     match device {
-        Device::Cpu(cpu) => Ok(Some(cpu.fma_peak::<f32>(3))),
+        Device::Cpu(cpu) => Ok(Some(cpu.peak::<T>(3))),
         Device::Cuda(cuda) => product_rate::<T>(cuda),
         _ => Err(neither()),
     }
