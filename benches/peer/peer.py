@@ -3,8 +3,9 @@
 
     peer.py step --bags 800,3000,12000 --features 2048 --dropout on --precision bf16 [--compile] [--repeat 10]
     peer.py op   --bags 800,3000,12000 --features 2048 --precision bf16 [--repeat 10]
+    peer.py cox  --n 1000000 [--repeat 10]
 
-Prints one line of JSON. Needs torch; runs on a GPU if there is one. bf16 is autocast for the step, bf16 tensors for the ops.
+Prints one line of JSON. Needs torch, and torchsurv for the Cox loss; runs on a GPU if there is one. bf16 is autocast for the step, bf16 tensors for the ops.
 """
 import argparse
 import json
@@ -58,7 +59,7 @@ def step(arguments):
     bags = [torch.randn(1, n, arguments.features, device=DEVICE) for n in arguments.bags]
     forward = torch.compile(net) if arguments.compile else net
     parts = {"forward_s": [], "backward_s": [], "optimizer_s": [], "step_s": []}
-    for i in range(arguments.repeat + 3):
+    for i in range(arguments.repeat + arguments.warmup):
         synchronize()
         marks = [time.perf_counter()]
         with torch.autocast(DEVICE, torch.bfloat16, enabled=arguments.precision == "bf16"):
@@ -73,7 +74,7 @@ def step(arguments):
         optimizer.zero_grad()
         synchronize()
         marks.append(time.perf_counter())
-        if i >= 3:
+        if i >= arguments.warmup:
             for name, elapsed in zip(parts, [b - a for a, b in zip(marks, marks[1:])] + [marks[-1] - marks[0]]):
                 parts[name].append(elapsed)
     if DEVICE == "cuda":
@@ -153,18 +154,36 @@ def ops(arguments):
     return {"ops": rows}
 
 
+def cox(arguments):
+    """The fastest loss and gradient of torchsurv: log-risks, times and events at random."""
+    from torchsurv.loss.cox import neg_partial_log_likelihood
+
+    torch.manual_seed(0)
+    risk = torch.randn(arguments.n, requires_grad=True)
+    when, event = torch.rand(arguments.n) * 100, torch.rand(arguments.n) < 0.4
+    run = lambda: neg_partial_log_likelihood(risk, event, when, ties_method="efron").backward()
+    times = []
+    for _ in range(arguments.repeat + 1):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return {"seconds": min(times[1:])}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["step", "op"])
+    parser.add_argument("command", choices=["step", "op", "cox"])
     parser.add_argument("--bags", type=lambda s: [int(v) for v in s.split(",")], default=[800, 3000, 12000])
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--dropout", choices=["on", "off"], default="on")
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
+    parser.add_argument("--n", type=int, default=1_000_000, help="patients of cox")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
-    result = step(arguments) if arguments.command == "step" else ops(arguments)
+    result = {"step": step, "op": ops, "cox": cox}[arguments.command](arguments)
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     print(json.dumps({"torch": torch.__version__, "device": name, "precision": arguments.precision} | result))
 
