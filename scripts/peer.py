@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PyTorch and cf-bench on the same work, in turn, on this machine: prints the README's table of speed.
+"""PyTorch and cf-bench on the same work, in turn, on this machine: prints tables of speed.
 
     scripts/peer.py                    # makes target/peer with PyTorch and torchsurv, if it is not there
     scripts/peer.py --python PYTHON    # one that has torch (and torchsurv, for its Cox loss)
@@ -32,9 +32,10 @@ def run(*command):
 
 
 def environment():
-    """A Python with PyTorch, made the first time."""
+    """A Python with PyTorch and torchsurv, made where there is none."""
     python = ROOT / "target/peer/bin/python"
-    if not python.exists():
+    whole = [python, "-c", "import torch, torchsurv"]
+    if not python.exists() or subprocess.run(whole, capture_output=True).returncode:
         subprocess.run([sys.executable, "-m", "venv", ROOT / "target/peer"], check=True)
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, "torch", "torchsurv"], check=True)

@@ -5,7 +5,8 @@
     peer.py op   --bags 800,3000,12000 --features 2048 --precision bf16 [--repeat 10]
     peer.py cox  --n 1000000 [--repeat 10]
 
-Prints one line of JSON. Needs torch, and torchsurv for the Cox loss; runs on a GPU if there is one. bf16 is autocast for the step, bf16 tensors for the ops.
+Prints one line of JSON. Needs torch, and torchsurv for the Cox loss; runs on a GPU if there is one. bf16
+is autocast for the step, bf16 tensors for the ops.
 """
 import argparse
 import json

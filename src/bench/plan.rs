@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{Precision, ceilings, mib, parse_bags};
 use crate::{
     Result,
-    device::{Cpu, Device, Dry, Element, Facts},
+    device::{Cpu, Device, Dry, Element, Facts, is_rounded},
     model::{BagSizes, Config, Model, ModelName, Policy},
     train::plan::{self, Parts},
 };
@@ -46,7 +46,7 @@ pub struct PlanArguments {
 /// 0.65 to 0.71 on Zen 5 and 0.77 on Zen 4 (its shares count the published model's operations, 8 %
 /// more); where bf16 is multiplied in pairs, at twice the peak, what is no product weighs more.
 fn fraction_of_peak<T: Element>(cpu: &Cpu) -> f64 {
-    if cpu.has_dots() && size_of::<T>() == size_of::<bf16>() { 0.6 } else { 0.7 }
+    if cpu.has_dots() && is_rounded::<T>() { 0.6 } else { 0.7 }
 }
 
 #[derive(Serialize)]

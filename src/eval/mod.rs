@@ -276,7 +276,8 @@ impl Network {
                 infer::config(&tensors, heads.unwrap_or(PUBLISHED_HEADS)).map_err(|e| Error::file(path, e))?
             }
         };
-        check_tensors(&Model::new(&config)?, &tensors).map_err(|e| Error::file(path, e))?;
+        let model = Model::new(&config).map_err(|e| Error::file(path, e))?;
+        check_tensors(&model, &tensors).map_err(|e| Error::file(path, e))?;
         Ok(Self { card, config, tensors })
     }
 

@@ -93,12 +93,13 @@ impl Plan {
 /// The plan of a policy, of the bags that the model reads; those that the policy streams are read
 /// from files.
 pub fn plan<T: Element>(facts: Facts, model: &Model, sizes: BagSizes, training: bool, policy: Policy) -> Result<Plan> {
-    if let Some(patches) = sizes.only(model.scales()).values().find(|patches| **patches > MOST_PATCHES) {
+    let patches = sizes.only(model.scales()).values().copied().max().unwrap_or(0);
+    let Config { dim, layers, .. } = *model.config();
+    if patches > MOST_PATCHES {
         return Err(Error::Usage(format!("a bag of {patches} patches: expected at most {MOST_PATCHES}")));
     }
     // beyond it, bytes added up would pass the arena's end, which is no memory's either
-    let Config { dim, layers, .. } = *model.config();
-    if let Some(patches) = sizes.only(model.scales()).values().find(|patches| **patches > (1 << 44) / dim / layers) {
+    if patches > (1 << 44) / dim / layers {
         let message = format!("{patches} patches in {layers} layers of width {dim}: no memory holds that");
         return Err(Error::Usage(message));
     }

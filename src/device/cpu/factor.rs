@@ -211,13 +211,13 @@ impl Factor for Pair {
             let mut piece = [0f32; PIECE];
             let sums = &row[start..row.len().min(start + PIECE)];
             piece[..sums.len()].copy_from_slice(sums);
-            let pairs: [u32; LANES] = std::array::from_fn(
-                #[inline(always)]
-                |i| Self::of(bits(piece[2 * i]), bits(piece[2 * i + 1])).0,
-            );
+            let mut pairs = [0f32; LANES];
+            for (pair, x) in pairs.iter_mut().zip(piece.chunks_exact(2)) {
+                *pair = f32::from_bits(Self::of(bits(x[0]), bits(x[1])).0);
+            }
             let to = &mut row[start / 2..];
             let count = to.len().min(LANES);
-            to[..count].copy_from_slice(&bytemuck::cast::<_, [f32; LANES]>(pairs)[..count]);
+            to[..count].copy_from_slice(&pairs[..count]);
         }
     }
     #[inline(always)]
