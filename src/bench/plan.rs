@@ -7,10 +7,10 @@ use serde::Serialize;
 
 use super::{Precision, ceilings, mib, parse_bags};
 use crate::{
-    Result,
-    device::{Cpu, Device, Dry, Element, Facts, is_rounded},
+    Error, Result,
+    device::{Arg, Cpu, Device, Dry, Element, Facts, is_rounded},
     model::{BagSizes, Config, Model, ModelName, Policy},
-    train::plan::{self, Parts},
+    train::plan::{self, Parts, Plan},
 };
 
 /// The flags of `cf-bench plan`: a slide's sizes, a model, a device and a memory budget.
@@ -40,6 +40,10 @@ pub struct PlanArguments {
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
+    /// Print the kernels that a step launches instead, Adam's last, one JSON object a line: name,
+    /// grid, block, bytes of dynamic shared memory, arguments in hexadecimal (docs/launching.md)
+    #[arg(long, conflicts_with = "json")]
+    launches: bool,
 }
 
 /// The share of the peak at which a CPU does the operations of a plan, by docs/measurements.md: in f32
@@ -77,6 +81,12 @@ pub fn plan(arguments: &PlanArguments) -> Result<()> {
         "hopper" => Device::Dry(Dry::new(Facts { runs_kernels: true, has_wgmma: true })),
         name => Device::from_name(name, arguments.threads)?,
     };
+    if arguments.launches {
+        return match arguments.precision {
+            Precision::F32 => print_launches::<f32>(&device, arguments),
+            Precision::Bf16 => print_launches::<bf16>(&device, arguments),
+        };
+    }
     let report = match arguments.precision {
         Precision::F32 => make::<f32>(&device, arguments)?,
         Precision::Bf16 => make::<bf16>(&device, arguments)?,
@@ -110,14 +120,48 @@ pub fn plan(arguments: &PlanArguments) -> Result<()> {
     Ok(())
 }
 
-fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Result<PlanReport> {
-    let (sizes, features) = (arguments.bags.only(arguments.model.scales()), arguments.features);
-    let model = Model::new(&Config { model: arguments.model, ..Config::new(features) })?;
+#[derive(Serialize)]
+struct LaunchLine {
+    kernel: String,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    arguments: Vec<String>,
+}
+
+fn print_launches<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Result<()> {
+    if !device.runs_kernels() {
+        return Err(Error::Usage("--launches: a CPU launches no kernels; add --device cuda or hopper".into()));
+    }
+    let (model, sizes, _, plan) = planned::<T>(device, arguments)?;
+    for launch in plan::launches::<T>(device.facts(), &model, sizes, plan.policy)? {
+        let hex = |arg: &Arg| arg.bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        super::print_json(&LaunchLine {
+            kernel: launch.symbol(),
+            grid: launch.grid,
+            block: launch.block,
+            shared_bytes: launch.shared_bytes,
+            arguments: launch.args.iter().map(hex).collect(),
+        })?;
+    }
+    Ok(())
+}
+
+/// The model, what it reads of the bags, the plan that keeps everything, and the plan within the
+/// budget.
+fn planned<T: Element>(device: &Device, arguments: &PlanArguments) -> Result<(Model, BagSizes, Plan, Plan)> {
+    let sizes = arguments.bags.only(arguments.model.scales());
+    let model = Model::new(&Config { model: arguments.model, ..Config::new(arguments.features) })?;
     let keep = plan::plan::<T>(device.facts(), &model, sizes, true, Policy::KEEP)?;
     let plan = match arguments.memory_budget {
         Some(budget) => plan::fit::<T>(device.facts(), &model, sizes, true, budget.as_u64() as usize)?,
         None => keep,
     };
+    Ok((model, sizes, keep, plan))
+}
+
+fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Result<PlanReport> {
+    let (_, sizes, keep, plan) = planned::<T>(device, arguments)?;
     let predicted_s = match device {
         Device::Cpu(cpu) => ceilings::peak::<T>(device)?.map(|peak| plan.step_flop / peak / fraction_of_peak::<T>(cpu)),
         _ => None,
@@ -126,7 +170,7 @@ fn make<T: Element<Sum = f32>>(device: &Device, arguments: &PlanArguments) -> Re
         device: if let Device::Dry(_) = device { "cuda, not opened".into() } else { device.description() },
         model: arguments.model,
         bags: sizes.values().copied().collect(),
-        features,
+        features: arguments.features,
         precision: arguments.precision,
         budget_bytes: arguments.memory_budget.map(|budget| budget.as_u64()),
         policy: plan.policy.to_string(),

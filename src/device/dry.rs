@@ -1,6 +1,8 @@
 //! The device that only counts.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::Launch;
 
 /// All that a plan asks of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +18,8 @@ pub struct Facts {
 pub struct Dry {
     facts: Facts,
     counts: Mutex<Counts>,
+    /// Every launch, where they are kept.
+    launches: Option<Mutex<Vec<Launch>>>,
 }
 
 /// What a pass took.
@@ -29,7 +33,12 @@ pub struct Counts {
 impl Dry {
     /// For a device of which this is known.
     pub fn new(facts: Facts) -> Self {
-        Self { facts, counts: Mutex::default() }
+        Self { facts, counts: Mutex::default(), launches: None }
+    }
+
+    /// One that keeps the launches too.
+    pub(crate) fn keeping_launches(facts: Facts) -> Self {
+        Self { launches: Some(Mutex::default()), ..Self::new(facts) }
     }
 
     pub(crate) fn facts(&self) -> Facts {
@@ -37,15 +46,27 @@ impl Dry {
     }
 
     pub(crate) fn count(&self, flop: f64) {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner).flop += flop;
+        lock(&self.counts).flop += flop;
     }
 
-    pub(crate) fn count_launch(&self) {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner).launches += 1;
+    pub(crate) fn launch(&self, launch: Launch) {
+        lock(&self.counts).launches += 1;
+        if let Some(launches) = &self.launches {
+            lock(launches).push(launch);
+        }
     }
 
     /// All so far.
     pub(crate) fn counts(&self) -> Counts {
-        *self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.counts)
     }
+
+    /// Those that were kept.
+    pub(crate) fn launches(&self) -> Vec<Launch> {
+        self.launches.as_ref().map_or_else(Vec::new, |launches| lock(launches).clone())
+    }
+}
+
+fn lock<T>(counts: &Mutex<T>) -> MutexGuard<'_, T> {
+    counts.lock().unwrap_or_else(PoisonError::into_inner)
 }

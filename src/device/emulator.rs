@@ -124,7 +124,7 @@ pub(crate) fn launch(launch: &Launch, options: Options) -> Result<Stats> {
     let library = Library::get(options.race)?;
     let symbol = CString::new(launch.symbol()).map_err(|e| Error::Device(format!("emulator: {e}")))?;
     let args: Vec<*const u64> = launch.args.iter().map(|a| a.as_ptr()).collect();
-    let arg_bytes: Vec<usize> = launch.args.iter().map(|a| a.bytes()).collect();
+    let arg_bytes: Vec<usize> = launch.args.iter().map(|a| a.bytes().len()).collect();
     let call = Call {
         kernel: symbol.as_ptr(),
         args: args.as_ptr(),

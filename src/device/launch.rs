@@ -85,9 +85,8 @@ impl Arg {
         self.words.as_ptr()
     }
 
-    #[cfg(feature = "emulator")]
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.bytes]
     }
 }
 

@@ -24,7 +24,6 @@ pub(crate) use arena::{Arena, Mark};
 pub use cpu::{Cpu, Real};
 pub use cuda::Cuda;
 pub(crate) use cuda::{copy_by_all_threads, library_is_present};
-pub(crate) use dry::Counts;
 pub use dry::{Dry, Facts};
 pub use element::Element;
 pub(crate) use element::{is_rounded, round, storage, widen};
@@ -209,7 +208,7 @@ impl Device {
                 Self::Cuda(cuda) => cuda.launch(launch)?,
                 #[cfg(feature = "emulator")]
                 Self::Emulator(emulator) => emulator.launch(launch),
-                Self::Dry(dry) => dry.count_launch(),
+                Self::Dry(dry) => dry.launch(launch),
             }
         }
         Ok(())

@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::{
     Error, Result,
     data::dataset::{Dataset, Reading},
-    device::{Arena, Counts, Device, Dry, Element, Facts},
+    device::{Arena, Device, Dry, Element, Facts, Launch},
     loss::{Loss, Target},
     model::{
         Bag, BagSizes, Bags, Config, Context, MOST_PATCHES, Model, Network, Policy, ReadPatches, Room, STREAM_BUFFERS,
@@ -22,6 +22,7 @@ use crate::{
     },
     ops::{
         Draw,
+        adam::{self, Adam},
         head::{self, SlideLoss},
     },
 };
@@ -103,17 +104,42 @@ pub fn plan<T: Element>(facts: Facts, model: &Model, sizes: BagSizes, training: 
         let message = format!("{patches} patches in {layers} layers of width {dim}: no memory holds that");
         return Err(Error::Usage(message));
     }
-    each!(model, network => plan_of::<_, T>(facts, network, sizes, training, policy))
+    let dry = Device::Dry(Dry::new(facts));
+    each!(model, network => plan_on::<_, T>(&dry, network, sizes, training, policy))
 }
 
-fn plan_of<M: Network, T: Element>(
+/// Every kernel launch of a training step by a policy, in order: forward, backward, and Adam, which
+/// a run has once an update. Addresses are a plan's, where nothing lies.
+pub(crate) fn launches<T: Element>(
     facts: Facts,
+    model: &Model,
+    sizes: BagSizes,
+    policy: Policy,
+) -> Result<Vec<Launch>> {
+    let dry = Device::Dry(Dry::keeping_launches(facts));
+    each!(model, network => plan_on::<_, T>(&dry, network, sizes, true, policy))?;
+    let adam = Adam { learning_rate: 0.0, weight_decay: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
+    let len = model.layout().len();
+    let arena = || Ok::<_, Error>(dry.alloc(len * size_of::<T::Sum>())?.view(0, 1, len));
+    let (params, grads, m, v) = (arena()?, arena()?, arena()?, arena()?);
+    let weights = dry.alloc(len * size_of::<T>())?.view(0, 1, len);
+    adam::step::<T>(&dry, &adam, adam::Arenas { params, weights, grads, m, v }, 1)?;
+    Ok(dry_of(&dry)?.launches())
+}
+
+fn dry_of(device: &Device) -> Result<&Dry> {
+    let not_dry = || Error::Device("a plan is made on the device that only counts".into());
+    if let Device::Dry(dry) = device { Ok(dry) } else { Err(not_dry()) }
+}
+
+fn plan_on<M: Network, T: Element>(
+    device: &Device,
     model: &M,
     sizes: BagSizes,
     training: bool,
     policy: Policy,
 ) -> Result<Plan> {
-    let (device, sizes) = (Device::Dry(Dry::new(facts)), sizes.only(M::SCALES));
+    let (dry, sizes) = (dry_of(device)?, sizes.only(M::SCALES));
     let (len, features) = (model.layout().len(), model.config().features);
     let (params, grads) = (device.alloc(len * size_of::<T>())?, device.alloc(len * size_of::<T::Sum>())?);
     let mut arena = Arena::unlimited();
@@ -149,7 +175,7 @@ fn plan_of<M: Network, T: Element>(
     }
     let mut room = Room::unlimited();
     let mut ctx = Context {
-        device: &device,
+        device,
         arena: &mut arena,
         room: &mut room,
         params: &params,
@@ -164,15 +190,14 @@ fn plan_of<M: Network, T: Element>(
     if !training {
         head::forward(ctx.device, &head.forward)?;
     }
-    let counts = || if let Device::Dry(dry) = &device { dry.counts() } else { Counts::default() };
-    let forward = counts();
+    let forward = dry.counts();
     if training {
         let loss =
             SlideLoss { loss: Loss::NllSurv, target: Target { label: 0, censored: false }, alpha: 0.0, share: 1.0 };
         head::train(ctx.device, &head, &loss, device.alloc(16)?.view(0, 1, 2))?;
         model.backward(&mut ctx, saved, None)?;
     }
-    let step = counts();
+    let step = dry.counts();
     if device.runs_kernels() {
         parts.bags = 2 * room.used();
     }
