@@ -15,7 +15,7 @@ constexpr int kTile = kTileKeys * kD;  // elements of a stage of keys, and of va
 
 // Starts s = the warpgroup's queries times a tile of keys.
 GPU_FN void start_scores(float (&s)[16][4], const real* queries, const real* keys) {
-  const int first = int(threadIdx.x) / 128 * 64;
+  const int first = 64 * warpgroup();
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kD; k += 16)

@@ -16,7 +16,7 @@
 // Of the kernels' names, grids and parameters, for engines that launch them on their own:
 // docs/launching.md. Raised whenever one of those changes; scripts/kernel-layouts.py sees it of names
 // and parameters.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 #define GPU_PASTE_(a, b) a##_##b
 #define GPU_PASTE(a, b) GPU_PASTE_(a, b)
@@ -126,10 +126,15 @@ GPU_FN void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory
 GPU_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 #define GPU_FOUR(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define GPU_32(d) \
+  GPU_FOUR(d, 0), GPU_FOUR(d, 1), GPU_FOUR(d, 2), GPU_FOUR(d, 3), GPU_FOUR(d, 4), GPU_FOUR(d, 5), GPU_FOUR(d, 6), GPU_FOUR(d, 7)
 #define GPU_64(d)                                                                                                       \
-  GPU_FOUR(d, 0), GPU_FOUR(d, 1), GPU_FOUR(d, 2), GPU_FOUR(d, 3), GPU_FOUR(d, 4), GPU_FOUR(d, 5), GPU_FOUR(d, 6), GPU_FOUR(d, 7), \
-      GPU_FOUR(d, 8), GPU_FOUR(d, 9), GPU_FOUR(d, 10), GPU_FOUR(d, 11), GPU_FOUR(d, 12), GPU_FOUR(d, 13), GPU_FOUR(d, 14), GPU_FOUR(d, 15)
-#define GPU_WGMMA                                                                                                       \
+  GPU_32(d), GPU_FOUR(d, 8), GPU_FOUR(d, 9), GPU_FOUR(d, 10), GPU_FOUR(d, 11), GPU_FOUR(d, 12), GPU_FOUR(d, 13), GPU_FOUR(d, 14), \
+      GPU_FOUR(d, 15)
+#define GPU_WGMMA_64                                                                                                    \
+  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "                                                               \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+#define GPU_WGMMA_128                                                                                                   \
   "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "                                                              \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"       \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
@@ -139,21 +144,30 @@ GPU_FN void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 template <int N> GPU_FN void wgmma_wait(float (&d)[16][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %64;" : GPU_64(d) : "n"(N) : "memory");
 }
-// D[64][128] (+)= A[64][16] B[16][128], started: until waited for, d and the operands are the
-// tensor cores'. Warp w of the warpgroup has rows 16 w .. + 16, as 16 accumulators of mma_bf16 side
-// by side.
+template <int N> GPU_FN void wgmma_wait(float (&d)[8][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %32;" : GPU_32(d) : "n"(N) : "memory");
+}
+// D[64][128 or 64] (+)= A[64][16] B[16][128 or 64], started: until waited for, d and the operands
+// are the tensor cores'. Warp w of the warpgroup has rows 16 w .. + 16, as 16 or 8 accumulators of
+// mma_bf16 side by side.
 template <bool A, bool B> GPU_FN void wgmma(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" GPU_WGMMA "%64, %65, p, 1, 1, %67, %68;\n}"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" GPU_WGMMA_128 "%64, %65, p, 1, 1, %67, %68;\n}"
                : GPU_64(d) : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A)), "n"(int(B)) : "memory");
+}
+template <bool A, bool B> GPU_FN void wgmma(float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" GPU_WGMMA_64 "%32, %33, p, 1, 1, %35, %36;\n}"
+               : GPU_32(d) : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A)), "n"(int(B)) : "memory");
 }
 // A from registers, the warp's 16 rows as mma_bf16 takes them.
 template <bool B> GPU_FN void wgmma(float (&d)[16][4], uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n" GPU_WGMMA "{%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n" GPU_WGMMA_128 "{%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}"
                : GPU_64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(B)) : "memory");
 }
 #undef GPU_FOUR
+#undef GPU_32
 #undef GPU_64
-#undef GPU_WGMMA
+#undef GPU_WGMMA_64
+#undef GPU_WGMMA_128
 
 // 2^x, two ulp.
 GPU_FN float fast_exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

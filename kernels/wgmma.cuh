@@ -20,12 +20,18 @@ template <int ROWS> GPU_FN int panel_element(int row, int col) {
   return col / kPanel * (ROWS * kPanel) + swizzle<kPanel>(row, col % kPanel);
 }
 
+// An operand so many elements on: only the address moves, which the descriptor's lower half holds.
+GPU_FN uint64_t moved(uint64_t descriptor, int elements) {
+  return descriptor >> 32 << 32 | (uint32_t(descriptor) + uint32_t(elements) * 2 / 16);
+}
 // The operand from a tile [m or n][k]: from row `first` (a multiple of 8) and column k (of 16) on.
 template <int ROWS> GPU_FN uint64_t k_major(const real* tile, int first, int k) {
-  return wgmma_descriptor(tile + k / kPanel * (ROWS * kPanel) + first * kPanel + k % kPanel, 16, 1024);
+  return moved(wgmma_descriptor(tile + first * kPanel, 16, 1024), k / kPanel * (ROWS * kPanel) + k % kPanel);
 }
 // The operand from a tile [k][m or n]: from row k (a multiple of 8) and column `first` (of 64) on.
 template <int ROWS> GPU_FN uint64_t mn_major(const real* tile, int first, int k) {
-  return wgmma_descriptor(tile + first * ROWS + k * kPanel, ROWS * kPanel * 2, 1024);
+  return moved(wgmma_descriptor(tile + first * ROWS, ROWS * kPanel * 2, 1024), k * kPanel);
 }
+// Which warpgroup this is, told so that the compiler knows that a warp has one.
+GPU_FN int warpgroup() { return __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0); }
 }  // namespace

@@ -164,8 +164,8 @@ def count(code, pattern):
 class Loop:
     """A kernel's main loop, by what one turn of it executes in a warp."""
 
-    def __init__(self, code, copies, products, dropout):
-        """`copies` and `products`: LDGSTS, and HMMA or HGMMA, that a turn needs.
+    def __init__(self, code, copies, products, draws, dropout):
+        """`copies`, `products`, `draws`: LDGSTS, HMMA and calls of Philox that a turn needs.
 
         Inner loops run as often as that takes.
         """
@@ -179,11 +179,18 @@ class Loop:
         first, last = max(filter(multiplies, back), key=lambda loop: loop[1] - loop[0])
         weight = [1.0] * len(code)
         inner = [loop for loop in back if first < loop[0] and loop[1] < last]
-        for pattern, need in (("LDGSTS[.\\w]*", copies), ("HG?MMA[.\\w]*", products)):
-            holding = [loop for loop in inner if count(code[loop[0] : loop[1] + 1], pattern)]
+        # a call of Philox has 14 wide products
+        wide = r"IMAD\.(?:WIDE|HI)[.\w]*"
+        for pattern, need in (
+            (r"LDGSTS[.\w]*", copies),
+            (r"HMMA[.\w]*", products),
+            (wide, 13 * draws),
+        ):
+            most = 10 if pattern == wide else 0
+            holding = [(a, b) for a, b in inner if count(code[a : b + 1], pattern) > most]
             inside = sum(count(code[a : b + 1], pattern) for a, b in holding)
             if inside:
-                outside = count(code[first : last + 1], pattern) - inside
+                outside = 0 if pattern == wide else count(code[first : last + 1], pattern) - inside
                 for a, b in holding:
                     weight[a : b + 1] = [(need - outside) / inside] * (b + 1 - a)
         # what a branch skips: loads come every turn, the generator with dropout; edges and the
@@ -191,8 +198,8 @@ class Loop:
         for i, to in jumps:
             if first <= i < to <= last and to - i > 20:
                 skipped = code[i + 1 : to]
-                draws = count(skipped, r"IMAD\.(?:WIDE|HI)[.\w]*") >= 10
-                runs = count(skipped, r"LDGSTS[.\w]*|HG?MMA[.\w]*|STG[.\w]*") or (draws and dropout)
+                drawing = count(skipped, wide) > 10 and dropout
+                runs = drawing or count(skipped, r"LDGSTS[.\w]*|HG?MMA[.\w]*|STG[.\w]*")
                 if not runs:
                     weight[i + 1 : to] = [0.0] * (to - i - 1)
         self.instructions = sum(weight[first : last + 1])
@@ -201,7 +208,8 @@ class Loop:
             w for (_, i), w in body if re.search(rf"\b(?:{pattern})\b", i)
         )
         self.exponentials = executed(r"MUFU[.\w]*")
-        # cycles of 128 bytes: a matrix of ldmatrix is one, other accesses by their width
+        # cycles of 128 bytes: a matrix of ldmatrix is one, other accesses by their width; wgmma
+        # reads its right operand there, and 64 x 16 of the left one unless that is in registers
         self.wavefronts = sum(
             w
             * (
@@ -214,6 +222,10 @@ class Loop:
             for (_, i), w in body
             if re.search(r"\b(?:LDSM|LDS|STS|LDGSTS)\b", i)
         )
+        for (_, instruction), w in body:
+            if shape := re.search(r"HGMMA\.64x(\d+)x16[.\w]* \w+, (\w+)", instruction):
+                read = 32 * int(shape[1]) + (2048 if shape[2] == "gdesc" else 0)
+                self.wavefronts += w * read / SHARED_BYTES / 4  # of four warps
 
 
 class Kernel:
@@ -230,15 +242,18 @@ class Kernel:
             self.own, self.depth = 128, 64
             flop, copied = 2 * 128 * dim * 64, (128 + dim) * 64
         elif name.startswith("attention_d"):
-            self.own, self.depth = 64, 32
-            flop, copied = (8 if "dkv" in name else 6) * 64 * 32 * dim, 2 * 32 * dim
+            self.own, self.depth = (128, 64) if wgmma else (64, 32)
+            flop = (8 if "dkv" in name else 6) * self.own * self.depth * dim
+            copied = 2 * self.depth * dim
         else:
             self.own, self.depth = (64 if "small" in name else 128), 64
             flop, copied = 2 * self.own**2 * self.depth, 2 * self.own * self.depth
         warps = self.threads / 32
-        # mma.m16n8k16 of a warp; wgmma m64n128k16 of four
-        products = flop / 4096 / warps if not wgmma else flop / (2 * 64 * 128 * 16) / (warps / 4)
-        self.loop = Loop(code, copied * 2 / 16 / self.threads, products, dropout)
+        # a thread copies 16 bytes at a time, a warp multiplies by mma.m16n8k16, a call of Philox is
+        # eight draws
+        copies, products = copied * 2 / 16 / self.threads, flop / 4096 / warps
+        draws = self.own * self.depth / 8 / self.threads
+        self.loop = Loop(code, copies, products, draws, dropout)
         issue = (
             self.loop.instructions
             * warps
@@ -246,10 +261,6 @@ class Kernel:
             / min(1.0, PER_WARP * warps * self.places / ISSUED)
         )
         shared = self.loop.wavefronts * warps
-        if wgmma:
-            # each warpgroup reads 4 KiB of b, and 2 KiB of a unless that is in registers
-            half = products / 2 if name.startswith("attention") else products
-            shared += warps / 4 * (products * 4096 + half * 2048) / SHARED_BYTES
         tensor = flop / (WGMMA_FLOP if wgmma else MMA_FLOP)
         parts = [issue, shared, tensor, self.loop.exponentials * warps * 32 / EXPONENTIALS]
         self.turn = max(parts) + (1 - HIDDEN) * (sum(parts) - max(parts))
@@ -343,6 +354,10 @@ def light(launch):
             for p in problems(launch)
             if p["splits"] > 1
         )
+    elif launch["name"] == "attention_delta":
+        moved = sum(traffic(p["out"]) + traffic(p["dout"]) for p in problems(launch))
+    elif "reduce" in launch["name"] or "join" in launch["name"]:
+        moved = 0  # a few partial sums: the launch is what they cost
     else:
         moved = traffic(a)
     return moved / MEMORY

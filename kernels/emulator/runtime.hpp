@@ -68,7 +68,7 @@ struct Pending { uint32_t mask = 0, arrived = 0; Op op = nullptr; Location loc; 
 // A wgmma between issue and wait: the warp's rows of one product, and its accumulators, which the
 // lanes do not have meanwhile.
 struct Wgmma { WgmmaArg arg; uint32_t a[32][4]; int group; bool done; };
-struct Accumulators { float* lane[32]; float value[16][128]; int group; };  // the last group that adds to them
+struct Accumulators { float* lane[32]; float value[16][128]; int columns, group; };  // the last group that adds to them
 struct Wgmmas {
   std::vector<Wgmma> products;                // oldest first
   std::vector<Accumulators> accumulators;

@@ -80,7 +80,14 @@ void op_mma_bf16(void* const* arg, uint32_t mask);
 void op_mma_tf32(void* const* arg, uint32_t mask);
 
 // wgmma.cpp
-struct WgmmaArg { float* d; uint32_t* a; uint64_t a_descriptor, b_descriptor; bool a_mn_major, b_mn_major, accumulate; Location loc; };
+struct WgmmaArg {
+  float* d;  // of `columns` / 2 numbers
+  int columns;
+  uint32_t* a;
+  uint64_t a_descriptor, b_descriptor;
+  bool a_mn_major, b_mn_major, accumulate;
+  Location loc;
+};
 void fence_proxy_async();
 uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t stride);
 void op_wgmma(void* const* arg, uint32_t mask);
@@ -205,17 +212,18 @@ inline uint64_t wgmma_descriptor(const void* start, uint32_t leading, uint32_t s
 }
 inline void wgmma_fence(SIMT_LOC) { simt::collective(~0u, nullptr, simt::op_wgmma_fence, true, loc); }
 inline void wgmma_commit(SIMT_LOC) { simt::collective(~0u, nullptr, simt::op_wgmma_commit, true, loc); }
-template <int N> void wgmma_wait(float (&)[16][4], SIMT_LOC) {
+template <int N, int N8> void wgmma_wait(float (&)[N8][4], SIMT_LOC) {
   int left = N;
   simt::collective(~0u, &left, simt::op_wgmma_wait, true, loc);
 }
-template <bool A, bool B>
-void wgmma(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate, SIMT_LOC) {
-  simt::WgmmaArg x{&d[0][0], nullptr, a, b, A, B, accumulate, loc};
+template <bool A, bool B, int N8>
+void wgmma(float (&d)[N8][4], uint64_t a, uint64_t b, bool accumulate, SIMT_LOC) {
+  static_assert(N8 == 8 || N8 == 16);
+  simt::WgmmaArg x{&d[0][0], 8 * N8, nullptr, a, b, A, B, accumulate, loc};
   simt::collective(~0u, &x, simt::op_wgmma, true, loc);
 }
 template <bool B> void wgmma(float (&d)[16][4], uint32_t (&a)[4], uint64_t b, bool accumulate, SIMT_LOC) {
-  simt::WgmmaArg x{&d[0][0], a, 0, b, false, B, accumulate, loc};
+  simt::WgmmaArg x{&d[0][0], 128, a, 0, b, false, B, accumulate, loc};
   simt::collective(~0u, &x, simt::op_wgmma, true, loc);
 }
 

@@ -1,4 +1,5 @@
-// wgmma.cpp -- Hopper's asynchronous products of a warpgroup: m64n128k16 in bf16, 128-byte swizzle.
+// wgmma.cpp -- Hopper's asynchronous products of a warpgroup: m64n128k16 and m64n64k16 in bf16,
+// 128-byte swizzle.
 //
 // Each warp computes its 16 rows on its own. A product runs at some moment between issue and wait,
 // in order of issue: until the wait the accumulators read as NaN in the lanes, and shared memory
@@ -41,8 +42,8 @@ template <class Each> static void each_chunk(uint64_t descriptor, bool mn_major,
         chunk(size_t(i / 64) * leading + size_t(k / 8) * stride + size_t(k % 8) * 128 + size_t(i % 64) * 2, i - first, k);
   }
 }
-template <int COUNT> static void read(float (&to)[16][COUNT], uint64_t descriptor, bool mn_major, int first) {
-  each_chunk(descriptor, mn_major, first, COUNT, [&](const void* p, int i, int k) {
+template <int MOST> static void read(float (&to)[16][MOST], uint64_t descriptor, bool mn_major, int first, int count) {
+  each_chunk(descriptor, mn_major, first, count, [&](const void* p, int i, int k) {
     uint16_t e[8];
     std::memcpy(e, p, 16);
     for (int x = 0; x < 8; x++) {
@@ -60,7 +61,7 @@ static void tell(const Wgmma& p, check::Access kind) {
   check::at(p.arg.loc);
   auto access = [&](const void* at, int, int) { check::access(at, 16, kind); };
   if (!p.arg.a) each_chunk(p.arg.a_descriptor, p.arg.a_mn_major, rows_of(self->linear), 16, access);
-  each_chunk(p.arg.b_descriptor, p.arg.b_mn_major, 0, 128, access);
+  each_chunk(p.arg.b_descriptor, p.arg.b_mn_major, 0, p.arg.columns, access);
   self = caller;
 }
 
@@ -69,22 +70,22 @@ static int row(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
 static int column(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
 
 static void run(Wgmma& p, Accumulators& c) {
-  Operands<16, 128, 16> x;
+  Operands<16, 128, 16> x{};  // what lies past the columns is zero
   if (p.arg.a) {
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 8; i++)
         x.a[column(l, i)][row(l, i)] = std::bit_cast<float>(i % 2 ? p.a[l][i / 2] & 0xffff0000u : p.a[l][i / 2] << 16);
   } else {
-    read(x.a, p.arg.a_descriptor, p.arg.a_mn_major, rows_of(self->linear));
+    read(x.a, p.arg.a_descriptor, p.arg.a_mn_major, rows_of(self->linear), 16);
   }
-  read(x.b, p.arg.b_descriptor, p.arg.b_mn_major, 0);
+  read(x.b, p.arg.b_descriptor, p.arg.b_mn_major, 0, p.arg.columns);
   x.prepare();
   for (int i = 0; i < 16; i++) {
     if (!p.arg.accumulate) std::fill_n(c.value[i], 128, 0.f);
     multiply_row(c.value[i], x, i);
   }
   p.done = true;
-  worker->stats.mma += 16;
+  worker->stats.mma += unsigned(p.arg.columns) / 8;
 }
 static Accumulators* find(Wgmmas& w, const float* lane0) {
   for (Accumulators& c : w.accumulators) if (c.lane[0] == lane0) return &c;
@@ -108,9 +109,10 @@ void op_wgmma(void* const* arg, uint32_t) {
   Accumulators* c = find(w, x.d);
   if (!c) {
     c = &w.accumulators.emplace_back();
+    c->columns = x.columns;
     for (int l = 0; l < 32; l++) {
       c->lane[l] = lane(l).d;
-      for (int i = 0; i < 64; i++) c->value[row(l, i)][column(l, i)] = std::exchange(lane(l).d[i], NAN);
+      for (int i = 0; i < x.columns / 2; i++) c->value[row(l, i)][column(l, i)] = std::exchange(lane(l).d[i], NAN);
     }
   }
   c->group = w.group;
@@ -144,7 +146,7 @@ void op_wgmma_wait(void* const* arg, uint32_t) {
   std::erase_if(w.accumulators, [&](const Accumulators& c) {
     if (c.group >= open) return false;
     for (int l = 0; l < 32; l++)
-      for (int i = 0; i < 64; i++) c.lane[l][i] = c.value[row(l, i)][column(l, i)];
+      for (int i = 0; i < c.columns / 2; i++) c.lane[l][i] = c.value[row(l, i)][column(l, i)];
     return true;
   });
 }

@@ -143,7 +143,7 @@ pub(crate) fn forward_by<T: Element>(
         |arena| {
             problems.iter().try_for_each(|p| p.check_for_kernels(OP))?;
             let mut table: Vec<_> = problems.iter().map(KernelAttention::from).collect();
-            let kernels = Kernels::of(device, storage::<T>()?, by, &table);
+            let kernels = Kernels::of(device, storage::<T>()?, by, table.iter().map(|p| (p.q, p.heads)));
             let splits = kernel::splits(kernels, &table);
             for ((p, entry), splits) in problems.iter().zip(&mut table).zip(splits) {
                 let (n, d) = (p.q.rows(), p.q.cols());
@@ -194,15 +194,17 @@ pub(crate) fn merge<T: Element>(device: &Device, problems: &[Merge<T>]) -> Resul
 
 /// The same bits on every run. Takes scratch from the arena: on a GPU up to [`MOST_DS`] bytes.
 pub(crate) fn backward<T: Element>(device: &Device, arena: &mut Arena, problems: &[AttentionGrad<T>]) -> Result<()> {
-    backward_within(device, arena, problems, MOST_DS)
+    backward_by(device, arena, problems, MOST_DS, Kernels::Wgmma)
 }
 
-/// [`backward`] with so many bytes of scratch for dS; with none by seven products.
-pub(crate) fn backward_within<T: Element>(
+/// [`backward`] with so many bytes of scratch for dS, with none by seven products; and by these
+/// kernels, where the device, `T` and the heads have them.
+pub(crate) fn backward_by<T: Element>(
     device: &Device,
     arena: &mut Arena,
     problems: &[AttentionGrad<T>],
     most_ds: usize,
+    by: Kernels,
 ) -> Result<()> {
     const OP: &str = "attention backward";
     for p in problems {
@@ -227,6 +229,8 @@ pub(crate) fn backward_within<T: Element>(
                 }
             }
             let storage = storage::<T>()?;
+            let heads = |p: &AttentionGrad<T>| (p.forward.q.into(), p.forward.heads as i32);
+            let by = Kernels::of(device, storage, by, problems.iter().map(heads));
             let (groups, without) = groups(problems, most_ds / storage.bytes());
             let len = |group: &Group<T>| group.iter().map(|(_, ds)| ds).sum::<usize>();
             let scratch = arena.scratch::<T>(1, groups.iter().map(len).max().unwrap_or(0))?;
@@ -236,7 +240,7 @@ pub(crate) fn backward_within<T: Element>(
                 Ok(kernel)
             };
             let kernels = without.iter().map(&mut with_delta).collect::<Result<Vec<_>>>()?;
-            let mut launches = kernel::backward_launches_without_ds(storage, &kernels);
+            let mut launches = kernel::backward_launches_without_ds(by, storage, &kernels);
             for group in &groups {
                 let (mut kernels, mut first) = (Vec::new(), 0);
                 for (p, len) in group {
@@ -245,7 +249,7 @@ pub(crate) fn backward_within<T: Element>(
                     first += len;
                     kernels.push(kernel);
                 }
-                launches.extend(kernel::backward_launches(storage, &kernels));
+                launches.extend(kernel::backward_launches(by, storage, &kernels));
             }
             Ok(launches)
         },
@@ -254,7 +258,7 @@ pub(crate) fn backward_within<T: Element>(
 
 /// Most bytes of dS that the kernels write down at a time: one head of 16,384 queries and as many
 /// keys in bf16. A head with more is computed by seven products instead of five, without dS.
-const MOST_DS: usize = 512 << 20;
+pub(crate) const MOST_DS: usize = 512 << 20;
 
 /// Problems of some heads that share launches, and how many elements of dS each of them takes.
 type Group<T> = Vec<(AttentionGrad<T>, usize)>;

@@ -1,5 +1,4 @@
-//! kernels/attention_forward.cu, attention_forward_wgmma.cu and attention_backward.cu against
-//! src/ops/attention.rs.
+//! kernels/attention_*.cu against src/ops/attention.rs.
 
 use crossfusion::{
     Result,
@@ -27,7 +26,7 @@ struct Attentions {
     apart: f64,
     /// Bytes of scratch for dS, that backward has to do with; None: as many as it takes.
     most_ds: Option<usize>,
-    /// Forward by Hopper's kernel.
+    /// By Hopper's kernels.
     wgmma: bool,
 }
 
@@ -72,10 +71,8 @@ impl Case for Attentions {
         }
         let by = if self.wgmma { Kernels::Wgmma } else { Kernels::Mma };
         attention::forward_by(bed.device, &mut bed.arena, &forward, by)?;
-        match self.most_ds {
-            None => attention::backward(bed.device, &mut bed.arena, &backward),
-            Some(most) => attention::backward_within(bed.device, &mut bed.arena, &backward, most),
-        }
+        let most_ds = self.most_ds.unwrap_or(attention::MOST_DS);
+        attention::backward_by(bed.device, &mut bed.arena, &backward, most_ds, by)
     }
 }
 
@@ -268,11 +265,15 @@ fn by_wgmma(cases: Vec<Attentions>) -> impl Iterator<Item = Attentions> {
 #[test]
 fn wgmma_matches_the_cpu() {
     by_wgmma([small(), large()].into_iter().flatten().collect()).for_each(|case| check(&case));
+    let sizes = [[20, 70], [66, 130], [1, 9]];
+    check(&Attentions { most_ds: Some(40_000), wgmma: true, ..case(4, 128, 0.2, &sizes) });
 }
 
 #[test]
 fn wgmma_has_no_races() {
     by_wgmma(small()).for_each(|case| check_races(&case));
-    // three tiles of keys, and two blocks of queries
+    // three tiles of keys, and two blocks of queries; three tiles of queries, and blocks of keys
     by_wgmma(vec![case(1, 128, 0.2, &[[130, 270]])]).for_each(|case| check_races(&case));
+    let without = |case| Attentions { most_ds: Some(0), ..case };
+    by_wgmma(small()).map(without).for_each(|case| check_races(&case));
 }

@@ -6,7 +6,7 @@ use crate::{
     device::{Arena, Element},
     ops::{
         Dropout,
-        attention::{self, Attention, AttentionGrad, kernel::Kernels},
+        attention::{self, Attention, AttentionGrad, MOST_DS, kernel::Kernels},
     },
 };
 
@@ -48,13 +48,18 @@ fn grouped<T: Element>(make: &mut Maker, shape: &str, sizes: &[(usize, usize)], 
         });
     }
     attention::forward(make.device, &mut Arena::new(make.device, ARENA)?, &first)?;
-    let again = backward.clone();
+    let (again, by_mma) = (backward.clone(), backward.clone());
     make.case::<T>("attention backward", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
         attention::backward(device, arena, &backward)
     });
+    if make.hopper::<T>() {
+        make.case::<T>("attention backward mma", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
+            attention::backward_by(device, arena, &by_mma, MOST_DS, Kernels::Mma)
+        });
+    }
     if make.device.runs_kernels() {
         make.case::<T>("attention backward, seven products", shape, 2.5 * flop, 2.0 * bytes, move |device, arena| {
-            attention::backward_within(device, arena, &again, 0)
+            attention::backward_by(device, arena, &again, 0, Kernels::Wgmma)
         });
     }
     Ok(())

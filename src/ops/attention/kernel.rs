@@ -1,5 +1,4 @@
-//! kernels/attention_forward.cu, attention_forward_wgmma.cu and attention_backward.cu: what their
-//! launches are for given shapes.
+//! kernels/attention_*.cu: what their launches are for given shapes.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -10,6 +9,7 @@ use crate::{
         MULTIPROCESSORS,
         constants::{
             attention::{OWN, PROBLEMS, THREADS},
+            attention_backward_wgmma as backward_wgmma,
             attention_dq::QUERIES,
             attention_forward_wgmma as wgmma,
             product::STAGES,
@@ -158,24 +158,29 @@ fn width(q: Matrix, heads: i32) -> usize {
 
 const WIDTHS: [usize; 3] = [32, 64, 128];
 
-/// Which of the two files' kernels compute a forward pass.
+/// Which kernels compute.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Kernels {
-    /// attention_forward.cu, any GPU since Ampere.
+    /// attention_forward.cu, attention_backward.cu and attention_dq.cu, any GPU since Ampere.
     Mma,
-    /// attention_forward_wgmma.cu, Hopper, bf16 alone. Wide heads.
+    /// attention_forward_wgmma.cu and attention_backward_wgmma.cu, Hopper, bf16 alone. Wide heads.
     Wgmma,
 }
 
 impl Kernels {
-    /// The wanted ones, if the device, the storage type and all the problems' heads have them.
-    pub(crate) fn of(device: &Device, storage: Storage, wanted: Self, problems: &[KernelAttention]) -> Self {
-        let wide = |p: &KernelAttention| width(p.q, p.heads) == 2;
-        let at_hand = device.has_wgmma() && storage == Storage::Bf16 && problems.iter().all(wide);
-        if at_hand { wanted } else { Self::Mma }
+    /// The wanted ones, if the device, the storage type and all the problems' heads (their queries
+    /// and number) have them.
+    pub(crate) fn of(
+        device: &Device,
+        storage: Storage,
+        wanted: Self,
+        mut problems: impl Iterator<Item = (Matrix, i32)>,
+    ) -> Self {
+        let wide = problems.all(|(q, heads)| width(q, heads) == 2);
+        if wide && device.has_wgmma() && storage == Storage::Bf16 { wanted } else { Self::Mma }
     }
 
-    /// Queries that a block owns, and blocks that a multiprocessor runs at a time.
+    /// Of forward: queries that a block owns, and blocks that a multiprocessor runs at a time.
     fn block(self) -> [usize; 2] {
         match self {
             Self::Mma => [OWN, 2],
@@ -286,7 +291,11 @@ pub(crate) fn merge_launches(storage: Storage, problems: &[KernelMerge]) -> Vec<
 }
 
 /// By seven products, without scratch for dS.
-pub(crate) fn backward_launches_without_ds(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
+pub(crate) fn backward_launches_without_ds(
+    kernels: Kernels,
+    storage: Storage,
+    problems: &[KernelAttentionGrad],
+) -> Vec<Launch> {
     let mut launches = Vec::new();
     for problems in problems.chunks(PROBLEMS) {
         let width = widest(problems);
@@ -294,7 +303,7 @@ pub(crate) fn backward_launches_without_ds(storage: Storage, problems: &[KernelA
         let kernel = ["attention_dq_32", "attention_dq_64", "attention_dq_128"][width];
         let (queries, blocks) = by_queries(problems, OWN);
         launches.extend(launch(kernel, storage, [blocks, 1], tiles_bytes(storage, width), queries));
-        launches.extend(launch_by_keys(storage, problems, width));
+        launches.extend(launch_by_keys(kernels, storage, problems, width));
     }
     launches
 }
@@ -306,7 +315,7 @@ fn by_queries(problems: &[KernelAttentionGrad], own: usize) -> (Table<KernelAtte
 }
 
 /// By five products: every problem has scratch for dS, `ds`.
-pub(crate) fn backward_launches(storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
+pub(crate) fn backward_launches(kernels: Kernels, storage: Storage, problems: &[KernelAttentionGrad]) -> Vec<Launch> {
     let mut launches = Vec::new();
     for problems in problems.chunks(PROBLEMS) {
         let width = widest(problems);
@@ -314,9 +323,12 @@ pub(crate) fn backward_launches(storage: Storage, problems: &[KernelAttentionGra
         let rows = problems.iter().map(|p| p.q.rows as usize).max().unwrap_or(0);
         let grid = [rows.div_ceil(THREADS / 32), problems.len()];
         launches.extend(launch("attention_delta", storage, grid, 0, by_rows));
-        launches.extend(launch_by_keys(storage, problems, width));
-        let (kernel, columns) =
-            if width == 2 { ("attention_dq_product_128", 128) } else { ("attention_dq_product_64", 64) };
+        launches.extend(launch_by_keys(kernels, storage, problems, width));
+        let (kernel, columns) = match (kernels, width) {
+            (Kernels::Wgmma, _) => ("attention_dq_product_wgmma_128", 128),
+            (Kernels::Mma, 2) => ("attention_dq_product_128", 128),
+            (Kernels::Mma, _) => ("attention_dq_product_64", 64),
+        };
         // a stage is 128 bytes of the keys for each query and each column
         let shared = STAGES * (QUERIES + columns) * 128;
         let (queries, blocks) = by_queries(problems, QUERIES);
@@ -346,9 +358,22 @@ fn tiles_bytes(storage: Storage, width: usize) -> usize {
 }
 
 /// The kernel whose blocks own keys.
-fn launch_by_keys(storage: Storage, problems: &[KernelAttentionGrad], width: usize) -> Option<Launch> {
-    let by_keys = |p: &KernelAttentionGrad| p.heads as usize * (p.k.rows as usize).div_ceil(OWN);
+fn launch_by_keys(
+    kernels: Kernels,
+    storage: Storage,
+    problems: &[KernelAttentionGrad],
+    width: usize,
+) -> Option<Launch> {
+    let own = if kernels == Kernels::Wgmma { backward_wgmma::OWN_KEYS } else { OWN };
+    let by_keys = |p: &KernelAttentionGrad| p.heads as usize * (p.k.rows as usize).div_ceil(own);
     let (keys, blocks) = table(problems, by_keys, |p, first| p.first_block = first);
+    if kernels == Kernels::Wgmma {
+        // own rows of two matrices; two stages of streamed rows of two, with lse, delta and dropout's bits
+        use backward_wgmma::{BLOCK, D, OWN_KEYS, QUERIES};
+        let shared = 2 * (OWN_KEYS + 2 * QUERIES) * D * storage.bytes() + 2 * 4 * (2 * QUERIES + BLOCK);
+        let launch = launch("attention_dkv_wgmma_128", storage, [blocks, 1], shared, keys);
+        return launch.map(|launch| Launch { block: [BLOCK as u32, 1, 1], ..launch });
+    }
     // lse and delta of the streamed rows, and two stages of dropout's bits
     let others = (2 * stages(storage, width) * STREAMED * 4).next_multiple_of(128) + 2 * 2 * 4 * (STREAMED + 8) * 4;
     let kernel = ["attention_dkv_32", "attention_dkv_64", "attention_dkv_128"][width];
@@ -400,13 +425,16 @@ mod tests {
         let problems = [problem(3000, 800), problem(65, 12000)];
         let facts = |has_wgmma| Facts { runs_kernels: true, has_wgmma };
         let [hopper, ampere] = [true, false].map(|has_wgmma| Device::Dry(Dry::new(facts(has_wgmma))));
+        let of = |device, storage, wanted, problems: &[KernelAttention]| {
+            Kernels::of(device, storage, wanted, problems.iter().map(|p| (p.q, p.heads)))
+        };
         let wanted = Kernels::Wgmma;
-        assert_eq!(Kernels::of(&hopper, Storage::Bf16, wanted, &problems), Kernels::Wgmma);
-        assert_eq!(Kernels::of(&ampere, Storage::Bf16, wanted, &problems), Kernels::Mma);
-        assert_eq!(Kernels::of(&hopper, Storage::F32, wanted, &problems), Kernels::Mma);
-        assert_eq!(Kernels::of(&hopper, Storage::Bf16, Kernels::Mma, &problems), Kernels::Mma);
+        assert_eq!(of(&hopper, Storage::Bf16, wanted, &problems), Kernels::Wgmma);
+        assert_eq!(of(&ampere, Storage::Bf16, wanted, &problems), Kernels::Mma);
+        assert_eq!(of(&hopper, Storage::F32, wanted, &problems), Kernels::Mma);
+        assert_eq!(of(&hopper, Storage::Bf16, Kernels::Mma, &problems), Kernels::Mma);
         let narrow = KernelAttention { heads: 8, ..problem(3000, 800) };
-        assert_eq!(Kernels::of(&hopper, Storage::Bf16, wanted, &[problems[0], narrow]), Kernels::Mma);
+        assert_eq!(of(&hopper, Storage::Bf16, wanted, &[problems[0], narrow]), Kernels::Mma);
         let launches = forward_launches(Kernels::Wgmma, Storage::Bf16, &problems);
         assert_eq!(launches.len(), 1);
         assert_eq!((launches[0].kernel, launches[0].grid), ("attention_forward_wgmma_128", [4 * (24 + 1), 1, 1]));
@@ -414,6 +442,22 @@ mod tests {
         // 288 blocks on 132 multiprocessors: three waves of wholes, five of halves
         assert_eq!(splits(Kernels::Wgmma, &[problem(3025, 3025); 3]), [1, 1, 1]);
         assert_eq!(splits(Kernels::Wgmma, &[problem(200, 250_000)]), [33]);
+        let grads = [(3000, 800), (65, 12000)].map(|(n, m)| KernelAttentionGrad {
+            q: Matrix::new(0, n, 512),
+            k: Matrix::new(0, m, 512),
+            heads: 4,
+            ..Zeroable::zeroed()
+        });
+        let launches = backward_launches(Kernels::Wgmma, Storage::Bf16, &grads);
+        let of = |l: &Launch| (l.kernel, l.grid[0], l.block[0], l.shared_bytes);
+        assert_eq!(
+            launches.iter().map(of).collect::<Vec<_>>(),
+            [
+                ("attention_delta", 750, 128, 0),
+                ("attention_dkv_wgmma_128", 4 * (7 + 94), 256, 131 << 10),
+                ("attention_dq_product_wgmma_128", 4 * (24 + 1), 256, 96 << 10),
+            ]
+        );
     }
 
     #[test]
@@ -428,7 +472,7 @@ mod tests {
             for d in [32, 64, 128] {
                 let forward = KernelAttention { q: Matrix::new(0, 100, d), heads: 1, ..problem(1, 1) };
                 let backward =
-                    [backward_launches(storage, &[grad(d)]), backward_launches_without_ds(storage, &[grad(d)])];
+                    [backward_launches, backward_launches_without_ds].map(|of| of(Kernels::Mma, storage, &[grad(d)]));
                 let launches = [forward_launches(Kernels::Mma, storage, &[forward]), backward.concat()].concat();
                 assert!(launches.iter().all(|l| l.shared_bytes <= 99 << 10), "{launches:?}");
             }
