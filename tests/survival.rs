@@ -81,9 +81,13 @@ impl Golden {
     }
 }
 
+fn folder() -> PathBuf {
+    std::env::var_os("CROSSFUSION_GOLDENS")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens"), PathBuf::from)
+}
+
 fn goldens() -> Vec<Golden> {
-    let folder = std::env::var_os("CROSSFUSION_GOLDENS")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens"), PathBuf::from);
+    let folder = folder();
     let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
         .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
         .map(|entry| entry.unwrap().path())
@@ -99,14 +103,9 @@ fn goldens() -> Vec<Golden> {
 
 /// The repository's own goldens together with what R says beyond them.
 fn r_truth() -> Vec<(Golden, Value)> {
-    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
-    let all: Value =
-        serde_json::from_str(&std::fs::read_to_string(tests.join("survival/r_truth.json")).unwrap()).unwrap();
-    all.as_object()
-        .unwrap()
-        .iter()
-        .map(|(name, truth)| (Golden::read(&tests.join(format!("goldens/survival_{name}.json"))), truth.clone()))
-        .collect()
+    let all: Value = serde_json::from_str(include_str!("survival/r_truth.json")).unwrap();
+    let golden = |name: &str| Golden::read(&folder().join(format!("survival_{name}.json")));
+    all.as_object().unwrap().iter().map(|(name, truth)| (golden(name), truth.clone())).collect()
 }
 
 fn number(value: &Value) -> f64 {

@@ -156,6 +156,12 @@ int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
   if (!within(device_memory, reinterpret_cast<void*>(from), bytes)) return InvalidValue;
   return enqueue(stream, [=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); });
 }
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream) {
+  Guard guard(mutex);
+  const auto inside = [&](uint64_t at) { return within(device_memory, reinterpret_cast<void*>(at), bytes); };
+  if (!inside(to) || !inside(from)) return InvalidValue;
+  return enqueue(stream, [=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
+}
 
 // ---- streams and events -------------------------------------------------------------------------
 int cuStreamCreate(void** stream, unsigned) {
