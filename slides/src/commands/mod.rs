@@ -1,0 +1,4 @@
+//! The subcommands of `cf-slide`.
+
+pub mod embed;
+pub mod patch;
