@@ -13,12 +13,21 @@ use crate::{Error, Result};
 /// synced. When anything fails, `path` stays as it was and the temporary file is removed.
 pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
     let failed = |e: io::Error| Error::file(path, format!("cannot be written: {e}"));
+    place_atomically(path, |temporary| {
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(temporary).map_err(failed)?);
+        write(&mut file)?;
+        file.flush().map_err(failed)
+    })
+}
+
+/// The same for a writer that opens its file itself, under the name that it is given.
+pub fn place_atomically(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let failed = |e: io::Error| Error::file(path, format!("cannot be written: {e}"));
     let temporary = temporary_beside(path)?;
     let _registered = Registered::new(&temporary);
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(failed)?);
-    let written = write(&mut file).and_then(|()| {
-        file.flush().and_then(|()| file.get_ref().sync_all()).map_err(failed)?;
-        fs::rename(&temporary, path).and_then(|()| sync_folder(path)).map_err(failed)
+    let written = write(&temporary).and_then(|()| {
+        let synced = File::open(&temporary).and_then(|file| file.sync_all());
+        synced.and_then(|()| fs::rename(&temporary, path)).and_then(|()| sync_folder(path)).map_err(failed)
     });
     if written.is_err() {
         let _ = fs::remove_file(&temporary);

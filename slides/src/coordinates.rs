@@ -1,0 +1,78 @@
+//! Files of patch coordinates, as CLAM's `create_patches_fp.py` writes them: a dataset `coords`
+//! `[patches, 2]` of int64, x and y of the upper left corner at level 0, with attributes.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use crossfusion::{Error, Result, data::atomic::place_atomically};
+use rust_hdf5::{H5File, H5Type, VarLenUnicode};
+
+use crate::slide::Level;
+
+/// The patches of a slide at one magnification.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Coordinates {
+    /// Upper left corners, in pixels of level 0.
+    pub corners: Vec<[i64; 2]>,
+    /// The level that patches are read from.
+    pub level: usize,
+    /// Side of a patch, in pixels of that level.
+    pub size: usize,
+}
+
+impl Coordinates {
+    /// Writes the patches of level 0 of a slide, with CLAM's attributes.
+    pub fn write(&self, path: &Path, slide: &str, level: Level) -> Result<()> {
+        let folder = path.parent().unwrap_or(Path::new("")).to_string_lossy().into_owned();
+        let size = [level.width as i64, level.height as i64];
+        let write = |temporary: &Path| -> rust_hdf5::Result<()> {
+            let file = H5File::create(temporary)?;
+            let dataset = file.new_dataset::<i64>().shape([self.corners.len(), 2]).create("coords")?;
+            dataset.write_raw(self.corners.as_flattened())?;
+            let number = |name: &str, value: usize| {
+                dataset.new_attr::<i64>().shape(()).create(name)?.write_numeric(&(value as i64))
+            };
+            number("patch_size", self.size)?;
+            number("patch_level", self.level)?;
+            pair(&dataset, "downsample", [level.downsample; 2])?;
+            pair(&dataset, "downsampled_level_dim", size)?;
+            pair(&dataset, "level_dim", size)?;
+            for (name, text) in [("name", slide), ("save_path", &folder)] {
+                dataset.new_attr::<VarLenUnicode>().shape(()).create(name)?.write_string(text)?;
+            }
+            file.close()
+        };
+        place_atomically(path, |temporary| {
+            write(temporary).map_err(|e| Error::file(path, format!("cannot be written: {e}")))
+        })
+    }
+
+    /// Reads what [`Self::write`] or CLAM wrote.
+    pub fn read(path: &Path) -> Result<Self> {
+        let read = || -> Result<Self, String> {
+            let text = |e: rust_hdf5::Hdf5Error| format!("is no .h5 file of coordinates: {e}");
+            let file = H5File::options().no_locking().open(path).map_err(text)?;
+            let dataset = file.dataset("coords").map_err(text)?;
+            let [_, 2] = dataset.shape()[..] else {
+                return Err(format!("holds `coords` of shape {:?}, expected [patches, 2]", dataset.shape()));
+            };
+            let numbers = dataset.read_numeric_as::<i64>().map_err(text)?;
+            let attribute = |name: &str| {
+                let value =
+                    dataset.attr(name).and_then(|attribute| attribute.read_numeric_as::<i64>()).map_err(text)?;
+                let value = value.first().and_then(|&value| usize::try_from(value).ok());
+                value.ok_or_else(|| format!("holds no number as the attribute `{name}` of `coords`"))
+            };
+            let (level, size) = (attribute("patch_level")?, attribute("patch_size")?);
+            Ok(Self { corners: numbers.as_chunks().0.to_vec(), level, size })
+        };
+        // a panic of the reader on a damaged file becomes an error, as any other damage is
+        catch_unwind(AssertUnwindSafe(read))
+            .unwrap_or_else(|_| Err("is a damaged .h5 file".into()))
+            .map_err(|message| Error::file(path, message))
+    }
+}
+
+fn pair<T: H5Type>(dataset: &rust_hdf5::H5Dataset, name: &str, values: [T; 2]) -> rust_hdf5::Result<()> {
+    dataset.new_attr::<T>().shape([2]).create(name)?.write_array(&values)
+}

@@ -1,0 +1,54 @@
+//! Slides on the disk.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use crossfusion::{Error, Result};
+
+/// Endings of the files that OpenSlide opens. A DICOM slide is a folder of `.dcm` files, of which any
+/// one opens it: it is named itself.
+const ENDINGS: [&str; 11] = ["svs", "tif", "tiff", "ndpi", "mrxs", "scn", "vms", "vmu", "svslide", "bif", "czi"];
+
+/// The slides among these files and, however deep, in these folders, by name. An error where two
+/// have one name, or there is none.
+pub fn slides(paths: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
+    let mut found = Vec::new();
+    for path in paths {
+        if path.is_dir() {
+            in_folder(path, &mut found)?;
+        } else {
+            found.push(path.clone());
+        }
+    }
+    let mut slides: BTreeMap<String, PathBuf> = BTreeMap::new();
+    for path in found {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if let Some(other) = slides.insert(name.clone(), path.clone())
+            && other != path
+        {
+            let message = format!("and {} are both called `{name}`; their patches would be one file", path.display());
+            return Err(Error::file(other, message));
+        }
+    }
+    if slides.is_empty() {
+        let names: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+        return Err(Error::Usage(format!("{}: holds no slides (.{})", names.join(", "), ENDINGS.join(", ."))));
+    }
+    Ok(slides)
+}
+
+fn in_folder(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+    let failed = |e: std::io::Error| Error::file(folder, format!("cannot be listed: {e}"));
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let ending = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+        if path.is_dir() {
+            in_folder(&path, found)?;
+        } else if ENDINGS.contains(&ending.as_str()) {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
