@@ -34,7 +34,8 @@ use crate::{
 
 /// The table of all slides.
 pub const TABLE: &str = "slides.csv";
-const SETTINGS: &str = "patch.toml";
+/// The settings of a folder of patches.
+pub const SETTINGS: &str = "patch.toml";
 
 /// The table is written at most so often, and at the end.
 const BETWEEN_TABLES: Duration = Duration::from_secs(5);
