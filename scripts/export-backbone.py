@@ -138,10 +138,12 @@ def conch(weights):
 
 
 def quiltnet(weights):
+    """Before the projection to the space of texts: 768 features, as the paper's code has it."""
     import open_clip
 
     name = "ViT-B-32" if weights else "hf-hub:wisdomik/QuiltNet-B-32"
     model = open_clip.create_model(name, pretrained=weights)
+    model.visual.proj = None
     return Method(model, "encode_image"), recipe(CLIP, "bicubic")
 
 

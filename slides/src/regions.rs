@@ -40,15 +40,14 @@ pub fn regions(patches: &[(Scale, Coordinates)]) -> Vec<Region> {
     let mut by_size: Vec<&(Scale, Coordinates)> = patches.iter().collect();
     by_size.sort_by_key(|(_, coordinates)| std::cmp::Reverse(coordinates.size));
     let mut regions: Vec<Region> = Vec::new();
-    // of each size that regions have: the regions whose corner lies in a square of that side
-    let mut index: Vec<(i64, HashMap<[i64; 2], Vec<usize>>)> = Vec::new();
+    let mut larger: Vec<Places> = Vec::new();
     for &(scale, Coordinates { ref corners, level, size }) in by_size {
-        let mut own: HashMap<[i64; 2], Vec<usize>> = HashMap::new();
-        let side = size as i64;
+        let mut own = Places { side: size as i64, regions: HashMap::new() };
         for (row, &corner) in corners.iter().enumerate() {
-            let around = (level == 0).then(|| find(&index, &regions, corner, side)).flatten();
+            let around =
+                larger.iter().filter(|_| level == 0).find_map(|places| places.find(&regions, corner, own.side));
             let region = around.unwrap_or_else(|| {
-                own.entry(corner.map(|x| x.div_euclid(side))).or_default().push(regions.len());
+                own.regions.entry(corner.map(|x| x.div_euclid(own.side))).or_default().push(regions.len());
                 regions.push(Region { corner, level, size, patches: Vec::new() });
                 regions.len() - 1
             });
@@ -57,28 +56,29 @@ pub fn regions(patches: &[(Scale, Coordinates)]) -> Vec<Region> {
             patches.push(Patch { scale, row, offset, size });
         }
         if level == 0 {
-            index.push((side, own));
+            larger.push(own);
         }
     }
     regions
 }
 
-/// A region around the square at `corner`.
-fn find(
-    index: &[(i64, HashMap<[i64; 2], Vec<usize>>)],
-    regions: &[Region],
-    corner: [i64; 2],
+/// Where regions of one size are.
+struct Places {
     side: i64,
-) -> Option<usize> {
-    index.iter().find_map(|(size, squares)| {
-        let [right, low] = corner.map(|x| x.div_euclid(*size));
-        let near = [[right, low], [right - 1, low], [right, low - 1], [right - 1, low - 1]];
-        let mut candidates = near.iter().filter_map(|square| squares.get(square)).flatten().copied();
-        candidates.find(|&region| {
+    /// Those whose corner lies in a square of this side, by the square's number in x and y.
+    regions: HashMap<[i64; 2], Vec<usize>>,
+}
+
+impl Places {
+    /// A region around the square of `side` at `corner`.
+    fn find(&self, regions: &[Region], corner: [i64; 2], side: i64) -> Option<usize> {
+        let [x, y] = corner.map(|x| x.div_euclid(self.side));
+        let near = [[x, y], [x - 1, y], [x, y - 1], [x - 1, y - 1]];
+        near.iter().filter_map(|square| self.regions.get(square)).flatten().copied().find(|&region| {
             let from = regions[region].corner;
-            (0..2).all(|axis| from[axis] <= corner[axis] && corner[axis] + side <= from[axis] + size)
+            (0..2).all(|axis| from[axis] <= corner[axis] && corner[axis] + side <= from[axis] + self.side)
         })
-    })
+    }
 }
 
 #[cfg(test)]
