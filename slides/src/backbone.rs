@@ -39,10 +39,10 @@ impl Backbone {
     /// `[batch, features]` as its first output, and the TOML beside it. `library` is ONNX Runtime's
     /// shared library, where it is not the system's or the Python package's.
     pub fn load(path: &Path, library: Option<&Path>, device: Device, threads: usize) -> Result<Self> {
-        let recipe = read_recipe(path)?;
         if !path.is_file() {
             return Err(Error::file(path, "is not a file; scripts/export-backbone.py makes one"));
         }
+        let recipe = read_recipe(path)?;
         let session = session(library, device, threads)?
             .commit_from_file(path)
             .map_err(|e| Error::file(path, format!("ONNX Runtime cannot load it: {e}")))?;
@@ -92,6 +92,10 @@ pub fn recipe_path(onnx: &Path) -> PathBuf {
 
 fn read_recipe(onnx: &Path) -> Result<Recipe> {
     let path = recipe_path(onnx);
+    if !path.exists() {
+        let message = "is not there; it says how patches are prepared for the ONNX file beside it (docs/backbones.md)";
+        return Err(Error::file(&path, message));
+    }
     let recipe: Recipe = toml::from_str(&atomic::read_text(&path, atomic::MOST)?)
         .map_err(|e| Error::file(&path, format!("is no recipe of a backbone: {}", e.to_string().replace('\n', " "))))?;
     let Recipe { input, resize, std, .. } = &recipe;
@@ -111,7 +115,8 @@ fn read_recipe(onnx: &Path) -> Result<Recipe> {
 fn session(library: Option<&Path>, device: Device, threads: usize) -> Result<SessionBuilder> {
     let failed = |e: &dyn std::fmt::Display| Error::Device(format!("ONNX Runtime: {e}"));
     let path = match library {
-        Some(path) => path.to_path_buf(),
+        Some(path) if path.is_file() => path.to_path_buf(),
+        Some(path) => return Err(Error::file(path, "is not a file (--onnxruntime)")),
         None => find_library().ok_or_else(|| {
             let message = "ONNX Runtime is not installed: `pip install onnxruntime` for the python3 on the path (or \
                            onnxruntime-gpu), or --onnxruntime /path/to/libonnxruntime.so";

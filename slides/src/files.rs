@@ -16,10 +16,10 @@ const ENDINGS: [&str; 11] = ["svs", "tif", "tiff", "ndpi", "mrxs", "scn", "vms",
 pub fn slides(paths: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
     let mut found = Vec::new();
     for path in paths {
-        if path.is_dir() {
-            in_folder(path, &mut found)?;
-        } else {
-            found.push(path.clone());
+        match path.metadata() {
+            Ok(metadata) if metadata.is_dir() => in_folder(path, &mut found)?,
+            Ok(_) => found.push(path.clone()),
+            Err(e) => return Err(Error::file(path, format!("cannot be read: {e}"))),
         }
     }
     let mut slides: BTreeMap<String, PathBuf> = BTreeMap::new();

@@ -174,6 +174,11 @@ fn without_opacity(argb: u32) -> [u8; 3] {
     }
 }
 
+/// An error that says what to do, if OpenSlide is not installed.
+pub fn check_library() -> Result<()> {
+    OpenSlide::get().map(drop)
+}
+
 /// The functions of libopenslide that are used (openslide.h, the same in 3.4 and 4.0).
 struct OpenSlide {
     open: unsafe extern "C" fn(*const c_char) -> *mut c_void,
@@ -206,8 +211,9 @@ impl OpenSlide {
         if let Some(path) = std::env::var_os(VARIABLE) {
             // SAFETY: loading OpenSlide runs nothing but its libraries' initialisers.
             let library = unsafe { Library::new(&path) };
-            let library = library.map_err(|e| format!("{VARIABLE}: {} is no library: {e}", path.display()))?;
-            return Self::new(library).map_err(|e| format!("{VARIABLE}: {} is not OpenSlide: {e}", path.display()));
+            let named = |what: &str, e| format!("{VARIABLE}: {} {what}: {}", path.display(), reason(&e));
+            let library = library.map_err(|e| named("cannot be loaded", e))?;
+            return Self::new(library).map_err(|e| named("is not OpenSlide", e));
         }
         // SAFETY: as above.
         let load = |name: &Path| unsafe { Library::new(name) }.ok();
@@ -222,7 +228,7 @@ impl OpenSlide {
                  python3 on the path, or {VARIABLE}=/path/to/libopenslide.so"
             )
         })?;
-        Self::new(library).map_err(|e| format!("the OpenSlide that is installed is not usable: {e}"))
+        Self::new(library).map_err(|e| format!("the OpenSlide that is installed is not usable: {}", reason(&e)))
     }
 
     fn new(library: Library) -> Result<Self, libloading::Error> {
@@ -242,6 +248,11 @@ impl OpenSlide {
             })
         }
     }
+}
+
+/// What libloading knows of an error: its own words are behind it.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or(error.to_string(), ToString::to_string)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use crossfusion_slides::{
     backbone::{Backbone, Device},
     embedding::{self, Request},
     features::Format,
+    slide,
 };
 
 /// Computes features of the patches that `cf-slide patch` found, by a network in an ONNX file
@@ -53,6 +54,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     };
     let onnx = &arguments.backbone;
     let name = arguments.name.clone().unwrap_or_else(|| onnx.file_stem().unwrap_or_default().to_string_lossy().into());
+    slide::check_library()?;
     let mut backbone = Backbone::load(onnx, arguments.onnxruntime.as_deref(), arguments.device, threads)?;
     let request = Request {
         patches: &arguments.patches,

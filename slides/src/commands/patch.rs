@@ -8,6 +8,7 @@ use crossfusion_slides::{
     files,
     grid::ContourFn,
     patching::{self, Settings, Status, TABLE},
+    slide,
     tissue::Segmentation,
 };
 
@@ -152,6 +153,7 @@ impl Arguments {
 pub fn run(arguments: &Arguments) -> Result<()> {
     let threads = rayon::ThreadPoolBuilder::new().num_threads(arguments.threads);
     threads.build_global().map_err(|e| Error::Device(format!("cannot start threads: {e}")))?;
+    slide::check_library()?;
     let slides = files::slides(&arguments.slides)?;
     let rows = patching::patch_all(&slides, &arguments.settings(), &arguments.out)?;
     let with = |status: Status| rows.values().filter(move |row| row.status == status);
