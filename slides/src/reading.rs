@@ -184,6 +184,9 @@ fn crop(image: &Image, [x, y]: [usize; 2], size: usize) -> Image {
     if [image.width, image.height] == [size; 2] {
         return image.clone();
     }
-    let rows = image.pixels.chunks_exact(3 * image.width).skip(y).take(size);
-    Image { width: size, height: size, pixels: rows.flat_map(|row| &row[3 * x..][..3 * size]).copied().collect() }
+    let mut pixels = Vec::with_capacity(3 * size * size);
+    for row in image.pixels.chunks_exact(3 * image.width).skip(y).take(size) {
+        pixels.extend_from_slice(&row[3 * x..][..3 * size]);
+    }
+    Image { width: size, height: size, pixels }
 }

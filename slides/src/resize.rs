@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use pulp::{Simd, WithSimd};
 use serde::{Deserialize, Serialize};
 
 use crate::slide::Image;
@@ -70,60 +71,66 @@ fn taps(from: usize, to: usize, filter: Filter) -> Vec<Taps> {
 
 /// The image in another size; itself where that is its own.
 pub fn resize(mut image: Image, width: usize, height: usize, filter: Filter) -> Image {
-    // each pass is compiled for the widest vectors that this CPU has
     let arch = pulp::Arch::new();
     if image.width != width {
         let taps = taps(image.width, width, filter);
-        image = arch.dispatch(|| rows(&image, &taps));
+        image = transpose(&arch.dispatch(Columns { image: &transpose(&image), taps: &taps }));
     }
     if image.height != height {
         let taps = taps(image.height, height, filter);
-        image = arch.dispatch(|| columns(&image, &taps));
+        image = arch.dispatch(Columns { image: &image, taps: &taps });
     }
     image
 }
 
-#[inline(always)]
-fn rows(image: &Image, taps: &[Taps]) -> Image {
-    let mut pixels = vec![0; 3 * taps.len() * image.height];
-    let mut wide = vec![[0i32; 4]; image.width];
-    for (row, out) in image.pixels.chunks_exact(3 * image.width).zip(pixels.chunks_exact_mut(3 * taps.len())) {
-        for (pixel, wide) in row.as_chunks::<3>().0.iter().zip(&mut wide) {
-            *wide = [pixel[0].into(), pixel[1].into(), pixel[2].into(), 0];
-        }
-        for (Taps { from, weights }, out) in taps.iter().zip(out.as_chunks_mut::<3>().0) {
-            let mut sum = [1 << (PRECISION - 1); 4];
-            for (pixel, &weight) in wide[from.clone()].iter().zip(weights) {
-                for (sum, &x) in sum.iter_mut().zip(pixel) {
-                    *sum += x * weight;
+/// The pass along columns, which works on whole rows; along rows it is run on the transposed image,
+/// since vectors across a row's few taps would be half empty. It is compiled for the widest vectors
+/// that the CPU has.
+struct Columns<'a> {
+    image: &'a Image,
+    taps: &'a [Taps],
+}
+
+impl WithSimd for Columns<'_> {
+    type Output = Image;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Image {
+        let line = 3 * self.image.width;
+        let mut pixels = vec![0; line * self.taps.len()];
+        let mut sums = vec![0i32; line];
+        for (Taps { from, weights }, out) in self.taps.iter().zip(pixels.chunks_exact_mut(line)) {
+            sums.fill(1 << (PRECISION - 1));
+            let rows = self.image.pixels[line * from.start..line * from.end].chunks_exact(line);
+            for (row, &weight) in rows.zip(weights) {
+                for (sum, &x) in sums.iter_mut().zip(row) {
+                    *sum += i32::from(x) * weight;
                 }
             }
-            *out = [byte(sum[0]), byte(sum[1]), byte(sum[2])];
-        }
-    }
-    Image { width: taps.len(), height: image.height, pixels }
-}
-
-#[inline(always)]
-fn columns(image: &Image, taps: &[Taps]) -> Image {
-    let line = 3 * image.width;
-    let mut pixels = vec![0; line * taps.len()];
-    let mut sums = vec![0i32; line];
-    for (Taps { from, weights }, out) in taps.iter().zip(pixels.chunks_exact_mut(line)) {
-        sums.fill(1 << (PRECISION - 1));
-        for (row, &weight) in image.pixels[line * from.start..line * from.end].chunks_exact(line).zip(weights) {
-            for (sum, &x) in sums.iter_mut().zip(row) {
-                *sum += i32::from(x) * weight;
+            for (out, &sum) in out.iter_mut().zip(&sums) {
+                *out = (sum >> PRECISION).clamp(0, 255) as u8;
             }
         }
-        for (out, &sum) in out.iter_mut().zip(&sums) {
-            *out = byte(sum);
-        }
+        Image { width: self.image.width, height: self.taps.len(), pixels }
     }
-    Image { width: image.width, height: taps.len(), pixels }
 }
 
-#[inline(always)]
-fn byte(sum: i32) -> u8 {
-    (sum >> PRECISION).clamp(0, 255) as u8
+/// Side of the squares that are transposed at once, so that what is read and written stays in cache.
+const SQUARE: usize = 32;
+
+fn transpose(image: &Image) -> Image {
+    let (width, height) = (image.width, image.height);
+    let from = image.pixels.as_chunks::<3>().0;
+    let mut pixels = vec![0; image.pixels.len()];
+    let to = pixels.as_chunks_mut::<3>().0;
+    for top in (0..height).step_by(SQUARE) {
+        for left in (0..width).step_by(SQUARE) {
+            for x in left..(left + SQUARE).min(width) {
+                for y in top..(top + SQUARE).min(height) {
+                    to[x * height + y] = from[y * width + x];
+                }
+            }
+        }
+    }
+    Image { width: height, height: width, pixels }
 }
