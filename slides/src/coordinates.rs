@@ -9,6 +9,9 @@ use rust_hdf5::{H5File, H5Type, VarLenUnicode};
 
 use crate::slide::Level;
 
+/// The largest patch that is read, in pixels a side.
+const MOST: usize = 1 << 14;
+
 /// The patches of a slide at one magnification.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Coordinates {
@@ -64,6 +67,9 @@ impl Coordinates {
                 value.ok_or_else(|| format!("holds no number as the attribute `{name}` of `coords`"))
             };
             let (level, size) = (attribute("patch_level")?, attribute("patch_size")?);
+            if !(1..=MOST).contains(&size) {
+                return Err(format!("holds patches of {size} pixels, expected 1 to {MOST}"));
+            }
             Ok(Self { corners: numbers.as_chunks().0.to_vec(), level, size })
         };
         // a panic of the reader on a damaged file becomes an error, as any other damage is

@@ -15,7 +15,7 @@ use std::{
 
 use crossfusion::{
     Error, Result,
-    data::{atomic, digest::sha256},
+    data::{atomic, digest::sha256, features::FeatureFile},
     model::Scale,
 };
 use serde::Serialize;
@@ -53,6 +53,8 @@ pub struct Summary {
     pub embedded: usize,
     /// Slides whose features were there.
     pub skipped: usize,
+    /// Slides of the table that have no patches.
+    pub without_patches: usize,
     /// Slides that failed, with the reason.
     pub failed: Vec<String>,
     /// Patches that went through the network.
@@ -111,7 +113,13 @@ pub fn embed(request: &Request, onnx: &Path, backbone: &mut Backbone) -> Result<
     reasons.extend(failed.into_iter().map(|(job, error)| (names[job], error.to_string())));
     write_table(request, &patched, &reasons)?;
     let embedded = patched.len() - there.len() - reasons.len();
-    Ok(Summary { embedded, skipped: there.len(), failed: reasons.into_values().collect(), patches })
+    Ok(Summary {
+        embedded,
+        skipped: there.len(),
+        without_patches: table.len() - patched.len(),
+        failed: reasons.into_values().collect(),
+        patches,
+    })
 }
 
 /// Makes the folders, and refuses those that hold features of another network or recipe.
@@ -142,8 +150,12 @@ fn scales(row: &Row) -> impl Iterator<Item = Scale> {
     Scale::ALL.into_iter().filter(|&scale| row.patches(scale).is_some_and(|patches| patches > 0))
 }
 
+/// Whether all files are there, with as many patches as the slide has. Files are written atomically.
 fn is_done(request: &Request, name: &str, row: &Row) -> bool {
-    scales(row).all(|scale| features::path(request.out, scale, name, request.format).exists())
+    scales(row).all(|scale| {
+        let file = FeatureFile::open(&features::path(request.out, scale, name, request.format));
+        file.is_ok_and(|file| row.patches(scale) == Some(file.patches()))
+    })
 }
 
 /// What is read of a slide in a folder of patches; `slides` is the folder that it has moved to.

@@ -229,37 +229,44 @@ fn is_done(row: &Row, name: &str, settings: &Settings, out: &Path) -> bool {
 fn patch(path: &Path, settings: &Settings, out: &Path) -> Result<Row> {
     let slide = Slide::open(path)?;
     let power = Power::of(&slide, settings.power)?;
-    let at_level_0 = |scale: Scale, pixels: usize| {
+    let grids = settings.magnifications.iter().map(|&scale| Ok((scale, grid(&slide, power, scale, settings)?)));
+    let grids = grids.collect::<Result<Vec<_>>>()?;
+    let tissue = tissue::find(&slide, &settings.segmentation)?;
+    let mut row = Row::new(path, Status::NoTissue);
+    row.power = Some(power.value);
+    row.power_from = power.source.to_string();
+    row.seg_level = Some(tissue.level);
+    let level_0 = slide.levels()[0];
+    let mut finest = (Vec::new(), 0);
+    for (scale, grid) in grids {
+        let corners = grid::patches(&tissue.areas, &grid, [level_0.width as i64, level_0.height as i64]);
+        row.set_patches(scale, corners.len());
+        finest = (corners.clone(), grid.size);
+        let file = coordinates_path(out, scale, &slide.name());
+        if corners.is_empty() {
+            // what another power may have left there
+            let _ = std::fs::remove_file(file);
+        } else {
+            row.status = Status::Patched;
+            Coordinates { corners, level: 0, size: grid.size as usize }.write(&file, &slide.name(), level_0)?;
+        }
+    }
+    let picture = picture::draw(&tissue, level_0, &finest.0, finest.1);
+    picture::write_jpeg(&out.join("masks").join(format!("{}.jpg", slide.name())), &picture)?;
+    Ok(row)
+}
+
+/// The grid of a magnification at level 0 of a slide.
+fn grid(slide: &Slide, power: Power, scale: Scale, settings: &Settings) -> Result<Grid> {
+    let at_level_0 = |pixels| {
         power.at_level_0(scale, pixels).ok_or_else(|| {
             let message = format!(
                 "is of {}x, and patches at {scale} would be enlarged; --magnifications names those that are wanted",
                 power.value
             );
-            Error::file(path, message)
+            Error::file(slide.path(), message)
         })
     };
-    let tissue = tissue::find(&slide, &settings.segmentation)?;
-    let mut row = Row::new(path, Status::Patched);
-    row.power = Some(power.value);
-    row.power_from = power.source.to_string();
-    row.seg_level = Some(tissue.level);
-    let level_0 = slide.levels()[0];
-    let mut drawn = (Vec::new(), 0);
-    for &scale in &settings.magnifications {
-        let (size, step) = (at_level_0(scale, settings.patch_size)?, at_level_0(scale, settings.step_size)?);
-        let grid = Grid { size, step, rule: settings.contour_fn, use_padding: settings.use_padding };
-        let corners = grid::patches(&tissue.areas, &grid, [level_0.width as i64, level_0.height as i64]);
-        row.set_patches(scale, corners.len());
-        drawn = (corners.clone(), size);
-        if !corners.is_empty() {
-            let coordinates = Coordinates { corners, level: 0, size: size as usize };
-            coordinates.write(&coordinates_path(out, scale, &slide.name()), &slide.name(), level_0)?;
-        }
-    }
-    if settings.magnifications.iter().all(|&scale| row.patches(scale) == Some(0)) {
-        row.status = Status::NoTissue;
-    }
-    let picture = picture::draw(&tissue, level_0, &drawn.0, drawn.1);
-    picture::write_jpeg(&out.join("masks").join(format!("{}.jpg", slide.name())), &picture)?;
-    Ok(row)
+    let (size, step) = (at_level_0(settings.patch_size)?, at_level_0(settings.step_size)?);
+    Ok(Grid { size, step, rule: settings.contour_fn, use_padding: settings.use_padding })
 }

@@ -133,7 +133,10 @@ impl Slide {
     /// OpenSlide has it. Opacity is undone and dropped, as openslide-python and PIL's
     /// `convert("RGB")` do it: where the slide has no pixels, they are black.
     pub fn read_region(&self, x: i64, y: i64, level: usize, width: usize, height: usize) -> Result<Image> {
-        assert!(level < self.levels.len(), "the slide has {} levels", self.levels.len());
+        if level >= self.levels.len() {
+            let message = format!("has levels 0 to {}, and level {level} was to be read", self.levels.len() - 1);
+            return Err(Error::file(&self.path, message));
+        }
         let mut argb = vec![0u32; width * height];
         let (w, h) = (width as i64, height as i64);
         // SAFETY: the handle is open, and the buffer has a pixel of 32 bits for each that is asked for.

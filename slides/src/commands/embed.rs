@@ -8,6 +8,7 @@ use crossfusion_slides::{
     backbone::{Backbone, Device},
     embedding::{self, Request},
     features::Format,
+    patching::TABLE,
     slide,
 };
 
@@ -73,6 +74,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         summary.skipped,
         summary.failed.len()
     ));
+    if summary.without_patches > 0 {
+        crossfusion::say(format!(
+            "{} slides have no patches ({TABLE} of {})",
+            summary.without_patches,
+            arguments.patches.display()
+        ));
+    }
     crossfusion::say(format!("features {}", request.out.display()));
     match summary.failed.len() {
         0 => Ok(()),
