@@ -1,5 +1,5 @@
-//! Times what `cf-slide embed` does before the network: `reading PATCHES RECIPE.toml THREADS` prints
-//! patches and seconds. scripts/slide-speed.py runs it beside a plain Python loop.
+//! Times what `cf-slide embed` does before the network: `reading PATCHES RECIPE.toml THREADS`
+//! prints patches and seconds. scripts/slide-speed.py runs it beside a plain Python loop.
 
 use std::{path::Path, time::Instant};
 

@@ -141,8 +141,8 @@ fn session(library: Option<&Path>, device: Device, threads: usize) -> Result<Ses
     builder().map_err(|e| failed(&e))
 }
 
-/// $ORT_DYLIB_PATH, or the system's library, or that of Python's onnxruntime (onnxruntime-gpu has the
-/// same folder).
+/// $ORT_DYLIB_PATH, or the system's library, or that of Python's onnxruntime (onnxruntime-gpu has
+/// the same folder).
 fn find_library() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("ORT_DYLIB_PATH") {
         return Some(path.into());

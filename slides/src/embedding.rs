@@ -1,8 +1,9 @@
 //! `cf-slide embed`: features of the patches that `cf-slide patch` found. Slides are read on all
-//! cores, the network runs on what has been read, and a slide that is complete is written meanwhile.
+//! cores, the network runs on what has been read, and a slide that is complete is written
+//! meanwhile.
 //!
 //! ```text
-//! OUT/BACKBONE/backbone.toml            recipe and digest of the network; a folder holds one's features
+//! OUT/BACKBONE/backbone.toml            recipe, and digests of network and patches
 //! OUT/BACKBONE/slides.csv               a row a slide: status, reason
 //! OUT/BACKBONE/x20/pt_files/SLIDE.pt    features, and so at x5 and x10
 //! ```
@@ -150,7 +151,8 @@ fn scales(row: &Row) -> impl Iterator<Item = Scale> {
     Scale::ALL.into_iter().filter(|&scale| row.patches(scale).is_some_and(|patches| patches > 0))
 }
 
-/// Whether all files are there, with as many patches as the slide has. Files are written atomically.
+/// Whether all files are there, with as many patches as the slide has. Files are written
+/// atomically.
 fn is_done(request: &Request, name: &str, row: &Row) -> bool {
     scales(row).all(|scale| {
         let file = FeatureFile::open(&features::path(request.out, scale, name, request.format));

@@ -7,8 +7,8 @@ use std::{
 
 use crossfusion::{Error, Result};
 
-/// Endings of the files that OpenSlide opens. A DICOM slide is a folder of `.dcm` files, of which any
-/// one opens it: it is named itself.
+/// Endings of the files that OpenSlide opens. A DICOM slide is a folder of `.dcm` files, of which
+/// any one opens it: it is named itself.
 const ENDINGS: [&str; 11] = ["svs", "tif", "tiff", "ndpi", "mrxs", "scn", "vms", "vmu", "svslide", "bif", "czi"];
 
 /// The slides among these files and, however deep, in these folders, by name. An error where two

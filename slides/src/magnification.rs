@@ -76,8 +76,8 @@ impl Power {
         })
     }
 
-    /// The side at level 0, in pixels, of what is `pixels` wide at a magnification. None where level
-    /// 0 has less of a magnification than that.
+    /// The side at level 0, in pixels, of what is `pixels` wide at a magnification. None where
+    /// level 0 has less of a magnification than that.
     pub fn at_level_0(&self, scale: Scale, pixels: usize) -> Option<i64> {
         let downsample = self.value / magnification(scale);
         (downsample >= 1.0).then(|| (pixels as f64 * downsample).round() as i64)

@@ -13,8 +13,8 @@ use crate::{
 /// The longer side is at most so many pixels.
 const MOST: usize = 1600;
 
-/// Outlines of tissue are green, those of holes are blue, as CLAM draws them; patches have thin black
-/// frames.
+/// Outlines of tissue are green, those of holes are blue, as CLAM draws them; patches have thin
+/// black frames.
 const TISSUE: [u8; 3] = [0, 200, 0];
 const HOLE: [u8; 3] = [0, 0, 255];
 const PATCH: [u8; 3] = [0, 0, 0];

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-/// The folder of a Python package, as the `python3` on the path finds it (so of the environment that
-/// is active, be it venv's or conda's); None where there is no Python or no such package. The
+/// The folder of a Python package, as the `python3` on the path finds it (so of the environment
+/// that is active, be it venv's or conda's); None where there is no Python or no such package. The
 /// package is not imported.
 pub fn package_folder(package: &str) -> Option<PathBuf> {
     const FIND: &str =

@@ -1,6 +1,7 @@
-//! Antialiased resizing as Pillow does it, bit for bit: `Image.resize((size, size), filter)` of images
-//! of three bytes a pixel (tests/pil.rs). The filter is stretched over the pixels that one pixel of
-//! the result covers; rows come first, then columns, each in fixed point and rounded to bytes.
+//! Antialiased resizing as Pillow does it, bit for bit: `Image.resize((size, size), filter)` of
+//! images of three bytes a pixel (tests/pil.rs). The filter is stretched over the pixels that one
+//! pixel of the result covers; rows come first, then columns, each in fixed point and rounded to
+//! bytes.
 
 use std::ops::Range;
 
@@ -115,7 +116,8 @@ impl WithSimd for Columns<'_> {
     }
 }
 
-/// Side of the squares that are transposed at once, so that what is read and written stays in cache.
+/// Side of the squares that are transposed at once, so that what is read and written stays in
+/// cache.
 const SQUARE: usize = 32;
 
 fn transpose(image: &Image) -> Image {

@@ -48,8 +48,8 @@ unsafe impl Send for Slide {}
 unsafe impl Sync for Slide {}
 
 impl Slide {
-    /// Opens a slide. An error if OpenSlide is not installed, does not know the format, or finds the
-    /// file damaged.
+    /// Opens a slide. An error if OpenSlide is not installed, does not know the format, or finds
+    /// the file damaged.
     pub fn open(path: &Path) -> Result<Self> {
         let openslide = OpenSlide::get()?;
         std::fs::File::open(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
@@ -139,7 +139,8 @@ impl Slide {
         }
         let mut argb = vec![0u32; width * height];
         let (w, h) = (width as i64, height as i64);
-        // SAFETY: the handle is open, and the buffer has a pixel of 32 bits for each that is asked for.
+        // SAFETY: the handle is open, and the buffer has a pixel of 32 bits for each that is asked
+        // for.
         unsafe { (self.openslide.read_region)(self.handle.as_ptr(), argb.as_mut_ptr(), x, y, level as i32, w, h) };
         self.check()?;
         let mut pixels = vec![0; 3 * width * height];
@@ -235,7 +236,8 @@ impl OpenSlide {
     }
 
     fn new(library: Library) -> Result<Self, libloading::Error> {
-        // SAFETY: the types are those of openslide.h, and the library lives as long as the pointers.
+        // SAFETY: the types are those of openslide.h, and the library lives as long as the
+        // pointers.
         unsafe {
             Ok(Self {
                 open: *library.get(b"openslide_open\0")?,

@@ -42,8 +42,8 @@ pub struct Arguments {
     /// Threads that read, and as many that the network runs on; 0 is one for each core
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// ONNX Runtime's shared library [default: $ORT_DYLIB_PATH, or the system's, or that of the Python
-    /// package onnxruntime]
+    /// ONNX Runtime's shared library [default: $ORT_DYLIB_PATH, or the system's, or that of the
+    /// Python package onnxruntime]
     #[arg(long, value_name = "F")]
     onnxruntime: Option<PathBuf>,
 }

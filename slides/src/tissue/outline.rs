@@ -17,8 +17,8 @@ const STEPS: [(i32, i32); 8] = [(1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1
 const RIGHT: usize = 0;
 const LEFT: usize = 4;
 
-/// What OpenCV's `findContours(mask, RETR_CCOMP, CHAIN_APPROX_NONE)` finds, in its order: the areas,
-/// and the holes of each, from the last that a scan row by row meets to the first.
+/// What OpenCV's `findContours(mask, RETR_CCOMP, CHAIN_APPROX_NONE)` finds, in its order: the
+/// areas, and the holes of each, from the last that a scan row by row meets to the first.
 pub fn outlines(mask: &Plane) -> Vec<Outline> {
     let mut scan = Scan::new(mask);
     let mut outlines: Vec<Outline> = Vec::new();

@@ -38,8 +38,8 @@ pub fn saturation(image: &Image) -> Plane {
 /// The median of the square of side `size` around each pixel, the image's edge continued outwards:
 /// `cv2.medianBlur(plane, size)`, for odd sizes.
 ///
-/// The window slides along a row with a histogram of what it holds, whose median moves a little at a
-/// time (Huang, Yang and Tang 1979).
+/// The window slides along a row with a histogram of what it holds, whose median moves a little at
+/// a time (Huang, Yang and Tang 1979).
 pub fn median(plane: &Plane, size: usize) -> Plane {
     assert!(size % 2 == 1, "a median of {size} x {size} pixels has no middle");
     let (width, height, radius) = (plane.width, plane.height, size / 2);
@@ -139,8 +139,8 @@ pub fn otsu(plane: &Plane) -> u8 {
 }
 
 /// Fills gaps narrower than a square of side `size`: `cv2.morphologyEx(plane, cv2.MORPH_CLOSE,
-/// np.ones((size, size), np.uint8))`, whose square reaches from `size / 2` before a pixel to `(size -
-/// 1) / 2` behind it. What lies outside of the image does not count.
+/// np.ones((size, size), np.uint8))`, whose square reaches from `size / 2` before a pixel to `(size
+/// - 1) / 2` behind it. What lies outside of the image does not count.
 pub fn close(plane: &Plane, size: usize) -> Plane {
     extreme(&extreme(plane, size, u8::max), size, u8::min)
 }
