@@ -162,9 +162,10 @@ fn is_done(request: &Request, name: &str, row: &Row) -> bool {
 
 /// What is read of a slide in a folder of patches; `slides` is the folder that it has moved to.
 pub fn job(patches: &Path, slides: Option<&Path>, name: &str, row: &Row) -> Result<Job> {
+    let patch_size = patching::patch_size(patches)?;
     let path = slides.map_or(row.path.clone(), |folder| folder.join(&row.slide_id));
     let read = |scale| Ok((scale, Coordinates::read(&coordinates_path(patches, scale, name))?));
-    Ok(Job { path, patches: scales(row).map(read).collect::<Result<_>>()? })
+    Ok(Job { path, patch_size, patches: scales(row).map(read).collect::<Result<_>>()? })
 }
 
 fn patches_of(job: &Job) -> usize {

@@ -136,6 +136,18 @@ pub fn coordinates_path(out: &Path, scale: Scale, name: &str) -> PathBuf {
     out.join(scale.name()).join("patches").join(format!("{name}.h5"))
 }
 
+/// The side of a folder's patches, in pixels of their magnification.
+pub fn patch_size(out: &Path) -> Result<usize> {
+    #[derive(Deserialize)]
+    struct PatchSize {
+        patch_size: usize,
+    }
+    let path = out.join(SETTINGS);
+    let settings: PatchSize =
+        toml::from_str(&atomic::read_text(&path, atomic::MOST)?).map_err(|e| Error::file(&path, e))?;
+    Ok(settings.patch_size)
+}
+
 /// Reads the table of a folder of patches: rows by the slide's name.
 pub fn read_table(out: &Path) -> Result<BTreeMap<String, Row>> {
     let path = out.join(TABLE);

@@ -18,9 +18,6 @@ use crate::{
     slide::{Image, Slide},
 };
 
-/// Side in pixels that a patch has at its magnification.
-const PATCH: usize = 256;
-
 /// How patches become what a network takes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,6 +40,8 @@ pub struct Recipe {
 pub struct Job {
     /// The slide's file.
     pub path: PathBuf,
+    /// Side of its patches, in pixels of their magnification.
+    pub patch_size: usize,
     /// Where its patches are.
     pub patches: Vec<(Scale, Coordinates)>,
 }
@@ -83,7 +82,7 @@ pub fn read(
     std::thread::scope(|scope| {
         for _ in 0..threads.max(1) {
             let (queue, sender) = (&queue, sender.clone());
-            scope.spawn(move || work(queue, recipe, &sender));
+            scope.spawn(move || work(jobs, queue, recipe, &sender));
         }
         drop(sender);
         // dropping the receiver, here at the latest, is what ends the threads after an error
@@ -116,7 +115,7 @@ impl Queue<'_> {
             {
                 return Some((current.job, Ok((current.slide.clone(), region))));
             }
-            let (job, Job { path, patches }) = (self.next, self.jobs.get(self.next)?);
+            let (job, Job { path, patches, .. }) = (self.next, self.jobs.get(self.next)?);
             self.next += 1;
             match Slide::open(path) {
                 Ok(slide) => {
@@ -135,7 +134,7 @@ impl Queue<'_> {
 }
 
 /// A thread's work; it ends where there is nothing left, or nobody to take it.
-fn work(queue: &Mutex<Queue>, recipe: &Recipe, sender: &SyncSender<Event>) {
+fn work(jobs: &[Job], queue: &Mutex<Queue>, recipe: &Recipe, sender: &SyncSender<Event>) {
     let queue = || queue.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
         let Some((job, task)) = queue().pop() else { return };
@@ -145,7 +144,7 @@ fn work(queue: &Mutex<Queue>, recipe: &Recipe, sender: &SyncSender<Event>) {
         });
         let sent = match image {
             Ok((image, patches)) => patches.into_iter().try_for_each(|patch| {
-                let pixels = prepare(&image, &patch, recipe);
+                let pixels = prepare(&image, &patch, jobs[job].patch_size, recipe);
                 sender.send(Event::Patch { job, scale: patch.scale, row: patch.row, pixels })
             }),
             Err(error) => {
@@ -159,15 +158,16 @@ fn work(queue: &Mutex<Queue>, recipe: &Recipe, sender: &SyncSender<Event>) {
     }
 }
 
-/// A patch of a region as the network takes it: at its magnification it has 256 pixels a side, to
-/// which Pillow's default filter brings it, as the published features were made; then what the
-/// recipe says.
-fn prepare(region: &Image, patch: &Patch, recipe: &Recipe) -> Vec<f32> {
+/// A patch of a region as the network takes it: Pillow's default filter brings it to its
+/// magnification, where it has `patch_size` pixels a side; then what the recipe says is done.
+fn prepare(region: &Image, patch: &Patch, patch_size: usize, recipe: &Recipe) -> Vec<f32> {
     let image = crop(region, patch.offset, patch.size);
-    let image = resize(image, PATCH, PATCH, Filter::Bicubic);
+    let image = resize(image, patch_size, patch_size, Filter::Bicubic);
     let side = recipe.resize.unwrap_or(recipe.input);
     let image = resize(image, side, side, recipe.interpolation);
-    let image = crop(&image, [(side - recipe.input) / 2; 2], recipe.input);
+    // rounded as torchvision's CenterCrop does
+    let margin = ((side - recipe.input) as f64 / 2.0).round_ties_even() as usize;
+    let image = crop(&image, [margin; 2], recipe.input);
     let mut planes = vec![0.0; image.pixels.len()];
     for (c, plane) in planes.chunks_exact_mut(recipe.input * recipe.input).enumerate() {
         // in the order of torchvision's ToTensor and Normalize
