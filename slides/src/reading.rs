@@ -190,3 +190,28 @@ fn crop(image: &Image, [x, y]: [usize; 2], size: usize) -> Image {
     }
     Image { width: size, height: size, pixels }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_patch_goes_through_the_size_of_its_magnification() {
+        let pixels = (0..3 * 64 * 64u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let region = Image { width: 64, height: 64, pixels };
+        let patch = Patch { scale: Scale::X20, row: 0, offset: [0, 0], size: 64 };
+        let (mean, std) = ([0.0; 3], [1.0 / 255.0; 3]);
+        let recipe = Recipe { input: 8, resize: Some(16), interpolation: Filter::Bilinear, mean, std, features: 1 };
+        for patch_size in [64, 32] {
+            let image = resize(region.clone(), patch_size, patch_size, Filter::Bicubic);
+            let image = resize(image, 16, 16, Filter::Bilinear);
+            let found = prepare(&region, &patch, patch_size, &recipe);
+            for (at, found) in found.iter().enumerate() {
+                let (c, y, x) = (at / 64, at / 8 % 8, at % 8);
+                let expected = image.pixels[3 * (16 * (y + 4) + x + 4) + c];
+                assert!((found - f32::from(expected)).abs() < 1e-3, "{patch_size}: {found} and {expected}");
+            }
+        }
+        assert_ne!(prepare(&region, &patch, 64, &recipe), prepare(&region, &patch, 32, &recipe));
+    }
+}
