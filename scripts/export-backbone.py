@@ -138,7 +138,7 @@ def conch(weights):
 
 
 def quiltnet(weights):
-    """Before the projection to the space of texts: 768 features, as the paper's code has it."""
+    """Before the projection to the space of texts: 768 features, the width in the paper's code."""
     import open_clip
 
     name = "ViT-B-32" if weights else "hf-hub:wisdomik/QuiltNet-B-32"
