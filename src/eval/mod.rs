@@ -7,6 +7,7 @@
 //!
 //! [`compare`] sets two runs side by side that predicted the same patients.
 
+pub mod attribution;
 pub mod compare;
 mod describe;
 pub mod infer;

@@ -6,7 +6,7 @@ use std::{marker::PhantomData, ops::Range};
 use super::scale::{BagSizes, Scale, Scales};
 use crate::{
     Error, Result,
-    device::{ALIGNMENT, Buffer, Device, Element, Fence, View, copy_by_all_threads},
+    device::{ALIGNMENT, Arena, Buffer, Device, Element, Fence, View, copy_by_all_threads},
 };
 
 /// Where a GPU keeps the bags of a slide that are held whole. A device has two and takes them in
@@ -73,15 +73,7 @@ pub(super) fn copy<T: Element>(
     to: View<T>,
     after: &Fence,
 ) -> Result<()> {
-    device.fill(to, after, |rows, out| {
-        let patches = first + rows.start..first + rows.end;
-        match bag {
-            // SAFETY: bags borrow host memory that nobody writes.
-            Bag::Memory(bag) => copy_by_all_threads(unsafe { bag.rows_range(patches).slice() }, out),
-            Bag::Reader(reader) => reader.read(patches, out)?,
-        }
-        Ok(())
-    })
+    device.fill(to, after, |rows, out| bag.read(first + rows.start..first + rows.end, out))
 }
 
 /// Reads patches of a bag: a file, say. Called from any thread.
@@ -106,6 +98,16 @@ impl<T: Element> Bag<'_, T> {
             Self::Memory(view) => view.rows(),
             Self::Reader(reader) => reader.patches(),
         }
+    }
+
+    /// Copies these patches to `out`.
+    pub fn read(&self, patches: Range<usize>, out: &mut [T]) -> Result<()> {
+        match self {
+            // SAFETY: bags borrow host memory that nobody writes.
+            Self::Memory(bag) => copy_by_all_threads(unsafe { bag.rows_range(patches).slice() }, out),
+            Self::Reader(reader) => reader.read(patches, out)?,
+        }
+        Ok(())
     }
 
     /// Itself, where it is in memory.
@@ -164,7 +166,7 @@ impl<'a, T: Element> Bags<'a, T> {
     }
 
     /// The bag of a scale; an error unless it has patches of so many features.
-    pub(super) fn get(&self, scale: Scale, features: usize) -> Result<Bag<'a, T>> {
+    pub(crate) fn get(&self, scale: Scale, features: usize) -> Result<Bag<'a, T>> {
         let Some(&bag) = self.bags.get(scale) else {
             return Err(Error::Usage(format!("the slide has no features at {scale}, which the model reads")));
         };
@@ -177,10 +179,34 @@ impl<'a, T: Element> Bags<'a, T> {
     }
 }
 
-/// Memory that receives the gradients of a slide's bags.
+/// Memory that receives the gradients of a slide's bags, or what each patch contributes by them.
 pub struct BagGrads<'a, T> {
-    bags: Scales<View<T>>,
+    bags: Scales<BagGrad<T>>,
     owner: PhantomData<&'a mut [T]>,
+}
+
+/// What becomes of a bag's gradient.
+#[derive(Clone, Copy)]
+pub(super) enum BagGrad<T> {
+    /// It is written down, `[patches, features]`.
+    Whole(View<T>),
+    /// Its product with the features less those of a reference, summed over each patch. The
+    /// gradient itself is formed nowhere.
+    Products {
+        /// `[1, features]` in host memory.
+        reference: View<T>,
+        /// `[patches, 1]` in host memory.
+        out: View<f64>,
+    },
+}
+
+impl<T: Element> BagGrad<T> {
+    pub fn rows_range(self, rows: Range<usize>) -> Self {
+        match self {
+            Self::Whole(view) => Self::Whole(view.rows_range(rows)),
+            Self::Products { reference, out } => Self::Products { reference, out: out.rows_range(rows) },
+        }
+    }
 }
 
 impl<'a, T: Element> BagGrads<'a, T> {
@@ -189,18 +215,47 @@ impl<'a, T: Element> BagGrads<'a, T> {
         let view = |_, x: &'a mut [T]| {
             let rows = patches(x, features)?;
             // SAFETY: `owner` keeps the slice borrowed as long as the view can be reached.
-            Ok::<_, Error>(unsafe { View::of_slice_mut(x, rows, features) })
+            Ok::<_, Error>(BagGrad::Whole(unsafe { View::of_slice_mut(x, rows, features) }))
         };
         Ok(Self { bags: bags.into().try_map(view)?, owner: PhantomData })
     }
 
+    /// A value a patch: the sum over its features x of (x - reference) times the gradient in x. Each
+    /// scale has a reference `[features]`, and memory for as many values as there are patches.
+    pub fn products(bags: impl Into<Scales<(&'a [T], &'a mut [f64])>>) -> Self {
+        let view = |_, (reference, out): (&'a [T], &'a mut [f64])| {
+            let (features, patches) = (reference.len(), out.len());
+            // SAFETY: `owner` keeps both slices borrowed as long as the views can be reached.
+            let (reference, out) =
+                unsafe { (View::of_slice(reference, 1, features), View::of_slice_mut(out, patches, 1)) };
+            BagGrad::Products { reference, out }
+        };
+        Self { bags: bags.into().map(view), owner: PhantomData }
+    }
+
+    /// Bytes of a device's memory that the gradients take while a step is on its way back.
+    pub(crate) fn device_bytes(&self) -> Result<usize> {
+        let bytes = |grad: &BagGrad<T>| match grad {
+            BagGrad::Whole(view) => Arena::matrix_bytes::<T>(view.rows(), view.cols()),
+            BagGrad::Products { .. } => Ok(0),
+        };
+        self.bags.values().map(bytes).sum()
+    }
+
     /// Where the gradient of a scale's bag goes, which has to be of these sizes.
-    pub(super) fn get(&self, scale: Scale, patches: usize, features: usize) -> Result<View<T>> {
-        let Some(&view) = self.bags.get(scale) else {
+    pub(super) fn get(&self, scale: Scale, patches: usize, features: usize) -> Result<BagGrad<T>> {
+        let Some(&grad) = self.bags.get(scale) else {
             return Err(Error::Usage(format!("there is no memory for the gradient at {scale}")));
         };
-        view.check("the model", &format!("gradient of {scale}"), &[patches, features])?;
-        Ok(view)
+        let name = format!("gradient of {scale}");
+        match grad {
+            BagGrad::Whole(view) => view.check("the model", &name, &[patches, features])?,
+            BagGrad::Products { reference, out } => {
+                reference.check("the model", &format!("reference of {scale}"), &[1, features])?;
+                out.check("the model", &name, &[patches, 1])?;
+            }
+        }
+        Ok(grad)
     }
 }
 

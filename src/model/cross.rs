@@ -9,6 +9,7 @@
 
 use super::{
     Context,
+    bags::BagGrad,
     layer::{self, Attended, Forwarded, Layer, LayerGrad, SavedLayer, TailGrad, scratch},
     projection::{Input, Projection, project, project_backward},
     stream::Stream,
@@ -53,7 +54,7 @@ pub(super) struct CrossGrad<'a, T: Element> {
     /// Of x, by way of each context; overwritten.
     pub dx: &'a [View<T>],
     /// Receive the contexts' gradients, where these are wanted.
-    pub dbags: Option<[View<T>; CONTEXTS]>,
+    pub dbags: Option<[BagGrad<T>; CONTEXTS]>,
 }
 
 /// The contexts that are held, and their tokens' gradients on the scratch stack; none where they
@@ -123,6 +124,43 @@ impl CrossAttention {
         };
         ctx.arena.release_saved(before);
         Ok(held)
+    }
+
+    /// The attention that each patch of each context receives, where each of the tokens x that query
+    /// gives so much.
+    pub fn received<T: Element>(
+        &self,
+        ctx: &mut Context,
+        saved: SavedCross<'_, T>,
+        x: View<T>,
+        weights: &[f64],
+    ) -> Result<[Vec<f64>; CONTEXTS]> {
+        let SavedCross { contexts, layers: saved, before } = saved;
+        let mut received = [Vec::new(), Vec::new()];
+        match contexts {
+            Contexts::Held(inputs) => {
+                for (g, layer) in self.layers.iter().enumerate() {
+                    received[g] = layer::received_by_context(ctx, layer, &saved[g], x, inputs[g].tokens, weights)?;
+                }
+            }
+            Contexts::Streamed(stream) => {
+                let start = ctx.arena.mark();
+                let q = scratch(ctx, &[x; CONTEXTS], ctx.config.dim)?;
+                layer::queries(ctx, &self.layers(), &[x; CONTEXTS], &q)?;
+                for staged in stream.parts(ctx.device) {
+                    let mark = ctx.arena.mark();
+                    let part = self.part(ctx, &staged?.bags)?;
+                    for ((&g, layer), &kv) in part.places.iter().zip(&part.layers).zip(&part.kv) {
+                        let attention = layer.attention(ctx, q[g], kv, saved[g].attended);
+                        received[g].extend(layer::received(ctx, attention, weights)?);
+                    }
+                    ctx.arena.release_scratch(mark);
+                }
+                ctx.arena.release_scratch(start);
+            }
+        }
+        ctx.arena.release_saved(before);
+        Ok(received)
     }
 
     fn layers(&self) -> [&Layer; CONTEXTS] {

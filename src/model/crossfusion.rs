@@ -2,7 +2,7 @@
 //! their mix.
 
 use super::{
-    BagGrads, Bags, Config, Context, Network, Scale, dropout_sites,
+    AttentionOf, BagGrads, Bags, Config, Context, Network, Scale, Scales, dropout_sites,
     encoder::{COARSE, CrossEncoder, EncoderNames, FINE, SOURCE, STREAMED, STREAMS, SavedEncoder},
     fusion::{ConvFuse, SavedConvFuse, SavedNorms, norms, norms_backward},
     layer::scratch,
@@ -106,5 +106,20 @@ impl Network for CrossFusion {
         self.encoder.backward(ctx, saved.encoder, &dstreams, dbags)?;
         ctx.arena.release_scratch(before);
         Ok(())
+    }
+    fn attention<T: Element>(
+        &self,
+        ctx: &mut Context,
+        saved: Saved<'_, T>,
+        of: AttentionOf,
+    ) -> Result<Scales<Vec<f64>>> {
+        let weights = match of {
+            AttentionOf::Patches => None,
+            AttentionOf::ClassToken => {
+                Some(self.readout.received(ctx, &saved.readout, saved.side, saved.encoder.tokens())?)
+            }
+        };
+        ctx.arena.release_saved(saved.before_norms);
+        self.encoder.received(ctx, saved.encoder, weights)
     }
 }

@@ -2,7 +2,7 @@
 //! projected instead of convolved.
 
 use super::{
-    BagGrads, Bags, Config, Context, Network, Scale,
+    AttentionOf, BagGrads, Bags, Config, Context, Network, Scale, Scales,
     encoder::{COARSE, CrossEncoder, EncoderNames, FINE, SOURCE, STREAMED, STREAMS, SavedEncoder},
     fusion::{LinearNorm, SavedLinearNorm, SavedNorms, norms, norms_backward},
     layer::scratch,
@@ -114,5 +114,20 @@ impl Network for CrossFusionConcat {
         self.encoder.backward(ctx, saved.encoder, &dstreams, dbags)?;
         ctx.arena.release_scratch(before);
         Ok(())
+    }
+    fn attention<T: Element>(
+        &self,
+        ctx: &mut Context,
+        saved: Saved<'_, T>,
+        of: AttentionOf,
+    ) -> Result<Scales<Vec<f64>>> {
+        let weights = match of {
+            AttentionOf::Patches => None,
+            AttentionOf::ClassToken => {
+                Some(self.readout.received(ctx, &saved.readout, saved.side, saved.encoder.tokens())?)
+            }
+        };
+        ctx.arena.release_saved(saved.before_norms);
+        self.encoder.received(ctx, saved.encoder, weights)
     }
 }

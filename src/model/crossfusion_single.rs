@@ -2,7 +2,7 @@
 //! convolved without a mix.
 
 use super::{
-    BagGrads, Bags, Config, Context, Network, Scale, dropout_sites,
+    AttentionOf, BagGrads, Bags, Config, Context, Network, Scale, Scales, dropout_sites,
     fusion::{ConvFuse, SavedConvFuse, SavedNorms, norms, norms_backward},
     params::{Layout, NormWeights},
     projection::{
@@ -14,7 +14,7 @@ use super::{
     transformer::{PadTransformer, SavedTransformer, TokenGrid, transformer_sites},
 };
 use crate::{
-    Result,
+    Error, Result,
     device::{Element, Mark},
     ops::head::HeadGrad,
 };
@@ -141,5 +141,23 @@ impl Network for CrossFusionSingle {
         }
         ctx.arena.release_scratch(before);
         Ok(())
+    }
+    fn attention<T: Element>(
+        &self,
+        ctx: &mut Context,
+        saved: Saved<'_, T>,
+        of: AttentionOf,
+    ) -> Result<Scales<Vec<f64>>> {
+        if of == AttentionOf::Patches {
+            let message = "crossfusion-single has no cross-attention, whose weights were asked for; the class token's are \
+                           there for every model";
+            return Err(Error::Usage(message.into()));
+        }
+        let tokens = match &saved.source {
+            Source::Held(input) => input.tokens,
+            Source::Streamed(_, input) => input.tokens,
+        };
+        let received = self.readout.received(ctx, &saved.readout, saved.side, tokens.rows())?;
+        Ok(std::iter::once((SCALE, received)).collect())
     }
 }

@@ -2,7 +2,7 @@
 //! x5 and at x20 by cross-attention; each then goes through a transformer.
 
 use super::{
-    BagGrads, Bags, Config, Context, Scale,
+    BagGrads, Bags, Config, Context, Scale, Scales,
     cross::{Contexts, CrossAttention, CrossGrad, HeldGrads, SavedCross},
     dropout_sites,
     layer::{Layer, Names, scratch, sites},
@@ -138,5 +138,30 @@ impl CrossEncoder {
         inputs.push(saved.source);
         dtokens.push(dsource);
         project_backward(ctx, &all[first..], &inputs, &dtokens, dbags.as_ref().map(|dbags| &dbags[first..]))
+    }
+
+    /// The attention that the patches of x5 and of x20 receive in the cross-attention, where each
+    /// x10 patch gives as much as `weights` says; all the same without them. With them, they are
+    /// x10's own.
+    pub fn received<T: Element>(
+        &self,
+        ctx: &mut Context,
+        saved: SavedEncoder<'_, T>,
+        weights: Option<Vec<f64>>,
+    ) -> Result<Scales<Vec<f64>>> {
+        ctx.arena.release_saved(saved.transformers.before());
+        let x = saved.source.tokens;
+        let alike = || vec![1.0 / x.rows() as f64; x.rows()];
+        let of_queries = weights.as_ref().map_or_else(alike, Vec::clone);
+        let [coarse, fine] = self.cross.received(ctx, saved.cross, x, &of_queries)?;
+        let all = [(Scale::X5, Some(coarse)), (Scale::X10, weights), (Scale::X20, Some(fine))];
+        Ok(all.into_iter().filter_map(|(scale, received)| Some((scale, received?))).collect())
+    }
+}
+
+impl<T: Element> SavedEncoder<'_, T> {
+    /// Tokens of x10, without those that pad the grid.
+    pub fn tokens(&self) -> usize {
+        self.source.tokens.rows()
     }
 }

@@ -20,6 +20,7 @@ pub(super) use tail::{Tail, TailGrad, tail, tail_backward};
 use super::{
     Context, LinearViews,
     params::{Layout, Linear, NormWeights, Param},
+    policy::pieces,
 };
 use crate::{
     Result,
@@ -316,10 +317,7 @@ pub(super) fn backward<T: Element>(
     for (&x, &context) in x.iter().zip(&context) {
         dprojected.push(Projected::new(x, context, d, |rows, cols| ctx.arena.scratch(rows, cols))?);
     }
-    let projected = match saved.iter().map(|saved| saved.kept.map(|kept| kept.0)).collect::<Option<Vec<_>>>() {
-        Some(kept) => kept,
-        None => project(ctx, layers, &x, &context)?,
-    };
+    let projected = projected(ctx, layers, saved, &x, &context)?;
     let problems = layers.iter().enumerate().map(|(g, layer)| {
         let forward = layer.attention(ctx, projected[g].q, projected[g].kv, saved[g].attended);
         attention_grad(forward, dattended[g], dprojected[g].q, dprojected[g].kv)
@@ -362,6 +360,66 @@ pub(super) fn backward<T: Element>(
     }
     ctx.arena.release_scratch(mark);
     Ok(())
+}
+
+/// Each layer's projections, kept by forward or computed again.
+fn projected<T: Element>(
+    ctx: &mut Context,
+    layers: &[&Layer],
+    saved: &[SavedLayer<T>],
+    x: &[View<T>],
+    context: &[View<T>],
+) -> Result<Vec<Projected<T>>> {
+    match saved.iter().map(|saved| saved.kept.map(|kept| kept.0)).collect() {
+        Some(kept) => Ok(kept),
+        None => project(ctx, layers, x, context),
+    }
+}
+
+/// [`received`] of one layer, which forward was given x and context.
+pub(super) fn received_by_context<T: Element>(
+    ctx: &mut Context,
+    layer: &Layer,
+    saved: &SavedLayer<T>,
+    x: View<T>,
+    context: View<T>,
+    weights: &[f64],
+) -> Result<Vec<f64>> {
+    let mark = ctx.arena.mark();
+    let Projected { q, kv, .. } = projected(ctx, &[layer], std::slice::from_ref(saved), &[x], &[context])?[0];
+    let attention = layer.attention(ctx, q, kv, saved.attended);
+    let received = received(ctx, attention, weights);
+    ctx.arena.release_scratch(mark);
+    received
+}
+
+/// Rows that go between the host and the device at a time.
+const ROWS: usize = 4096;
+
+/// The attention that each of a context's rows receives: with P the probabilities, the sum over the
+/// queries i of `weights[i] P[i, j]`, averaged over the heads.
+///
+/// Attention's backward pass has it: dv = Pᵀ dout is that sum, in every column of a head, where dout
+/// is `weights[i]` all along its row i. So P is found again from q, k and the log-sum-exp, tile by
+/// tile, whether or not these are of a whole context.
+pub(super) fn received<T: Element>(ctx: &mut Context, forward: Attention<T>, weights: &[f64]) -> Result<Vec<f64>> {
+    let mark = ctx.arena.mark();
+    let (n, m, d) = (forward.q.rows(), forward.k.rows(), forward.q.cols());
+    let (dout, dq, dkv) = (ctx.arena.scratch(n, d)?, ctx.arena.scratch(n, d)?, ctx.arena.scratch(m, 2 * d)?);
+    for rows in pieces(n, Some(ROWS)) {
+        let of_row = |&weight: &f64| std::iter::repeat_n(T::from_sum(T::Sum::of(weight)), d);
+        let values: Vec<T> = weights[rows.clone()].iter().flat_map(of_row).collect();
+        ctx.device.upload(&values, dout.rows_range(rows))?;
+    }
+    let gradient = attention_grad(forward, dout, dq, dkv);
+    attention::backward(ctx.device, ctx.arena, &[gradient])?;
+    let mut received = Vec::with_capacity(m);
+    for rows in pieces(m, Some(ROWS)) {
+        let mean = |row: &[T]| row.iter().map(|x| x.to_sum().f64()).sum::<f64>() / d as f64;
+        received.extend(ctx.device.download(gradient.dv.rows_range(rows))?.chunks_exact(d).map(mean));
+    }
+    ctx.arena.release_scratch(mark);
+    Ok(received)
 }
 
 pub(super) fn attention_grad<T: Element>(

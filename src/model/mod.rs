@@ -23,7 +23,7 @@ pub use bags::{BagGrads, Bags, Features, ReadPatches};
 pub use crossfusion::CrossFusion;
 pub use crossfusion_concat::CrossFusionConcat;
 pub use crossfusion_single::CrossFusionSingle;
-pub use network::{Model, ModelName};
+pub use network::{AttentionOf, Model, ModelName};
 pub(crate) use network::{Network, each};
 pub use params::{Entry, Layout};
 pub use policy::Policy;

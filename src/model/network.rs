@@ -4,7 +4,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{BagGrads, Bags, Config, Context, CrossFusion, CrossFusionConcat, CrossFusionSingle, Layout, Scale};
+use super::{
+    BagGrads, Bags, Config, Context, CrossFusion, CrossFusionConcat, CrossFusionSingle, Layout, Scale, Scales,
+};
 use crate::{Result, device::Element, ops::head::HeadGrad};
 
 /// A model, as the engine, the plans, checkpoints and evaluations know it: from a slide's bags to
@@ -37,6 +39,28 @@ pub(crate) trait Network {
         saved: Self::Saved<'_, T>,
         dbags: Option<&BagGrads<'_, T>>,
     ) -> Result<()>;
+
+    /// After a forward pass that was for training, in place of backward: the attention that each
+    /// patch receives, at the scales that are attended to. An error that says so where the model
+    /// has no such attention.
+    fn attention<T: Element>(
+        &self,
+        ctx: &mut Context,
+        saved: Self::Saved<'_, T>,
+        of: AttentionOf,
+    ) -> Result<Scales<Vec<f64>>>;
+}
+
+/// Whose attention is asked for, each averaged over the heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionOf {
+    /// The x10 patches', to x5 and to x20 by cross-attention: the mean over them. It sums to 1 over
+    /// the patches of a scale.
+    Patches,
+    /// The class token's in the last layer, to the x10 tokens; and through these, by
+    /// cross-attention, to x5 and x20 (attention rollout over two layers, Abnar & Zuidema 2020). It
+    /// sums, over the patches of a scale, to what the class token does not give to itself.
+    ClassToken,
 }
 
 /// Which model.

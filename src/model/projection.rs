@@ -2,14 +2,16 @@
 //! width. A bag that is as wide as the model is its own tokens.
 
 use super::{
-    Context,
+    Context, LinearViews,
+    bags::BagGrad,
     layer::{norm, norm_grad},
     params::{Layout, Linear, NormWeights},
+    policy::pieces,
     stream::Stream,
 };
 use crate::{
     Result,
-    device::{Element, View},
+    device::{Device, Element, Real, View},
     ops::{
         elementwise, layer_norm,
         matmul::{self, Epilogue, Matmul, WeightGrad},
@@ -94,38 +96,95 @@ pub(super) fn project_backward<T: Element>(
     projections: &[Projection],
     inputs: &[Input<T>],
     dtokens: &[View<T>],
-    dbags: Option<&[View<T>]>,
+    dbags: Option<&[BagGrad<T>]>,
 ) -> Result<()> {
-    // where the ops write dbags: not the host's memory, if they are kernels
-    let mut written = dbags.map(<[_]>::to_vec);
-    if let (Some(written), true) = (&mut written, ctx.device.runs_kernels()) {
-        for x in written {
-            *x = ctx.arena.scratch(x.rows(), x.cols())?;
-        }
-    }
-    let (mut norms, mut weights, mut products) = (Vec::new(), Vec::new(), Vec::new());
-    for (i, input) in inputs.iter().enumerate() {
-        let (dy, dx) = (dtokens[i], written.as_ref().map(|written| written[i]));
-        let (Some((linear, layer_norm)), Some(projected)) = (projections[i].0, &input.projected) else {
-            if let Some(dx) = dx {
-                elementwise::sum(ctx.device, &[dy], dx)?;
-            }
-            continue;
-        };
+    let (mut norms, mut weights) = (Vec::new(), Vec::new());
+    for ((projection, input), &dy) in projections.iter().zip(inputs).zip(dtokens) {
+        let (Some((linear, layer_norm)), Some(projected)) = (projection.0, &input.projected) else { continue };
         let linear = ctx.linear::<T>(linear);
         norms.push(norm_grad(ctx, layer_norm, projected.x, projected.stats, dy, dy));
         weights.push(WeightGrad { dy, x: input.bag, dw: linear.dweight, db: linear.dbias });
-        if let Some(dx) = dx {
-            products.push(Matmul { a: dy, b: linear.weight, out: dx, epilogue: Epilogue::default() });
-        }
     }
     layer_norm::backward(ctx.device, ctx.arena, &norms)?;
     matmul::backward_weight(ctx.device, ctx.arena, &weights)?;
-    matmul::backward_input(ctx.device, &products)?;
-    if let (Some(dbags), Some(written), true) = (dbags, written, ctx.device.runs_kernels()) {
-        for (dbag, written) in dbags.iter().zip(written) {
-            // SAFETY: the bags' gradients borrow host memory for writing.
-            unsafe { dbag.slice_mut() }.copy_from_slice(&ctx.device.download(written)?);
+    for (i, &dbag) in dbags.into_iter().flatten().enumerate() {
+        bag_gradient(ctx, projections[i], &inputs[i], dtokens[i], dbag)?;
+    }
+    Ok(())
+}
+
+/// From the gradient before the norm, `dy` `[rows, dim]`, to what is asked of the bag's gradient.
+fn bag_gradient<T: Element>(
+    ctx: &mut Context,
+    projection: Projection,
+    input: &Input<T>,
+    dy: View<T>,
+    dbag: BagGrad<T>,
+) -> Result<()> {
+    let linear = projection.0.map(|(linear, _)| ctx.linear::<T>(linear));
+    match dbag {
+        BagGrad::Whole(dbag) => {
+            // what kernels write is the device's memory
+            let kernels = ctx.device.runs_kernels();
+            let written = if kernels { ctx.arena.scratch(dbag.rows(), dbag.cols())? } else { dbag };
+            match linear {
+                None => elementwise::sum(ctx.device, &[dy], written)?,
+                Some(linear) => {
+                    let product = Matmul { a: dy, b: linear.weight, out: written, epilogue: Epilogue::default() };
+                    matmul::backward_input(ctx.device, &[product])?;
+                }
+            }
+            if kernels {
+                // SAFETY: the bags' gradients borrow host memory for writing.
+                unsafe { dbag.slice_mut() }.copy_from_slice(&ctx.device.download(written)?);
+            }
+            Ok(())
+        }
+        // With p = x W^T + b before the norm, (x - r) . dx = (x - r) . (dp W) = (p(x) - p(r)) . dp.
+        BagGrad::Products { reference, out } => {
+            // SAFETY: the bags' gradients borrow it.
+            let reference = numbers(unsafe { reference.slice() });
+            match (linear, input.projected) {
+                (Some(linear), Some(projected)) => {
+                    let reference = projection_of(ctx.device, linear, &reference)?;
+                    products(ctx.device, projected.x, &reference, dy, out)
+                }
+                _ => products(ctx.device, input.bag, &reference, dy, out),
+            }
+        }
+    }
+}
+
+fn numbers<T: Element>(values: &[T]) -> Vec<f64> {
+    values.iter().map(|x| x.to_sum().f64()).collect()
+}
+
+/// One row's p = x W^T + b, on the host.
+fn projection_of<T: Element>(device: &Device, linear: LinearViews<T>, x: &[f64]) -> Result<Vec<f64>> {
+    let LinearViews { weight, bias, .. } = linear;
+    let weights = device.download(weight.reshape(1, weight.rows() * weight.cols()))?;
+    let bias = device.download(bias)?;
+    let dot = |row: &[T]| row.iter().zip(x).map(|(w, x)| w.to_sum().f64() * x).sum::<f64>();
+    Ok(weights.chunks_exact(x.len()).zip(numbers(&bias)).map(|(row, bias)| dot(row) + bias).collect())
+}
+
+/// Rows that [`products`] brings to the host at a time.
+const ROWS: usize = 4096;
+
+/// out = the sum of (x - reference) * dy over each row; x and dy `[rows, columns]` without gaps. On
+/// the host, which has done it long before the device has done the products of a step, and each row
+/// in one order.
+fn products<T: Element>(device: &Device, x: View<T>, reference: &[f64], dy: View<T>, out: View<f64>) -> Result<()> {
+    let cols = x.cols();
+    for rows in pieces(x.rows(), Some(ROWS)) {
+        // as one row, which a GPU copies in one piece
+        let flat = |of: View<T>| device.download(of.rows_range(rows.clone()).reshape(1, rows.len() * cols));
+        let (x, dy) = (flat(x)?, flat(dy)?);
+        // SAFETY: `out` borrows host memory for writing.
+        let out = unsafe { out.rows_range(rows.clone()).slice_mut() };
+        for ((out, x), dy) in out.iter_mut().zip(x.chunks_exact(cols)).zip(dy.chunks_exact(cols)) {
+            let term = |((x, r), dy): ((&T, &f64), &T)| (x.to_sum().f64() - r) * dy.to_sum().f64();
+            *out = x.iter().zip(reference).zip(dy).map(term).sum();
         }
     }
     Ok(())
@@ -180,14 +239,14 @@ pub(super) fn project_streamed_backward<T: Element>(
     stream: &Stream<'_, T>,
     input: &StreamedInput<T>,
     dtokens: View<T>,
-    dbag: Option<View<T>>,
+    dbag: Option<BagGrad<T>>,
 ) -> Result<()> {
     for part in stream.parts(ctx.device) {
         let part = part?;
         for (_, bag) in part.bags {
             let mark = ctx.arena.mark();
             let of = |view: View<T>| view.rows_range(part.range.clone());
-            let dbag = dbag.map(|dbag| [of(dbag)]);
+            let dbag = dbag.map(|dbag| [dbag.rows_range(part.range.clone())]);
             let of_part = input.of_part(bag, &part.range);
             let dbags = dbag.as_ref().map(|dbag| &dbag[..]);
             project_backward(ctx, &[projection], &[of_part], &[of(dtokens)], dbags)?;

@@ -86,6 +86,22 @@ impl Readout {
         elementwise::accumulate(ctx.device, dfused.rows_range(0..1), self.class_token.of(ctx.grads))?;
         Ok(dfused.rows_range(1..n + 1))
     }
+
+    /// The share of the class token's attention, in the last layer, that each of so many tokens
+    /// receives. Those that pad the grid are copies of the first ones, and count for them; what the
+    /// class token gives to itself is left out.
+    pub fn received<T: Element>(
+        &self,
+        ctx: &mut Context,
+        saved: &SavedReadout<T>,
+        side: usize,
+        tokens: usize,
+    ) -> Result<Vec<f64>> {
+        let all = self.last.received(ctx, &saved.last, side * side + 1)?;
+        let mut received = vec![0.0; tokens];
+        all[1..].iter().enumerate().for_each(|(i, share)| received[i % tokens] += share);
+        Ok(received)
+    }
 }
 
 impl<T: Element> SavedReadout<T> {

@@ -141,4 +141,23 @@ impl PadTransformer {
         }
         Ok(gradient)
     }
+
+    /// The attention that each of the grid's rows receives in the last layer, of the rows that are
+    /// its out.
+    pub fn received<T: Element>(
+        &self,
+        ctx: &mut Context,
+        saved: &SavedTransformer<T>,
+        rows: usize,
+    ) -> Result<Vec<f64>> {
+        let last = self.post.len() - 1;
+        self.post[last].received(ctx, &saved.post[last][0], rows)
+    }
+}
+
+impl<T: Element> SavedTransformer<T> {
+    /// The saved stack before it.
+    pub fn before(&self) -> Mark {
+        self.pre[0][0].mark
+    }
 }

@@ -17,7 +17,7 @@ use crate::{
     Error, Result,
     data::torch::{Parameter, StateDict},
     device::{Arena, Buffer, Device, Element, Fence, Real, is_rounded},
-    model::{BagGrads, BagSizes, Bags, Config, Context, Model, Network, Policy, Room, each},
+    model::{AttentionOf, BagGrads, BagSizes, Bags, Config, Context, Model, Network, Policy, Room, Scales, each},
     ops::{
         Draw,
         adam::{self, Adam},
@@ -166,6 +166,14 @@ impl<T: Element> Engine<T> {
         self.pass(bags, draw, Goal::Gradients(Box::new(loss)), dbags)
     }
 
+    /// The logits of a slide, without dropout, and the attention that each of its patches receives.
+    /// Takes the memory of a training step.
+    pub fn attention(&mut self, bags: Bags<'_, T>, of: AttentionOf) -> Result<(Vec<f64>, Scales<Vec<f64>>)> {
+        let mut received = Scales::default();
+        let logits = self.pass(bags, None, Goal::Attention(of, &mut received), None)?;
+        Ok((logits, received))
+    }
+
     /// [`Engine::accumulate`] with a loss of the slide alone. On a GPU the host goes on while the
     /// device works: the next slide may be started before this one's loss is asked for; the one
     /// after that overwrites it.
@@ -195,10 +203,8 @@ impl<T: Element> Engine<T> {
         let sizes = bags.sizes().only(self.model().scales());
         let plan = self.plan(sizes, training || draw.is_some())?;
         let mut bytes = plan.arena_bytes;
-        if dbags.is_some() && self.device.runs_kernels() {
-            for &patches in sizes.values() {
-                bytes += Arena::matrix_bytes::<T>(patches, self.model().config().features)?;
-            }
+        if let Some(dbags) = dbags.as_ref().filter(|_| self.device.runs_kernels()) {
+            bytes += dbags.device_bytes()?;
         }
         let streamed = if plan.policy.stream.is_some() { self.model().streamed() } else { &[] };
         if self.model().scales().iter().any(|scale| !streamed.contains(scale) && !bags.is_held(*scale)) {
@@ -374,6 +380,8 @@ enum Goal<'a> {
     /// Gradients of a loss of the slide alone, which the device finds itself, so that nobody waits
     /// for the logits.
     Loss(&'a SlideLoss),
+    /// The logits, and the attention that the patches receive.
+    Attention(AttentionOf, &'a mut Scales<Vec<f64>>),
 }
 
 /// A slide's way through the model and, for gradients, back. Gives the logits; of [`Goal::Loss`]
@@ -400,6 +408,11 @@ fn slide_step<M: Network, T: Element>(
         Goal::Loss(loss) => {
             head::train(ctx.device, &head, loss, result.view(0, 1, 2))?;
             Vec::new()
+        }
+        Goal::Attention(of, received) => {
+            let logits = logits(ctx.device, &head.forward)?;
+            *received = model.attention(ctx, saved, of)?;
+            return Ok(logits);
         }
     };
     model.backward(ctx, saved, dbags)?;

@@ -1,6 +1,6 @@
 //! A self-attention layer: a norm in front of a [`Layer`], whose queries are the context's own rows.
 
-use super::{Forwarded, Layer, LayerGrad, Names, SavedLayer, backward, forward, norm, norm_grad};
+use super::{Forwarded, Layer, LayerGrad, Names, SavedLayer, backward, forward, norm, norm_grad, received_by_context};
 use crate::{
     Result,
     device::{Element, Mark, View},
@@ -103,5 +103,17 @@ impl SelfLayer {
             ctx.arena.release_saved(*before);
         }
         Ok(())
+    }
+
+    /// The attention that each row receives of the queries of forward, in equal shares.
+    pub fn received<T: Element>(&self, ctx: &mut Context, saved: &SavedSelf<T>, rows: usize) -> Result<Vec<f64>> {
+        let mark = ctx.arena.mark();
+        let y = ctx.arena.scratch(rows, ctx.config.dim)?;
+        layer_norm::apply(ctx.device, &[norm(ctx, self.norm, saved.x, saved.stats, y)])?;
+        let queries = saved.layer.attended.out.rows();
+        let weights = vec![1.0 / queries as f64; queries];
+        let received = received_by_context(ctx, &self.layer, &saved.layer, y.rows_range(0..queries), y, &weights);
+        ctx.arena.release_scratch(mark);
+        received
     }
 }
