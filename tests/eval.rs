@@ -17,7 +17,7 @@ use std::{
 use crossfusion::{
     data::{
         clinical::Columns,
-        dataset::Source,
+        dataset::{Source, Which},
         demo,
         torch::{read_state_dict, write_pt},
     },
@@ -270,7 +270,7 @@ fn published_checkpoints_of_each_model_agree_with_pytorch() {
         }
         let model = fixtures.join(format!("{name}.pt"));
         let request =
-            predict::Request { model: &model, heads: None, pt_dir: &pt_dir, backbone: "backbone", slides: None };
+            predict::Request { model: &model, heads: None, pt_dir: &pt_dir, backbone: "backbone", slides: Which::All };
         let predictions = predict::predict(&request, device(), None).unwrap();
         let hazards = &predictions.slides[0].hazards;
         assert_eq!(hazards.len(), logits.len(), "{name}");
@@ -345,7 +345,13 @@ fn a_run_predicts_as_the_mean_of_its_folds() {
     std::fs::write(&table, "slide_id\nDEMO-003-A.svs\nDEMO-000-B\nNOT-THERE\n").unwrap();
     let predict = |model: &Path, slides: Option<&Path>| {
         let pt_dir = &config.pt_dir;
-        let request = predict::Request { model, heads: None, pt_dir, backbone: "synthetic", slides };
+        let request = predict::Request {
+            model,
+            heads: None,
+            pt_dir,
+            backbone: "synthetic",
+            slides: slides.map_or(Which::All, Which::Table),
+        };
         predict::predict(&request, device(), None).unwrap()
     };
     let all = predict(run, None);

@@ -7,7 +7,10 @@ use bytesize::ByteSize;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use crossfusion::{
     Error, Result, cli,
-    data::{clinical::Columns, dataset::Source},
+    data::{
+        clinical::Columns,
+        dataset::{Source, Which},
+    },
     device::Device,
     eval::{self, Checkpoint, Moved, compare, predict},
     folder,
@@ -201,7 +204,7 @@ fn evaluate(arguments: Arguments) -> Result<()> {
                 heads: num_heads,
                 pt_dir: &pt_dir,
                 backbone: &backbone,
-                slides: slides.as_deref(),
+                slides: slides.as_deref().map_or(Which::All, Which::Table),
             };
             let predictions = predict::predict(&request, device, machine.memory_budget)?;
             predictions.write(&out)?;

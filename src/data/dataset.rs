@@ -151,16 +151,16 @@ impl Dataset {
         Ok(dataset)
     }
 
-    /// Slides whose outcome is not known: those of a table's column `slide_id`, or all that have
-    /// features. Nothing is to be made of their `months` and `censored`. Says which were left out.
+    /// Slides whose outcome is not known. Nothing is to be made of their `months` and `censored`.
+    /// Says which were left out.
     pub fn without_outcomes(
         pt_dir: &Path,
         backbone: &str,
         scales: &[Scale],
-        table: Option<&Path>,
+        which: Which<'_>,
     ) -> Result<(Self, Vec<LeftOut>)> {
-        let names: Vec<String> = match table {
-            Some(path) => {
+        let names: Vec<String> = match which {
+            Which::Table(path) => {
                 let sheet = Sheet::open(path)?;
                 let place = sheet.find("slide_id")?.ok_or_else(|| sheet.lacks("slide_id"))?;
                 let table = sheet.table(&[place])?;
@@ -170,9 +170,10 @@ impl Dataset {
                 };
                 table.rows().map(id).collect::<Result<_>>()?
             }
-            None => slides_with_features(pt_dir, backbone, scales)?,
+            Which::Named(names) => names.to_vec(),
+            Which::All => slides_with_features(pt_dir, backbone, scales)?,
         };
-        if let Some(path) = table.filter(|_| names.is_empty()) {
+        if let (Which::Table(path), true) = (which, names.is_empty()) {
             return Err(Error::file(path, "has no row, expected a slide in each"));
         }
         let mut seen = HashSet::new();
@@ -348,6 +349,17 @@ impl Dataset {
             Ok(())
         })
     }
+}
+
+/// Which slides, of those whose outcome is not known.
+#[derive(Clone, Copy, Debug)]
+pub enum Which<'a> {
+    /// Those that have features.
+    All,
+    /// Those of a table's column `slide_id`.
+    Table(&'a Path),
+    /// Those of these ids.
+    Named(&'a [String]),
 }
 
 /// How slides are read.

@@ -1,7 +1,10 @@
 //! Predictions of slides whose outcome is not known, by one model or by the folds of a run
 //! together.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use bytesize::ByteSize;
 use serde::Serialize;
@@ -12,13 +15,14 @@ use crate::{
     data::{
         atomic::write_text,
         cohort::{LEFT_OUT, LeftOut, write_left_out},
-        dataset::Dataset,
+        dataset::{Dataset, Which},
     },
     device::Device,
     folder,
     report::{
         FoldFacts, SlideResult,
         accuracy::{edge_times, survival_at},
+        read_predictions,
     },
     train::{config::RunConfig, fold::FoldTrainer},
 };
@@ -39,8 +43,8 @@ pub struct Request<'a> {
     pub pt_dir: &'a Path,
     /// Name of the feature extractor, as folders of features carry it.
     pub backbone: &'a str,
-    /// A table with the column `slide_id`; None predicts all slides that have features.
-    pub slides: Option<&'a Path>,
+    /// Which of them.
+    pub slides: Which<'a>,
 }
 
 /// predictions.json.
@@ -68,6 +72,12 @@ pub struct SlidePrediction {
     pub risk: f64,
     /// Each model's risk, in the order of the models.
     pub risk_by_model: Vec<f64>,
+    /// The spread of these: their standard deviation, with n - 1. None of one model.
+    pub risk_spread: Option<f64>,
+    /// Percentage of the run's cohort whose risk is lower, each slide's as the model of its fold
+    /// predicted it out of fold; the mean over the models, each beside its own fold. None where the
+    /// model lies in no evaluated run.
+    pub percentile: Option<f64>,
     /// Months at which half are expected to have died: where the survival curve, straight between
     /// the ends of the bins, falls to 1/2. None where it does not, or the ends are not known.
     pub median_months: Option<f64>,
@@ -88,6 +98,8 @@ pub fn predict(request: &Request, device: Device, budget: Option<ByteSize>) -> R
     let (dataset, left_out) = Dataset::without_outcomes(request.pt_dir, request.backbone, scales, request.slides)?;
     let order: Vec<usize> = (0..dataset.slides.len()).collect();
     let (mut folds, mut rows, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+    let cohort = cohort_risks(request.model, &first)?;
+    let mut percentiles = vec![Vec::new(); dataset.slides.len()];
     first.check_width(path, &dataset, request.backbone)?;
     let mut engine = first.engine(path, device, budget)?;
     for (i, network) in std::iter::once(Ok((path, first))).chain(networks).enumerate() {
@@ -100,18 +112,47 @@ pub fn predict(request: &Request, device: Device, budget: Option<ByteSize>) -> R
             notes.extend(overlap(card, &dataset, &order).map(|what| format!("{}: {what}", path.display())));
         }
         rows.push(predict_slides(&mut engine, &dataset, &order, i)?);
+        if let Some(risks) = network.card.as_ref().and_then(|card| cohort.get(&card.fold)) {
+            for (percentiles, row) in percentiles.iter_mut().zip(&rows[i]) {
+                percentiles.push(percentile(risks, row.risk));
+            }
+        }
         folds.push(FoldFacts { fold: i, ..of_card(network.card) });
     }
     let bin_edges = mean_edges(&folds);
     let slides = (0..order.len()).map(|slide| {
         let of_models: Vec<&SlideResult> = rows.iter().map(|rows| &rows[slide]).collect();
-        average(&of_models, &folds, &bin_edges)
+        let prediction = average(&of_models, &folds, &bin_edges)?;
+        let of_slide = &percentiles[slide];
+        let mean = || of_slide.iter().sum::<f64>() / of_slide.len() as f64;
+        let percentile = (of_slide.len() == of_models.len()).then(mean);
+        Ok(SlidePrediction { percentile, ..prediction })
     });
     Ok(Predictions { bin_edges: bin_edges.clone(), slides: slides.collect::<Result<_>>()?, models, left_out, notes })
 }
 
+/// By fold, the risks that the evaluation of the model's run has found out of fold; none where
+/// there is no such evaluation. Those of a Cox model are centred there, and no measure for
+/// another's.
+fn cohort_risks(model: &Path, network: &Network) -> Result<BTreeMap<usize, Vec<f64>>> {
+    let run = if model.is_dir() { Some(model) } else { model.parent().and_then(Path::parent) };
+    let table = run.filter(|run| folder::config_path(run).is_file()).map(|run| run.join(CSV));
+    let mut risks = BTreeMap::<_, Vec<f64>>::new();
+    if let Some(table) = table.filter(|table| table.is_file() && network.config.n_classes > 1) {
+        read_predictions(&table)?.into_iter().for_each(|row| risks.entry(row.fold).or_default().push(row.risk));
+    }
+    Ok(risks)
+}
+
+/// Of so many risks, the percentage below this one; one that is the same counts half.
+fn percentile(risks: &[f64], risk: f64) -> f64 {
+    let below = risks.iter().filter(|&&other| other < risk).count() as f64;
+    let same = risks.iter().filter(|&&other| other == risk).count() as f64;
+    100.0 * (below + same / 2.0) / risks.len() as f64
+}
+
 /// The models of a run's folds that are trained to their end, or the one model.
-fn models(model: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn models(model: &Path) -> Result<Vec<PathBuf>> {
     let config = folder::config_path(model);
     if !config.is_file() {
         if model.is_dir() {
@@ -164,9 +205,13 @@ fn average(rows: &[&SlideResult], folds: &[FoldFacts], bin_edges: &[f64]) -> Res
     let before = std::iter::once(1.0).chain(survival.iter().copied());
     let hazard = |(before, after): (f64, &f64)| if before > 0.0 { 1.0 - after / before } else { 1.0 };
     let hazards = if rows.len() == 1 { rows[0].hazards.clone() } else { before.zip(&survival).map(hazard).collect() };
+    let risk = rows.iter().map(|row| row.risk).sum::<f64>() / n;
+    let squares = rows.iter().map(|row| (row.risk - risk).powi(2)).sum::<f64>();
     Ok(SlidePrediction {
         slide_id: rows[0].slide_id.clone(),
-        risk: rows.iter().map(|row| row.risk).sum::<f64>() / n,
+        risk,
+        risk_spread: (rows.len() > 1).then(|| (squares / (n - 1.0)).sqrt()),
+        percentile: None,
         risk_by_model: rows.iter().map(|row| row.risk).collect(),
         median_months: median(&survival, bin_edges),
         hazards,
@@ -197,8 +242,8 @@ impl Predictions {
         write_text(&folder.join(JSON), &json)
     }
 
-    /// A row a slide: slide_id, risk, median_months, hazard_0.., survival_0.., and, of several
-    /// models, risk_model_0..
+    /// A row a slide: slide_id, risk, median_months, hazard_0.., survival_0.., of several models
+    /// risk_model_0.. and risk_spread, and percentile.
     fn csv(&self) -> Result<String> {
         let failed = |e: &dyn std::fmt::Display| Error::file(CSV, e);
         let bins = self.slides.first().map_or(0, |slide| slide.survival.len());
@@ -209,14 +254,18 @@ impl Predictions {
             numbered("hazard", bins),
             numbered("survival", bins),
             numbered("risk_model", models),
+            if models > 0 { vec!["risk_spread".into()] } else { Vec::new() },
+            vec!["percentile".into()],
         ];
         let mut table = csv::Writer::from_writer(Vec::new());
         table.write_record(head.concat()).map_err(|e| failed(&e))?;
         for slide in &self.slides {
-            let median = slide.median_months.map_or(String::new(), |months| months.to_string());
-            let first = [slide.slide_id.clone(), slide.risk.to_string(), median];
-            let numbers = slide.hazards.iter().chain(&slide.survival).chain(&slide.risk_by_model[..models]);
-            table.write_record(first.into_iter().chain(numbers.map(f64::to_string))).map_err(|e| failed(&e))?;
+            let or_empty = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
+            let first = [slide.slide_id.clone(), slide.risk.to_string(), or_empty(slide.median_months)];
+            let of_models = slide.risk_by_model[..models].iter().chain(&slide.risk_spread);
+            let numbers = slide.hazards.iter().chain(&slide.survival).chain(of_models).map(f64::to_string);
+            let row = first.into_iter().chain(numbers).chain([or_empty(slide.percentile)]);
+            table.write_record(row).map_err(|e| failed(&e))?;
         }
         let bytes = table.into_inner().map_err(|e| failed(&e))?;
         String::from_utf8(bytes).map_err(|e| failed(&e))
@@ -263,6 +312,12 @@ mod tests {
         assert_eq!(median(&[0.25], &[0.0, 9.0]), Some(6.0));
         assert_eq!(median(&[0.9, 0.51], &[0.0, 10.0, 20.0]), None);
         assert_eq!(median(&[0.4], &[]), None);
+    }
+
+    #[test]
+    fn percentiles_count_a_tie_half() {
+        assert_eq!(percentile(&[-3.0, -2.0, -2.0, -1.0], -2.0), 50.0);
+        assert_eq!(percentile(&[-3.0, -2.0], 0.0), 100.0);
     }
 
     #[test]
