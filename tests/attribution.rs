@@ -135,8 +135,8 @@ fn scores(of: &BTreeMap<String, Vec<f64>>) -> Scores {
     Scale::ALL.into_iter().filter_map(|scale| Some((scale, of.get(scale.name())?.clone()))).collect()
 }
 
-/// How far two rules of integration may be apart behind a ReLU, whose kinks make any rule slow. What
-/// the sums of PyTorch's own miss is up to 3 % of the change in risk.
+/// How far two rules of integration may be apart behind a ReLU, whose kinks make any rule slow.
+/// What the sums of PyTorch's own miss is up to 3 % of the change in risk.
 const KINKS: f64 = 2e-2;
 
 fn check_goldens<T: Element<Sum: Real>>(device: fn() -> Device, tolerance: f64, points: usize) {

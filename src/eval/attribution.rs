@@ -3,9 +3,9 @@
 //! | | a patch's score | passes |
 //! |---|---|---|
 //! | [`gradient`] | sum over its features x of (x - baseline) d risk / d x | one training step |
-//! | [`integrated`] | the same, with the gradient's mean on the way from the baseline to x | a step for each point of the way |
+//! | [`integrated`] | the same, of the gradient's mean from the baseline to x | a step for each point |
 //! | [`attention`] | the attention that it receives | a forward pass and attention once more |
-//! | [`occlusion`] | its share of what the risk loses without its region | a forward pass for each region |
+//! | [`occlusion`] | its share of what the risk loses without its region | one forward for each region |
 //!
 //! The first two are in the unit of the risk and have a sign: above 0 a patch raises the risk.
 //! Integrated gradients (Sundararajan et al. 2017) sum up to the risk less that of the baseline,
@@ -17,12 +17,17 @@
 
 use std::{
     ops::Range,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
+use bytesize::ByteSize;
+
+use super::{Network, wrong_width};
 use crate::{
     Error, Result,
-    device::{Element, Real},
+    data::{features::FeatureFile, layout::feature_file, patches::PatchReader},
+    device::{Device, Element, Real},
     loss::Prediction,
     model::{AttentionOf, Bag, BagGrads, Bags, Features, ReadPatches, Scale, Scales},
     train::step::Engine,
@@ -183,7 +188,8 @@ pub type Region = Scales<Vec<usize>>;
 /// What occlusion found.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Occlusion {
-    /// A region's effect is shared out evenly among its patches. A patch that is in no region has 0.
+    /// A region's effect is shared out evenly among its patches. A patch that is in no region has
+    /// 0.
     pub attribution: Attribution,
     /// Of each region: the risk less the risk without it.
     pub effects: Vec<f64>,
@@ -224,6 +230,147 @@ pub fn occlusion<T: Element>(
         clock.passed(tell);
     }
     Ok(Occlusion { attribution: Attribution { risk: whole, scores }, effects })
+}
+
+/// How patches are scored.
+#[derive(Clone, Copy, Debug)]
+pub enum Method<'a> {
+    /// [`gradient`]
+    Gradient(Baseline),
+    /// [`integrated`], by so many points.
+    Integrated(Baseline, usize),
+    /// [`attention`]
+    Attention(AttentionOf),
+    /// [`occlusion`]
+    Occlusion(&'a [Region]),
+}
+
+/// A slide, and the models that it is explained by: one, or the folds of a run together.
+pub struct Explainer {
+    models: Vec<PathBuf>,
+    heads: Option<usize>,
+    engine: Engine<f32>,
+    readers: Scales<PatchReader>,
+}
+
+/// What the models say on the mean. That is exact: a run's risk is the mean of its models' risks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Explanation {
+    /// The mean risk, and the means of the scores.
+    pub attribution: Attribution,
+    /// Of integrated gradients: by how much their sum misses the risk less the baseline's, and that
+    /// difference itself.
+    pub completeness: Option<[f64; 2]>,
+    /// Of occlusion: the effect of each region.
+    pub effects: Vec<f64>,
+}
+
+impl Explainer {
+    /// Finds the slide's features, in one of the layouts of [`crate::data::layout`], and the models
+    /// as [`super::predict::Request`] names them.
+    pub fn open(
+        (model, heads): (&Path, Option<usize>),
+        (pt_dir, backbone): (&Path, &str),
+        slide_id: &str,
+        device: Device,
+        budget: Option<ByteSize>,
+    ) -> Result<Self> {
+        let models = super::predict::models(model)?;
+        let Some(path) = models.first() else { return Err(Error::file(model, "has no model")) };
+        let network = Network::read(path, heads)?;
+        let mut readers = Scales::default();
+        for &scale in network.config.model.scales() {
+            let Some(file) = feature_file(pt_dir, backbone, scale, slide_id)? else {
+                let message = format!("has no features of slide `{slide_id}` by `{backbone}` at {scale}");
+                return Err(Error::file(pt_dir, message));
+            };
+            let opened = FeatureFile::open(&file)?;
+            if opened.features() != network.config.features {
+                return Err(wrong_width(path, network.config.features, backbone, opened.features()));
+            }
+            let (patches, features) = (opened.patches(), opened.features());
+            readers.insert(scale, PatchReader { path: file, patches, features });
+        }
+        let engine = network.engine(path, device, budget)?;
+        Ok(Self { models, heads, engine, readers })
+    }
+
+    /// The files of the features, at the scales that the model reads.
+    pub fn readers(&self) -> &Scales<PatchReader> {
+        &self.readers
+    }
+
+    /// How many models are averaged.
+    pub fn models(&self) -> usize {
+        self.models.len()
+    }
+
+    /// Scores the patches. Integrated gradients and occlusion tell what they will take.
+    pub fn explain(&mut self, method: Method<'_>, tell: &mut dyn FnMut(Progress)) -> Result<Explanation> {
+        let Self { models, heads, engine, readers } = self;
+        let (n, features) = (models.len(), engine.model().config().features);
+        let mut mean: Option<Explanation> = None;
+        for (i, path) in models.iter().enumerate() {
+            let network = Network::read(path, *heads)?;
+            if network.config != *engine.model().config() {
+                return Err(Error::file(path, format!("is of other settings than {}", models[0].display())));
+            }
+            super::load(engine, path, &network.tensors)?;
+            let started = Instant::now();
+            let mut tell = |p: Progress| {
+                let later = (started.elapsed() + p.left) * (n - 1 - i) as u32;
+                tell(Progress { done: i * p.passes + p.done, passes: n * p.passes, left: p.left + later });
+            };
+            let bags = Bags::of(
+                readers.as_ref().map(|_, reader| Features::Reader(reader as &dyn ReadPatches<f32>)),
+                features,
+            )?;
+            let found = explain_by_one(engine, bags, method, &mut tell)?;
+            match &mut mean {
+                None => mean = Some(found),
+                Some(sums) => sums.add(&found),
+            }
+        }
+        let mut mean = mean.ok_or_else(|| Error::Usage("there is no model".into()))?;
+        mean.numbers().for_each(|x| *x /= n as f64);
+        Ok(mean)
+    }
+}
+
+fn explain_by_one(
+    engine: &mut Engine<f32>,
+    bags: Bags<'_, f32>,
+    method: Method<'_>,
+    tell: &mut dyn FnMut(Progress),
+) -> Result<Explanation> {
+    let of = |attribution| Explanation { attribution, completeness: None, effects: Vec::new() };
+    Ok(match method {
+        Method::Gradient(baseline) => of(gradient(engine, bags, baseline)?),
+        Method::Integrated(baseline, points) => {
+            let found = integrated(engine, bags, baseline, points, tell)?;
+            let completeness = Some([found.error(), found.attribution.risk - found.baseline]);
+            Explanation { completeness, ..of(found.attribution) }
+        }
+        Method::Attention(whose) => of(attention(engine, bags, whose)?),
+        Method::Occlusion(regions) => {
+            let Occlusion { attribution, effects } = occlusion(engine, bags, regions, tell)?;
+            Explanation { effects, ..of(attribution) }
+        }
+    })
+}
+
+impl Explanation {
+    /// All numbers, in one order.
+    fn numbers(&mut self) -> impl Iterator<Item = &mut f64> {
+        let Self { attribution: Attribution { risk, scores }, completeness, effects } = self;
+        let scores = scores.iter_mut().flat_map(|(_, scores)| scores);
+        std::iter::once(risk).chain(scores).chain(completeness.iter_mut().flatten()).chain(effects)
+    }
+
+    fn add(&mut self, other: &Self) {
+        let mut other = other.clone();
+        self.numbers().zip(other.numbers()).for_each(|(sum, x)| *sum += *x);
+    }
 }
 
 /// Each region's sum of scores: what another method says that the region contributes.
@@ -372,9 +519,9 @@ impl Clock {
     }
 }
 
-/// Points and weights on (0, 1) that integrate every polynomial of degree 2 n - 1 exactly: the roots
-/// of the Legendre polynomial P_n by Newton's method from the usual first guess (Press et al.,
-/// Numerical Recipes, section 4.6).
+/// Points and weights on (0, 1) that integrate every polynomial of degree 2 n - 1 exactly: the
+/// roots of the Legendre polynomial P_n by Newton's method from the usual first guess (Press et
+/// al., Numerical Recipes, section 4.6).
 fn gauss_legendre(n: usize) -> Vec<(f64, f64)> {
     let degree = n as f64;
     let point = |i: usize| {

@@ -399,9 +399,9 @@ const ROWS: usize = 4096;
 /// The attention that each of a context's rows receives: with P the probabilities, the sum over the
 /// queries i of `weights[i] P[i, j]`, averaged over the heads.
 ///
-/// Attention's backward pass has it: dv = Pᵀ dout is that sum, in every column of a head, where dout
-/// is `weights[i]` all along its row i. So P is found again from q, k and the log-sum-exp, tile by
-/// tile, whether or not these are of a whole context.
+/// Attention's backward pass has it: dv = Pᵀ dout is that sum, in every column of a head, where
+/// dout is `weights[i]` all along its row i. So P is found again from q, k and the log-sum-exp,
+/// tile by tile, whether or not these are of a whole context.
 pub(super) fn received<T: Element>(ctx: &mut Context, forward: Attention<T>, weights: &[f64]) -> Result<Vec<f64>> {
     let mark = ctx.arena.mark();
     let (n, m, d) = (forward.q.rows(), forward.k.rows(), forward.q.cols());

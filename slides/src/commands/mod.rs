@@ -1,4 +1,7 @@
 //! The subcommands of `cf-slide`.
 
 pub mod embed;
+pub mod heatmap;
+mod input;
 pub mod patch;
+pub mod predict;

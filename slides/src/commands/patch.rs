@@ -102,7 +102,7 @@ fn magnification(text: &str) -> Result<Scale, String> {
     Scale::ALL.into_iter().find(|scale| scale.name() == name).ok_or("expected 5, 10 or 20".into())
 }
 
-fn power(text: &str) -> Result<f64, String> {
+pub fn power(text: &str) -> Result<f64, String> {
     let power = text.trim_end_matches('x').parse().ok().filter(|power: &f64| (1.0..=200.0).contains(power));
     power.ok_or("expected a power such as 20 or 40".into())
 }

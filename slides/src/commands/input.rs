@@ -1,0 +1,124 @@
+//! What `predict` and `heatmap` are given: a slide, or features of one that are there already.
+
+use std::path::{Path, PathBuf};
+
+use bytesize::ByteSize;
+use clap::Args;
+use crossfusion::model::Scale;
+use crossfusion::{Error, Result};
+use crossfusion_slides::{
+    backbone::{Backbone, Device},
+    embedding,
+    features::Format,
+    files,
+    grid::ContourFn,
+    patching::{self, Settings, Status},
+    slide,
+    tissue::Segmentation,
+};
+
+/// Where features are, or come from.
+#[derive(Args)]
+#[command(next_help_heading = "Features")]
+pub struct Source {
+    /// Backbone as an ONNX file: slides are patched with CLAM's settings and embedded, into --out;
+    /// other settings are `cf-slide patch`'s and `embed`'s, whose folders --patches and --pt-dir
+    /// take
+    #[arg(long, value_name = "F", conflicts_with = "pt_dir", required_unless_present = "pt_dir")]
+    onnx: Option<PathBuf>,
+    /// Folder of features that are there, as of cf-train
+    #[arg(long, value_name = "DIR", requires = "backbone")]
+    pt_dir: Option<PathBuf>,
+    /// Name of the feature extractor, a folder in --pt-dir
+    #[arg(long, value_name = "NAME", conflicts_with = "onnx")]
+    backbone: Option<String>,
+    /// With --onnx: power of the slides' objective, in place of what they say
+    #[arg(long, value_name = "X", value_parser = super::patch::power, conflicts_with = "pt_dir")]
+    power: Option<f64>,
+    /// Attention heads of a model that does not say, as published ones [default: 4]
+    #[arg(long, value_name = "N")]
+    pub num_heads: Option<usize>,
+}
+
+/// What the model runs on.
+#[derive(Args)]
+#[command(next_help_heading = "Machine")]
+pub struct Machine {
+    /// Where to run: auto, cpu or cuda
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Most memory for a slide, on a GPU of the GPU's: 8GiB, say
+    #[arg(long, value_name = "BYTES")]
+    pub memory_budget: Option<ByteSize>,
+    /// Threads; 0 is one for each core. Results do not depend on it
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+}
+
+/// Features on the disk.
+pub struct Features {
+    pub pt_dir: PathBuf,
+    pub backbone: String,
+    /// Folder of coordinates, where they were made here.
+    pub patches: Option<PathBuf>,
+}
+
+/// The name of a slide's features: of a slide file its name without extension.
+pub fn slide_id(slide: &Path) -> String {
+    let name = if slide.is_file() { slide.file_stem() } else { Some(slide.as_os_str()) };
+    name.unwrap_or_default().to_string_lossy().into_owned()
+}
+
+impl Source {
+    /// Finds the features, or makes them in `out`.
+    pub fn features(&self, slides: &[PathBuf], out: &Path) -> Result<Features> {
+        let (Some(onnx), None) = (&self.onnx, &self.pt_dir) else {
+            let (Some(pt_dir), Some(backbone)) = (&self.pt_dir, &self.backbone) else {
+                return Err(Error::Usage("expected --onnx, or --pt-dir and --backbone".into()));
+            };
+            return Ok(Features { pt_dir: pt_dir.clone(), backbone: backbone.clone(), patches: None });
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        slide::check_library()?;
+        let mut network = Backbone::load(onnx, None, Device::Auto, threads)?;
+        let (patches, pt_dir) = (out.join("patches"), out.join("features"));
+        let settings = Settings {
+            patch_size: 256,
+            step_size: 256,
+            contour_fn: ContourFn::FourPt,
+            use_padding: true,
+            magnifications: Scale::ALL.to_vec(),
+            power: self.power,
+            segmentation: Segmentation::CLAM,
+        };
+        let rows = patching::patch_all(&files::slides(slides)?, &settings, &patches)?;
+        let why_not = |row: &patching::Row| match row.status {
+            Status::Failed => row.reason.clone(),
+            _ => format!(
+                "{}: CLAM's settings find no tissue; try those of `cf-slide patch`, then `embed`, and give their \
+                 folders as --patches and --pt-dir",
+                row.slide_id
+            ),
+        };
+        let without: Vec<String> = rows.values().filter(|row| row.status != Status::Patched).map(why_not).collect();
+        if without.len() == rows.len() {
+            return Err(Error::Data(without.join("; ")));
+        }
+        without.iter().for_each(|reason| crossfusion::say(format!("failed: {reason}")));
+        let backbone = onnx.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let request = embedding::Request {
+            patches: &patches,
+            slides: None,
+            out: &pt_dir.join(&backbone),
+            format: Format::Pt,
+            batch: 32,
+            threads,
+        };
+        let summary = embedding::embed(&request, onnx, &mut network)?;
+        if summary.embedded + summary.skipped == 0 {
+            return Err(Error::Data(summary.failed.join("; ")));
+        }
+        summary.failed.iter().for_each(|reason| crossfusion::say(format!("failed: {reason}")));
+        Ok(Features { pt_dir, backbone, patches: Some(patches) })
+    }
+}
