@@ -14,16 +14,16 @@ use crossfusion_slides::{
     grid::ContourFn,
     patching::{self, Settings, Status},
     slide,
-    tissue::Segmentation,
 };
+
+use super::patch::Tissue;
 
 /// Where features are, or come from.
 #[derive(Args)]
 #[command(next_help_heading = "Features")]
 pub struct Source {
-    /// Backbone as an ONNX file: slides are patched with CLAM's settings and embedded, into --out;
-    /// other settings are `cf-slide patch`'s and `embed`'s, whose folders --patches and --pt-dir
-    /// take
+    /// Backbone as an ONNX file: slides are patched as `cf-slide patch` does and embedded, into
+    /// --out
     #[arg(long, value_name = "F", conflicts_with = "pt_dir", required_unless_present = "pt_dir")]
     onnx: Option<PathBuf>,
     /// Folder of features that are there, as of cf-train
@@ -38,6 +38,8 @@ pub struct Source {
     /// Attention heads of a model that does not say, as published ones [default: 4]
     #[arg(long, value_name = "N")]
     pub num_heads: Option<usize>,
+    #[command(flatten)]
+    tissue: Tissue,
 }
 
 /// What the model runs on.
@@ -76,6 +78,10 @@ impl Source {
             let (Some(pt_dir), Some(backbone)) = (&self.pt_dir, &self.backbone) else {
                 return Err(Error::Usage("expected --onnx, or --pt-dir and --backbone".into()));
             };
+            if self.tissue != Tissue::default() {
+                let message = "--preset and the other settings of tissue are for --onnx: there are features already";
+                return Err(Error::Usage(message.into()));
+            }
             return Ok(Features { pt_dir: pt_dir.clone(), backbone: backbone.clone(), patches: None });
         };
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -89,15 +95,14 @@ impl Source {
             use_padding: true,
             magnifications: Scale::ALL.to_vec(),
             power: self.power,
-            segmentation: Segmentation::CLAM,
+            segmentation: self.tissue.settings(),
         };
         let rows = patching::patch_all(&files::slides(slides)?, &settings, &patches)?;
         let why_not = |row: &patching::Row| match row.status {
             Status::Failed => row.reason.clone(),
             _ => format!(
-                "{}: CLAM's settings find no tissue; try those of `cf-slide patch`, then `embed`, and give their \
-                 folders as --patches and --pt-dir",
-                row.slide_id
+                "{}: no tissue with these settings; try --preset bwh-biopsy, say, or a smaller --a-t",
+                row.path.display()
             ),
         };
         let without: Vec<String> = rows.values().filter(|row| row.status != Status::Patched).map(why_not).collect();

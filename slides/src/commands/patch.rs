@@ -37,9 +37,9 @@ pub struct Arguments {
 }
 
 /// What is tissue. Flags and defaults are CLAM's, and its names with `_` are taken too.
-#[derive(Args)]
+#[derive(Args, Default, PartialEq)]
 #[command(next_help_heading = "Tissue (CLAM's names; a flag is stronger than the preset)")]
-struct Tissue {
+pub struct Tissue {
     /// CLAM's settings for a kind of slide
     #[arg(long)]
     preset: Option<Preset>,
@@ -87,7 +87,7 @@ struct Grid {
     no_padding: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Preset {
     /// Of TCGA
     Tcga,
@@ -113,7 +113,7 @@ fn odd(text: &str) -> Result<usize, String> {
 }
 
 impl Tissue {
-    fn settings(&self) -> Segmentation {
+    pub fn settings(&self) -> Segmentation {
         let base = match self.preset {
             None => Segmentation::CLAM,
             Some(Preset::Tcga) => Segmentation::TCGA,
