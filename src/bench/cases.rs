@@ -165,11 +165,16 @@ impl Maker<'_> {
 
     /// `[rows, cols]`, uniform on [-1, 1).
     fn matrix<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
-        let buffer = self.device.alloc(rows * cols * size_of::<T>())?;
-        let view = buffer.view(0, rows, cols);
+        let view = self.zeros(rows, cols)?;
         let values: Vec<T> =
             super::random(rows * cols).into_iter().map(|x| T::from_sum(T::Sum::of(f64::from(x)))).collect();
         self.device.upload(&values, view)?;
+        Ok(view)
+    }
+
+    fn zeros<T: Element>(&mut self, rows: usize, cols: usize) -> Result<View<T>> {
+        let buffer = self.device.alloc(rows * cols * size_of::<T>())?;
+        let view = buffer.view(0, rows, cols);
         self.keep.push(buffer);
         Ok(view)
     }

@@ -4,17 +4,14 @@ use super::Maker;
 use crate::{
     Result,
     device::{Element, View},
-    ops::{
-        adam::{self, Adam, Arenas},
-        elementwise,
-    },
+    ops::adam::{self, Adam, Arenas},
 };
 
 pub(super) fn cases<T: Element>(make: &mut Maker) -> Result<()> {
     let parameters = make.slide.parameters;
-    let [params, grads, m, v] = make.rows::<T::Sum, 4>(parameters)?;
+    let [params, grads, m] = make.rows::<T::Sum, 3>(parameters)?;
+    let v = make.zeros(1, parameters)?; // a second moment is not negative
     let weights = View::of_sums(params).map_or_else(|| make.matrix(1, parameters), Ok)?;
-    elementwise::zero(make.device, v)?; // a second moment is not negative
     let arenas = Arenas { params, weights, grads, m, v };
     // rate 0: a thousand runs must not wander off
     let settings = Adam { learning_rate: 0.0, weight_decay: 0.0, beta1: 0.9, beta2: 0.999, epsilon: 1e-8 };
