@@ -107,6 +107,7 @@ impl Network for CrossFusion {
         ctx.arena.release_scratch(before);
         Ok(())
     }
+
     fn attention<T: Element>(
         &self,
         ctx: &mut Context,

@@ -115,6 +115,7 @@ impl Network for CrossFusionConcat {
         ctx.arena.release_scratch(before);
         Ok(())
     }
+
     fn attention<T: Element>(
         &self,
         ctx: &mut Context,

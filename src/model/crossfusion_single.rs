@@ -142,6 +142,7 @@ impl Network for CrossFusionSingle {
         ctx.arena.release_scratch(before);
         Ok(())
     }
+
     fn attention<T: Element>(
         &self,
         ctx: &mut Context,
