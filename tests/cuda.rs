@@ -67,8 +67,8 @@ fn trouble_is_told_in_a_sentence() {
     }
 }
 
-/// Copies as late as they may be and as early as they may be give the same bits, and the CPU's
-/// loss.
+/// Copies as late as they may be and as early as they may be give the same bits, as kernels do that
+/// are started one by one and not in graphs, and the CPU's loss.
 #[test]
 fn training_on_streams_is_training() {
     if built_without_nvcc() {
@@ -82,11 +82,11 @@ fn training_on_streams_is_training() {
     let few: String = cohort.lines().take(6).map(|line| format!("{line}\n")).collect();
     std::fs::write(splits.join("splits_0.csv"), few).unwrap();
 
-    let train = |name: &str, driver: &str, flags: &str| {
+    let train = |name: &str, driver: &[(&str, &str)], flags: &str| {
         let run = folder.path().join(name);
         let at = |path: &Path| path.display().to_string();
         let mut command = program(env!("CARGO_BIN_EXE_cf-train"));
-        command.env("CROSSFUSION_DRIVER", driver).args(flags.split(' '));
+        command.envs(driver.iter().copied()).args(flags.split(' '));
         command.args(["--clinical", &at(&folder.path().join("demo_cohort.csv")), "--splits", &at(&splits)]);
         command.args(["--pt-dir", &at(&folder.path().join("features")), "--backbone", "synthetic", "--out", &at(&run)]);
         command.args(
@@ -99,12 +99,26 @@ fn training_on_streams_is_training() {
         let losses = ["train_loss", "val_loss"].map(|key| metrics[key].as_f64().unwrap());
         (losses, std::fs::read(run.join("fold_0/best.safetensors")).unwrap())
     };
-    let late = train("late", "lazy", "--device cuda --precision f32");
-    let early = train("early", "eager", "--device cuda --precision f32");
+    let counts = folder.path().join("counts");
+    let counted = ("CROSSFUSION_DRIVER_COUNTS", counts.to_str().unwrap());
+    let counts = || {
+        let text = std::fs::read_to_string(&counts).unwrap();
+        let numbers: Vec<usize> = text.split_whitespace().map(|number| number.parse().unwrap()).collect();
+        <[usize; 4]>::try_from(numbers).unwrap()
+    };
+    let late = train("late", &[("CROSSFUSION_DRIVER", "lazy"), counted], "--device cuda --precision f32");
+    let [alone, graphs, inside, made] = counts();
+    // a graph for each slide trained on, validated and reported; by themselves two updates
+    assert_eq!((alone, graphs), (2, 18));
+    assert!(inside > 60 * graphs && made <= graphs / 3, "{inside} kernels in {made} graphs");
+    let early = train("early", &[("CROSSFUSION_DRIVER", "eager")], "--device cuda --precision f32");
     assert!(late == early, "the order of copies shows");
-    let (cpu, _) = train("cpu", "", "--device cpu");
+    let alone = train("alone", &[("CUDA_LAUNCH_BLOCKING", "1"), counted], "--device cuda --precision f32");
+    assert_eq!(counts()[1..], [0; 3], "graphs where each kernel is to be waited for");
+    assert!(late == alone, "the graphs show");
+    let (cpu, _) = train("cpu", &[], "--device cpu");
     let near = |got: [f64; 2], part: f64| got.iter().zip(&cpu).all(|(got, cpu)| (got - cpu).abs() <= part * cpu);
     assert!(near(late.0, 1e-4), "{:?}, not {cpu:?}", late.0);
-    let (bf16, _) = train("bf16", "lazy", "--device cuda --precision bf16");
+    let (bf16, _) = train("bf16", &[], "--device cuda --precision bf16");
     assert!(near(bf16, 0.05), "{bf16:?}, not near {cpu:?}");
 }

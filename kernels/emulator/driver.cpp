@@ -7,8 +7,11 @@
 // the device are done as early as their stream's waits allow, so that memory filled before kernels
 // are done with it shows. Device memory is not zero when new.
 //
+// A graph's kernels run in the last order that its edges allow, so that a missing edge shows.
+//
 // To meet bad situations: CROSSFUSION_DRIVER_DEVICES (0: no GPU), _CAPABILITY (75: too old),
-// _MEMORY (bytes), _FAIL (the n-th kernel fails).
+// _MEMORY (bytes), _FAIL (the n-th kernel fails). _COUNTS: a file to write at the end, how many
+// kernels were launched by themselves, graphs, kernels in graphs, and graphs that were made.
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -31,6 +34,11 @@ struct Stream {
 // A moment of a stream.
 struct Event { std::shared_ptr<Stream> stream; uint64_t position = 0; };
 struct Function { std::string name; std::vector<size_t> sizes; uint32_t most_shared = 48 << 10; };
+// What a kernel is launched with.
+struct Kernel { const Function* function; uint32_t grid[3], block[3], shared; std::vector<std::vector<char>> args; };
+struct Node { size_t index; };
+// A node comes after those of its edges, which are made before it.
+struct Graph { std::deque<Node> nodes; std::vector<Kernel> kernels; std::vector<std::vector<size_t>> after; };
 
 std::recursive_mutex mutex;  // of all below
 std::map<uintptr_t, size_t> device_memory, page_locked;
@@ -38,6 +46,16 @@ std::map<uintptr_t, size_t> device_memory, page_locked;
 std::map<void*, std::shared_ptr<Stream>> streams{{nullptr, std::make_shared<Stream>()}};
 std::deque<Function> functions;  // as long as the process: modules are not unloaded
 size_t allocated = 0, launched = 0;
+struct Counts {
+  size_t alone = 0, graphs = 0, inside = 0, made = 0;
+  ~Counts() {
+    const char* path = std::getenv("CROSSFUSION_DRIVER_COUNTS");
+    std::FILE* file = path ? std::fopen(path, "w") : nullptr;
+    if (!file) return;
+    std::fprintf(file, "%zu %zu %zu %zu\n", alone, graphs, inside, made);
+    std::fclose(file);
+  }
+} counts;
 int failed = Success;        // a kernel's error stays
 thread_local void* current = nullptr;
 
@@ -64,6 +82,39 @@ int enqueue(void* stream, std::function<void()> work) {
   s.queue.push_back(std::move(work));
   s.queued++;
   return failed;
+}
+// CUDA_KERNEL_NODE_PARAMS_v2 of <cuda.h>, without what we leave empty at its end.
+struct KernelNodeParams { void* function; unsigned grid[3], block[3], shared; void** parameters; };
+
+bool make(Kernel& kernel, const KernelNodeParams& p) {
+  const Function& f = *static_cast<Function*>(p.function);
+  if (!p.grid[0] || !p.grid[1] || !p.grid[2] || p.grid[1] > 65535 || p.grid[2] > 65535 || p.shared > f.most_shared) return false;
+  kernel.function = &f;
+  std::memcpy(kernel.grid, p.grid, sizeof p.grid);
+  std::memcpy(kernel.block, p.block, sizeof p.block);
+  kernel.shared = p.shared;
+  for (size_t i = 0; i < f.sizes.size(); i++) {
+    const char* argument = static_cast<const char*>(p.parameters[i]);
+    kernel.args.emplace_back(argument, argument + f.sizes[i]);
+  }
+  return true;
+}
+int launch(void* stream, Kernel kernel) {
+  const bool fails = ++launched == setting("CROSSFUSION_DRIVER_FAIL", 0);
+  return enqueue(stream, [fails, k = std::move(kernel)] {
+    if (failed) return;
+    std::vector<const void*> pointers;
+    for (const auto& arg : k.args) pointers.push_back(arg.data());
+    const Function& f = *k.function;
+    const SimtLaunch launch{f.name.c_str(), pointers.data(), f.sizes.data(), f.sizes.size(), 1,
+                            {k.grid[0], k.grid[1], k.grid[2]}, {k.block[0], k.block[1], k.block[2]}, k.shared, 2};
+    SimtStats stats;
+    char error[2048];
+    if (fails || simt_launch(&launch, &stats, error, sizeof error)) {
+      if (!fails) std::fprintf(stderr, "emulated driver: %s\n", error);
+      failed = LaunchFailed;
+    }
+  });
 }
 bool within(const std::map<uintptr_t, size_t>& memory, const void* p, size_t bytes) {
   auto it = memory.upper_bound(uintptr_t(p));
@@ -231,26 +282,60 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    void* stream, void** parameters, void**) {
   Guard guard(mutex);
-  const Function& f = *static_cast<Function*>(function);
-  if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || shared > f.most_shared) return InvalidValue;
-  std::vector<std::vector<char>> args;
-  for (size_t i = 0; i < f.sizes.size(); i++) {
-    const char* p = static_cast<const char*>(parameters[i]);
-    args.emplace_back(p, p + f.sizes[i]);
+  Kernel kernel;
+  if (!make(kernel, {function, {gx, gy, gz}, {bx, by, bz}, shared, parameters})) return InvalidValue;
+  counts.alone++;
+  return launch(stream, std::move(kernel));
+}
+
+// ---- graphs -------------------------------------------------------------------------------------
+int cuGraphCreate(void** graph, unsigned) { return *graph = new Graph, Success; }
+int cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), Success; }
+int cuGraphAddKernelNode_v2(void** node, void* graph, void* const* before, size_t count, const KernelNodeParams* parameters) {
+  Guard guard(mutex);
+  Graph& g = *static_cast<Graph*>(graph);
+  Kernel kernel;
+  if (!make(kernel, *parameters)) return InvalidValue;
+  g.after.emplace_back();
+  for (size_t i = 0; i < count; i++) g.after.back().push_back(static_cast<Node*>(before[i])->index);
+  g.nodes.push_back({g.kernels.size()});
+  g.kernels.push_back(std::move(kernel));
+  return *node = &g.nodes.back(), Success;
+}
+int cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) {
+  Guard guard(mutex);
+  counts.made++;
+  auto made = new Graph;
+  made->kernels = static_cast<Graph*>(graph)->kernels;
+  made->after = static_cast<Graph*>(graph)->after;
+  return *exec = made, Success;
+}
+int cuGraphExecDestroy(void* exec) { return delete static_cast<Graph*>(exec), Success; }
+int cuGraphExecKernelNodeSetParams_v2(void* exec, void* node, const KernelNodeParams* parameters) {
+  Guard guard(mutex);
+  Kernel& old = static_cast<Graph*>(exec)->kernels.at(static_cast<Node*>(node)->index);
+  Kernel kernel;
+  if (!make(kernel, *parameters) || kernel.function != old.function) return InvalidValue;
+  return old = std::move(kernel), Success;
+}
+int cuGraphLaunch(void* exec, void* stream) {
+  Guard guard(mutex);
+  const Graph& graph = *static_cast<Graph*>(exec);
+  const size_t count = graph.kernels.size();
+  std::vector<bool> started(count);
+  counts.graphs++;
+  counts.inside += count;
+  for (size_t done = 0; done < count; done++) {
+    size_t next = count;
+    const auto ready = [&](size_t node) {
+      for (size_t before : graph.after[node]) if (!started[before]) return false;
+      return !started[node];
+    };
+    while (!ready(next - 1)) next--;  // edges lead forward: the first that is left is ready
+    started[next - 1] = true;
+    if (const int result = launch(stream, graph.kernels[next - 1])) return result;
   }
-  const bool fails = ++launched == setting("CROSSFUSION_DRIVER_FAIL", 0);
-  return enqueue(stream, [=, args = std::move(args)] {
-    if (failed) return;
-    std::vector<const void*> pointers;
-    for (const auto& arg : args) pointers.push_back(arg.data());
-    const SimtLaunch launch{f.name.c_str(), pointers.data(), f.sizes.data(), f.sizes.size(), 1, {gx, gy, gz}, {bx, by, bz}, shared, 2};
-    SimtStats stats;
-    char error[2048];
-    if (fails || simt_launch(&launch, &stats, error, sizeof error)) {
-      if (!fails) std::fprintf(stderr, "emulated driver: %s\n", error);
-      failed = LaunchFailed;
-    }
-  });
+  return failed;
 }
 }
 #pragma GCC visibility pop

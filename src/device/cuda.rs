@@ -6,9 +6,10 @@
 
 use std::{
     collections::HashMap,
-    ffi::{CStr, c_void},
+    ffi::CStr,
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::{self, ThreadId},
 };
 
 use cudarc::{
@@ -23,6 +24,7 @@ use rayon::prelude::*;
 use super::{
     Launch, Storage,
     fatbins::fatbins,
+    graph::{Graphs, arguments},
     pinned::{HALF, PageLocked, Pinned},
 };
 use crate::{Error, Result};
@@ -37,6 +39,8 @@ const COPIED: usize = 1 << 19;
 pub struct Cuda {
     /// Made by the first copy to the device.
     pinned: Mutex<Option<Pinned>>,
+    /// Gone before the modules, whose kernels they hold.
+    graphs: Mutex<Graphs>,
     context: Arc<CudaContext>,
     /// Kernels, and copies to the host.
     stream: Arc<CudaStream>,
@@ -44,6 +48,8 @@ pub struct Cuda {
     copies: Arc<CudaStream>,
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<(&'static str, Storage), CudaFunction>>,
+    /// Of the threads that are inside [`Cuda::together`], what they launched.
+    held: Mutex<HashMap<ThreadId, Vec<Launch>>>,
     /// What was launched last, for the message when the device reports an error later.
     last: Mutex<Option<Launch>>,
     name: String,
@@ -110,8 +116,8 @@ impl Cuda {
             module.map_err(|e| failed(&format!("the kernels of {file} do not load on {name}"), e))
         };
         let modules = fatbins().iter().map(load).collect::<Result<_>>()?;
-        let (pinned, functions, last) = Default::default();
-        Ok(Self { pinned, context, stream, copies, modules, functions, last, name, capability })
+        let (pinned, functions, held, graphs, last) = Default::default();
+        Ok(Self { pinned, graphs, context, stream, copies, modules, functions, held, last, name, capability })
     }
 
     /// The GPU's name, as the driver tells it.
@@ -129,8 +135,11 @@ impl Cuda {
         self.context.ordinal()
     }
 
-    /// Zeroed device memory.
+    /// Zeroed device memory. What is made inside [`Cuda::together`] may be gone before its end, and
+    /// so nothing is held back any more.
     pub(crate) fn alloc(&self, bytes: usize) -> Result<CudaSlice<u8>> {
+        self.start_held()?;
+        self.held().remove(&thread::current().id());
         self.stream.alloc_zeros(bytes.max(1)).map_err(|e| {
             if e.0 != CUresult::CUDA_ERROR_OUT_OF_MEMORY {
                 return self.failed("allocating memory", e);
@@ -152,12 +161,19 @@ impl Cuda {
         PageLocked::new(&self.context, bytes.max(1)).map_err(|e| self.failed("allocating page-locked memory", e))
     }
 
-    /// Starts a kernel.
+    /// Starts a kernel, or holds it back for the graph that this thread is putting together.
     pub(crate) fn launch(&self, launch: Launch) -> Result<()> {
+        if let Some(held) = self.held().get_mut(&thread::current().id()) {
+            held.push(launch);
+            return Ok(());
+        }
+        self.start(launch)
+    }
+
+    fn start(&self, launch: Launch) -> Result<()> {
         let function = self.function(&launch)?;
         self.bind()?;
         let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x, y, z));
-        let mut args: Vec<*mut c_void> = launch.args.iter().map(|arg| arg.as_ptr().cast_mut().cast()).collect();
         // SAFETY: the arguments outlive the call, which copies them; that they fit the kernel is
         // checked by the emulator's tests.
         let launched = unsafe {
@@ -167,12 +183,54 @@ impl Cuda {
                 block,
                 launch.shared_bytes,
                 self.stream.cu_stream(),
-                &mut args,
+                &mut arguments(&launch),
             )
         };
         launched.map_err(|e| Error::Device(format!("{}: {} failed: {}", self.name, describe(&launch), reason(e))))?;
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(launch);
+        *self.last() = Some(launch);
         Ok(())
+    }
+
+    /// Starts the kernels that `work` launches as one graph, at its end or where it looks at the
+    /// device. With CUDA_LAUNCH_BLOCKING=1 each kernel is started, and waited for, by itself.
+    pub(crate) fn together<R>(&self, work: impl FnOnce() -> R) -> Result<R> {
+        struct Ended<'a>(&'a Cuda);
+        impl Drop for Ended<'_> {
+            fn drop(&mut self) {
+                self.0.held().remove(&thread::current().id());
+            }
+        }
+        if std::env::var_os("CUDA_LAUNCH_BLOCKING").is_some_and(|value| value == "1") {
+            return Ok(work());
+        }
+        self.held().insert(thread::current().id(), Vec::new());
+        let ended = Ended(self); // by a panic too
+        let result = work();
+        self.start_held()?;
+        drop(ended);
+        Ok(result)
+    }
+
+    /// What comes after this call comes after all launches of this thread.
+    fn start_held(&self) -> Result<()> {
+        let launches = self.held().get_mut(&thread::current().id()).map(std::mem::take).unwrap_or_default();
+        let Some(last) = launches.last().cloned() else { return Ok(()) };
+        let functions = launches.iter().map(|launch| self.function(launch)).collect::<Result<Vec<_>>>()?;
+        self.bind()?;
+        let mut graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: that the arguments fit the kernels is checked by the emulator's tests.
+        let started = unsafe { graphs.start(&self.context, self.stream.cu_stream(), launches, &functions) };
+        started.map_err(|e| self.failed(&format!("starting {} kernels as a graph", functions.len()), e))?;
+        *self.last() = Some(last);
+        Ok(())
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<ThreadId, Vec<Launch>>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<Launch>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The kernel, from whichever module has it.
@@ -213,6 +271,7 @@ impl Cuda {
 
     /// The work started so far.
     pub(crate) fn fence(&self) -> Result<CudaEvent> {
+        self.start_held()?;
         self.stream.record_event(None).map_err(|e| self.failed("recording an event", e))
     }
 
@@ -257,6 +316,7 @@ impl Cuda {
 
     /// Copies from the device, after all work so far.
     pub(crate) fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        self.start_held()?;
         self.bind()?;
         // SAFETY: as above; the copy has ended when this returns.
         unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }
@@ -266,6 +326,7 @@ impl Cuda {
 
     /// Waits for all work so far, copies included.
     pub(crate) fn synchronize(&self) -> Result<()> {
+        self.start_held()?;
         self.stream.synchronize().map_err(|e| self.failed("waiting for the GPU", e))
     }
 
@@ -292,7 +353,7 @@ impl Cuda {
 
     /// An error that the device reports after the fact belongs to some launch before.
     fn failed(&self, what: &str, e: DriverError) -> Error {
-        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = self.last();
         let after = last.as_ref().map_or(String::new(), |launch| {
             format!(
                 "; the last kernel started was {} (CUDA_LAUNCH_BLOCKING=1 names the one that failed)",

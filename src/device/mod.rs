@@ -14,6 +14,7 @@ mod element;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 mod fatbins;
+mod graph;
 mod launch;
 mod pinned;
 mod tensor;
@@ -214,6 +215,11 @@ impl Device {
         Ok(())
     }
 
+    /// Starts the kernels that `work` launches together, where the device can.
+    pub(crate) fn together<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        if let Self::Cuda(cuda) = self { cuda.together(work)? } else { work() }
+    }
+
     /// Zeroed memory.
     pub(crate) fn alloc(&self, bytes: usize) -> Result<Buffer> {
         self.finish_emulated()?;
@@ -236,6 +242,12 @@ impl Device {
     /// for.
     pub(crate) fn peek(&self, from: &Buffer) -> Result<Vec<u8>> {
         from.peek().ok_or_else(|| Error::Device("peek: this is memory of the GPU".into()))
+    }
+
+    /// Fills a row of a buffer of [`Device::alloc_shared`]. Whoever reads it must have been waited
+    /// for.
+    pub(crate) fn poke<T: Element>(&self, values: &[T], buffer: &Buffer, to: View<T>) -> Result<()> {
+        buffer.poke(values, to).ok_or_else(|| Error::Device("poke: this is memory of the GPU".into()))
     }
 
     /// Waits until all launches so far have ended.

@@ -80,6 +80,17 @@ impl Buffer {
         }
     }
 
+    /// Fills a row in memory of the host; None where it is the GPU's. Nobody may be reading it.
+    pub(super) fn poke<T: Element>(&self, values: &[T], to: View<T>) -> Option<()> {
+        match self._owner {
+            Owner::Gpu { .. } => return None,
+            Owner::Nobody => {}
+            // SAFETY: a row of live memory of the host, which nobody reads or writes now.
+            _ => unsafe { to.row_mut(0) }.copy_from_slice(values),
+        }
+        Some(())
+    }
+
     /// Addresses that nothing backs.
     pub(crate) fn imaginary(bytes: usize) -> Self {
         Self { address: 1 << 62, bytes, _owner: Owner::Nobody }

@@ -26,7 +26,7 @@ use crate::{
     data::{
         self,
         atomic::remove_leftovers,
-        cohort::write_left_out,
+        cohort::{Slide, write_left_out},
         dataset::{Dataset, SlideFeatures, Source},
         torch::{StateDict, is_safetensors, read_state_dict},
     },
@@ -42,7 +42,7 @@ use crate::{
         fold::{Done, FoldTrainer},
         inputs::Inputs,
         protocol::{self, Protocol, Reported},
-        step::{Engine, Memory, check_tensors},
+        step::{Engine, Memory, PendingLogits, check_tensors},
     },
 };
 
@@ -431,10 +431,10 @@ fn predict_slides(
     let style = ProgressStyle::with_template("evaluating fold {msg} {wide_bar:.cyan/blue} {pos}/{len} {elapsed}<{eta}");
     let bar = ProgressBar::new(order.len() as u64).with_message(fold.to_string()); // hidden where output is piped
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let mut slides = Vec::new();
-    dataset.for_each(order, &reading, |i, bag: SlideFeatures<f32>| {
-        let slide = &dataset.slides[i];
-        let Prediction { hazards, survival, risk } = Prediction::from_logits(&engine.evaluate(bag.bags()?)?);
+    let (mut slides, mut queue) = (Vec::new(), engine.queue());
+    let mut finish = |engine: &Engine<f32>, i: usize, logits: PendingLogits| {
+        let slide: &Slide = &dataset.slides[i];
+        let Prediction { hazards, survival, risk } = Prediction::from_logits(&engine.finish_logits(logits)?);
         slides.push(SlideResult {
             case_id: slide.case_id.clone(),
             slide_id: slide.slide_id.clone(),
@@ -446,8 +446,17 @@ fn predict_slides(
             survival,
         });
         bar.inc(1);
+        Ok::<_, Error>(())
+    };
+    dataset.for_each(order, &reading, |i, bag: SlideFeatures<f32>| {
+        if let Some((i, logits)) = queue.push((i, engine.start(bag.bags()?, None)?)) {
+            finish(engine, i, logits)?;
+        }
         Ok(true)
     })?;
+    for (i, logits) in queue.rest() {
+        finish(engine, i, logits)?;
+    }
     bar.finish_and_clear();
     Ok(slides)
 }

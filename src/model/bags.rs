@@ -37,6 +37,11 @@ impl Room {
         self.used
     }
 
+    /// Until the work that last read it has ended.
+    pub(crate) fn wait(&self, device: &Device) -> Result<()> {
+        device.wait(&self.free)
+    }
+
     /// For the next slide.
     pub(crate) fn clear(&mut self) {
         self.used = 0;

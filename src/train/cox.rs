@@ -1,6 +1,6 @@
 //! Cox training. The loss compares slides, so a batch's gradient needs the risks of all of them
 //! before the first slide's backward pass. In the memory of one slide: each slide forward, keeping
-//! its risk; the loss and its derivative in each risk; each slide forward again with the same
+//! its logits; the loss and its derivative in each risk; each slide forward again with the same
 //! dropout, and backward with its own derivative. By the chain rule the sum is the batch's
 //! gradient, exactly.
 
@@ -179,38 +179,45 @@ pub fn check(config: &RunConfig, dataset: &Dataset, (i, fold): (usize, &Fold)) -
     Ok(())
 }
 
-/// Takes the `i`-th slide of a batch and returns its risk.
-pub type Work<'a, T> = dyn FnMut(usize, Bags<'_, T>) -> Result<f64> + 'a;
+/// Takes the `i`-th slide of a batch.
+pub type Work<'a, T> = dyn FnMut(usize, Bags<'_, T>) -> Result<()> + 'a;
 
 /// Adds the gradient of a batch's loss, and returns the loss and the slides' risks; None if `show`
 /// stopped, when the gradients are those of some of the slides. `show` hands each slide of the
 /// batch to the work, in order, and is called twice; once where nobody can be compared, the loss is
-/// 0 and there is no gradient. `draw` is each slide's dropout.
+/// 0 and there is no gradient. `draw` is each slide's dropout, and `check` an error unless its risk
+/// will do.
 pub fn accumulate<T: Element>(
     engine: &mut Engine<T>,
     batch: &CoxBatch,
     draw: impl Fn(usize) -> Option<Draw>,
+    check: impl Fn(usize, f64) -> Result<()>,
     mut show: impl FnMut(&mut Work<'_, T>) -> Result<ControlFlow<()>>,
 ) -> Result<Option<(f64, Vec<f64>)>> {
-    let mut risks = Vec::new();
-    let stopped = show(&mut |i, bags| {
-        let risk = Prediction::from_logits(&engine.forward(bags, draw(i))?).risk;
-        risks.push(risk);
-        Ok(risk)
+    let (mut predictions, mut queue) = (Vec::new(), engine.queue());
+    let mut predicted = |engine: &Engine<T>, (i, logits)| {
+        let prediction = Prediction::from_logits(&engine.finish_logits(logits)?);
+        check(i, prediction.risk)?;
+        predictions.push(prediction);
+        Ok::<_, Error>(())
+    };
+    let stopped = show(&mut |i, bags| match queue.push((i, engine.start(bags, draw(i))?)) {
+        Some(before) => predicted(engine, before),
+        None => Ok(()),
     })?;
     if stopped.is_break() {
         return Ok(None);
     }
+    queue.rest().try_for_each(|last| predicted(engine, last))?;
+    let risks: Vec<f64> = predictions.iter().map(|prediction| prediction.risk).collect();
     if !batch.is_comparable() {
         return Ok(Some((0.0, risks)));
     }
     let (loss, drisks) = batch.evaluate(&risks)?;
+    // the same draw gives the same logits, and so their gradients are known
     let stopped = show(&mut |i, bags| {
-        let chain = |logits: &[f64]| {
-            Prediction::from_logits(logits).risk_gradient().into_iter().map(|g| g * drisks[i]).collect()
-        };
-        let logits = engine.accumulate(bags, draw(i), None, chain)?;
-        Ok(Prediction::from_logits(&logits).risk)
+        let dlogits: Vec<f64> = predictions[i].risk_gradient().into_iter().map(|g| g * drisks[i]).collect();
+        engine.accumulate_known(bags, draw(i), &dlogits)
     })?;
     Ok(stopped.is_continue().then_some((loss, risks)))
 }
@@ -244,8 +251,7 @@ impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
             let show = |work: &mut Work<'_, T>| {
                 let (mut i, mut stopped) = (0, ControlFlow::Continue(()));
                 dataset.for_each(&slides, &reading, |slide, bag: SlideFeatures<T>| {
-                    let risk = work(i, bag.bags()?)?;
-                    Self::check_finite(dataset, (fold, epoch), slide, risk)?;
+                    work(i, bag.bags()?)?;
                     i += 1;
                     shown += 1;
                     let done = SlideDone {
@@ -263,7 +269,8 @@ impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
                 })?;
                 Ok(stopped)
             };
-            let Some((loss, risks)) = accumulate(&mut self.engine, &cohort, draw, show)? else {
+            let check = |i: usize, risk| Self::check_finite(dataset, (fold, epoch), slides[i], risk);
+            let Some((loss, risks)) = accumulate(&mut self.engine, &cohort, draw, check, show)? else {
                 self.engine.write_state(State::Grads, &vec![0.0; self.engine.model().layout().len()])?;
                 return Ok(ControlFlow::Break(()));
             };

@@ -1,7 +1,6 @@
 //! Training one fold, slide by slide, so that it can stop and go on anywhere.
 
 use std::{
-    collections::VecDeque,
     ops::ControlFlow,
     path::{Path, PathBuf},
     time::Instant,
@@ -14,7 +13,7 @@ use super::{
     config::RunConfig,
     cox::{self, Unit},
     plan::{Planner, Plans},
-    step::{Engine, Pending},
+    step::{Engine, Pending, PendingLogits},
 };
 use crate::{
     Error, Result,
@@ -333,25 +332,25 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         (terms > 0).then(|| self.progress.loss_sum / terms as f64)
     }
 
-    /// The slides of an epoch that are not done yet. A GPU is given the next slide before the host
-    /// waits for the one in hand.
+    /// The slides of an epoch that are not done yet.
     fn train(&mut self, order: &[usize], patches: &mut usize, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
         let (dataset, config, epoch) = (self.dataset, self.config, self.progress.epoch);
-        let ahead = usize::from(self.engine.device().runs_kernels());
         let mut stopped = ControlFlow::Continue(());
-        let (mut started, mut pending) = (self.progress.position, VecDeque::new());
+        let (mut started, mut queue) = (self.progress.position, self.engine.queue());
         let reading = self.reading.clone();
         dataset.for_each(&order[started..], &reading, |slide, bag: SlideFeatures<T>| {
             let step = (epoch * order.len() + started) as u32;
             let draw = Some(Draw { seed: config.seed ^ (self.fold as u64) << 32, step });
             let target = dataset.target(&self.bins, slide);
-            pending
-                .push_back((slide, train_slide(&mut self.engine, config, bag.bags()?, target, draw, epoch, started)?));
+            let loss = train_slide(&mut self.engine, config, bag.bags()?, target, draw, epoch, started)?;
             started += 1;
             // a checkpoint is of slides that are done
             let saves = started.is_multiple_of(config.checkpoint_every);
-            while pending.len() > if saves || stopped.is_break() { 0 } else { ahead } {
-                let Some((slide, loss)) = pending.pop_front() else { break };
+            let mut ended = Vec::from_iter(queue.push((slide, loss)));
+            if saves {
+                ended.extend(queue.rest());
+            }
+            for (slide, loss) in ended {
                 if self.done(slide, loss, order.len(), patches, observer)?.is_break() {
                     stopped = ControlFlow::Break(());
                 }
@@ -361,7 +360,7 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
             }
             Ok(stopped.is_continue())
         })?;
-        for (slide, loss) in pending {
+        for (slide, loss) in queue.rest() {
             if self.done(slide, loss, order.len(), patches, observer)?.is_break() {
                 stopped = ControlFlow::Break(());
             }
@@ -403,17 +402,16 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
     fn validate(&mut self, patches: &mut usize, observer: &mut dyn Observer) -> Result<Option<(f64, Option<f64>)>> {
         let (dataset, order) = (self.dataset, self.slides.val.clone());
         let (mut loss_sum, mut risks) = (0.0, Vec::new());
-        let mut stopped = ControlFlow::Continue(());
-        let reading = self.reading.clone();
-        dataset.for_each(&order, &reading, |slide, bag: SlideFeatures<T>| {
-            let logits = self.engine.evaluate(bag.bags()?)?;
+        let (fold, epoch) = (self.fold, self.progress.epoch);
+        let mut finish = |engine: &Engine<T>, slide: usize, logits: PendingLogits| {
+            let logits = engine.finish_logits(logits)?;
             loss_sum += self.config.loss_fn.evaluate(&logits, dataset.target(&self.bins, slide), 0.0).0;
             let risk = Prediction::from_logits(&logits).risk;
-            Self::check_finite(dataset, (self.fold, self.progress.epoch), slide, risk)?;
+            Self::check_finite(dataset, (fold, epoch), slide, risk)?;
             risks.push(risk);
             let done = SlideDone {
-                fold: self.fold,
-                epoch: self.progress.epoch,
+                fold,
+                epoch,
                 position: risks.len(),
                 slides: order.len(),
                 validating: true,
@@ -421,9 +419,20 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
                 patches: dataset.sizes[slide].total(),
             };
             *patches += done.patches;
-            stopped = observer.slide(&done);
+            Ok(observer.slide(&done))
+        };
+        let (mut queue, mut stopped) = (self.engine.queue(), ControlFlow::Continue(()));
+        dataset.for_each(&order, &self.reading, |slide, bag: SlideFeatures<T>| {
+            if let Some((slide, logits)) = queue.push((slide, self.engine.start(bag.bags()?, None)?)) {
+                stopped = finish(&self.engine, slide, logits)?;
+            }
             Ok(stopped.is_continue())
         })?;
+        for (slide, logits) in queue.rest() {
+            if stopped.is_continue() {
+                stopped = finish(&self.engine, slide, logits)?;
+            }
+        }
         if stopped.is_break() {
             return Ok(None);
         }

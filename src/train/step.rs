@@ -9,14 +9,18 @@
 //! An [`Engine`] owns a model's state on a device: parameters, gradients, Adam's moments, and one
 //! arena for a step's activations. What a step takes is planned beforehand ([`super::plan`]).
 
-use std::{collections::HashSet, ops::Range, sync::Arc};
+use std::{
+    collections::{HashSet, VecDeque},
+    ops::Range,
+    sync::Arc,
+};
 
 pub use super::plan::{Memory, Parts, Plan};
 use super::plan::{Planner, Plans};
 use crate::{
     Error, Result,
     data::torch::{Parameter, StateDict},
-    device::{Arena, Buffer, Device, Element, Fence, Real, is_rounded},
+    device::{Arena, Buffer, Device, Element, Fence, Real, View, is_rounded},
     model::{AttentionOf, BagGrads, BagSizes, Bags, Config, Context, Model, Network, Policy, Room, Scales, each},
     ops::{
         Draw,
@@ -39,7 +43,7 @@ pub struct Engine<T: Element> {
     arena: Arena,
     /// Of the slide in hand and of the one before, as are `results`.
     rooms: [Room; 2],
-    /// Loss and risk of a slide, f64, in memory that the host sees.
+    /// What a slide gives the host and is given by it, in memory that both see: [`Slots`].
     results: [Buffer; 2],
     /// Passes so far.
     passes: usize,
@@ -55,9 +59,35 @@ pub struct Engine<T: Element> {
 
 /// A slide's loss and risk that the device may still work on: for [`Engine::finish`].
 #[must_use]
-pub struct Pending {
+pub struct Pending(Started);
+
+/// A slide's logits that the device may still work on: for [`Engine::finish_logits`].
+#[must_use]
+pub struct PendingLogits(Started);
+
+struct Started {
     turn: usize,
     done: Fence,
+}
+
+/// Slides that were started, in order. A GPU is given the next one before the host waits for the one
+/// in hand, so that it always has work.
+pub struct Queue<P> {
+    ahead: usize,
+    started: VecDeque<P>,
+}
+
+impl<P> Queue<P> {
+    /// Adds a slide; gives the one to be waited for, if it is time.
+    pub fn push(&mut self, pending: P) -> Option<P> {
+        self.started.push_back(pending);
+        if self.started.len() > self.ahead { self.started.pop_front() } else { None }
+    }
+
+    /// Those that are left, to be waited for in this order.
+    pub fn rest(&mut self) -> impl Iterator<Item = P> {
+        self.started.drain(..)
+    }
 }
 
 /// The arenas that [`Engine::read_state`] names, and that a checkpoint holds.
@@ -82,6 +112,7 @@ impl<T: Element> Engine<T> {
             config.check_for_kernels()?;
         }
         let (len, rounded) = (model.layout().len(), is_rounded::<T>());
+        let slots = Slots::bytes(config.n_classes);
         let bytes = len * size_of::<T::Sum>();
         let engine = Self {
             params: device.alloc(bytes)?,
@@ -90,7 +121,7 @@ impl<T: Element> Engine<T> {
             moments: [device.alloc(bytes)?, device.alloc(bytes)?],
             arena: Arena::new(&device, 0)?,
             rooms: [Room::new(&device, 0)?, Room::new(&device, 0)?],
-            results: [device.alloc_shared(2 * size_of::<f64>())?, device.alloc_shared(2 * size_of::<f64>())?],
+            results: [device.alloc_shared(slots)?, device.alloc_shared(slots)?],
             passes: 0,
             tight: false,
             largest_bags: 0,
@@ -150,7 +181,22 @@ impl<T: Element> Engine<T> {
     /// Logits of a slide under a dropout: the very ones that [`Engine::accumulate`] finds with the
     /// same draw.
     pub fn forward(&mut self, bags: Bags<'_, T>, draw: Option<Draw>) -> Result<Vec<f64>> {
-        self.pass(bags, draw, Goal::Logits, None)
+        let pending = self.start(bags, draw)?;
+        self.finish_logits(pending)
+    }
+
+    /// [`Engine::forward`], but the host goes on as after [`Engine::accumulate_loss`].
+    pub fn start(&mut self, bags: Bags<'_, T>, draw: Option<Draw>) -> Result<PendingLogits> {
+        let turn = self.passes % 2;
+        self.pass(bags, draw, Goal::Logits, None)?;
+        Ok(PendingLogits(Started { turn, done: self.device.fence()? }))
+    }
+
+    /// Logits of a slide, when the device is done with it.
+    pub fn finish_logits(&self, PendingLogits(Started { turn, done }): PendingLogits) -> Result<Vec<f64>> {
+        self.device.wait(&done)?;
+        let logits: Vec<T::Sum> = bytemuck::pod_collect_to_vec(&self.device.peek(&self.results[turn])?);
+        Ok(logits[..self.model().config().n_classes].iter().map(|x| x.f64()).collect())
     }
 
     /// Forward, `loss` (from logits to their gradient, scaled as it shall be summed), backward:
@@ -164,6 +210,13 @@ impl<T: Element> Engine<T> {
         loss: impl FnOnce(&[f64]) -> Vec<f64> + Send,
     ) -> Result<Vec<f64>> {
         self.pass(bags, draw, Goal::Gradients(Box::new(loss)), dbags)
+    }
+
+    /// [`Engine::accumulate`] where the loss's gradient in the logits is known, so that nobody waits
+    /// for these.
+    pub fn accumulate_known(&mut self, bags: Bags<'_, T>, draw: Option<Draw>, dlogits: &[f64]) -> Result<()> {
+        self.pass(bags, draw, Goal::Known(dlogits), None)?;
+        Ok(())
     }
 
     /// The logits of a slide, without dropout, and the attention that each of its patches receives.
@@ -180,14 +233,19 @@ impl<T: Element> Engine<T> {
     pub fn accumulate_loss(&mut self, bags: Bags<'_, T>, draw: Option<Draw>, loss: &SlideLoss) -> Result<Pending> {
         let turn = self.passes % 2;
         self.pass(bags, draw, Goal::Loss(loss), None)?;
-        Ok(Pending { turn, done: self.device.fence()? })
+        Ok(Pending(Started { turn, done: self.device.fence()? }))
     }
 
     /// Loss and risk of a slide, when the device is done with it.
-    pub fn finish(&self, pending: Pending) -> Result<(f64, f64)> {
-        self.device.wait(&pending.done)?;
-        let values: Vec<f64> = bytemuck::pod_collect_to_vec(&self.device.peek(&self.results[pending.turn])?);
+    pub fn finish(&self, Pending(Started { turn, done }): Pending) -> Result<(f64, f64)> {
+        self.device.wait(&done)?;
+        let values: Vec<f64> = bytemuck::pod_collect_to_vec(&self.device.peek(&self.results[turn])?);
         Ok((values[0], values[1]))
+    }
+
+    /// For slides of this engine.
+    pub fn queue<P>(&self) -> Queue<P> {
+        Queue { ahead: usize::from(self.device.runs_kernels()), started: VecDeque::new() }
     }
 
     /// [`slide_step`] on an empty arena that is large enough for it, also for the bags' gradients
@@ -216,12 +274,21 @@ impl<T: Element> Engine<T> {
         let turn = self.passes % 2;
         self.passes += 1;
         let Self { device, planner, arena, rooms, results, params, weights, grads, .. } = self;
-        let (device, model, room) = (&**device, &planner.model, &mut rooms[turn]);
+        let (device, model, room, slots) = (&**device, &planner.model, &mut rooms[turn], Slots(&results[turn]));
+        if let Goal::Known(dlogits) = goal {
+            // the slide before the last read them there
+            room.wait(device)?;
+            let dlogits: Vec<_> = dlogits.iter().copied().map(T::Sum::of).collect();
+            device.poke(&dlogits, slots.0, slots.dlogits(model.config().n_classes))?;
+        }
         room.clear();
         let (params, policy, config) = (weights.as_ref().unwrap_or(params), plan.policy, model.config());
         let mut ctx = Context { device, arena, room, params, grads, draw, training, policy, config };
-        let (ctx, dbags, result) = (&mut ctx, dbags.as_ref(), &results[turn]);
-        let logits = device.install(|| each!(model, network => slide_step(network, ctx, bags, goal, result, dbags)));
+        let (ctx, dbags) = (&mut ctx, dbags.as_ref());
+        let step = || each!(model, network => slide_step(network, ctx, bags, goal, slots, dbags));
+        // parts of a bag that is streamed are waited for on the way
+        let whole = policy.stream.is_none();
+        let logits = device.install(|| if whole { device.together(step) } else { step() });
         room.release(device)?;
         if self.tight {
             self.give_back()?;
@@ -380,24 +447,57 @@ enum Goal<'a> {
     /// Gradients of a loss of the slide alone, which the device finds itself, so that nobody waits
     /// for the logits.
     Loss(&'a SlideLoss),
+    /// Gradients of a loss whose gradient in the logits is this.
+    Known(&'a [f64]),
     /// The logits, and the attention that the patches receive.
     Attention(AttentionOf, &'a mut Scales<Vec<f64>>),
 }
 
-/// A slide's way through the model and, for gradients, back. Gives the logits; of [`Goal::Loss`]
-/// none, but loss and risk, f64, in `result`.
+/// Memory that host and device see, of as many f64 as there are logits, but at least two, twice:
+/// what a pass gives, and the gradient in the logits that it is given.
+#[derive(Clone, Copy)]
+struct Slots<'a>(&'a Buffer);
+
+impl Slots<'_> {
+    fn bytes(classes: usize) -> usize {
+        2 * classes.max(2) * size_of::<f64>()
+    }
+
+    /// `[1, 2]`
+    fn loss_and_risk(self) -> View<f64> {
+        self.0.view(0, 1, 2)
+    }
+
+    /// `[1, classes]`
+    fn logits<S: Element>(self, classes: usize) -> View<S> {
+        self.0.view(0, 1, classes)
+    }
+
+    /// `[1, classes]`
+    fn dlogits<S: Element>(self, classes: usize) -> View<S> {
+        self.0.view(self.0.bytes() / 2 / size_of::<S>(), 1, classes)
+    }
+}
+
+/// A slide's way through the model and, for gradients, back. Gives the logits, where they are
+/// waited for; of [`Goal::Logits`] and [`Goal::Loss`], what they ask for is in the slots.
 fn slide_step<M: Network, T: Element>(
     model: &M,
     ctx: &mut Context,
     bags: Bags<'_, T>,
     goal: Goal<'_>,
-    result: &Buffer,
+    slots: Slots<'_>,
     dbags: Option<&BagGrads<'_, T>>,
 ) -> Result<Vec<f64>> {
     let saved = model.forward(ctx, bags)?;
-    let head = model.head(&saved);
+    let mut head = model.head(&saved);
+    let classes = ctx.config.n_classes;
     let logits = match goal {
-        Goal::Logits => return logits(ctx.device, &head.forward),
+        Goal::Logits => {
+            head.forward.logits = slots.logits(classes);
+            head::forward(ctx.device, &head.forward)?;
+            return Ok(Vec::new());
+        }
         Goal::Gradients(loss) => {
             let logits = logits(ctx.device, &head.forward)?;
             let dlogits: Vec<T::Sum> = loss(&logits).into_iter().map(T::Sum::of).collect();
@@ -406,7 +506,13 @@ fn slide_step<M: Network, T: Element>(
             logits
         }
         Goal::Loss(loss) => {
-            head::train(ctx.device, &head, loss, result.view(0, 1, 2))?;
+            head::train(ctx.device, &head, loss, slots.loss_and_risk())?;
+            Vec::new()
+        }
+        Goal::Known(_) => {
+            head.dlogits = slots.dlogits(classes);
+            head::forward(ctx.device, &head.forward)?;
+            head::backward(ctx.device, &head)?;
             Vec::new()
         }
         Goal::Attention(of, received) => {

@@ -85,7 +85,7 @@ fn batch<T: Real>(engine: &mut Engine<T>, slides: &[[Vec<T>; 3]], ties: Ties) ->
         slides.iter().enumerate().try_for_each(|(i, slide)| work(i, bags(slide)).map(|_| ()))?;
         Ok(ControlFlow::Continue(()))
     };
-    let (loss, risks) = cox::accumulate(engine, &batch, draw, show).unwrap().unwrap();
+    let (loss, risks) = cox::accumulate(engine, &batch, draw, |_, _| Ok(()), show).unwrap().unwrap();
     assert_eq!((passes, risks.len()), (2, 6));
     (loss, engine.read_state(State::Grads).unwrap())
 }
@@ -181,7 +181,7 @@ fn a_batch_without_a_comparison_gives_no_gradient() {
             work(1, bags(&slides[1]))?;
             Ok(ControlFlow::Continue(()))
         };
-        let (loss, risks) = cox::accumulate(&mut engine, &batch, draw, show).unwrap().unwrap();
+        let (loss, risks) = cox::accumulate(&mut engine, &batch, draw, |_, _| Ok(()), show).unwrap().unwrap();
         assert_eq!((loss, risks.len(), passes), (0.0, 2, 1));
         assert!(engine.read_state(State::Grads).unwrap().iter().all(|&g| g == 0.0));
     }
