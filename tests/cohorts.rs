@@ -214,7 +214,7 @@ fn train(config: &RunConfig, folder: &Path) {
     std::fs::create_dir_all(folder).unwrap();
     let run = Run::open(config.clone()).unwrap();
     run.save_config(folder).unwrap();
-    run.train(folder, &AtomicBool::new(false)).unwrap();
+    run.train(folder, &AtomicBool::new(false), None).unwrap();
 }
 
 fn device() -> Device {

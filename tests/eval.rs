@@ -71,7 +71,7 @@ fn trained() -> &'static (PathBuf, RunConfig) {
         };
         let run = Run::open(config.clone()).unwrap();
         run.save_config(&folder).unwrap();
-        run.train(&folder, &AtomicBool::new(false)).unwrap();
+        run.train(&folder, &AtomicBool::new(false), None).unwrap();
         (folder, config)
     })
 }
@@ -299,7 +299,7 @@ fn each_model_is_trained_and_evaluated() {
         let config = RunConfig { model, pt_dir, folds: Some(1), num_epochs: 2, warmup_epochs: 0, ..config.clone() };
         let run = Run::open(config.clone()).unwrap();
         run.save_config(&out).unwrap();
-        run.train(&out, &AtomicBool::new(false)).unwrap();
+        run.train(&out, &AtomicBool::new(false), None).unwrap();
         let summary = eval::evaluate_run(&out, &Moved::default(), device(), None, PLAN).unwrap();
         assert_eq!(summary.slides, 86);
         let page = std::fs::read_to_string(out.join("report.html")).unwrap();

@@ -392,7 +392,7 @@ fn a_resumed_run_wants_its_best_model_at_once() {
     std::fs::create_dir_all(&out).unwrap();
     let run = run::Run::open(config).unwrap();
     run.save_config(&out).unwrap();
-    run.train(&out, &std::sync::atomic::AtomicBool::new(false)).unwrap();
+    run.train(&out, &std::sync::atomic::AtomicBool::new(false), None).unwrap();
     let best = out.join("fold_0/best.safetensors");
     let mut bytes = std::fs::read(&best).unwrap();
     let last = bytes.len() - 1;
@@ -500,4 +500,16 @@ fn a_resumed_run_wants_the_inputs_that_it_was_begun_with() {
     assert_eq!(RunConfig::read(&crossfusion::folder::config_path(&run)).unwrap().pt_dir, new.join("features"));
     let out = resume(&["--learning-rate", "0.5"]);
     assert_eq!(out.status.code(), Some(2), "{out:?}");
+}
+
+/// Several processes of a program that cannot speak to each other would train the same run several
+/// times over.
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_program_without_mpi_says_so_under_mpirun() {
+    let command = Command::new(env!("CARGO_BIN_EXE_cf-train")).arg("--demo").env("OMPI_COMM_WORLD_SIZE", "2").output();
+    let output = command.unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("built without MPI: build it with --features mpi"), "{said}");
 }

@@ -8,6 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicI32, Ordering},
     },
+    time::Duration,
 };
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, parser::ValueSource};
@@ -18,6 +19,7 @@ use crossfusion::{
     eval, folder, report,
     train::{
         config::RunConfig,
+        ranks::Ranks,
         run::{self, Run},
     },
 };
@@ -68,13 +70,33 @@ struct Arguments {
 }
 
 fn main() {
-    if let Err(error) = train().and_then(|()| crossfusion::said()) {
-        crossfusion::complain("cf-train", &error);
-        std::process::exit(match (&error, SIGNAL.load(Ordering::Relaxed)) {
-            (Error::Interrupted(_), signal @ 1..) => 128 + signal,
-            _ => error.exit_code(),
-        });
+    let ranks = Ranks::from_environment();
+    let result = match &ranks {
+        Ok(None) => lead(None),
+        Ok(Some(ranks)) if ranks.number() > 0 => follow(ranks),
+        Ok(Some(ranks)) => lead(Some(ranks)),
+        Err(error) => Err(Error::Usage(error.to_string())),
+    };
+    let Err(error) = result.and_then(|()| crossfusion::said()) else { return };
+    let code = match (&error, SIGNAL.load(Ordering::Relaxed)) {
+        (Error::Interrupted(_), signal @ 1..) => 128 + signal,
+        _ => error.exit_code(),
+    };
+    let ranks = ranks.ok().flatten();
+    match (&ranks, &error) {
+        // what all ranks have found the first one says, and ends them
+        (Some(ranks), Error::Interrupted(_)) if ranks.number() > 0 => {}
+        (Some(ranks), _) if ranks.number() > 0 => {
+            std::thread::sleep(Duration::from_secs(1));
+            crossfusion::complain(&format!("cf-train, rank {} of {}", ranks.number(), ranks.count()), &error);
+        }
+        _ => crossfusion::complain("cf-train", &error),
     }
+    match ranks {
+        Some(ranks) if !matches!(error, Error::Interrupted(_)) => ranks.abort(code),
+        ranks => drop(ranks), // leaves MPI in order
+    }
+    std::process::exit(code);
 }
 
 /// The signal that interrupted training; 0 until there is one.
@@ -120,15 +142,53 @@ fn refuse_data(matches: &ArgMatches) -> Result<()> {
     }
 }
 
-fn train() -> Result<()> {
+/// Trains as the only process, or as the first of several.
+fn lead(ranks: Option<&Ranks>) -> Result<()> {
+    let prepared = prepare()?;
+    if let Some(ranks) = ranks {
+        let started = prepared.as_ref().map(|(folder, run, _)| (folder, run.config().to_toml()));
+        let (folder, config) =
+            started.map_or((String::new(), Ok(String::new())), |(f, c)| (f.display().to_string(), c));
+        ranks.tell(&folder)?;
+        ranks.tell(&config?)?;
+    }
+    let Some((folder, run, device)) = prepared else { return Ok(()) };
+    if let Some(sentence) = run.memory() {
+        crossfusion::say(sentence);
+    }
+    let interrupted = Arc::default();
+    listen(&interrupted).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
+    run.train(&folder, &interrupted, ranks)?;
+    interrupted.store(true, Ordering::Relaxed); // what is left is soon done again: a signal ends it at once
+    let summary = eval::evaluate_run(&folder, &eval::Moved::default(), device, None, report::RESAMPLING)?;
+    crossfusion::say(summary.table().trim_end());
+    crossfusion::say(format!("report {}", folder.join("report.html").display()));
+    Ok(())
+}
+
+/// Trains as one of several processes that is not the first: by the settings that this has read.
+fn follow(ranks: &Ranks) -> Result<()> {
+    let (folder, config) = (ranks.tell("")?, ranks.tell("")?);
+    if folder.is_empty() {
+        return Ok(()); // there is nothing to train
+    }
+    let run = Run::open(RunConfig::from_toml(&config)?)?;
+    let interrupted = Arc::default();
+    listen(&interrupted).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
+    run.follow(Path::new(&folder), &interrupted, ranks)
+}
+
+/// Checks all input and begins the run's folder, or finds the one to resume. None where there is
+/// nothing to train.
+fn prepare() -> Result<Option<(PathBuf, Run, Device)>> {
     let matches = Arguments::command().get_matches();
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     if arguments.documentation.print(Arguments::command())? {
-        return Ok(());
+        return Ok(None);
     }
     let settings = arguments.settings;
     // Nothing is written before all input is checked.
-    let (folder, run, device) = if let Some(folder) = arguments.resume {
+    Ok(Some(if let Some(folder) = arguments.resume {
         let config = resumed(&settings, &matches, &folder)?;
         if run::is_finished(&folder, config.fold_numbers())? {
             crossfusion::say(format!(
@@ -136,7 +196,7 @@ fn train() -> Result<()> {
                 folder.display(),
                 folder.join("report.html").display()
             ));
-            return Ok(());
+            return Ok(None);
         }
         let device = Device::from_name(&config.device, config.threads)?;
         let run = Run::open(config)?;
@@ -188,25 +248,14 @@ fn train() -> Result<()> {
         nothing_wrong.into_iter().for_each(crossfusion::say);
         if arguments.check {
             return match reasons.len() {
-                0 => Ok(()),
+                0 => Ok(None),
                 n => Err(Error::Data(format!("--check: {n} slides cannot be trained on; --skip-bad leaves them out"))),
             };
         }
         let folder = folder::make_folder(arguments.out, &backbone)?;
         run.save_config(&folder)?;
         (folder, run, device)
-    };
-    if let Some(sentence) = run.memory() {
-        crossfusion::say(sentence);
-    }
-    let interrupted = Arc::default();
-    listen(&interrupted).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
-    run.train(&folder, &interrupted)?;
-    interrupted.store(true, Ordering::Relaxed); // what is left is soon done again: a signal ends it at once
-    let summary = eval::evaluate_run(&folder, &eval::Moved::default(), device, None, report::RESAMPLING)?;
-    crossfusion::say(summary.table().trim_end());
-    crossfusion::say(format!("report {}", folder.join("report.html").display()));
-    Ok(())
+    }))
 }
 
 /// Ctrl-C, a batch system's SIGTERM, or the SIGHUP of a terminal that goes away sets `interrupted`;

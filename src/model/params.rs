@@ -108,12 +108,17 @@ impl Layout {
 
     /// Elements of the arena, padding included.
     pub fn len(&self) -> usize {
-        self.len
+        self.len.next_multiple_of(ALIGNMENT)
     }
 
     /// Whether no tensor has been laid out yet.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// An arena of it as a matrix, whose rows go to many threads.
+    pub(crate) fn rows<T: Element>(&self, arena: &Buffer) -> View<T> {
+        arena.view(0, self.len() / ALIGNMENT, ALIGNMENT)
     }
 
     /// Elements of all tensors, what a paper calls the number of parameters.

@@ -300,6 +300,11 @@ impl RunConfig {
         toml::to_string(self).map_err(|e| Error::Usage(format!("the settings cannot be written as TOML: {e}")))
     }
 
+    /// What [`RunConfig::to_toml`] gave.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        toml::from_str(text).map_err(|e| Error::Usage(format!("the settings cannot be read: {}", in_line(text, &e))))
+    }
+
     /// The flags of the paths that every run needs and this one lacks.
     fn missing(&self) -> Vec<&'static str> {
         let given = [

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     config::RunConfig,
     fold::{FoldTrainer, Observer, SlideDone},
-    step::{Engine, State},
+    step::Engine,
 };
 use crate::{
     Error, Result,
@@ -231,47 +231,22 @@ impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
         patches: &mut usize,
         observer: &mut dyn Observer,
     ) -> Result<ControlFlow<()>> {
-        let (dataset, config, fold, epoch) = (self.dataset, self.config, self.fold, self.progress.epoch);
+        let (dataset, config, epoch) = (self.dataset, self.config, self.progress.epoch);
         let total: usize = batches.iter().flatten().map(Vec::len).sum();
         let mut start = 0;
         for batch in batches {
-            let slides = batch.concat();
-            let (first, end) = (start, start + slides.len());
+            let (first, end) = (start, start + batch.iter().map(Vec::len).sum::<usize>());
             start = end;
             if first < self.progress.position {
                 continue;
             }
             let cohort = cohort(dataset, batch, config.cox_ties)?;
-            let loss = self.train_loss();
-            let draw = |i: usize| {
-                Some(Draw { seed: config.seed ^ (fold as u64) << 32, step: (epoch * total + first + i) as u32 })
+            let accumulated = match self.ranks {
+                Some(ranks) => self.accumulate_cox_together(ranks, batch, (first, total), patches, observer)?,
+                None => self.accumulate_cox(batch, &cohort, (first, total), patches, observer)?,
             };
-            let mut shown = 0;
-            let reading = self.reading.clone();
-            let show = |work: &mut Work<'_, T>| {
-                let (mut i, mut stopped) = (0, ControlFlow::Continue(()));
-                dataset.for_each(&slides, &reading, |slide, bag: SlideFeatures<T>| {
-                    work(i, bag.bags()?)?;
-                    i += 1;
-                    shown += 1;
-                    let done = SlideDone {
-                        fold,
-                        epoch,
-                        position: 2 * first + shown,
-                        slides: 2 * total,
-                        validating: false,
-                        loss,
-                        patches: dataset.sizes[slide].total(),
-                    };
-                    *patches += done.patches;
-                    stopped = observer.slide(&done);
-                    Ok(stopped.is_continue())
-                })?;
-                Ok(stopped)
-            };
-            let check = |i: usize, risk| Self::check_finite(dataset, (fold, epoch), slides[i], risk);
-            let Some((loss, risks)) = accumulate(&mut self.engine, &cohort, draw, check, show)? else {
-                self.engine.write_state(State::Grads, &vec![0.0; self.engine.model().layout().len()])?;
+            let Some((loss, risks)) = accumulated else {
+                self.engine.take_grads()?;
                 return Ok(ControlFlow::Break(()));
             };
             if cohort.is_comparable() {
@@ -289,5 +264,43 @@ impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
             }
         }
         Ok(ControlFlow::Continue(()))
+    }
+    /// The batch whose first slide is the `first` of the epoch's `total`.
+    fn accumulate_cox(
+        &mut self,
+        batch: &[Unit],
+        cohort: &CoxBatch,
+        (first, total): (usize, usize),
+        patches: &mut usize,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<(f64, Vec<f64>)>> {
+        let (dataset, fold, epoch, loss) = (self.dataset, self.fold, self.progress.epoch, self.train_loss());
+        let slides = batch.concat();
+        let draws: Vec<_> = (0..slides.len()).map(|i| self.draw(epoch * total + first + i)).collect();
+        let mut shown = 0;
+        let reading = self.reading.clone();
+        let show = |work: &mut Work<'_, T>| {
+            let (mut i, mut stopped) = (0, ControlFlow::Continue(()));
+            dataset.for_each(&slides, &reading, |slide, bag: SlideFeatures<T>| {
+                work(i, bag.bags()?)?;
+                i += 1;
+                shown += 1;
+                let done = SlideDone {
+                    fold,
+                    epoch,
+                    position: 2 * first + shown,
+                    slides: 2 * total,
+                    validating: false,
+                    loss,
+                    patches: dataset.sizes[slide].total(),
+                };
+                *patches += done.patches;
+                stopped = observer.slide(&done);
+                Ok(stopped.is_continue())
+            })?;
+            Ok(stopped)
+        };
+        let check = |i: usize, risk| Self::check_finite(dataset, (fold, epoch), slides[i], risk);
+        accumulate(&mut self.engine, cohort, |i| draws[i], check, show)
     }
 }

@@ -13,6 +13,7 @@ use super::{
     config::RunConfig,
     cox::{self, Unit},
     plan::{Planner, Plans},
+    ranks::Ranks,
     step::{Engine, Pending, PendingLogits},
 };
 use crate::{
@@ -107,8 +108,10 @@ pub struct FoldTrainer<'a, T: Element = f32> {
     pub(super) config: &'a RunConfig,
     pub(super) dataset: &'a Dataset,
     pub(super) fold: usize,
+    /// The processes that train it together, if there are several.
+    pub(super) ranks: Option<&'a Ranks>,
     slides: Fold,
-    bins: Bins,
+    pub(super) bins: Bins,
     sampler: Sampler,
     /// With the Cox loss.
     cox: Option<Cox>,
@@ -198,10 +201,10 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         slides: (usize, &Fold),
         folder: &Path,
     ) -> Result<Self> {
-        Self::planned(config, dataset, bins, slides, folder, Plans::default())
+        Self::planned(config, dataset, bins, slides, folder, Plans::default(), None)
     }
 
-    /// The same, with plans that the run's other folds have made.
+    /// The same, with plans that the run's other folds have made, and by several processes.
     pub(super) fn planned(
         config: &'a RunConfig,
         dataset: &'a Dataset,
@@ -209,6 +212,7 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         (fold, slides): (usize, &Fold),
         folder: &Path,
         plans: Plans,
+        ranks: Option<&'a Ranks>,
     ) -> Result<Self> {
         let device = Device::from_name(&config.device, config.threads)?;
         let mut engine =
@@ -243,6 +247,7 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
             config,
             dataset,
             fold,
+            ranks,
             bins: bins.clone(),
             sampler: Sampler::new(&strata),
             slides,
@@ -334,13 +339,15 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
 
     /// The slides of an epoch that are not done yet.
     fn train(&mut self, order: &[usize], patches: &mut usize, observer: &mut dyn Observer) -> Result<ControlFlow<()>> {
+        if let Some(ranks) = self.ranks {
+            return self.train_together(ranks, order, patches, observer);
+        }
         let (dataset, config, epoch) = (self.dataset, self.config, self.progress.epoch);
         let mut stopped = ControlFlow::Continue(());
         let (mut started, mut queue) = (self.progress.position, self.engine.queue());
         let reading = self.reading.clone();
         dataset.for_each(&order[started..], &reading, |slide, bag: SlideFeatures<T>| {
-            let step = (epoch * order.len() + started) as u32;
-            let draw = Some(Draw { seed: config.seed ^ (self.fold as u64) << 32, step });
+            let draw = self.draw(epoch * order.len() + started);
             let target = dataset.target(&self.bins, slide);
             let loss = train_slide(&mut self.engine, config, bag.bags()?, target, draw, epoch, started)?;
             started += 1;
@@ -366,6 +373,11 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
             }
         }
         Ok(stopped)
+    }
+
+    /// The dropout of a fold's `step`-th slide, or of its batches' slides.
+    pub(super) fn draw(&self, step: usize) -> Option<Draw> {
+        Some(Draw { seed: self.config.seed ^ (self.fold as u64) << 32, step: step as u32 })
     }
 
     /// Waits for a slide's loss and takes it down.
@@ -401,12 +413,18 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
     /// validation slides, without dropout. None if stopped; a resumed run validates anew.
     fn validate(&mut self, patches: &mut usize, observer: &mut dyn Observer) -> Result<Option<(f64, Option<f64>)>> {
         let (dataset, order) = (self.dataset, self.slides.val.clone());
+        let mut together = None;
+        if let Some(ranks) = self.ranks {
+            together = self.predict_together(ranks, &order, observer)?;
+            if together.is_none() {
+                return Ok(None);
+            }
+        }
         let (mut loss_sum, mut risks) = (0.0, Vec::new());
         let (fold, epoch) = (self.fold, self.progress.epoch);
-        let mut finish = |engine: &Engine<T>, slide: usize, logits: PendingLogits| {
-            let logits = engine.finish_logits(logits)?;
-            loss_sum += self.config.loss_fn.evaluate(&logits, dataset.target(&self.bins, slide), 0.0).0;
-            let risk = Prediction::from_logits(&logits).risk;
+        let mut take = |slide: usize, logits: &[f64]| {
+            loss_sum += self.config.loss_fn.evaluate(logits, dataset.target(&self.bins, slide), 0.0).0;
+            let risk = Prediction::from_logits(logits).risk;
             Self::check_finite(dataset, (fold, epoch), slide, risk)?;
             risks.push(risk);
             let done = SlideDone {
@@ -419,22 +437,30 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
                 patches: dataset.sizes[slide].total(),
             };
             *patches += done.patches;
-            Ok(observer.slide(&done))
+            Ok::<_, Error>(done)
         };
-        let (mut queue, mut stopped) = (self.engine.queue(), ControlFlow::Continue(()));
-        dataset.for_each(&order, &self.reading, |slide, bag: SlideFeatures<T>| {
-            if let Some((slide, logits)) = queue.push((slide, self.engine.start(bag.bags()?, None)?)) {
-                stopped = finish(&self.engine, slide, logits)?;
+        if let Some(logits) = together {
+            let logits = logits.chunks_exact(self.config.n_classes);
+            order.iter().zip(logits).try_for_each(|(&slide, logits)| take(slide, logits).map(drop))?;
+        } else {
+            let (mut queue, mut stopped) = (self.engine.queue(), ControlFlow::Continue(()));
+            let mut finish = |engine: &Engine<T>, (slide, logits): (usize, PendingLogits)| {
+                Ok::<_, Error>(observer.slide(&take(slide, &engine.finish_logits(logits)?)?))
+            };
+            dataset.for_each(&order, &self.reading, |slide, bag: SlideFeatures<T>| {
+                if let Some(before) = queue.push((slide, self.engine.start(bag.bags()?, None)?)) {
+                    stopped = finish(&self.engine, before)?;
+                }
+                Ok(stopped.is_continue())
+            })?;
+            for last in queue.rest() {
+                if stopped.is_continue() {
+                    stopped = finish(&self.engine, last)?;
+                }
             }
-            Ok(stopped.is_continue())
-        })?;
-        for (slide, logits) in queue.rest() {
-            if stopped.is_continue() {
-                stopped = finish(&self.engine, slide, logits)?;
+            if stopped.is_break() {
+                return Ok(None);
             }
-        }
-        if stopped.is_break() {
-            return Ok(None);
         }
         let loss = match &self.cox {
             Some(cox) => cox.validation.evaluate(&risks)?.0,
@@ -466,7 +492,15 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
         concordance_index(&time, &event, risks).ok().map(|c| c.index)
     }
 
+    /// Of several processes the first writes, for all.
+    fn writes(&self) -> bool {
+        self.ranks.is_none_or(|ranks| ranks.number() == 0)
+    }
+
     fn save_model(&self, epoch: usize, c_index: Option<f64>) -> Result<()> {
+        if !self.writes() {
+            return Ok(());
+        }
         let card = ModelCard {
             model: self.engine.model().config().clone(),
             fold: self.fold,
@@ -484,6 +518,9 @@ impl<'a, T: Element<Sum = f32>> FoldTrainer<'a, T> {
     }
 
     pub(super) fn checkpoint(&self) -> Result<()> {
+        if !self.writes() {
+            return Ok(());
+        }
         let engine = (!self.progress.finished).then_some(&self.engine);
         let record = Record { origin: self.origin.clone(), progress: self.progress.clone() };
         checkpoint::save_state(&FoldTrainer::checkpoint_path(&self.folder), engine, &record)

@@ -8,6 +8,8 @@ pub mod inputs;
 pub mod plan;
 mod progress;
 pub mod protocol;
+pub mod ranks;
 pub mod run;
 pub mod step;
 pub mod tensorboard;
+mod together;

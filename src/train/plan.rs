@@ -23,6 +23,7 @@ use crate::{
     ops::{
         Draw,
         adam::{self, Adam},
+        elementwise,
         head::{self, SlideLoss},
     },
 };
@@ -68,7 +69,7 @@ pub struct Plan {
 pub struct Parts {
     /// With the weights that the ops read.
     pub parameters: usize,
-    /// Of the parameters alone; those of activations are scratch.
+    /// Of the parameters alone, of the slide in hand and summed; those of activations are scratch.
     pub gradients: usize,
     /// Adam's.
     pub moments: usize,
@@ -144,16 +145,16 @@ fn plan_on<M: Network, T: Element>(
     let (params, grads) = (device.alloc(len * size_of::<T>())?, device.alloc(len * size_of::<T::Sum>())?);
     let mut arena = Arena::unlimited();
     let bag_bytes = |patches: usize| patches * features * size_of::<T>();
+    let rounded = if size_of::<T>() == size_of::<T::Sum>() { 0 } else { len * size_of::<T>() };
     let mut parts = Parts {
-        parameters: len * if size_of::<T>() == size_of::<T::Sum>() { 0 } else { size_of::<T>() },
-        gradients: len * size_of::<T::Sum>(),
+        parameters: len * size_of::<T::Sum>() + rounded,
+        gradients: 2 * len * size_of::<T::Sum>(),
         moments: 2 * len * size_of::<T::Sum>(),
         bags: 0,
         stream: 0,
         saved: 0,
         scratch: 0,
     };
-    parts.parameters += parts.gradients;
     let unread = sizes.map(|_, patches| Unread(patches));
     let buffers = if device.runs_kernels() { STREAM_BUFFERS } else { 1 };
     let mut bags = Scales::default();
@@ -192,10 +193,13 @@ fn plan_on<M: Network, T: Element>(
     }
     let forward = dry.counts();
     if training {
+        let grads = model.layout().rows::<T::Sum>(&grads);
+        elementwise::zero(device, grads)?;
         let loss =
             SlideLoss { loss: Loss::NllSurv, target: Target { label: 0, censored: false }, alpha: 0.0, share: 1.0 };
         head::train(ctx.device, &head, &loss, device.alloc(16)?.view(0, 1, 2))?;
         model.backward(&mut ctx, saved, None)?;
+        elementwise::accumulate(device, grads, grads)?;
     }
     let step = dry.counts();
     if device.runs_kernels() {

@@ -19,6 +19,7 @@ use super::{
     plan::{Planner, Plans},
     progress::{self, Display},
     protocol::{self, Part, Protocol},
+    ranks::Ranks,
     tensorboard::Events,
 };
 use crate::{
@@ -178,6 +179,11 @@ impl Run {
         Ok(counts)
     }
 
+    /// Its settings, all of them.
+    pub fn config(&self) -> &RunConfig {
+        &self.config
+    }
+
     /// Writes the settings, the inputs' fingerprints and which slides are left out into the run's
     /// folder; from then on it can be resumed.
     pub fn save_config(&self, folder: &Path) -> Result<()> {
@@ -220,9 +226,30 @@ impl Run {
         if now == before { Ok(()) } else { now.save(folder) }
     }
 
+    /// Trains all folds as one of several processes that do so together, of which the first calls
+    /// [`Run::train`].
+    pub fn follow(&self, folder: &Path, interrupted: &AtomicBool, ranks: &Ranks) -> Result<()> {
+        for part in &self.parts {
+            let files = folder::fold_folder(folder, part.fold);
+            let mut observer = Interruptible(interrupted);
+            if ranks.tell("")? == DONE {
+                continue;
+            }
+            let outcome = match self.storage {
+                Storage::F32 => self.train_fold::<f32>(part, &files, &mut observer, Some(ranks)),
+                Storage::Bf16 => self.train_fold::<bf16>(part, &files, &mut observer, Some(ranks)),
+            };
+            if outcome? == Outcome::Stopped {
+                return Err(Error::Interrupted("stopped".into()));
+            }
+        }
+        Ok(())
+    }
+
     /// Trains all folds, from the beginning or from where the folder's checkpoints are.
-    /// `interrupted` asks for a stop after the slide in hand.
-    pub fn train(&self, folder: &Path, interrupted: &AtomicBool) -> Result<()> {
+    /// `interrupted` asks for a stop after the slide in hand; `ranks` are the processes that train
+    /// together, of which this is the first.
+    pub fn train(&self, folder: &Path, interrupted: &AtomicBool, ranks: Option<&Ranks>) -> Result<()> {
         let _lock = lock(folder)?;
         let begun = |part: &Part| FoldTrainer::checkpoint_path(&folder::fold_folder(folder, part.fold)).exists();
         let begun = self.parts.iter().any(begun);
@@ -241,7 +268,11 @@ impl Run {
         let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, &notes, interrupted)?;
         for part in &self.parts {
             let files = folder::fold_folder(folder, part.fold);
-            if FoldTrainer::progress(&files)?.finished {
+            let done = FoldTrainer::progress(&files)?.finished;
+            if let Some(ranks) = ranks {
+                ranks.tell(if done { DONE } else { "" })?;
+            }
+            if done {
                 continue;
             }
             let events = match self.config.tensorboard {
@@ -250,8 +281,8 @@ impl Run {
             };
             let mut log = Log { path: folder::metrics_path(folder), events, display: &mut display };
             let outcome = match self.storage {
-                Storage::F32 => self.train_fold::<f32>(part, &files, &mut log),
-                Storage::Bf16 => self.train_fold::<bf16>(part, &files, &mut log),
+                Storage::F32 => self.train_fold::<f32>(part, &files, &mut log, ranks),
+                Storage::Bf16 => self.train_fold::<bf16>(part, &files, &mut log, ranks),
             };
             let outcome = outcome.inspect_err(|error| allow_mending(folder, error));
             if outcome? == Outcome::Stopped {
@@ -271,10 +302,14 @@ impl Run {
         part: &Part,
         files: &Path,
         observer: &mut dyn Observer,
+        ranks: Option<&Ranks>,
     ) -> Result<Outcome> {
-        let slides = (part.fold, &part.slides);
-        let plans = self.plans.clone();
-        FoldTrainer::<T>::planned(&self.config, &self.dataset, &part.bins, slides, files, plans)?.run(observer)
+        let (config, slides, plans) = (&self.config, (part.fold, &part.slides), self.plans.clone());
+        let mut trainer = FoldTrainer::<T>::planned(config, &self.dataset, &part.bins, slides, files, plans, ranks)?;
+        if let Some(ranks) = ranks {
+            ranks.wait(); // all have read the checkpoint that the first is about to replace
+        }
+        trainer.run(observer)
     }
 }
 
@@ -302,6 +337,18 @@ fn allow_mending(run: &Path, error: &Error) {
     }
 }
 
+/// A fold that needs no training any more, as the first rank tells the others.
+const DONE: &str = "done";
+
+/// Asks for a stop when the process is interrupted.
+struct Interruptible<'a>(&'a AtomicBool);
+
+impl Observer for Interruptible<'_> {
+    fn slide(&mut self, _: &SlideDone) -> ControlFlow<()> {
+        if self.0.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
+
 /// Appends each epoch to `metrics.jsonl` and the event file, if there is one, and passes on to the
 /// display.
 struct Log<'a, 'b> {
@@ -313,11 +360,7 @@ struct Log<'a, 'b> {
 impl Observer for Log<'_, '_> {
     fn slide(&mut self, done: &SlideDone) -> ControlFlow<()> {
         self.display.slide(done);
-        if self.display.interrupted.load(Ordering::Relaxed) {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
+        Interruptible(self.display.interrupted).slide(done)
     }
 
     fn epoch(&mut self, metrics: &EpochMetrics, best: Option<Best>) -> Result<()> {

@@ -25,6 +25,7 @@ use crate::{
     ops::{
         Draw,
         adam::{self, Adam},
+        elementwise,
         head::{self, SlideLoss},
     },
 };
@@ -38,7 +39,11 @@ pub struct Engine<T: Element> {
     /// What the ops read: the parameters rounded to `T`. None where that is the parameters
     /// themselves.
     weights: Option<Buffer>,
+    /// Summed over the slides since the last update.
     grads: Buffer,
+    /// Of the slide in hand. A slide's gradient is formed by itself and then added, so that a sum
+    /// depends on the slides and their order alone, and not on which process took which.
+    slide_grads: Buffer,
     moments: [Buffer; 2],
     arena: Arena,
     /// Of the slide in hand and of the one before, as are `results`.
@@ -118,6 +123,7 @@ impl<T: Element> Engine<T> {
             params: device.alloc(bytes)?,
             weights: if rounded { Some(device.alloc(len * size_of::<T>())?) } else { None },
             grads: device.alloc(bytes)?,
+            slide_grads: device.alloc(bytes)?,
             moments: [device.alloc(bytes)?, device.alloc(bytes)?],
             arena: Arena::new(&device, 0)?,
             rooms: [Room::new(&device, 0)?, Room::new(&device, 0)?],
@@ -273,7 +279,7 @@ impl<T: Element> Engine<T> {
         self.arena.reset();
         let turn = self.passes % 2;
         self.passes += 1;
-        let Self { device, planner, arena, rooms, results, params, weights, grads, .. } = self;
+        let Self { device, planner, arena, rooms, results, params, weights, grads, slide_grads, .. } = self;
         let (device, model, room, slots) = (&**device, &planner.model, &mut rooms[turn], Slots(&results[turn]));
         if let Goal::Known(dlogits) = goal {
             // the slide before the last read them there
@@ -283,9 +289,9 @@ impl<T: Element> Engine<T> {
         }
         room.clear();
         let (params, policy, config) = (weights.as_ref().unwrap_or(params), plan.policy, model.config());
-        let mut ctx = Context { device, arena, room, params, grads, draw, training, policy, config };
-        let (ctx, dbags) = (&mut ctx, dbags.as_ref());
-        let step = || each!(model, network => slide_step(network, ctx, bags, goal, slots, dbags));
+        let mut ctx = Context { device, arena, room, params, grads: slide_grads, draw, training, policy, config };
+        let (ctx, dbags, sums) = (&mut ctx, dbags.as_ref(), model.layout().rows(grads));
+        let step = || each!(model, network => slide_step(network, ctx, bags, goal, slots, sums, dbags));
         // parts of a bag that is streamed are waited for on the way
         let whole = policy.stream.is_none();
         let logits = device.install(|| if whole { device.together(step) } else { step() });
@@ -377,6 +383,13 @@ impl<T: Element> Engine<T> {
     /// A whole arena, padding included.
     pub fn read_state(&self, which: State) -> Result<Vec<T::Sum>> {
         self.device.download(self.state(which).flat())
+    }
+
+    /// The gradients summed so far, which are zero afterwards.
+    pub(super) fn take_grads(&mut self) -> Result<Vec<T::Sum>> {
+        let grads = self.read_state(State::Grads)?;
+        self.device.install(|| elementwise::zero(&self.device, self.model().layout().rows::<T::Sum>(&self.grads)))?;
+        Ok(grads)
     }
 
     /// Part of an arena.
@@ -479,19 +492,24 @@ impl Slots<'_> {
     }
 }
 
-/// A slide's way through the model and, for gradients, back. Gives the logits, where they are
-/// waited for; of [`Goal::Logits`] and [`Goal::Loss`], what they ask for is in the slots.
+/// A slide's way through the model and, for gradients, back: its own are added to `sums`. Gives the
+/// logits, where they are waited for; of [`Goal::Logits`] and [`Goal::Loss`], what they ask for is
+/// in the slots.
 fn slide_step<M: Network, T: Element>(
     model: &M,
     ctx: &mut Context,
     bags: Bags<'_, T>,
     goal: Goal<'_>,
     slots: Slots<'_>,
+    sums: View<T::Sum>,
     dbags: Option<&BagGrads<'_, T>>,
 ) -> Result<Vec<f64>> {
     let saved = model.forward(ctx, bags)?;
     let mut head = model.head(&saved);
-    let classes = ctx.config.n_classes;
+    let (classes, grads) = (ctx.config.n_classes, model.layout().rows::<T::Sum>(ctx.grads));
+    if !matches!(goal, Goal::Logits | Goal::Attention(..)) {
+        elementwise::zero(ctx.device, grads)?;
+    }
     let logits = match goal {
         Goal::Logits => {
             head.forward.logits = slots.logits(classes);
@@ -522,6 +540,7 @@ fn slide_step<M: Network, T: Element>(
         }
     };
     model.backward(ctx, saved, dbags)?;
+    elementwise::accumulate(ctx.device, grads, sums)?;
     Ok(logits)
 }
 

@@ -182,6 +182,7 @@ fn a_run_is_evaluated_by_the_settings_of_its_training_alone() {
     std::fs::write(run.join("fold_0/checkpoint.safetensors"), checkpoint).unwrap();
     std::fs::remove_file(run.join("fold_0/best.safetensors")).unwrap();
     assert!(said().contains("best.safetensors: is gone, though its fold has chosen it"), "{}", said());
-    let resumed = Run::open(config.clone()).unwrap().train(&run, &AtomicBool::new(false)).unwrap_err().to_string();
+    let resumed =
+        Run::open(config.clone()).unwrap().train(&run, &AtomicBool::new(false), None).unwrap_err().to_string();
     assert!(resumed.contains("is gone, though its fold"), "{resumed}");
 }
