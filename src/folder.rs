@@ -4,12 +4,14 @@
 //! RUN/config.toml            the resolved settings; `cf-train --config` repeats the run
 //! RUN/inputs.json            fingerprints of the tables and feature files
 //! RUN/left_out.csv           the slides that the run does not use, and why; absent where it uses all
-//! RUN/metrics.jsonl          a line an epoch
-//! RUN/fold_<i>/              best.safetensors, checkpoint.safetensors
+//! RUN/fold_<i>/              best.safetensors, checkpoint.safetensors, metrics.jsonl (a line an epoch)
 //! RUN/report.html, ...       what an evaluation leaves, once all folds are trained
 //! ```
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -23,14 +25,17 @@ pub fn config_path(run: &Path) -> PathBuf {
     run.join("config.toml")
 }
 
-/// Where the metrics lie in a run's folder: an [`EpochMetrics`] a line.
-pub fn metrics_path(run: &Path) -> PathBuf {
-    run.join("metrics.jsonl")
-}
-
 /// The part of a run's folder that is one fold's, by its number.
 pub fn fold_folder(run: &Path, fold: usize) -> PathBuf {
     run.join(format!("fold_{fold}"))
+}
+
+const METRICS: &str = "metrics.jsonl";
+
+/// Where a fold's metrics lie in a run's folder: an [`EpochMetrics`] a line. Each fold has a file
+/// of its own, since processes on several machines cannot append to one.
+pub fn metrics_path(run: &Path, fold: usize) -> PathBuf {
+    fold_folder(run, fold).join(METRICS)
 }
 
 /// The first of `runs/<name>-1`, `runs/<name>-2`, ... that is not there yet.
@@ -68,6 +73,27 @@ pub fn make_folder(out: Option<PathBuf>, name: &str) -> Result<PathBuf> {
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {} // another process was faster
             Err(e) => return Err(failed(&folder, e)),
         }
+    }
+}
+
+/// Makes the folder of a run that several processes train, or finds it there. An error if it holds
+/// files and is neither a run nor what a process leaves that is killed while it begins one.
+pub fn make_shared_folder(out: &Path) -> Result<()> {
+    if out.exists() && !out.is_dir() {
+        return Err(Error::Usage(format!("--out {}: is a file, expected a folder", out.display())));
+    }
+    std::fs::create_dir_all(out).map_err(|e| Error::file(out, format!("cannot be made: {e}")))?;
+    let entries = std::fs::read_dir(out).map_err(|e| Error::file(out, format!("cannot be read: {e}")))?;
+    let name = |entry: std::fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+    let begins = |name: &String| name.starts_with('.') || ["inputs.json", "left_out.csv"].contains(&name.as_str());
+    let other = entries.filter_map(|entry| entry.ok().map(name)).find(|name| !begins(name));
+    // looked for last: another process may be beginning the run meanwhile
+    match other {
+        Some(other) if !config_path(out).is_file() => {
+            let message = format!("--out {}: holds {other} and is no run; choose another", out.display());
+            Err(Error::Usage(message))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -113,15 +139,24 @@ fn is_zero(n: &usize) -> bool {
     *n == 0
 }
 
-/// A run's epochs so far, in order.
-pub fn read_metrics(run: &Path) -> Result<Vec<EpochMetrics>> {
-    let path = metrics_path(run);
-    if !path.exists() {
-        return Ok(Vec::new());
+/// The epochs so far of these folds of a run, in order.
+pub fn read_metrics(run: &Path, folds: Range<usize>) -> Result<Vec<EpochMetrics>> {
+    let mut epochs = Vec::new();
+    for fold in folds {
+        let path = metrics_path(run, fold);
+        // earlier versions wrote the lines of all folds into one file
+        let path = if path.exists() { path } else { run.join(METRICS) };
+        if path.exists() {
+            epochs.extend(read_lines(&path)?.into_iter().filter(|epoch| epoch.fold == fold));
+        }
     }
-    let text = read_text(&path, MOST)?;
+    Ok(epochs)
+}
+
+fn read_lines(path: &Path) -> Result<Vec<EpochMetrics>> {
+    let text = read_text(path, MOST)?;
     // a last line without an end was cut off by a crash
     let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-    let parse = |(i, line)| serde_json::from_str(line).map_err(|e| Error::file(&path, format!("line {}: {e}", i + 1)));
+    let parse = |(i, line)| serde_json::from_str(line).map_err(|e| Error::file(path, format!("line {}: {e}", i + 1)));
     whole.enumerate().map(parse).collect()
 }

@@ -262,7 +262,7 @@ fn test_slides_are_reported_and_have_no_say() {
     let expected: Vec<String> = (0..145).filter(|i| i % 5 == 4).map(|i| format!("P-{i:03}")).collect();
     assert_eq!(cases, expected.iter().map(String::as_str).collect());
     // and the epoch is the best one on the validation slides
-    let metrics = crossfusion::folder::read_metrics(&one).unwrap();
+    let metrics = crossfusion::folder::read_metrics(&one, 0..2).unwrap();
     let best = metrics.iter().max_by(|a, b| a.val_c_index.partial_cmp(&b.val_c_index).unwrap()).unwrap();
     assert_eq!(summary.folds[0].best_epoch, Some(best.epoch));
     let left_out = std::fs::read_to_string(one.join("left_out.csv")).unwrap();
@@ -367,7 +367,8 @@ fn folds_numbered_from_1_keep_their_numbers() {
     let resolved = RunConfig::read(&run.join("config.toml")).unwrap();
     assert_eq!((resolved.folds, resolved.first_fold, resolved.fold_numbers()), (Some(2), 1, 1..3));
     let read = |file: &str| std::fs::read(run.join(file)).unwrap();
-    let folds: Vec<usize> = crossfusion::folder::read_metrics(&run).unwrap().iter().map(|epoch| epoch.fold).collect();
+    let folds: Vec<usize> =
+        crossfusion::folder::read_metrics(&run, 1..3).unwrap().iter().map(|epoch| epoch.fold).collect();
     assert_eq!(folds, [1, 1, 2, 2]);
     let (best, predicted) =
         (["fold_1", "fold_2"].map(|f| read(&format!("{f}/best.safetensors"))), read("predictions.csv"));
@@ -376,7 +377,7 @@ fn folds_numbered_from_1_keep_their_numbers() {
     std::fs::remove_dir_all(run.join("fold_2")).unwrap();
     program(train, &["--resume", "run"], folder.path());
     assert!(best == ["fold_1", "fold_2"].map(|f| read(&format!("{f}/best.safetensors"))), "a resumed fold differs");
-    assert_eq!(crossfusion::folder::read_metrics(&run).unwrap().len(), 4);
+    assert_eq!(crossfusion::folder::read_metrics(&run, 1..3).unwrap().len(), 4);
     let said = program(train, &["--resume", "run"], folder.path());
     assert!(String::from_utf8_lossy(&said.stdout).contains("run is finished"), "{said:?}");
     program(eval, &["run", "--bootstrap", "40"], folder.path());

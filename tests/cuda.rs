@@ -94,7 +94,7 @@ fn training_on_streams_is_training() {
         );
         let output = command.output().unwrap();
         assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
-        let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        let metrics = std::fs::read_to_string(run.join("fold_0/metrics.jsonl")).unwrap();
         let metrics: serde_json::Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
         let losses = ["train_loss", "val_loss"].map(|key| metrics[key].as_f64().unwrap());
         (losses, std::fs::read(run.join("fold_0/best.safetensors")).unwrap())

@@ -86,7 +86,7 @@ fn evaluated() -> &'static Summary {
 fn copy_of_trained(name: &str) -> (PathBuf, RunConfig) {
     let (from, config) = trained();
     let to = folder(name);
-    for file in ["config.toml", "metrics.jsonl", "fold_0/best.safetensors", "fold_0/checkpoint.safetensors"] {
+    for file in ["config.toml", "fold_0/metrics.jsonl", "fold_0/best.safetensors", "fold_0/checkpoint.safetensors"] {
         std::fs::create_dir_all(to.join(file).parent().unwrap()).unwrap();
         std::fs::copy(from.join(file), to.join(file)).unwrap();
     }
@@ -128,7 +128,7 @@ fn concordance(rows: &[&Row]) -> f64 {
 #[test]
 fn a_runs_c_indices_are_those_of_its_training_and_of_its_predictions() {
     let ((folder, config), summary) = (trained(), evaluated());
-    let (rows, metrics) = (predictions(folder), crossfusion::folder::read_metrics(folder).unwrap());
+    let (rows, metrics) = (predictions(folder), crossfusion::folder::read_metrics(folder, 0..2).unwrap());
     assert_eq!((rows.len(), summary.slides, summary.patients), (172, 172, 150));
     let mut c = Vec::new();
     for result in &summary.folds {
@@ -184,8 +184,12 @@ fn an_unfinished_run_and_a_cohort_without_events_give_notes() {
     std::fs::write(run.join("config.toml"), config.to_toml().unwrap()).unwrap();
     let summary = eval::evaluate_run(&run, &Moved::default(), device(), None, PLAN).unwrap();
     assert_eq!((summary.c_index_mean, &summary.log_rank, summary.events), (None, &None, 0));
-    let notes = summary.notes.join("\n");
-    for part in ["Fold 1 has no model yet", "Fold 0 has no C-index: none of", "There is no log-rank test"] {
+    let notes = [summary.notes, summary.warnings].concat().join("\n");
+    for part in [
+        "There is no model of fold 1 yet: these figures are of fold 0 alone.",
+        "Fold 0 has no C-index: none of",
+        "There is no log-rank test",
+    ] {
         assert!(notes.contains(part), "{notes}");
     }
     for file in ["report.html", "figures/km.svg", "figures/km.png", "figures/km.csv", "predictions.csv", "summary.json"]

@@ -70,7 +70,7 @@ impl Bench {
     fn results(&self, name: &str) -> (Vec<u8>, String, String) {
         let read = |file: &str| std::fs::read(self.run(name).join(file)).unwrap();
         let text = |file: &str| String::from_utf8(read(file)).unwrap();
-        let lines = text("metrics.jsonl");
+        let lines = text("fold_0/metrics.jsonl");
         let metrics = lines.lines().map(|line| {
             let mut metrics: serde_json::Value = serde_json::from_str(line).unwrap();
             let fields = metrics.as_object_mut().unwrap();
@@ -84,7 +84,7 @@ impl Bench {
     fn begun(&self, ranks: usize, name: &str, flags: &str) -> Child {
         let mut command = self.training(ranks, name, flags);
         let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let metrics = self.run(name).join("metrics.jsonl");
+        let metrics = self.run(name).join("fold_0/metrics.jsonl");
         wait_for("an epoch", || std::fs::read_to_string(&metrics).is_ok_and(|text| text.contains('\n')));
         child
     }

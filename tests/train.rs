@@ -2,10 +2,15 @@
 //! number of threads; wrong input is refused in a sentence.
 #![cfg(feature = "programs")]
 
+#[cfg(unix)]
+#[path = "train/arrays.rs"]
+mod arrays;
 #[path = "train/program.rs"]
 mod program;
 
 use std::{
+    collections::BTreeSet,
+    ffi::OsString,
     ops::ControlFlow,
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -243,7 +248,7 @@ fn write_config(folder: &Path, config: &RunConfig) -> PathBuf {
 /// Metrics but for the clock.
 fn metrics(run: &Path) -> Result<Vec<String>> {
     let strip = |m| format!("{:?}", EpochMetrics { seconds: 0.0, patches_per_second: 0.0, ..m });
-    Ok(crossfusion::folder::read_metrics(run)?.into_iter().map(strip).collect())
+    Ok(crossfusion::folder::read_metrics(run, 0..2)?.into_iter().map(strip).collect())
 }
 
 #[cfg(unix)]
@@ -294,7 +299,8 @@ fn goes_on_bit_by_bit(config: &RunConfig) {
     assert!(again.status.success(), "a finished run can be resumed: {again:?}");
     assert!(String::from_utf8_lossy(&again.stdout).contains("killed is finished"), "{again:?}");
     let left = std::fs::read_dir(killed.join("fold_0")).unwrap().map(|entry| entry.unwrap().file_name());
-    assert_eq!(left.count(), 2, "a killed process' temporary file is still there");
+    let expected = [".lock", "best.safetensors", "checkpoint.safetensors", "metrics.jsonl"].map(OsString::from);
+    assert_eq!(left.collect::<BTreeSet<_>>(), BTreeSet::from(expected), "a killed process' temporary file");
 }
 
 /// A bag that cannot be read, or a change of settings or tables, stops a run in a sentence; put
@@ -347,7 +353,7 @@ fn a_damaged_run_says_so_and_goes_on_when_mended() {
     let mut file = std::fs::OpenOptions::new()
         .append(true)
         .create(true)
-        .open(crossfusion::folder::metrics_path(&folder.path().join("run")));
+        .open(crossfusion::folder::metrics_path(&folder.path().join("run"), 0));
     std::io::Write::write_all(file.as_mut().unwrap(), b"{\"fold\":0,\"ep").unwrap();
     assert!(cf_train(&["--resume", "run"], folder.path()).status.success());
     let [whole, mended] = ["whole", "run"].map(|name| folder.path().join(name));
@@ -369,7 +375,7 @@ fn a_signal_saves_and_says_how_to_go_on() {
         let child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
         let run = folder.path().join("my run");
         let start = Instant::now();
-        while crossfusion::folder::read_metrics(&run).unwrap().is_empty() {
+        while crossfusion::folder::read_metrics(&run, 0..1).unwrap().is_empty() {
             assert!(start.elapsed() < Duration::from_secs(120), "no epoch in two minutes");
             std::thread::sleep(Duration::from_millis(50));
         }

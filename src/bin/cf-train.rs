@@ -14,11 +14,11 @@ use std::{
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, parser::ValueSource};
 use crossfusion::{
     Error, Result, cli,
-    data::{self, atomic, check::Checked, demo},
+    data::{self, atomic, check::Checked, demo, folds},
     device::Device,
     eval, folder, report,
     train::{
-        config::RunConfig,
+        config::{Difference, RunConfig},
         ranks::Ranks,
         run::{self, Run},
     },
@@ -35,6 +35,8 @@ Examples:
       reads the whole cohort and says what is wrong with it
   cf-train ... --loss-fn cox_surv --protocol nested
       Cox's loss; epochs chosen on a part of the training patients
+  cf-train ... --out runs/a --fold 2
+      one fold of a run, in a job of its own beside those of the other folds
   cf-train --resume runs/resnet50-1
       goes on with an interrupted run
   cf-train --config runs/resnet50-1/config.toml --seed 8
@@ -60,6 +62,10 @@ struct Arguments {
     /// left_out.csv name them
     #[arg(long, conflicts_with_all = ["demo", "resume"])]
     skip_bad: bool,
+    /// Train this fold alone, and leave the others of the run in --out to other processes. Begins
+    /// the run or joins it, and goes on where the fold was interrupted; cf-eval then reports
+    #[arg(long, value_name = "K", conflicts_with_all = ["demo", "check"])]
+    fold: Option<usize>,
     /// Run folder [default: runs/BACKBONE-NUMBER]
     #[arg(long, alias = "save-dir", value_name = "RUN")]
     out: Option<PathBuf>,
@@ -110,10 +116,12 @@ fn resumed(settings: &RunConfig, matches: &ArgMatches, folder: &Path) -> Result<
     }
     let before = RunConfig::read(&path)?;
     let config = settings.resolve(matches, &path.display().to_string(), RunConfig::read_table(&path)?)?;
-    if config.without_machine().without_paths() != before.without_machine().without_paths() {
+    if let Some(Difference { key, one, other }) = before.difference(&config) {
         let free = "--device, --threads, --memory-budget, --prefetch-factor, --checkpoint-every, --tensorboard and, where the data has \
                     moved, its paths";
-        return Err(Error::Usage(format!("--resume keeps the run's settings; only {free} may change")));
+        return Err(Error::Usage(format!(
+            "--resume keeps the run's settings, and {key} is {one} there, not {other}; only {free} may change"
+        )));
     }
     Ok(config)
 }
@@ -125,6 +133,17 @@ fn check(config: &RunConfig) -> Result<Checked> {
     let checked = data::check::check(&config.source(), |bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     Ok(checked)
+}
+
+/// What there is left to do when a process has trained its one fold.
+fn trained(run: &Path, fold: usize) -> Result<String> {
+    let config = RunConfig::read(&folder::config_path(run))?;
+    let unfinished = run::unfinished(run, config.fold_numbers())?;
+    let run = crossfusion::quote(&run.display().to_string());
+    Ok(match unfinished[..] {
+        [] => format!("fold {fold} is trained, and so are all others; cf-eval {run} reports"),
+        _ => format!("fold {fold} is trained, but not yet {}", folds::named(&unfinished)),
+    })
 }
 
 /// The demo brings its own cohort.
@@ -142,23 +161,37 @@ fn refuse_data(matches: &ArgMatches) -> Result<()> {
     }
 }
 
+/// A run that is ready to be trained.
+struct Prepared {
+    folder: PathBuf,
+    run: Run,
+    device: Device,
+    /// The only one to train, if it was asked for.
+    fold: Option<usize>,
+}
+
 /// Trains as the only process, or as the first of several.
 fn lead(ranks: Option<&Ranks>) -> Result<()> {
     let prepared = prepare()?;
     if let Some(ranks) = ranks {
-        let started = prepared.as_ref().map(|(folder, run, _)| (folder, run.config().to_toml()));
-        let (folder, config) =
-            started.map_or((String::new(), Ok(String::new())), |(f, c)| (f.display().to_string(), c));
+        let folder = prepared.as_ref().map_or(String::new(), |p| p.folder.display().to_string());
         ranks.tell(&folder)?;
-        ranks.tell(&config?)?;
+        if let Some(Prepared { run, fold, .. }) = &prepared {
+            ranks.tell(&run.config().to_toml()?)?;
+            ranks.tell(&fold.map_or(String::new(), |fold| fold.to_string()))?;
+        }
     }
-    let Some((folder, run, device)) = prepared else { return Ok(()) };
+    let Some(Prepared { folder, run, device, fold }) = prepared else { return Ok(()) };
     if let Some(sentence) = run.memory() {
         crossfusion::say(sentence);
     }
     let interrupted = Arc::default();
     listen(&interrupted).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
     run.train(&folder, &interrupted, ranks)?;
+    if let Some(fold) = fold {
+        crossfusion::say(trained(&folder, fold)?);
+        return Ok(());
+    }
     interrupted.store(true, Ordering::Relaxed); // what is left is soon done again: a signal ends it at once
     let summary = eval::evaluate_run(&folder, &eval::Moved::default(), device, None, report::RESAMPLING)?;
     crossfusion::say(summary.table().trim_end());
@@ -168,11 +201,14 @@ fn lead(ranks: Option<&Ranks>) -> Result<()> {
 
 /// Trains as one of several processes that is not the first: by the settings that this has read.
 fn follow(ranks: &Ranks) -> Result<()> {
-    let (folder, config) = (ranks.tell("")?, ranks.tell("")?);
+    let folder = ranks.tell("")?;
     if folder.is_empty() {
         return Ok(()); // there is nothing to train
     }
-    let run = Run::open(RunConfig::from_toml(&config)?)?;
+    let mut run = Run::open(RunConfig::from_toml(&ranks.tell("")?)?)?;
+    if let Ok(fold) = ranks.tell("")?.parse() {
+        run.keep_fold(fold)?;
+    }
     let interrupted = Arc::default();
     listen(&interrupted).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
     run.follow(Path::new(&folder), &interrupted, ranks)
@@ -180,17 +216,18 @@ fn follow(ranks: &Ranks) -> Result<()> {
 
 /// Checks all input and begins the run's folder, or finds the one to resume. None where there is
 /// nothing to train.
-fn prepare() -> Result<Option<(PathBuf, Run, Device)>> {
+fn prepare() -> Result<Option<Prepared>> {
     let matches = Arguments::command().get_matches();
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     if arguments.documentation.print(Arguments::command())? {
         return Ok(None);
     }
-    let settings = arguments.settings;
+    let (settings, fold) = (arguments.settings, arguments.fold);
     // Nothing is written before all input is checked.
     Ok(Some(if let Some(folder) = arguments.resume {
         let config = resumed(&settings, &matches, &folder)?;
-        if run::is_finished(&folder, config.fold_numbers())? {
+        let unfinished = run::unfinished(&folder, config.fold_numbers())?;
+        if fold.is_none() && unfinished.is_empty() && folder.join("report.html").is_file() {
             crossfusion::say(format!(
                 "{} is finished; its report is {}",
                 folder.display(),
@@ -199,9 +236,10 @@ fn prepare() -> Result<Option<(PathBuf, Run, Device)>> {
             return Ok(None);
         }
         let device = Device::from_name(&config.device, config.threads)?;
-        let run = Run::open(config)?;
+        let mut run = Run::open(config)?;
+        fold.map_or(Ok(()), |fold| run.keep_fold(fold))?;
         run.moved(&folder)?;
-        (folder, run, device)
+        Prepared { folder, run, device, fold }
     } else if arguments.demo {
         refuse_data(&matches)?;
         let resolve = |run: &Path| settings.resolve(&matches, "--demo", demo::settings(&run.join(run::DEMO_DATA))?);
@@ -216,7 +254,7 @@ fn prepare() -> Result<Option<(PathBuf, Run, Device)>> {
             let _ = std::fs::remove_dir_all(&cohort).and_then(|()| std::fs::remove_dir(&folder));
         })?;
         run.save_config(&folder)?;
-        (folder, run, device)
+        Prepared { folder, run, device, fold }
     } else {
         let name = arguments.config.as_ref().map_or("the flags".into(), |path| path.display().to_string());
         let table = arguments.config.as_deref().map(RunConfig::read_table).transpose()?;
@@ -237,6 +275,11 @@ fn prepare() -> Result<Option<(PathBuf, Run, Device)>> {
             config.skip_slides.extend(reasons.keys().cloned());
             config.skip_slides.sort();
         }
+        if let (Some(fold), None) = (fold, &arguments.out) {
+            return Err(Error::Usage(format!(
+                "--fold {fold}: expected --out as well, the run folder that folds share"
+            )));
+        }
         let backbone = config.backbone.clone();
         let mut run = Run::open(config)?;
         run.explain(&reasons);
@@ -252,9 +295,17 @@ fn prepare() -> Result<Option<(PathBuf, Run, Device)>> {
                 n => Err(Error::Data(format!("--check: {n} slides cannot be trained on; --skip-bad leaves them out"))),
             };
         }
-        let folder = folder::make_folder(arguments.out, &backbone)?;
-        run.save_config(&folder)?;
-        (folder, run, device)
+        let folder = if let (Some(fold), Some(folder)) = (fold, arguments.out.clone()) {
+            run.keep_fold(fold)?;
+            folder::make_shared_folder(&folder)?;
+            run.share(&folder)?;
+            folder
+        } else {
+            let folder = folder::make_folder(arguments.out, &backbone)?;
+            run.save_config(&folder)?;
+            folder
+        };
+        Prepared { folder, run, device, fold }
     }))
 }
 

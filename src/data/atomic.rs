@@ -3,9 +3,10 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::{Error, Result};
 
@@ -84,11 +85,14 @@ pub fn remove_leftovers(folder: &Path, others: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// In the same folder, since a rename is atomic only within one file system; named by the process,
-/// so that two programs writing one file do not write into each other's temporary.
+/// In the same folder, since a rename is atomic only within one file system; named by the process
+/// and a number that it has drawn, so that two programs writing one file do not write into each
+/// other's temporary, on two machines neither.
 fn temporary_beside(path: &Path) -> Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| Error::file(path, "is not the name of a file to write"))?;
-    Ok(path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id())))
+    static DRAWN: LazyLock<u64> = LazyLock::new(|| RandomState::new().build_hasher().finish());
+    let process = format!("{}-{:016x}", std::process::id(), *DRAWN);
+    Ok(path.with_file_name(format!(".{}.{process}.tmp", name.to_string_lossy())))
 }
 
 /// A rename is durable only once its folder is synced. Other systems than Unix cannot open a folder

@@ -106,6 +106,16 @@ fn holds(numbers: &[usize]) -> String {
     }
 }
 
+/// "fold 3", "folds 0, 1 and 4"
+pub fn named(folds: &[usize]) -> String {
+    let numbers: Vec<String> = folds.iter().map(usize::to_string).collect();
+    match &numbers[..] {
+        [] => "no fold".into(),
+        [one] => format!("fold {one}"),
+        [others @ .., last] => format!("folds {} and {last}", others.join(", ")),
+    }
+}
+
 /// An error if a folder has no table of a fold, which says of which it has.
 pub fn require(folder: &Path, fold: usize) -> Result<()> {
     let numbers = numbers(folder)?;

@@ -33,7 +33,8 @@ pub fn run(
     if reported.tested {
         facts.push(fact("Slides", "test parts of the folds"));
     }
-    if let Ok(modified) = std::fs::metadata(metrics_path(run)).and_then(|file| file.modified()) {
+    let modified = |fold| std::fs::metadata(metrics_path(run, fold)).and_then(|file| file.modified()).ok();
+    if let Some(modified) = config.fold_numbers().filter_map(modified).max() {
         facts.push(fact("Trained", format!("{}, in {} of wall time", date(modified), duration(seconds))));
     }
     facts.extend(source_facts(&config.source(), engine));

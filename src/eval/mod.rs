@@ -117,7 +117,7 @@ pub fn evaluate_run(
         FoldTrainer::check_model(&folder)?;
     }
     let dataset = Dataset::open(&config.source())?;
-    let metrics = folder::read_metrics(run)?;
+    let metrics = folder::read_metrics(run, config.fold_numbers())?;
     let mut engine = Engine::new(device, &config.model_config(dataset.features), config.seed)?;
     engine.set_memory(Memory::new(budget.or(config.memory_budget)));
     let (mut folds, mut slides, mut notes, mut warnings) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -127,12 +127,12 @@ pub fn evaluate_run(
     {
         warnings.push(format!("The inputs are not those of the training: {what}."));
     }
-    let (mut tested, mut unchosen) = (false, Vec::new());
+    let (mut tested, mut unchosen, mut missing) = (false, Vec::new(), Vec::new());
     for fold in config.fold_numbers() {
         let folder = folder::fold_folder(run, fold);
         let path = FoldTrainer::best_path(&folder);
         if !path.is_file() {
-            notes.push(format!("Fold {fold} has no model yet and is left out."));
+            missing.push(fold);
             continue;
         }
         let part = dataset.fold(&config.splits, fold)?;
@@ -177,6 +177,11 @@ pub fn evaluate_run(
     notes.extend(report::best_epoch_note(&metrics, config.warmup_epochs, config.num_epochs));
     if folds.is_empty() {
         return Err(Error::Usage(format!("{}: has no trained fold yet", run.display())));
+    }
+    if !missing.is_empty() {
+        let of: Vec<usize> = folds.iter().map(|fold| fold.fold).collect();
+        let [missing, of] = [missing, of].map(|folds| data::folds::named(&folds));
+        warnings.push(format!("There is no model of {missing} yet: these figures are of {of} alone."));
     }
     if folds.len() > 1 && config.loss_fn == Loss::CoxSurv {
         centre(&mut slides);
@@ -387,7 +392,7 @@ fn centre(slides: &mut [SlideResult]) {
 /// Removes what a killed evaluation left half-written in the folder of its results.
 fn tidy(folder: &Path) -> Result<()> {
     // training may be at work in a run's folder
-    const OF_TRAINING: [&str; 4] = ["config.toml", "inputs.json", "left_out.csv", "metrics.jsonl"];
+    const OF_TRAINING: [&str; 3] = ["config.toml", "inputs.json", "left_out.csv"];
     for folder in [folder.to_path_buf(), folder.join(report::FIGURES)] {
         if folder.is_dir() {
             remove_leftovers(&folder, &OF_TRAINING)?;

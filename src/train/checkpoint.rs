@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::{Digest, Sha256};
 
 use super::{
-    config::RunConfig,
+    config::{Difference, RunConfig},
     step::{Engine, State},
 };
 use crate::{
@@ -143,21 +143,17 @@ impl Origin {
     /// An error if the checkpoint at `path` was written by other settings, but for those of the
     /// machine and of the data's place.
     pub fn check_settings(&self, path: &Path, now: &RunConfig) -> Result<()> {
-        let now = now.without_machine().without_paths();
         if self.format != FORMAT {
             let message = format!("has format {}, expected {FORMAT}: another version wrote it", self.format);
             return Err(Error::file(path, message));
         }
-        if self.settings != now {
-            let keys = |settings: &RunConfig| toml::Table::try_from(settings).unwrap_or_default();
-            let (before, now) = (keys(&self.settings), keys(&now));
-            let changed = before.keys().chain(now.keys()).find(|key| before.get(*key) != now.get(*key));
-            let key = changed.map_or("", String::as_str);
-            let of = |table: &toml::Table| table.get(key).map_or("absent".into(), toml::Value::to_string);
-            let message = format!("was written with {key} = {}, but config.toml now says {}", of(&before), of(&now));
-            return Err(Error::file(path, message));
+        match self.settings.difference(now) {
+            None => Ok(()),
+            Some(Difference { key, one, other }) => {
+                let message = format!("was written with {key} = {one}, but config.toml now says {other}");
+                Err(Error::file(path, message))
+            }
         }
-        Ok(())
     }
 }
 

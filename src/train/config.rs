@@ -245,6 +245,17 @@ fn in_line(text: &str, e: &toml::de::Error) -> String {
     format!("line {}, `{}`: {}", line + 1, text.lines().nth(line).unwrap_or_default().trim(), e.message())
 }
 
+/// A setting of two runs that is not the same.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Difference {
+    /// The setting, as `config.toml` calls it.
+    pub key: String,
+    /// Its value in the one run, as TOML; "absent" where it has none.
+    pub one: String,
+    /// Its value in the other.
+    pub other: String,
+}
+
 impl RunConfig {
     /// Settings from a table (a file's, say, called `name` in messages), overridden by the flags
     /// that were given; `self` is what clap made of the command line, with defaults where nothing
@@ -441,6 +452,16 @@ impl RunConfig {
     pub fn without_paths(&self) -> Self {
         let Self { clinical, manifest, splits, pt_dir, .. } = Self::default();
         Self { clinical, manifest, splits, pt_dir, ..self.clone() }
+    }
+
+    /// The first setting in which `other` differs, but for those of the machine and of the data's
+    /// place.
+    pub fn difference(&self, other: &Self) -> Option<Difference> {
+        let keys = |settings: &Self| toml::Table::try_from(settings.without_machine().without_paths());
+        let (one, other) = (keys(self).unwrap_or_default(), keys(other).unwrap_or_default());
+        let key = one.keys().chain(other.keys()).find(|key| one.get(*key) != other.get(*key))?;
+        let value = |table: &toml::Table| table.get(key).map_or("absent".into(), toml::Value::to_string);
+        Some(Difference { one: value(&one), other: value(&other), key: key.clone() })
     }
 
     /// The folds' numbers; none where they have not been counted yet.

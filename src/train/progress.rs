@@ -81,7 +81,7 @@ impl<'a> Display<'a> {
         Ok(Self {
             interrupted,
             epochs: config.num_epochs,
-            end_fold: config.fold_numbers().end,
+            end_fold: parts.last().map_or(0, |part| part.fold + 1),
             bar,
             phase: None,
             patches: 0,

@@ -1,5 +1,5 @@
-//! A run: its folds one after the other, and what is shown meanwhile. Its folder is
-//! [`crate::folder`]'s.
+//! A run: its folds one after the other, or each in a process of its own, and what is shown
+//! meanwhile. Its folder is [`crate::folder`]'s.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -13,7 +13,7 @@ use std::{
 use half::bf16;
 
 use super::{
-    config::RunConfig,
+    config::{Difference, RunConfig},
     fold::{self, FoldTrainer, Observer, Outcome, SlideDone},
     inputs::{self, Inputs},
     plan::{Planner, Plans},
@@ -39,42 +39,47 @@ use crate::{
 /// The demo's cohort, in its run's folder.
 pub const DEMO_DATA: &str = "cohort";
 
-/// Whether all folds of a run are trained and its report is written.
-pub fn is_finished(run: &Path, folds: Range<usize>) -> Result<bool> {
-    if folds.is_empty() {
-        return Ok(false);
-    }
+/// The folds of a run that are not trained to their end.
+pub fn unfinished(run: &Path, folds: Range<usize>) -> Result<Vec<usize>> {
+    let mut unfinished = Vec::new();
     for fold in folds {
         if !FoldTrainer::progress(&folder::fold_folder(run, fold))?.finished {
-            return Ok(false);
+            unfinished.push(fold);
         }
     }
-    Ok(run.join("report.html").is_file())
+    Ok(unfinished)
 }
 
-/// Keeps a second process from training in the same folder, until it is dropped or the process
-/// ends.
-fn lock(run: &Path) -> Result<File> {
-    let path = run.join(".lock");
-    let file = File::create(&path).map_err(|e| Error::file(&path, format!("cannot be made: {e}")))?;
+/// The file in a run's folder, or in a fold's, that the operating system locks for a process until
+/// it closes it or ends, killed or not.
+fn lock_file(folder: &Path) -> Result<File> {
+    let path = folder.join(".lock");
+    File::create(&path).map_err(|e| Error::file(&path, format!("cannot be made: {e}")))
+}
+
+/// Keeps a second process from training a fold.
+fn lock_fold(folder: &Path) -> Result<File> {
+    let file = lock_file(folder)?;
     match file.try_lock() {
-        Err(TryLockError::WouldBlock) => Err(Error::file(run, "another cf-train is at work in this run folder")),
+        Err(TryLockError::WouldBlock) => Err(Error::file(folder, "another cf-train is at work on this fold")),
         // some network file systems have no locks: train all the same
         Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
     }
 }
 
+/// Waits for other processes that write what the folds share, which is soon done.
+fn lock_run(folder: &Path) -> Result<File> {
+    let file = lock_file(folder)?;
+    let _ = file.lock(); // without locks, equal processes write equal files, each at once
+    Ok(file)
+}
+
 /// Drops the lines of epochs that no checkpoint has seen to their end, which will be run again.
-fn trim_metrics(run: &Path, folds: Range<usize>) -> Result<()> {
-    let mut kept = String::new();
-    let done = folds.map(|fold| Ok((fold, FoldTrainer::progress(&folder::fold_folder(run, fold))?.epochs)));
-    let done = done.collect::<Result<BTreeMap<usize, usize>>>()?;
-    for metrics in folder::read_metrics(run)? {
-        if done.get(&metrics.fold).is_some_and(|&epochs| metrics.epoch < epochs) {
-            kept += &line(&metrics);
-        }
-    }
-    write_text(&folder::metrics_path(run), &kept)
+fn trim_metrics(run: &Path, fold: usize) -> Result<()> {
+    let done = FoldTrainer::progress(&folder::fold_folder(run, fold))?.epochs;
+    let mut epochs = folder::read_metrics(run, fold..fold + 1)?;
+    epochs.retain(|metrics| metrics.epoch < done);
+    write_text(&folder::metrics_path(run, fold), &epochs.iter().map(line).collect::<String>())
 }
 
 fn line(metrics: &EpochMetrics) -> String {
@@ -85,7 +90,10 @@ fn line(metrics: &EpochMetrics) -> String {
 pub struct Run {
     config: RunConfig,
     dataset: Dataset,
+    /// Of the folds that this process trains.
     parts: Vec<Part>,
+    /// The one fold that it trains, while others may train the others.
+    fold: Option<usize>,
     left_out: Vec<LeftOut>,
     /// Of activations and weights.
     storage: Storage,
@@ -121,7 +129,7 @@ impl Run {
         let device = Device::from_name(&config.device, config.threads)?;
         let storage = config.precision.storage(&device);
         let plans = Plans::default();
-        let mut run = Self { config, dataset, parts, left_out, storage, plans, memory: None };
+        let mut run = Self { config, dataset, parts, fold: None, left_out, storage, plans, memory: None };
         if let Some(budget) = run.config.memory_budget {
             let policies = match storage {
                 Storage::F32 => run.policies::<f32>(device.facts())?,
@@ -131,6 +139,18 @@ impl Run {
             run.memory = Some(format!("memory budget {budget}: {}", counts.join(", ")));
         }
         Ok(run)
+    }
+
+    /// Trains no other fold than this.
+    pub fn keep_fold(&mut self, fold: usize) -> Result<()> {
+        let numbers = self.config.fold_numbers();
+        if !numbers.contains(&fold) {
+            let message = format!("--fold {fold}: the run has {}", folds::named(&Vec::from_iter(numbers)));
+            return Err(Error::Usage(message));
+        }
+        self.parts.retain(|part| part.fold == fold);
+        self.fold = Some(fold);
+        Ok(())
     }
 
     /// Sentences on folds and cohort that a user should know before training.
@@ -192,8 +212,28 @@ impl Run {
         write_text(&folder::config_path(folder), &self.config.to_toml()?)
     }
 
+    /// [`Self::save_config`] where several processes may begin the run at once: the first does, and
+    /// the others make sure that they have its settings and inputs.
+    pub fn share(&self, folder: &Path) -> Result<()> {
+        let lock = lock_run(folder)?;
+        let path = folder::config_path(folder);
+        if !path.exists() {
+            remove_leftovers(folder, &[])?;
+            return self.save_config(folder);
+        }
+        drop(lock);
+        if let Some(Difference { key, one, other }) = RunConfig::read(&path)?.difference(&self.config) {
+            let folder = folder.display();
+            let message =
+                format!("--out {folder}: the run was begun with {key} = {one}, not {other}; choose another --out");
+            return Err(Error::Usage(message));
+        }
+        self.check_inputs(folder)
+    }
+
     /// Takes down where the data of an earlier run lies now, if it has moved.
     pub fn moved(&self, folder: &Path) -> Result<()> {
+        let _lock = lock_run(folder)?;
         let path = folder::config_path(folder);
         let before = RunConfig::read(&path)?;
         let moved = RunConfig {
@@ -226,7 +266,7 @@ impl Run {
         if now == before { Ok(()) } else { now.save(folder) }
     }
 
-    /// Trains all folds as one of several processes that do so together, of which the first calls
+    /// Trains the folds as one of several processes that do so together, of which the first calls
     /// [`Run::train`].
     pub fn follow(&self, folder: &Path, interrupted: &AtomicBool, ranks: &Ranks) -> Result<()> {
         for part in &self.parts {
@@ -246,16 +286,17 @@ impl Run {
         Ok(())
     }
 
-    /// Trains all folds, from the beginning or from where the folder's checkpoints are.
+    /// Trains the folds, from the beginning or from where the folder's checkpoints are.
     /// `interrupted` asks for a stop after the slide in hand; `ranks` are the processes that train
     /// together, of which this is the first.
     pub fn train(&self, folder: &Path, interrupted: &AtomicBool, ranks: Option<&Ranks>) -> Result<()> {
-        let _lock = lock(folder)?;
-        let begun = |part: &Part| FoldTrainer::checkpoint_path(&folder::fold_folder(folder, part.fold)).exists();
-        let begun = self.parts.iter().any(begun);
+        let begun = |fold| FoldTrainer::checkpoint_path(&folder::fold_folder(folder, fold)).exists();
+        let begun = self.config.fold_numbers().any(begun);
+        let mut locks = Vec::new();
         for part in &self.parts {
             let files = folder::fold_folder(folder, part.fold);
             std::fs::create_dir_all(&files).map_err(|e| Error::file(&files, format!("cannot be made: {e}")))?;
+            locks.push(lock_fold(&files)?);
             remove_leftovers(&files, &[])?;
             FoldTrainer::check(&self.config, &self.dataset, &part.bins, &part.slides, &files)?;
             FoldTrainer::check_model(&files)?;
@@ -263,7 +304,9 @@ impl Run {
         if begun {
             self.check_inputs(folder)?;
         }
-        trim_metrics(folder, self.config.fold_numbers())?;
+        for part in &self.parts {
+            trim_metrics(folder, part.fold)?;
+        }
         let notes = self.notes();
         let mut display = Display::new(folder, &self.config, &self.dataset, &self.parts, &notes, interrupted)?;
         for part in &self.parts {
@@ -279,7 +322,7 @@ impl Run {
                 true => Some(Events::begin(folder, part.fold, FoldTrainer::progress(&files)?.epochs)?),
                 false => None,
             };
-            let mut log = Log { path: folder::metrics_path(folder), events, display: &mut display };
+            let mut log = Log { path: folder::metrics_path(folder, part.fold), events, display: &mut display };
             let outcome = match self.storage {
                 Storage::F32 => self.train_fold::<f32>(part, &files, &mut log, ranks),
                 Storage::Bf16 => self.train_fold::<bf16>(part, &files, &mut log, ranks),
@@ -287,8 +330,9 @@ impl Run {
             let outcome = outcome.inspect_err(|error| allow_mending(folder, error));
             if outcome? == Outcome::Stopped {
                 display.finish();
+                let fold = self.fold.map_or(String::new(), |fold| format!(" --fold {fold}"));
                 return Err(Error::Interrupted(format!(
-                    "stopped; go on with: cf-train --resume {}",
+                    "stopped; go on with: cf-train --resume {}{fold}",
                     crate::quote(&folder.display().to_string())
                 )));
             }
@@ -329,6 +373,7 @@ fn check_updates(config: &RunConfig, i: usize, slides: usize) -> Result<()> {
 /// After a feature file could not be read, another version of it may take its place.
 fn allow_mending(run: &Path, error: &Error) {
     let Error::File { path, .. } = error else { return };
+    let _lock = lock_run(run);
     if let Ok(Some(mut inputs)) = Inputs::load(run)
         && inputs.may_be_mended(path)
     {
@@ -349,7 +394,7 @@ impl Observer for Interruptible<'_> {
     }
 }
 
-/// Appends each epoch to `metrics.jsonl` and the event file, if there is one, and passes on to the
+/// Appends each epoch to the fold's `metrics.jsonl` and the event file, if there is one, and passes on to the
 /// display.
 struct Log<'a, 'b> {
     path: PathBuf,

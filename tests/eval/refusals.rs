@@ -44,7 +44,7 @@ fn what_cannot_be_evaluated_is_said() {
     let error = said(eval::evaluate_run(&run.join("fold_0"), &Moved::default(), device(), None, PLAN));
     assert!(error.contains("is not a run folder"), "{error}");
 
-    let path = run.join("metrics.jsonl");
+    let path = run.join("fold_0/metrics.jsonl");
     let checkpoint = Checkpoint { path: &path, source: config.source(), split: None, heads: None };
     let error = said(eval::evaluate_checkpoint(&checkpoint, &run.join("out"), device(), None, PLAN));
     assert!(error.contains("metrics.jsonl"), "{error}");
@@ -68,7 +68,7 @@ fn what_cannot_be_evaluated_is_said() {
 #[test]
 fn files_of_a_fold_that_do_not_belong_together_are_told() {
     let (run, _) = copy_of_trained("unlike");
-    let path = run.join("metrics.jsonl");
+    let path = run.join("fold_0/metrics.jsonl");
     let text = std::fs::read_to_string(&path).unwrap();
     let warnings = |edited: &str| {
         std::fs::write(&path, edited).unwrap();

@@ -21,7 +21,7 @@ fn runs_do_not_share_folders() {
     assert_eq!(out.status.code(), Some(2));
     assert!(!folder.path().join("runs/synthetic-1/cohort").exists(), "a refused demo wrote its cohort");
 
-    let held = std::fs::File::create(folder.path().join("runs/synthetic-2/.lock")).unwrap();
+    let held = std::fs::File::create(folder.path().join("runs/synthetic-2/fold_0/.lock")).unwrap();
     held.lock().unwrap();
     std::fs::remove_file(folder.path().join("runs/synthetic-2/report.html")).unwrap();
     let out = cf_train(&["--resume", "runs/synthetic-2"], folder.path());
@@ -186,7 +186,7 @@ for fold in (0, 1):
 print(json.dumps(out))";
     let read = Command::new(&python).args(["-c", script, run.to_str().unwrap()]).output().unwrap();
     let read: serde_json::Value = serde_json::from_slice(&read.stdout).unwrap_or_else(|e| panic!("{e}: {read:?}"));
-    for metrics in crossfusion::folder::read_metrics(&run).unwrap() {
+    for metrics in crossfusion::folder::read_metrics(&run, 0..2).unwrap() {
         let scalar = |tag: &str| {
             let point = &read[metrics.fold.to_string()][tag][metrics.epoch];
             assert_eq!(point[0].as_u64(), Some(metrics.epoch as u64 + 1), "{tag}: {point}");

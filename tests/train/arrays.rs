@@ -1,0 +1,204 @@
+//! Folds of one run in processes of their own, as jobs of a batch system train them.
+
+use super::*;
+
+use std::process::{Child, Stdio};
+
+/// Five small folds: 32 patients to train on and 8 to validate.
+fn five_folds(folder: &Path) -> RunConfig {
+    let splits = folder.join("splits");
+    std::fs::create_dir_all(&splits).unwrap();
+    for fold in 0..5 {
+        let mut table = String::from(",train,val\n");
+        for patient in 1..=40 {
+            let id = format!("DEMO-{patient:03}");
+            table += &if patient % 5 == fold { format!(",,{id}\n") } else { format!(",{id},\n") };
+        }
+        std::fs::write(splits.join(format!("splits_{fold}.csv")), table).unwrap();
+    }
+    RunConfig { splits, folds: None, checkpoint_every: 5, threads: 1, ..config() }
+}
+
+fn spawn(arguments: &[&str], folder: &Path) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cf-train"));
+    command.args(arguments).current_dir(folder).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn cf_eval(run: &str, folder: &Path) -> Output {
+    // the report says on how many threads
+    Command::new(env!("CARGO_BIN_EXE_cf-eval")).args([run, "--threads", "1"]).current_dir(folder).output().unwrap()
+}
+
+/// A program's refusal; nobody has seen it panic.
+fn refusal(arguments: &[&str], folder: &Path, code: i32) -> String {
+    let out = cf_train(arguments, folder);
+    let stderr = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(code), "{arguments:?}: {stderr}");
+    assert!(!stderr.contains("panicked"), "{arguments:?}: {stderr}");
+    stderr
+}
+
+/// A report but for the day and time of the training.
+fn undated(report: &str) -> String {
+    let (before, after) = report.split_once("<div><dt>Trained</dt>").unwrap();
+    let (_, after) = after.split_once("</div>").unwrap();
+    before.to_string() + after
+}
+
+#[test]
+fn folds_in_processes_of_their_own_are_the_run_of_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let settings = write_config(folder, &five_folds(folder));
+    let settings = settings.to_str().unwrap();
+    let out = cf_train(&["--config", settings, "--out", "run"], folder);
+    assert!(out.status.success(), "{out:?}");
+    std::fs::rename(folder.join("run"), folder.join("whole")).unwrap();
+
+    // all begin the run at once; two are killed in the middle, and the same command goes on
+    let numbers = ["0", "1", "2", "3", "4"];
+    let fold = |number: &str| spawn(&["--config", settings, "--out", "run", "--fold", number], folder);
+    let mut children = numbers.map(fold);
+    let (whole, run) = (folder.join("whole"), folder.join("run"));
+    for (fold, child) in children.iter_mut().enumerate().skip(3) {
+        let checkpoint = FoldTrainer::checkpoint_path(&crossfusion::folder::fold_folder(&run, fold));
+        while !checkpoint.exists() {
+            assert!(child.try_wait().unwrap().is_none(), "fold {fold} ended without a checkpoint");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap(); // SIGKILL
+    }
+    for (number, child) in numbers.iter().zip(children) {
+        let out = child.wait_with_output().unwrap();
+        assert_eq!(out.status.success(), !["3", "4"].contains(number), "fold {number}: {out:?}");
+    }
+    assert_eq!(run::unfinished(&run, 0..5).unwrap(), [3, 4]);
+    let some = cf_eval("run", folder);
+    let stdout = String::from_utf8_lossy(&some.stdout);
+    assert!(some.status.success(), "{some:?}");
+    assert!(stdout.contains("Fold 3") || stdout.contains("no model of fold"), "{stdout}");
+    let out = cf_train(&["--resume", "run", "--fold", "4"], folder);
+    let stdout = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && stdout.contains("fold 4 is trained, but not yet fold 3"), "{out:?}");
+    let out = cf_train(&["--config", settings, "--out", "run", "--fold", "3"], folder);
+    let stdout = String::from_utf8_lossy(&out.stdout);
+    assert!(stdout.contains("fold 3 is trained, and so are all others; cf-eval run reports"), "{out:?}");
+    assert!(cf_eval("run", folder).status.success());
+
+    let read = |run: &Path, file: &str| std::fs::read(run.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+    let of_run = ["config.toml", "inputs.json", "left_out.csv", "predictions.csv", "summary.json"].map(String::from);
+    let of_folds = numbers
+        .iter()
+        .flat_map(|fold| ["best.safetensors", "checkpoint.safetensors"].map(|file| format!("fold_{fold}/{file}")));
+    for file in of_run.into_iter().chain(of_folds) {
+        assert!(read(&whole, &file) == read(&run, &file), "{file} differs");
+    }
+    let metrics = |run: &Path| -> Vec<EpochMetrics> {
+        let epochs = crossfusion::folder::read_metrics(run, 0..5).unwrap().into_iter();
+        epochs.map(|epoch| EpochMetrics { seconds: 0.0, patches_per_second: 0.0, ..epoch }).collect()
+    };
+    assert_eq!(metrics(&whole).len(), 15);
+    assert_eq!(metrics(&whole), metrics(&run));
+    let report = |run: &Path| undated(&String::from_utf8(read(run, "report.html")).unwrap());
+    assert!(report(&whole) == report(&run), "the reports differ");
+    let left = std::fs::read_dir(&run).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let temporary: Vec<String> = left.filter(|name| name.ends_with(".tmp")).collect();
+    assert_eq!(temporary, [""; 0]);
+}
+
+/// What keeps processes apart, and what keeps a run together.
+#[test]
+fn a_fold_that_does_not_belong_to_the_run_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let config = RunConfig { num_epochs: 1, ..five_folds(folder) };
+    let settings = write_config(folder, &config);
+    let settings = settings.to_str().unwrap();
+    let refused = |arguments: &[&str], code, expected: &str| {
+        let said = refusal(&[&["--config", settings], arguments].concat(), folder, code);
+        assert!(said.contains(expected), "{arguments:?}: {said}\nexpected: {expected}");
+    };
+    refused(&["--fold", "1"], 2, "--fold 1: expected --out as well");
+    refused(&["--fold", "5", "--out", "run"], 2, "--fold 5: the run has folds 0, 1, 2, 3 and 4");
+    refused(&["--fold", "3", "--folds", "1", "--out", "run"], 2, "--fold 3: the run has fold 0");
+    refused(&["--fold", "1", "--out", "run", "--check"], 2, "cannot be used with");
+    assert!(refusal(&["--demo", "--fold", "1", "--out", "run"], folder, 2).contains("cannot be used with"));
+    refused(&["--fold", "1", "--out", "settings.toml"], 2, "is a file, expected a folder");
+    refused(&["--fold", "1", "--out", "splits"], 2, "and is no run; choose another");
+    assert!(!folder.join("run").exists(), "a refused process left a folder");
+
+    // what a process leaves that was killed while it began the run
+    let run = folder.join("run");
+    std::fs::create_dir(&run).unwrap();
+    std::fs::write(run.join(".config.toml.12-0f.tmp"), "seed = ").unwrap();
+    std::fs::write(run.join("inputs.json"), "{\"tables\":{},\"features\":{}}").unwrap();
+    let out = cf_train(&["--config", settings, "--out", "run", "--fold", "1"], folder);
+    assert!(out.status.success(), "{out:?}");
+    assert!(!run.join(".config.toml.12-0f.tmp").exists(), "the half-written file is still there");
+    let stdout = String::from_utf8(out.stdout).unwrap();
+    assert!(stdout.contains("fold 1 is trained, but not yet folds 0, 2, 3 and 4"), "{stdout}");
+    let out = cf_eval("run", folder);
+    let stdout = String::from_utf8(out.stdout).unwrap();
+    let expected = "WARNING: There is no model of folds 0, 2, 3 and 4 yet: these figures are of fold 1 alone.";
+    assert!(out.status.success() && stdout.contains(expected), "{stdout}");
+
+    refused(
+        &["--fold", "2", "--out", "run", "--learning-rate", "0.5"],
+        2,
+        "--out run: the run was begun with learning_rate = 0.001, not 0.5; choose another --out",
+    );
+    let said = refusal(&["--resume", "run", "--fold", "2", "--seed", "9"], folder, 2);
+    assert!(said.contains("--resume keeps the run's settings, and seed is 7 there, not 9"), "{said}");
+    let table = config.splits.join("splits_3.csv");
+    let good = std::fs::read_to_string(&table).unwrap();
+    std::fs::write(&table, good.replacen(",DEMO-001,\n", "", 1)).unwrap();
+    for arguments in [["--out", "run", "--fold", "2"], ["--resume", "run", "--fold", "2"]] {
+        let config: &[&str] = if arguments[0] == "--out" { &["--config", settings] } else { &[] };
+        let said = refusal(&[config, &arguments].concat(), folder, 1);
+        assert!(said.contains("begun with other inputs") && said.contains("splits_3.csv has another"), "{said}");
+    }
+    std::fs::write(&table, &good).unwrap();
+
+    // as another process holds it; when it ends, killed or not, its lock is gone
+    std::fs::create_dir_all(run.join("fold_2")).unwrap();
+    let held = std::fs::File::create(run.join("fold_2/.lock")).unwrap();
+    held.lock().unwrap();
+    refused(&["--fold", "2", "--out", "run"], 1, "run/fold_2: another cf-train is at work on this fold");
+    let all = refusal(&["--resume", "run"], folder, 1);
+    assert!(all.contains("run/fold_2: another cf-train is at work on this fold"), "{all}");
+    drop(held);
+    // one process trains what is left, and reports
+    let out = cf_train(&["--resume", "run"], folder);
+    assert!(out.status.success() && run.join("report.html").is_file(), "{out:?}");
+    assert_eq!(run::unfinished(&run, 0..5).unwrap(), [0; 0]);
+
+    // an earlier version's run, whose folds wrote one file
+    let metrics = crossfusion::folder::read_metrics(&run, 0..5).unwrap();
+    let files = [0, 1, 2, 3, 4].map(|fold| crossfusion::folder::metrics_path(&run, fold));
+    let lines: String = files.iter().map(|file| std::fs::read_to_string(file).unwrap()).collect();
+    files.iter().for_each(|file| std::fs::remove_file(file).unwrap());
+    std::fs::write(run.join("metrics.jsonl"), lines).unwrap();
+    assert_eq!(crossfusion::folder::read_metrics(&run, 0..5).unwrap(), metrics);
+}
+
+/// A batch system's SIGTERM: the command that is said goes on with this fold.
+#[test]
+fn an_interrupted_fold_says_how_it_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let long = RunConfig { num_epochs: 10_000, es_patience: 10_000, ..five_folds(folder) };
+    let settings = write_config(folder, &long);
+    let child = spawn(&["--config", settings.to_str().unwrap(), "--out", "run", "--fold", "3"], folder);
+    let checkpoint = folder.join("run/fold_3/checkpoint.safetensors");
+    let start = Instant::now();
+    while !checkpoint.exists() {
+        assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint in two minutes");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(143), "{stderr}");
+    assert!(stderr.contains("stopped; go on with: cf-train --resume run --fold 3"), "{stderr}");
+    assert!(!folder.join("run/fold_0").exists());
+}
