@@ -99,7 +99,7 @@ impl<'a> Ground<'a> {
                     continue;
                 }
                 let read = |pixels: usize| ((pixels as f64 * of_level).round() as usize).max(1);
-                let image = slide.read_region(corner[0], corner[1], level, read(w), read(h))?;
+                let image = slide.read_on_white(corner[0], corner[1], level, read(w), read(h))?;
                 let tile = resize(image, w, h, Filter::Bilinear);
                 for (row, line) in tile.pixels.chunks_exact(3 * w).enumerate() {
                     picture.pixels[3 * ((top + row) * width + left)..][..3 * w].copy_from_slice(line);

@@ -133,10 +133,21 @@ impl Slide {
     /// OpenSlide has it. Opacity is undone and dropped, as openslide-python and PIL's
     /// `convert("RGB")` do it: where the slide has no pixels, they are black.
     pub fn read_region(&self, x: i64, y: i64, level: usize, width: usize, height: usize) -> Result<Image> {
+        self.read(x, y, level, [width, height], without_opacity)
+    }
+
+    /// The same to look at: where the slide has no pixels, be it within or beyond its edge, they
+    /// are white.
+    pub fn read_on_white(&self, x: i64, y: i64, level: usize, width: usize, height: usize) -> Result<Image> {
+        self.read(x, y, level, [width, height], on_white)
+    }
+
+    fn read(&self, x: i64, y: i64, level: usize, size: [usize; 2], colour: fn(u32) -> [u8; 3]) -> Result<Image> {
         if level >= self.levels.len() {
             let message = format!("has levels 0 to {}, and level {level} was to be read", self.levels.len() - 1);
             return Err(Error::file(&self.path, message));
         }
+        let [width, height] = size;
         let mut argb = vec![0u32; width * height];
         let (w, h) = (width as i64, height as i64);
         // SAFETY: the handle is open, and the buffer has a pixel of 32 bits for each that is asked
@@ -145,7 +156,7 @@ impl Slide {
         self.check()?;
         let mut pixels = vec![0; 3 * width * height];
         for (pixel, argb) in pixels.chunks_exact_mut(3).zip(argb) {
-            pixel.copy_from_slice(&without_opacity(argb));
+            pixel.copy_from_slice(&colour(argb));
         }
         Ok(Image { width, height, pixels })
     }
@@ -176,6 +187,12 @@ fn without_opacity(argb: u32) -> [u8; 3] {
         0 => [0; 3],
         _ => [r, g, b].map(|c| (255 * u32::from(c) / u32::from(opacity)) as u8),
     }
+}
+
+/// Red, green and blue of such a pixel on white.
+fn on_white(argb: u32) -> [u8; 3] {
+    let [opacity, r, g, b] = argb.to_be_bytes();
+    [r, g, b].map(|c| c.saturating_add(255 - opacity))
 }
 
 /// An error that says what to do, if OpenSlide is not installed.
@@ -269,5 +286,12 @@ mod tests {
         assert_eq!(without_opacity(0xff01_02fe), [1, 2, 254]);
         assert_eq!(without_opacity(0x0000_0000), [0, 0, 0]);
         assert_eq!(without_opacity(0x8040_2010), [127, 63, 31]);
+    }
+
+    #[test]
+    fn what_is_transparent_is_white_to_look_at() {
+        assert_eq!(on_white(0xff01_02fe), [1, 2, 254]);
+        assert_eq!(on_white(0x0000_0000), [255; 3]);
+        assert_eq!(on_white(0x8040_2010), [0xbf, 0x9f, 0x8f]);
     }
 }
