@@ -49,10 +49,7 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let threads = match arguments.threads {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads,
-    };
+    let threads = super::start_threads(arguments.threads)?;
     let onnx = &arguments.backbone;
     let name = arguments.name.clone().unwrap_or_else(|| onnx.file_stem().unwrap_or_default().to_string_lossy().into());
     slide::check_library()?;

@@ -104,7 +104,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if opened.is_none() {
         crossfusion::say(format!("{}: is no file; pictures are on white", slide.display()));
     }
-    let features = source.features(std::slice::from_ref(slide), &out)?;
+    let features = source.features(std::slice::from_ref(slide), &out, machine)?;
     let of = (&*features.pt_dir, &*features.backbone);
     let mut explainer = Explainer::open((model, source.num_heads), of, &id, device, machine.memory_budget)?;
     let patches = arguments.patches.as_ref().or(features.patches.as_ref());

@@ -16,7 +16,7 @@ use crossfusion_slides::{
     slide,
 };
 
-use super::patch::Tissue;
+use super::{patch::Tissue, start_threads};
 
 /// Where features are, or come from.
 #[derive(Args)]
@@ -73,7 +73,7 @@ pub fn slide_id(slide: &Path) -> String {
 
 impl Source {
     /// Finds the features, or makes them in `out`.
-    pub fn features(&self, slides: &[PathBuf], out: &Path) -> Result<Features> {
+    pub fn features(&self, slides: &[PathBuf], out: &Path, machine: &Machine) -> Result<Features> {
         let (Some(onnx), None) = (&self.onnx, &self.pt_dir) else {
             let (Some(pt_dir), Some(backbone)) = (&self.pt_dir, &self.backbone) else {
                 return Err(Error::Usage("expected --onnx, or --pt-dir and --backbone".into()));
@@ -84,9 +84,11 @@ impl Source {
             }
             return Ok(Features { pt_dir: pt_dir.clone(), backbone: backbone.clone(), patches: None });
         };
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = start_threads(machine.threads)?;
         slide::check_library()?;
-        let mut network = Backbone::load(onnx, None, Device::Auto, threads)?;
+        // a model on a GPU does not need an ONNX Runtime that has it
+        let device = if machine.device == "cpu" { Device::Cpu } else { Device::Auto };
+        let mut network = Backbone::load(onnx, None, device, threads)?;
         let (patches, pt_dir) = (out.join("patches"), out.join("features"));
         let settings = Settings {
             patch_size: 256,

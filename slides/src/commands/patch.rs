@@ -151,8 +151,7 @@ impl Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(arguments.threads);
-    threads.build_global().map_err(|e| Error::Device(format!("cannot start threads: {e}")))?;
+    super::start_threads(arguments.threads)?;
     slide::check_library()?;
     let slides = files::slides(&arguments.slides)?;
     let rows = patching::patch_all(&slides, &arguments.settings(), &arguments.out)?;

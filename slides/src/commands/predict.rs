@@ -37,7 +37,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let device = Device::from_name(&machine.device, machine.threads)?;
     let out = arguments.out.clone().unwrap_or_else(|| folder::fresh_folder("predict"));
     eval::check_out(&out)?;
-    let features = source.features(slides, &out)?;
+    let features = source.features(slides, &out, machine)?;
     let names: Vec<String> = slides.iter().map(|slide| slide_id(slide)).collect();
     let request = predict::Request {
         model,
