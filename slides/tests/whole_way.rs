@@ -1,0 +1,176 @@
+//! scripts/whole-way.sh on generated slides, from slides to heatmaps; and `--onnx` of `predict` and
+//! `heatmap`, which takes a slide all the way by itself.
+
+mod common;
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+use common::{cf_slide, stderr, stdout, write_slide};
+use crossfusion_slides::{
+    heatmap::Ground,
+    slide::{Slide, check_library},
+};
+use serde_json::Value;
+
+const ONNX: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/means.onnx");
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/whole-way.sh");
+/// Names as people have them.
+const SLIDES: [&str; 2] = ["1 [A], \"rechts\".tiff", "2 größer.v2.tiff"];
+const PATCHING: [&str; 4] = ["--power", "20", "--preset", "bwh-biopsy"];
+
+/// Squares of tissue of 256 pixels, of colours that `number` changes.
+fn mosaic(number: usize) -> impl Fn(usize, usize) -> [u8; 3] {
+    move |x, y| {
+        let [i, j] = [x, y].map(|at| at / 256);
+        let colour = [200 - 40 * number as u8, 20 + 10 * i as u8, 30 + (i * j * (7 + number) % 5 * 20) as u8];
+        if (1..=4).contains(&i) && (1..=4).contains(&j) { colour } else { [255; 3] }
+    }
+}
+
+/// What the script left of two slides.
+struct Way {
+    folder: tempfile::TempDir,
+}
+
+impl Way {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn slide(&self, number: usize) -> String {
+        self.path("my slides").join(SLIDES[number]).to_str().unwrap().into()
+    }
+
+    fn script(&self) -> std::process::Output {
+        let programs = Path::new(env!("CARGO_BIN_EXE_cf-slide")).parent().unwrap();
+        let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+        let mut command = Command::new(SCRIPT);
+        command.arg(self.path("my slides")).arg(ONNX).arg(self.path("out")).args(PATCHING);
+        command.env("PATH", path).output().unwrap()
+    }
+}
+
+/// Runs the script once; None, said loudly, where something that it needs is not there.
+fn way(test: &str) -> Option<&'static Way> {
+    static WAY: OnceLock<Result<Way, String>> = OnceLock::new();
+    let make = || {
+        if !Path::new(env!("CARGO_BIN_EXE_cf-slide")).with_file_name("cf-train").exists() {
+            return Err("cf-train is not built; `cargo build --release` does it".into());
+        }
+        let way = Way { folder: tempfile::tempdir().unwrap() };
+        std::fs::create_dir(way.path("my slides")).unwrap();
+        (0..2).for_each(|i| write_slide(Path::new(&way.slide(i)), 6 * 256, 6 * 256, mosaic(i)));
+        std::fs::write(way.path("my slides/broken.svs"), "no slide").unwrap();
+        let output = way.script();
+        if stderr(&output).contains("is not installed") {
+            return Err(stderr(&output));
+        }
+        assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
+        assert!(stdout(&output).contains("broken.svs: is not a slide"), "{}", stdout(&output));
+        Ok(way)
+    };
+    match WAY.get_or_init(make) {
+        Ok(way) => Some(way),
+        Err(why) => {
+            eprintln!("SKIPPED {test}: {why}");
+            None
+        }
+    }
+}
+
+fn text(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Slides and risks of a predictions.json.
+fn risks(folder: &Path) -> Vec<(String, f64)> {
+    let json: Value = serde_json::from_str(&text(&folder.join("predictions.json"))).unwrap();
+    let slides = json["slides"].as_array().unwrap().iter();
+    slides.map(|slide| (slide["slide_id"].as_str().unwrap().into(), slide["risk"].as_f64().unwrap())).collect()
+}
+
+fn name(slide: &str) -> &str {
+    slide.strip_suffix(".tiff").unwrap()
+}
+
+#[test]
+fn the_script_goes_from_slides_to_heatmaps() {
+    let Some(way) = way("the_script_goes_from_slides_to_heatmaps") else { return };
+    let out = way.path("out");
+    let found = risks(&out.join("predictions"));
+    assert_eq!(found.iter().map(|(slide, _)| slide.as_str()).collect::<Vec<_>>(), SLIDES.map(name));
+    for slide in SLIDES.map(name) {
+        let heatmap = out.join("heatmaps").join(slide);
+        // 1, 4 and 16 patches, and the head of the table
+        assert_eq!(text(&heatmap.join("heatmap.csv")).lines().count(), 1 + 1 + 4 + 16);
+        for file in ["heatmap.png", "heatmap_x5.png", "heatmap.html", "heatmap.geojson", "heatmap_tiles/0/0_0.jpg"] {
+            assert!(heatmap.join(file).is_file(), "{file}");
+        }
+    }
+    // what is there is not done again, but for the slide that failed
+    let written = |file: &str| out.join(file).metadata().unwrap().modified().unwrap();
+    let files = ["predictions/predictions.csv", "run/fold_0/best.safetensors", "run/report.html"];
+    let before = files.map(written);
+    let again = way.script();
+    assert!(again.status.success(), "{}", stderr(&again));
+    assert_eq!(before, files.map(written));
+}
+
+#[test]
+fn a_slide_goes_all_the_way_by_onnx() {
+    let Some(way) = way("a_slide_goes_all_the_way_by_onnx") else { return };
+    let (out, run) = (way.path("out"), way.path("out/run"));
+    let run = run.to_str().unwrap();
+    let (prediction, heatmap) = (way.path("prediction"), way.path("heatmap"));
+    let (prediction_, heatmap_) = (prediction.to_str().unwrap(), heatmap.to_str().unwrap());
+    let by_onnx = [&["--onnx", ONNX], &PATCHING[..]].concat();
+    let slides = [way.slide(0), way.slide(1)];
+    let command = [&["predict", run, &slides[0], &slides[1], "--out", prediction_], &by_onnx[..]].concat();
+    let output = cf_slide(&command);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(risks(&prediction), risks(&out.join("predictions")));
+    let output = cf_slide(&[&["heatmap", run, &slides[1], "--out", heatmap_], &by_onnx[..]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let theirs = out.join("heatmaps").join(name(SLIDES[1]));
+    for file in ["heatmap.csv", "heatmap.geojson", "heatmap.html"] {
+        assert!(text(&heatmap.join(file)) == text(&theirs.join(file)), "{file} differs");
+    }
+
+    // slides without tissue, and none at all
+    let broken = way.path("my slides/broken.svs");
+    let no_tissue = way.path("white.tiff");
+    write_slide(&no_tissue, 1024, 1024, |_, _| [255; 3]);
+    for (slide, why) in [(&broken, "is not a slide of a format that OpenSlide reads"), (&no_tissue, "no tissue")] {
+        let refused = way.path("refused");
+        for command in ["predict", "heatmap"] {
+            let arguments = [command, run, slide.to_str().unwrap(), "--out", refused.to_str().unwrap()];
+            let output = cf_slide(&[&arguments, &by_onnx[..]].concat());
+            assert_eq!(output.status.code(), Some(1), "{command}");
+            let said = stderr(&output);
+            assert!(said.contains(why) && said.contains(slide.to_str().unwrap()), "{command}: {said}");
+            let _ = std::fs::remove_dir_all(&refused);
+        }
+    }
+}
+
+/// A picture's last row and column may lie partly beyond the slide's edge.
+#[test]
+fn pictures_are_white_beyond_the_edge() {
+    if let Err(why) = check_library() {
+        eprintln!("SKIPPED pictures_are_white_beyond_the_edge: {why}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("white.tiff");
+    write_slide(&path, 300, 203, |_, _| [255; 3]);
+    let slide = Slide::open(&path).unwrap();
+    let ground = Ground::new(Some(&slide), &[]);
+    for downsample in [1, 4, 8] {
+        let picture = ground.picture([0, 0], 304 / downsample, 208 / downsample, downsample as f64).unwrap();
+        assert!(picture.pixels.iter().all(|&x| x == 255), "by {downsample}: {:?}", picture.pixels.iter().min());
+    }
+}
