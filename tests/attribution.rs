@@ -114,7 +114,7 @@ struct Golden {
 }
 
 /// By PyTorch in float64: autograd for the gradients, the probabilities of a softmax that is
-/// written out for attention.
+/// written out for attention (scripts/make-attribution-golden.py).
 #[derive(Deserialize)]
 struct Expected {
     risk: f64,
