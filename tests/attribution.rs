@@ -313,7 +313,8 @@ fn all_methods<T: Element>(engine: &mut Engine<T>, bags: Bags<'_, T>) -> Vec<(&'
         found.push(("attention", attention(engine, bags, AttentionOf::Patches).unwrap()));
     }
     let region = |patches: [Vec<usize>; 3]| Region::from(patches).only(engine.model().scales());
-    let regions = [region([vec![0], vec![0, 2], vec![1, 3, 4]]), region([vec![2], vec![5], vec![7, 430]])];
+    let last = bags.sizes().get(Scale::X20).map_or(0, |patches| patches - 1);
+    let regions = [region([vec![0], vec![0, 2], vec![1, 3, 4]]), region([vec![2], vec![5], vec![7, last]])];
     found.push(("occlusion", occlusion(engine, bags, &regions, &mut |_| ()).unwrap().attribution));
     found
 }
@@ -329,6 +330,19 @@ fn same_bits_from_any_number_of_threads() {
     }
 }
 
+/// Whether every method's scores are these, to so much of their size.
+fn check_methods(what: &str, found: &[(&str, Attribution)], expected: &[(&'static str, Attribution)], tolerance: f64) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for ((method, expected), (_, found)) in expected.iter().zip(found) {
+        let mut error = relative(&found.scores, &expected.scores);
+        if *method == "occlusion" {
+            // the difference of two risks, each as exact as it is large
+            error *= expected.total().abs() / expected.risk.abs();
+        }
+        assert!(error < tolerance, "{what}, {method}: off by {error:.1e}");
+    }
+}
+
 fn check_policies<T: Element<Sum: Real>>(device: fn() -> Device, tolerance: f64) {
     for config in configs(48) {
         let slide = slide::<T>([40, 37, 450], 48);
@@ -338,17 +352,26 @@ fn check_policies<T: Element<Sum: Real>>(device: fn() -> Device, tolerance: f64)
             for stream in [None, Some(13), Some(400)] {
                 let policy = Policy { recompute, stream };
                 engine.set_memory(Memory::Policy(policy));
-                for ((what, expected), (_, got)) in expected.iter().zip(all_methods(&mut engine, from_readers(&slide)))
-                {
-                    let mut error = relative(&got.scores, &expected.scores);
-                    if *what == "occlusion" {
-                        // the difference of two risks, each as exact as it is large
-                        error *= expected.total().abs() / expected.risk.abs();
-                    }
-                    assert!(error < tolerance, "{} {what}, {policy}: off by {error:.1e}", config.model);
-                }
+                let found = all_methods(&mut engine, from_readers(&slide));
+                check_methods(&format!("{} {policy}", config.model), &found, &expected, tolerance);
             }
         }
+    }
+}
+
+/// A small slide by every method, held and streamed, in f32 on CROSSFUSION_DEVICE against f64 on
+/// the CPU.
+#[test]
+fn every_method_on_the_device() {
+    for config in &configs(48)[..3] {
+        let (patches, policy) = ([3, 6, 20], Policy { recompute: Some(16), stream: Some(13) });
+        let expected = all_methods(&mut engine::<f64>(cpu(2), config), in_memory(&slide(patches, 48)));
+        let (mut engine, slide) = (engine::<f32>(device(), config), slide(patches, 48));
+        let found = all_methods(&mut engine, in_memory(&slide));
+        check_methods(&format!("{}, held", config.model), &found, &expected, 1e-3);
+        engine.set_memory(Memory::Policy(policy));
+        let found = all_methods(&mut engine, from_readers(&slide));
+        check_methods(&format!("{}, {policy}", config.model), &found, &expected, 1e-3);
     }
 }
 
