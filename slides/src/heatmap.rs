@@ -1,7 +1,7 @@
 //! Scores of patches, drawn over their slide: as a picture, as QuPath's objects, as a table, and as
 //! the layers of a page ([`crate::viewer`]).
 
-use std::{collections::BTreeSet, fmt::Write as _, path::Path};
+use std::{collections::BTreeSet, fmt::Write as _, io::Write as _, path::Path};
 
 use crossfusion::{
     Error, Result,
@@ -186,10 +186,20 @@ pub fn write_geojson(path: &Path, layers: &[Layer], name: &str) -> Result<()> {
         })
     };
     let tiles = layers.iter().flat_map(|layer| {
-        layer.corners.iter().zip(&layer.scores).map(move |(&corner, &score)| tile(layer, corner, score).to_string())
+        layer.corners.iter().zip(&layer.scores).map(move |(&corner, &score)| tile(layer, corner, score))
     });
-    let text = tiles.collect::<Vec<_>>().join(",\n");
-    write_text(path, &format!("{{\"type\": \"FeatureCollection\", \"features\": [\n{text}\n]}}\n"))
+    // a tile has some 300 bytes, and a slide may have a million
+    write_atomically(path, |file| {
+        let mut between = "{\"type\": \"FeatureCollection\", \"features\": [\n";
+        let write = || -> std::io::Result<()> {
+            for tile in tiles {
+                write!(file, "{between}{tile}")?;
+                between = ",\n";
+            }
+            file.write_all(b"\n]}\n")
+        };
+        write().map_err(|e| Error::file(path, format!("cannot be written: {e}")))
+    })
 }
 
 /// Squares of the slide, at most so many, whose patches of all scales are taken out together: each
