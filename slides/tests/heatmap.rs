@@ -15,7 +15,12 @@ use crossfusion::{
     survival::Bootstrap,
     train::{config::RunConfig, run::Run},
 };
-use crossfusion_slides::{coordinates::Coordinates, patching::coordinates_path, slide::Level};
+use crossfusion_slides::{
+    coordinates::Coordinates,
+    features::{self, Format},
+    patching::coordinates_path,
+    slide::Level,
+};
 use serde_json::Value;
 
 fn cf_slide(arguments: &[&str]) -> Output {
@@ -167,6 +172,52 @@ fn every_method_writes_its_scores() {
     }
     // what a patch of x5 and x20 receives is shared out among all
     assert!((sums[2] - 2.0).abs() < 1e-4, "{sums:?}");
+}
+
+/// A slide whose x20 features alone are larger than the budget.
+#[test]
+fn a_heatmap_within_a_memory_budget_is_the_same() {
+    let demo = demo();
+    let slide = "LARGE";
+    for (scale, patches) in Scale::ALL.into_iter().zip([20, 60, 60_000]) {
+        let (across, side) = (250, 1024 >> (scale as usize));
+        let corners: Vec<[i64; 2]> = (0..patches).map(|i| [i % across * side, i / across * side]).collect();
+        let values = (0..64 * patches as u32).map(|i| f32::from((i.wrapping_mul(2_654_435_761) >> 16) as i16) / 2e4);
+        let values: Vec<f32> = values.collect();
+        let path = features::path(&demo.folder.path().join("large/large"), scale, slide, Format::H5);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        features::write(&path, Format::H5, &corners, &values).unwrap();
+    }
+    let (run, features) = (demo.run.to_str().unwrap(), demo.path("large"));
+    let heatmap = |out: &str, budget: &str| {
+        let out = demo.path(out);
+        let arguments = ["heatmap", run, slide, "--pt-dir", &features, "--backbone", "large", "--out", &out];
+        let output = cf_slide(&[&arguments[..], &["--memory-budget", budget]].concat());
+        let scores = std::fs::read(format!("{out}/heatmap.csv")).map(|table| {
+            let rows = csv::Reader::from_reader(&table[..]).into_records().map(Result::unwrap);
+            rows.map(|row| (row[1].to_string(), row[5].parse::<f64>().unwrap())).collect::<Vec<_>>()
+        });
+        (output, scores.unwrap_or_default())
+    };
+    let (output, held) = heatmap("held", "8GiB");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(held.len(), 60_080);
+    let (output, streamed) = heatmap("streamed", "14MiB"); // the features are of 14.6
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for scale in Scale::ALL.map(Scale::name) {
+        let of = |scores: &[(String, f64)]| -> Vec<f64> {
+            scores.iter().filter(|(of, _)| of == scale).map(|(_, score)| *score).collect()
+        };
+        let (held, streamed) = (of(&held), of(&streamed));
+        let size = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+        let off = size(&mut held.iter().zip(&streamed).map(|(a, b)| a - b)) / size(&mut held.iter().copied());
+        assert!(off < 1e-4, "{scale}: off by {off:.1e}");
+    }
+    let (output, nothing) = heatmap("too-little", "1MiB");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!((output.status.code(), nothing.len()), (Some(2), 0), "{error}");
+    assert!(error.contains("do not fit into a memory budget of 1.0 MiB: the least is"), "{error}");
+    assert!(!std::path::Path::new(&demo.path("too-little")).exists(), "something was written");
 }
 
 #[test]
