@@ -7,7 +7,7 @@ use std::path::Path;
 use crossfusion::{Error, Result, data::atomic::place_atomically};
 use rust_hdf5::{H5File, H5Type, VarLenUnicode};
 
-use crate::slide::Level;
+use crate::slide::{Level, Slide};
 
 /// The largest patch that is read, in pixels a side.
 const MOST: usize = 1 << 14;
@@ -21,6 +21,8 @@ pub struct Coordinates {
     pub level: usize,
     /// Side of a patch, in pixels of that level.
     pub size: usize,
+    /// Width and height of that level of the slide, where a file was read that says.
+    pub slide: Option<[u64; 2]>,
 }
 
 impl Coordinates {
@@ -50,8 +52,25 @@ impl Coordinates {
         })
     }
 
+    /// Refuses a slide that these cannot be the patches of.
+    pub fn check(&self, slide: &Slide) -> Result<()> {
+        let level = slide.levels().get(self.level).map(|level| [level.width, level.height]);
+        match (self.slide, level) {
+            (_, None) => {
+                let message = format!("has no level {}, which its patches are of", self.level);
+                Err(Error::file(slide.path(), message))
+            }
+            (Some([w, h]), Some([width, height])) if [w, h] != [width, height] => {
+                let message = format!("has {width} x {height} pixels, but its patches are of a slide of {w} x {h}");
+                Err(Error::file(slide.path(), message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reads what [`Self::write`] or CLAM wrote.
     pub fn read(path: &Path) -> Result<Self> {
+        std::fs::File::open(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
         let read = || -> Result<Self, String> {
             let text = |e: rust_hdf5::Hdf5Error| format!("is no .h5 file of coordinates: {e}");
             let file = H5File::options().no_locking().open(path).map_err(text)?;
@@ -70,7 +89,12 @@ impl Coordinates {
             if !(1..=MOST).contains(&size) {
                 return Err(format!("holds patches of {size} pixels, expected 1 to {MOST}"));
             }
-            Ok(Self { corners: numbers.as_chunks().0.to_vec(), level, size })
+            let slide = dataset.attr("level_dim").and_then(|attribute| attribute.read_numeric_as::<i64>());
+            let slide = slide.ok().and_then(|sides| match sides[..] {
+                [w, h] => Some([u64::try_from(w).ok()?, u64::try_from(h).ok()?]),
+                _ => None,
+            });
+            Ok(Self { corners: numbers.as_chunks().0.to_vec(), level, size, slide })
         };
         // a panic of the reader on a damaged file becomes an error, as any other damage is
         catch_unwind(AssertUnwindSafe(read))

@@ -58,7 +58,7 @@ pub struct Summary {
     pub without_patches: usize,
     /// Slides that failed, with the reason.
     pub failed: Vec<String>,
-    /// Patches that went through the network.
+    /// Patches of the slides that were embedded now.
     pub patches: u64,
 }
 
@@ -95,8 +95,8 @@ pub fn embed(request: &Request, onnx: &Path, backbone: &mut Backbone) -> Result<
         }
     }
     let (names, jobs): (Vec<&str>, Vec<Job>) = jobs.into_iter().unzip();
-    let patches = jobs.iter().map(patches_of).sum::<usize>() as u64;
-    let progress = Progress::new(patches, "patches");
+    let all = jobs.iter().map(patches_of).sum::<usize>();
+    let progress = Progress::new(all as u64, "patches");
     let failed = std::thread::scope(|scope| {
         // a slide that is written, and one that waits
         let (sender, receiver) = sync_channel::<Complete>(1);
@@ -111,6 +111,7 @@ pub fn embed(request: &Request, onnx: &Path, backbone: &mut Backbone) -> Result<
         written.and(failed)
     })?;
     progress.end();
+    let patches = (all - failed.keys().map(|&job| patches_of(&jobs[job])).sum::<usize>()) as u64;
     reasons.extend(failed.into_iter().map(|(job, error)| (names[job], error.to_string())));
     write_table(request, &patched, &reasons)?;
     let embedded = patched.len() - there.len() - reasons.len();

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsStr,
     path::{Path, PathBuf},
 };
 
@@ -12,7 +13,7 @@ use crossfusion::{Error, Result};
 const ENDINGS: [&str; 11] = ["svs", "tif", "tiff", "ndpi", "mrxs", "scn", "vms", "vmu", "svslide", "bif", "czi"];
 
 /// The slides among these files and, however deep, in these folders, by name. An error where two
-/// have one name, or there is none.
+/// have one name or one has none that a table can hold, or there is no slide.
 pub fn slides(paths: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
     let mut found = Vec::new();
     for path in paths {
@@ -23,13 +24,12 @@ pub fn slides(paths: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
         }
     }
     let mut slides: BTreeMap<String, PathBuf> = BTreeMap::new();
-    for path in found {
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        if let Some(other) = slides.insert(name.clone(), path.clone())
-            && other != path
-        {
-            let message = format!("and {} are both called `{name}`; their patches would be one file", path.display());
-            return Err(Error::file(other, message));
+    for path in &found {
+        let (Some(name), Some(_)) = (path.file_stem().and_then(OsStr::to_str), path.to_str()) else {
+            return Err(Error::file(path, "has a name that is not UTF-8, which the tables are; rename it"));
+        };
+        if let Some(other) = slides.insert(name.into(), path.clone()) {
+            one_of_a_name(name, &other, path)?;
         }
     }
     if slides.is_empty() {
@@ -37,6 +37,16 @@ pub fn slides(paths: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
         return Err(Error::Usage(format!("{}: holds no slides (.{})", names.join(", "), ENDINGS.join(", ."))));
     }
     Ok(slides)
+}
+
+/// The later path of a slide that is called `name`; an error where the earlier is another file.
+pub fn one_of_a_name<'a>(name: &str, earlier: &Path, later: &'a Path) -> Result<&'a Path> {
+    let is_other = earlier != later && earlier.exists() && earlier.canonicalize().ok() != later.canonicalize().ok();
+    if is_other {
+        let message = format!("and {} are both called `{name}`; their patches would be one file", later.display());
+        return Err(Error::file(earlier, message));
+    }
+    Ok(later)
 }
 
 fn in_folder(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     coordinates::Coordinates,
+    files,
     grid::{self, ContourFn, Grid},
     magnification::Power,
     picture,
@@ -105,7 +106,7 @@ pub struct Row {
 impl Row {
     fn new(path: &Path, status: Status) -> Self {
         let slide_id = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let path = std::path::absolute(path).unwrap_or(path.to_path_buf());
+        let path = absolute(path);
         let (reason, power_from) = (String::new(), String::new());
         Self {
             slide_id,
@@ -131,6 +132,10 @@ impl Row {
     }
 }
 
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or(path.to_path_buf())
+}
+
 /// Where the coordinates of a slide are.
 pub fn coordinates_path(out: &Path, scale: Scale, name: &str) -> PathBuf {
     out.join(scale.name()).join("patches").join(format!("{name}.h5"))
@@ -151,6 +156,9 @@ pub fn patch_size(out: &Path) -> Result<usize> {
 /// Reads the table of a folder of patches: rows by the slide's name.
 pub fn read_table(out: &Path) -> Result<BTreeMap<String, Row>> {
     let path = out.join(TABLE);
+    if !path.exists() {
+        return Err(Error::file(out, format!("is no folder of `cf-slide patch`: it has no {TABLE}")));
+    }
     let text = atomic::read_bytes(&path, atomic::MOST)?;
     let rows = csv::Reader::from_reader(&text[..]).into_deserialize().enumerate();
     rows.map(|(i, row)| {
@@ -172,7 +180,12 @@ fn write_table(out: &Path, rows: &BTreeMap<String, Row>) -> Result<()> {
 /// that failed too; an error is of `out` itself.
 pub fn patch_all(slides: &BTreeMap<String, PathBuf>, settings: &Settings, out: &Path) -> Result<BTreeMap<String, Row>> {
     prepare(settings, out)?;
-    let before = if out.join(TABLE).exists() { read_table(out)? } else { BTreeMap::new() };
+    let mut before = if out.join(TABLE).exists() { read_table(out)? } else { BTreeMap::new() };
+    for (name, path) in slides {
+        if let Some(row) = before.get_mut(name) {
+            row.path = absolute(files::one_of_a_name(name, &row.path, path)?);
+        }
+    }
     let todo: Vec<_> = slides
         .iter()
         .filter(|(name, _)| !before.get(*name).is_some_and(|row| is_done(row, name, settings, out)))
@@ -204,17 +217,22 @@ pub fn patch_all(slides: &BTreeMap<String, PathBuf>, settings: &Settings, out: &
     Ok(rows.into_iter().filter(|(name, _)| slides.contains_key(name)).collect())
 }
 
-/// Makes the folders, and refuses those that hold patches of other settings.
+/// Makes the folders, and refuses those that hold patches of other settings. Settings by which no
+/// slide has any are forgotten, with their table.
 fn prepare(settings: &Settings, out: &Path) -> Result<()> {
     let path = out.join(SETTINGS);
     let text = toml::to_string(settings).map_err(|e| Error::file(&path, e))?;
     if path.exists() {
-        if atomic::read_text(&path, atomic::MOST)? != text {
+        if atomic::read_text(&path, atomic::MOST)? == text {
+            return Ok(());
+        }
+        let table = out.join(TABLE);
+        if !table.exists() || read_table(out)?.values().any(|row| row.status == Status::Patched) {
             let message =
                 format!("--out {}: holds patches of other settings ({SETTINGS}); choose another", out.display());
             return Err(Error::Usage(message));
         }
-        return Ok(());
+        std::fs::remove_file(&table).map_err(|e| Error::file(&table, format!("cannot be removed: {e}")))?;
     }
     let folders = settings.magnifications.iter().map(|scale| out.join(scale.name()).join("patches"));
     for folder in folders.chain([out.join("masks")]) {
@@ -260,7 +278,8 @@ fn patch(path: &Path, settings: &Settings, out: &Path) -> Result<Row> {
             let _ = std::fs::remove_file(file);
         } else {
             row.status = Status::Patched;
-            Coordinates { corners, level: 0, size: grid.size as usize }.write(&file, &slide.name(), level_0)?;
+            let coordinates = Coordinates { corners, level: 0, size: grid.size as usize, slide: None };
+            coordinates.write(&file, &slide.name(), level_0)?;
         }
     }
     let picture = picture::draw(&tissue, level_0, &finest.0, finest.1);

@@ -117,7 +117,8 @@ impl Queue<'_> {
             }
             let (job, Job { path, patches, .. }) = (self.next, self.jobs.get(self.next)?);
             self.next += 1;
-            match Slide::open(path) {
+            let checked = |slide: &Slide| patches.iter().try_for_each(|(_, patches)| patches.check(slide));
+            match Slide::open(path).and_then(|slide| checked(&slide).map(|()| slide)) {
                 Ok(slide) => {
                     let (slide, regions) = (Arc::new(slide), regions(patches).into_iter());
                     self.current = Some(Current { job, slide, regions });

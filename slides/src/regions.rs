@@ -41,7 +41,7 @@ pub fn regions(patches: &[(Scale, Coordinates)]) -> Vec<Region> {
     by_size.sort_by_key(|(_, coordinates)| std::cmp::Reverse(coordinates.size));
     let mut regions: Vec<Region> = Vec::new();
     let mut larger: Vec<Places> = Vec::new();
-    for &(scale, Coordinates { ref corners, level, size }) in by_size {
+    for &(scale, Coordinates { ref corners, level, size, .. }) in by_size {
         let mut own = Places { side: size as i64, regions: HashMap::new() };
         for (row, &corner) in corners.iter().enumerate() {
             let around =
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     fn coordinates(size: usize, corners: &[[i64; 2]]) -> Coordinates {
-        Coordinates { corners: corners.to_vec(), level: 0, size }
+        Coordinates { corners: corners.to_vec(), level: 0, size, slide: None }
     }
 
     #[test]

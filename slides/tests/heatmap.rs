@@ -80,7 +80,7 @@ fn demo() -> &'static Demo {
             let path = coordinates_path(&folder.path().join("patches"), scale, SLIDE);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             let level = Level { width: 4096, height: 16384, downsample: 1.0 };
-            Coordinates { corners, level: 0, size: side as usize }.write(&path, SLIDE, level).unwrap();
+            Coordinates { corners, level: 0, size: side as usize, slide: None }.write(&path, SLIDE, level).unwrap();
         }
         Demo { folder, run }
     })

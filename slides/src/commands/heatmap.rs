@@ -151,7 +151,9 @@ fn layers(explainer: &Explainer, patches: Option<&Path>, id: &str, slide: Option
         let (from, corners, side) = match patches {
             Some(folder) => {
                 let from = coordinates_path(folder, scale, id);
-                let Coordinates { corners, level, size } = Coordinates::read(&from)?;
+                let coordinates = Coordinates::read(&from)?;
+                slide.map_or(Ok(()), |slide| coordinates.check(slide))?;
+                let Coordinates { corners, level, size, .. } = coordinates;
                 let downsample = match (level, slide.and_then(|slide| slide.levels().get(level))) {
                     (0, _) => 1.0,
                     (_, Some(level)) => level.downsample,
