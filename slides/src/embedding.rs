@@ -56,8 +56,8 @@ pub struct Summary {
     pub skipped: usize,
     /// Slides of the table that have no patches.
     pub without_patches: usize,
-    /// Slides that failed, with the reason.
-    pub failed: Vec<String>,
+    /// Slides that failed, and why.
+    pub failed: BTreeMap<String, String>,
     /// Patches of the slides that were embedded now.
     pub patches: u64,
 }
@@ -119,7 +119,7 @@ pub fn embed(request: &Request, onnx: &Path, backbone: &mut Backbone) -> Result<
         embedded,
         skipped: there.len(),
         without_patches: table.len() - patched.len(),
-        failed: reasons.into_values().collect(),
+        failed: reasons.into_iter().map(|(name, reason)| (name.into(), reason)).collect(),
         patches,
     })
 }

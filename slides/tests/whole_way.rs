@@ -140,6 +140,17 @@ fn a_slide_goes_all_the_way_by_onnx() {
         assert!(text(&heatmap.join(file)) == text(&theirs.join(file)), "{file} differs");
     }
 
+    // of a folder, those that can be read
+    let all = way.path("all");
+    let slides = way.path("my slides");
+    let command = ["predict", run, slides.to_str().unwrap(), "--out", all.to_str().unwrap()];
+    let output = cf_slide(&[&command, &by_onnx[..]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("1 of 3 slides failed"), "{}", stderr(&output));
+    assert_eq!(risks(&all), risks(&prediction));
+    let left_out = text(&all.join("left_out.csv"));
+    assert!(left_out.contains("broken") && left_out.contains("is not a slide of a format"), "{left_out}");
+
     // slides without tissue, and none at all
     let broken = way.path("my slides/broken.svs");
     let no_tissue = way.path("white.tiff");
@@ -154,6 +165,53 @@ fn a_slide_goes_all_the_way_by_onnx() {
             assert!(said.contains(why) && said.contains(slide.to_str().unwrap()), "{command}: {said}");
             let _ = std::fs::remove_dir_all(&refused);
         }
+    }
+}
+
+#[test]
+fn what_cannot_be_done_is_said_before_it_takes_time() {
+    let Some(way) = way("what_cannot_be_done_is_said_before_it_takes_time") else { return };
+    let (run, out) = (way.path("out/run"), way.path("nothing"));
+    let (run, slide, slides) = (run.to_str().unwrap(), way.slide(0), way.path("my slides"));
+    // it takes 12 features, and means.onnx gives 3
+    let other = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/models/CrossFusion.pt");
+    let slides = slides.to_str().unwrap();
+    for (command, model, slide, code, why) in [
+        ("predict", other, &*slide, 1, "CrossFusion.pt: takes features of width 12, but means's are 3"),
+        ("heatmap", other, &slide, 1, "CrossFusion.pt: takes features of width 12, but means's are 3"),
+        ("predict", slides, &slide, 2, "my slides: is neither a run folder, it has no config.toml, nor a model"),
+        ("predict", "nowhere", &slide, 1, "nowhere: cannot be read"),
+        ("heatmap", run, slides, 2, "my slides: is a folder, expected a slide"),
+    ] {
+        let output = cf_slide(&[command, model, slide, "--onnx", ONNX, "--out", out.to_str().unwrap()]);
+        let said = stderr(&output);
+        assert!(output.status.code() == Some(code) && said.contains(why), "{command} {model}: {said}");
+        assert!(!out.exists(), "{command} {model}: something was written");
+    }
+    // settings by which there is no tissue, and then others into the same folder
+    let command = ["predict", run, &slide, "--onnx", ONNX, "--power", "20", "--out", out.to_str().unwrap()];
+    let output = cf_slide(&command);
+    assert!(output.status.code() == Some(1) && stderr(&output).contains("try --preset"), "{}", stderr(&output));
+    let output = cf_slide(&[&command[..], &["--preset", "bwh-biopsy"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+/// A slide that is not at hand is named with its ending or without, or by a file of its features.
+#[test]
+fn features_are_found_by_any_name_of_their_slide() {
+    let Some(way) = way("features_are_found_by_any_name_of_their_slide") else { return };
+    let (run, features, patches) = (way.path("out/run"), way.path("out/features"), way.path("out/patches"));
+    let [run, features_, patches] = [&run, &features, &patches].map(|path| path.to_str().unwrap());
+    let name = name(SLIDES[1]);
+    let file = features.join(format!("means/x10/pt_files/{name}.pt"));
+    let expected = text(&way.path("out/heatmaps").join(name).join("heatmap.csv"));
+    for (i, named) in [SLIDES[1], name, file.to_str().unwrap()].into_iter().enumerate() {
+        let out = way.path(&format!("named {i}"));
+        let arguments = ["heatmap", run, named, "--pt-dir", features_, "--backbone", "means", "--patches", patches];
+        let output = cf_slide(&[&arguments[..], &["--out", out.to_str().unwrap()]].concat());
+        assert!(output.status.success(), "{named}: {}", stderr(&output));
+        assert!(stdout(&output).contains("is no slide; pictures are on white"), "{}", stdout(&output));
+        assert_eq!(text(&out.join("heatmap.csv")), expected, "{named}");
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 use bytesize::ByteSize;
 use serde::Serialize;
 
-use super::{Network, load, of_card, overlap, predict_slides};
+use super::{Network, load, of_card, overlap, predict_slides, wrong_width};
 use crate::{
     Error, Result,
     data::{
@@ -149,6 +149,17 @@ fn percentile(risks: &[f64], risk: f64) -> f64 {
     let below = risks.iter().filter(|&&other| other < risk).count() as f64;
     let same = risks.iter().filter(|&&other| other == risk).count() as f64;
     100.0 * (below + same / 2.0) / risks.len() as f64
+}
+
+/// Refuses features of a width that the model does not take, and what is no model: for who makes
+/// features first.
+pub fn check_width(model: &Path, heads: Option<usize>, backbone: &str, features: usize) -> Result<()> {
+    let models = models(model)?;
+    let Some(path) = models.first() else { return Err(Error::file(model, "has no model")) };
+    match Network::read(path, heads)?.config.features {
+        takes if takes != features => Err(wrong_width(path, takes, backbone, features)),
+        _ => Ok(()),
+    }
 }
 
 /// The models of a run's folds that are trained to their end, or the one model.

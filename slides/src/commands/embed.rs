@@ -63,7 +63,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         threads,
     };
     let summary = embedding::embed(&request, onnx, &mut backbone)?;
-    summary.failed.iter().for_each(|reason| crossfusion::say(format!("failed: {reason}")));
+    summary.failed.values().for_each(|reason| crossfusion::say(format!("failed: {reason}")));
     crossfusion::say(format!(
         "{} slides embedded ({} patches), {} were there already, {} failed",
         summary.embedded,

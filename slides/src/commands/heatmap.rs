@@ -32,7 +32,8 @@ pub struct Arguments {
     /// Run folder, whose folds' models are averaged, or one model: best.safetensors, a published
     /// best_model.pt
     model: PathBuf,
-    /// The slide; of features that are there, its name will do, and pictures are then on white
+    /// The slide; of features that are there, its name or a file of them will do, and pictures are
+    /// then on white
     slide: PathBuf,
     /// How patches are scored
     #[arg(long, default_value = "gradient")]
@@ -100,11 +101,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         let message = format!("--out {}: holds {} already; choose another", out.display(), path(".csv").display());
         return Err(Error::Usage(message));
     }
-    let opened = if slide.is_file() { Some(Slide::open(slide)?) } else { None };
-    if opened.is_none() {
-        crossfusion::say(format!("{}: is no file; pictures are on white", slide.display()));
+    if slide.is_dir() {
+        return Err(Error::Usage(format!("{}: is a folder, expected a slide", slide.display())));
     }
-    let features = source.features(std::slice::from_ref(slide), &out, machine)?;
+    let is_of_features =
+        slide.extension().is_some_and(|of| ["pt", "safetensors", "h5"].iter().any(|known| of == *known));
+    let opened = if slide.is_file() && !is_of_features { Some(Slide::open(slide)?) } else { None };
+    let features = source.features(std::slice::from_ref(slide), model, &out, machine)?;
+    if opened.is_none() {
+        crossfusion::say(format!("{}: is no slide; pictures are on white", slide.display()));
+    }
     let of = (&*features.pt_dir, &*features.backbone);
     let mut explainer = Explainer::open((model, source.num_heads), of, &id, device, machine.memory_budget)?;
     let patches = arguments.patches.as_ref().or(features.patches.as_ref());

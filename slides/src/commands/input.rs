@@ -1,11 +1,18 @@
 //! What `predict` and `heatmap` are given: a slide, or features of one that are there already.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use bytesize::ByteSize;
 use clap::Args;
-use crossfusion::model::Scale;
-use crossfusion::{Error, Result};
+use crossfusion::{
+    Error, Result,
+    data::cohort::{self, LeftOut},
+    eval,
+    model::Scale,
+};
 use crossfusion_slides::{
     backbone::{Backbone, Device},
     embedding,
@@ -61,34 +68,46 @@ pub struct Machine {
 pub struct Features {
     pub pt_dir: PathBuf,
     pub backbone: String,
+    /// Names of the slides.
+    pub slides: Vec<String>,
     /// Folder of coordinates, where they were made here.
     pub patches: Option<PathBuf>,
+    /// Slides of which they could not be made, and why.
+    pub failed: Vec<LeftOut>,
 }
 
-/// The name of a slide's features: of a slide file its name without extension.
+/// The name of a slide's features: a file's name without extension.
 pub fn slide_id(slide: &Path) -> String {
-    let name = if slide.is_file() { slide.file_stem() } else { Some(slide.as_os_str()) };
-    name.unwrap_or_default().to_string_lossy().into_owned()
+    match slide.file_stem() {
+        Some(stem) if slide.is_file() => stem.to_string_lossy().into_owned(),
+        _ => cohort::stem(&slide.to_string_lossy()).into(),
+    }
 }
 
 impl Source {
-    /// Finds the features, or makes them in `out`.
-    pub fn features(&self, slides: &[PathBuf], out: &Path, machine: &Machine) -> Result<Features> {
-        let (Some(onnx), None) = (&self.onnx, &self.pt_dir) else {
-            let (Some(pt_dir), Some(backbone)) = (&self.pt_dir, &self.backbone) else {
-                return Err(Error::Usage("expected --onnx, or --pt-dir and --backbone".into()));
-            };
-            if self.tissue != Tissue::default() {
-                let message = "--preset and the other settings of tissue are for --onnx: there are features already";
-                return Err(Error::Usage(message.into()));
-            }
-            return Ok(Features { pt_dir: pt_dir.clone(), backbone: backbone.clone(), patches: None });
+    /// Finds the features, or makes them in `out` for a model that takes them.
+    pub fn features(&self, slides: &[PathBuf], model: &Path, out: &Path, machine: &Machine) -> Result<Features> {
+        let (pt_dir, backbone) = match (&self.onnx, &self.pt_dir, &self.backbone) {
+            (Some(onnx), ..) => return self.make(onnx, slides, model, out, machine),
+            (None, Some(pt_dir), Some(backbone)) => (pt_dir.clone(), backbone.clone()),
+            _ => return Err(Error::Usage("expected --onnx, or --pt-dir and --backbone".into())),
         };
+        if self.tissue != Tissue::default() {
+            let message = "--preset and the other settings of tissue are for --onnx: there are features already";
+            return Err(Error::Usage(message.into()));
+        }
+        let slides = slides.iter().map(|slide| slide_id(slide)).collect();
+        Ok(Features { pt_dir, backbone, slides, patches: None, failed: Vec::new() })
+    }
+
+    fn make(&self, onnx: &Path, slides: &[PathBuf], model: &Path, out: &Path, machine: &Machine) -> Result<Features> {
         let threads = start_threads(machine.threads)?;
         slide::check_library()?;
         // a model on a GPU does not need an ONNX Runtime that has it
         let device = if machine.device == "cpu" { Device::Cpu } else { Device::Auto };
         let mut network = Backbone::load(onnx, None, device, threads)?;
+        let backbone = onnx.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        eval::predict::check_width(model, self.num_heads, &backbone, network.recipe.features)?;
         let (patches, pt_dir) = (out.join("patches"), out.join("features"));
         let settings = Settings {
             patch_size: 256,
@@ -107,25 +126,28 @@ impl Source {
                 row.path.display()
             ),
         };
-        let without: Vec<String> = rows.values().filter(|row| row.status != Status::Patched).map(why_not).collect();
-        if without.len() == rows.len() {
-            return Err(Error::Data(without.join("; ")));
+        let unpatched = rows.iter().filter(|(_, row)| row.status != Status::Patched);
+        let mut failed: BTreeMap<String, String> = unpatched.map(|(name, row)| (name.clone(), why_not(row))).collect();
+        if failed.len() < rows.len() {
+            let request = embedding::Request {
+                patches: &patches,
+                slides: None,
+                out: &pt_dir.join(&backbone),
+                format: Format::Pt,
+                batch: 32,
+                threads,
+            };
+            failed.extend(embedding::embed(&request, onnx, &mut network)?.failed);
+            // of slides that an earlier call has left in --out
+            failed.retain(|name, _| rows.contains_key(name));
         }
-        without.iter().for_each(|reason| crossfusion::say(format!("failed: {reason}")));
-        let backbone = onnx.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let request = embedding::Request {
-            patches: &patches,
-            slides: None,
-            out: &pt_dir.join(&backbone),
-            format: Format::Pt,
-            batch: 32,
-            threads,
-        };
-        let summary = embedding::embed(&request, onnx, &mut network)?;
-        if summary.embedded + summary.skipped == 0 {
-            return Err(Error::Data(summary.failed.join("; ")));
+        if failed.len() == rows.len() {
+            return Err(Error::Data(failed.into_values().collect::<Vec<_>>().join("; ")));
         }
-        summary.failed.iter().for_each(|reason| crossfusion::say(format!("failed: {reason}")));
-        Ok(Features { pt_dir, backbone, patches: Some(patches) })
+        failed.values().for_each(|reason| crossfusion::say(format!("failed: {reason}")));
+        let slides = rows.keys().filter(|name| !failed.contains_key(*name)).cloned().collect();
+        let left_out = |(slide_id, reason)| LeftOut { slide_id, case_id: String::new(), reason };
+        let failed = failed.into_iter().map(left_out).collect();
+        Ok(Features { pt_dir, backbone, slides, patches: Some(patches), failed })
     }
 }

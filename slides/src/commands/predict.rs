@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 use crossfusion::{
-    Result,
+    Error, Result,
     data::dataset::Which,
     device::Device,
     eval::{self, predict},
     folder,
 };
 
-use super::input::{Machine, Source, slide_id};
+use super::input::{Machine, Source};
 
 /// Predicts slides: hazards, survival curve, median survival, risk, and its percentile in the
 /// cohort that the run was trained on
@@ -20,7 +20,7 @@ pub struct Arguments {
     /// Run folder, whose folds' models are averaged, or one model: best.safetensors, a published
     /// best_model.pt
     model: PathBuf,
-    /// Slides; of features that are there, their names will do
+    /// Slides, or folders of them; of features that are there, their names will do
     #[arg(required = true)]
     slides: Vec<PathBuf>,
     /// Folder for predictions.csv and predictions.json [default: runs/predict-NUMBER]
@@ -37,16 +37,17 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let device = Device::from_name(&machine.device, machine.threads)?;
     let out = arguments.out.clone().unwrap_or_else(|| folder::fresh_folder("predict"));
     eval::check_out(&out)?;
-    let features = source.features(slides, &out, machine)?;
-    let names: Vec<String> = slides.iter().map(|slide| slide_id(slide)).collect();
+    let features = source.features(slides, model, &out, machine)?;
     let request = predict::Request {
         model,
         heads: source.num_heads,
         pt_dir: &features.pt_dir,
         backbone: &features.backbone,
-        slides: Which::Named(&names),
+        slides: Which::Named(&features.slides),
     };
-    let predictions = predict::predict(&request, device, machine.memory_budget)?;
+    let mut predictions = predict::predict(&request, device, machine.memory_budget)?;
+    let failed = features.failed.len();
+    predictions.left_out.extend(features.failed);
     predictions.write(&out)?;
     crossfusion::say(predictions.sentences());
     for slide in &predictions.slides {
@@ -61,5 +62,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         ));
     }
     crossfusion::say(format!("predictions {}", out.join(predict::CSV).display()));
-    Ok(())
+    match failed {
+        0 => Ok(()),
+        n => Err(Error::Data(format!("{n} of {} slides failed, for the reasons above", n + features.slides.len()))),
+    }
 }
