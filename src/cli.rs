@@ -123,7 +123,8 @@ pub fn end_at_signals() -> Result<()> {
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
             atomic::remove_temporaries();
-            std::process::exit(128 + signal);
+            // no destructors of libraries whose threads are at work: ONNX Runtime would complain
+            signal_hook::low_level::exit(128 + signal);
         }
     });
     Ok(())

@@ -2,7 +2,11 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use common::{cf_slide, shared, stderr, stdout, write_slide};
 use crossfusion::{data::features::FeatureFile, model::Scale};
@@ -95,18 +99,52 @@ fn features_of_a_generated_slide_are_its_colours() {
     assert!(stdout(&output).contains("mosaic.tiff: cannot be read"), "{}", stdout(&output));
 }
 
-#[test]
-fn features_of_real_slides_are_pytorchs() {
-    let test = "features_of_real_slides_are_pytorchs";
-    let Some(data) = shared(test, "slides") else { return };
-    let Some(expected) = shared(test, "features/efficientnet_lite0") else { return };
+/// efficientnet_lite0 of $CROSSFUSION_BACKBONES or target/backbones; None, said loudly, without it.
+fn efficientnet(test: &str) -> Option<PathBuf> {
     let onnx = std::env::var_os("CROSSFUSION_BACKBONES")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/backbones"), PathBuf::from)
         .join("efficientnet_lite0.onnx");
     if !onnx.exists() {
         eprintln!("SKIPPED {test}: {} not found; scripts/export-backbone.py writes it", onnx.display());
+        return None;
+    }
+    Some(onnx)
+}
+
+/// ONNX Runtime's threads, still at work, are not there to complain of what the end takes away.
+#[test]
+fn ctrl_c_says_nothing() {
+    let test = "ctrl_c_says_nothing";
+    let Some(onnx) = efficientnet(test) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let [slide, patches, out] = ["large.tiff", "patches", "features"].map(|name| folder.path().join(name));
+    write_slide(&slide, 12 * 256, 12 * 256, |x, y| if x.min(y) > 256 { [200, 60, 90] } else { [255; 3] });
+    let [slide, patches, out_] = [&slide, &patches, &out].map(|path| path.to_str().unwrap());
+    if run(test, &["patch", slide, "--out", patches, "--power", "20", "--preset", "bwh-biopsy"]).is_none() {
         return;
     }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cf-slide"));
+    command.args(["embed", patches, "--backbone", onnx.to_str().unwrap(), "--out", out_, "--batch-size", "1"]);
+    let mut embed = command.stderr(Stdio::piped()).spawn().unwrap();
+    while !out.join("efficientnet_lite0/backbone.toml").exists() && embed.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    let killed = Command::new("kill").args(["-INT", &embed.id().to_string()]).status().unwrap();
+    let ended = embed.wait_with_output().unwrap();
+    if ended.status.code() != Some(130) {
+        eprintln!("SKIPPED {test}: it had ended before ({killed}): {}", stderr(&ended));
+        return;
+    }
+    assert_eq!(stderr(&ended), "");
+}
+
+#[test]
+fn features_of_real_slides_are_pytorchs() {
+    let test = "features_of_real_slides_are_pytorchs";
+    let Some(data) = shared(test, "slides") else { return };
+    let Some(expected) = shared(test, "features/efficientnet_lite0") else { return };
+    let Some(onnx) = efficientnet(test) else { return };
     let folder = tempfile::tempdir().unwrap();
     let [patches, out] = ["patches", "features"].map(|name| folder.path().join(name));
     let [data_, patches_, out_] = [&data, &patches, &out].map(|path| path.to_str().unwrap());
