@@ -12,7 +12,7 @@ use crossfusion::{
         dataset::{Source, Which},
     },
     device::Device,
-    eval::{self, Checkpoint, Moved, compare, predict},
+    eval::{self, Checkpoint, Moved, compare, predict, seeds},
     folder,
     report::RESAMPLING,
     survival::Bootstrap,
@@ -22,6 +22,8 @@ const EXAMPLES: &str = "\
 Examples:
   cf-eval runs/resnet50-1
       each fold's model on the slides that the fold was not trained on
+  cf-eval runs/five
+      each run of cf-train --seeds, and all of them side by side
   cf-eval runs/resnet50-1 --pt-dir /new/place/features
       the same after the features have moved
   cf-eval --checkpoint best_model.pt --clinical other.csv --pt-dir features --backbone resnet50
@@ -45,7 +47,7 @@ struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
 
-    /// Run folder of cf-train; each fold's best model is evaluated on the fold's test slides, or
+    /// Run folder of cf-train, or of its --seeds; each fold's best model is evaluated on the fold's test slides, or
     /// else on its validation slides
     #[arg(required_unless_present_any = ["checkpoint", "completions", "man"], conflicts_with = "checkpoint")]
     run: Option<PathBuf>,
@@ -222,6 +224,7 @@ fn evaluate_models(arguments: &Arguments) -> Result<()> {
     let (plan, budget) = (resampling.plan(), machine.memory_budget);
     let (summary, folder) = match (run, checkpoint, data) {
         (Some(run), ..) => {
+            let of_seeds = !folder::config_path(run).exists() && !seeds::runs(run).is_empty();
             let Data { clinical, manifest, splits, pt_dir, .. } = data;
             let moved = Moved {
                 clinical: clinical.clone(),
@@ -229,6 +232,13 @@ fn evaluate_models(arguments: &Arguments) -> Result<()> {
                 splits: splits.clone(),
                 pt_dir: pt_dir.clone(),
             };
+            if of_seeds {
+                let device = || Device::from_name(&machine.device, machine.threads);
+                let seeds = seeds::evaluate(run, &moved, &device, budget, plan)?;
+                crossfusion::say(seeds.table().trim_end());
+                crossfusion::say(format!("report {}", run.join("report.html").display()));
+                return Ok(());
+            }
             (eval::evaluate_run(run, &moved, device, budget, plan)?, run.clone())
         }
         (

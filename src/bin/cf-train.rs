@@ -37,6 +37,8 @@ Examples:
       Cox's loss; epochs chosen on a part of the training patients
   cf-train ... --out runs/a --fold 2
       one fold of a run, in a job of its own beside those of the other folds
+  cf-train ... --out runs/five --seeds 5
+      five runs that differ in their seed alone
   cf-train --resume runs/resnet50-1
       goes on with an interrupted run
   cf-train --config runs/resnet50-1/config.toml --seed 8
@@ -66,6 +68,10 @@ struct Arguments {
     /// the run or joins it, and goes on where the fold was interrupted; cf-eval then reports
     #[arg(long, value_name = "K", conflicts_with_all = ["demo", "check"])]
     fold: Option<usize>,
+    /// Train as many runs, of the seeds --seed, --seed + 1, ..., into the folders seed_N of --out;
+    /// the same command goes on where it was interrupted
+    #[arg(long, value_name = "N", conflicts_with_all = ["demo", "check", "resume"], value_parser = clap::value_parser!(u64).range(1..=1000))]
+    seeds: Option<u64>,
     /// Run folder [default: runs/BACKBONE-NUMBER]
     #[arg(long, alias = "save-dir", value_name = "RUN")]
     out: Option<PathBuf>,
@@ -135,14 +141,27 @@ fn check(config: &RunConfig) -> Result<Checked> {
     Ok(checked)
 }
 
+/// Folds and seeds go to a folder that is named.
+fn check_out(arguments: &Arguments) -> Result<()> {
+    let message = match (&arguments.out, arguments.fold, arguments.seeds) {
+        (None, Some(fold), _) => format!("--fold {fold}: expected --out as well, the run folder that folds share"),
+        (None, _, Some(seeds)) => format!("--seeds {seeds}: expected --out as well, the folder of the runs"),
+        (Some(out), _, Some(_)) if folder::config_path(out).exists() => {
+            format!("--out {}: is the run of one seed; choose another", out.display())
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::Usage(message))
+}
+
 /// What there is left to do when a process has trained its one fold.
 fn trained(run: &Path, fold: usize) -> Result<String> {
     let config = RunConfig::read(&folder::config_path(run))?;
     let unfinished = run::unfinished(run, config.fold_numbers())?;
     let run = crossfusion::quote(&run.display().to_string());
     Ok(match unfinished[..] {
-        [] => format!("fold {fold} is trained, and so are all others; cf-eval {run} reports"),
-        _ => format!("fold {fold} is trained, but not yet {}", folds::named(&unfinished)),
+        [] => format!("fold {fold} of {run} is trained, and so are all others; cf-eval {run} reports"),
+        _ => format!("fold {fold} of {run} is trained, but not yet {}", folds::named(&unfinished)),
     })
 }
 
@@ -161,91 +180,86 @@ fn refuse_data(matches: &ArgMatches) -> Result<()> {
     }
 }
 
-/// A run that is ready to be trained.
-struct Prepared {
-    folder: PathBuf,
-    run: Run,
-    device: Device,
-    /// The only one to train, if it was asked for.
-    fold: Option<usize>,
-}
-
 /// Trains as the only process, or as the first of several.
 fn lead(ranks: Option<&Ranks>) -> Result<()> {
-    let prepared = prepare()?;
-    if let Some(ranks) = ranks {
-        let folder = prepared.as_ref().map_or(String::new(), |p| p.folder.display().to_string());
-        ranks.tell(&folder)?;
-        if let Some(Prepared { run, fold, .. }) = &prepared {
-            ranks.tell(&run.config().to_toml()?)?;
-            ranks.tell(&fold.map_or(String::new(), |fold| fold.to_string()))?;
-        }
-    }
-    let Some(Prepared { folder, run, device, fold }) = prepared else { return Ok(()) };
-    if let Some(sentence) = run.memory() {
-        crossfusion::say(sentence);
-    }
+    let matches = Arguments::command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let runs = match arguments.documentation.print(Arguments::command())? {
+        true => Vec::new(),
+        false => prepare(&arguments, &matches)?,
+    };
     let interrupted = Arc::default();
     listen(&interrupted).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
-    run.train(&folder, &interrupted, ranks)?;
-    if let Some(fold) = fold {
-        crossfusion::say(trained(&folder, fold)?);
+    for (folder, run) in &runs {
+        run.memory().into_iter().for_each(crossfusion::say);
+        if let Some(ranks) = ranks {
+            ranks.tell(&folder.display().to_string())?;
+            ranks.tell(&run.config().to_toml()?)?;
+            ranks.tell(&arguments.fold.map_or(String::new(), |fold| fold.to_string()))?;
+        }
+        run.train(folder, &interrupted, ranks).map_err(|error| match error {
+            Error::Interrupted(_) if arguments.seeds.is_some() => {
+                Error::Interrupted("stopped; the same command goes on".into())
+            }
+            other => other,
+        })?;
+        if let Some(fold) = arguments.fold {
+            crossfusion::say(trained(folder, fold)?);
+        }
+    }
+    if let Some(ranks) = ranks {
+        ranks.tell("")?;
+    }
+    if runs.is_empty() || arguments.fold.is_some() {
         return Ok(());
     }
     interrupted.store(true, Ordering::Relaxed); // what is left is soon done again: a signal ends it at once
-    let summary = eval::evaluate_run(&folder, &eval::Moved::default(), device, None, report::RESAMPLING)?;
-    crossfusion::say(summary.table().trim_end());
-    crossfusion::say(format!("report {}", folder.join("report.html").display()));
-    Ok(())
+    evaluate(&runs, arguments.out.as_deref().filter(|_| arguments.seeds.is_some()))
 }
 
-/// Trains as one of several processes that is not the first: by the settings that this has read.
+/// Trains as one of several processes that is not the first, what this tells: a run's folder, its
+/// settings and its only fold, if there is one; no folder at the end.
 fn follow(ranks: &Ranks) -> Result<()> {
-    let folder = ranks.tell("")?;
-    if folder.is_empty() {
-        return Ok(()); // there is nothing to train
-    }
-    let mut run = Run::open(RunConfig::from_toml(&ranks.tell("")?)?)?;
-    if let Ok(fold) = ranks.tell("")?.parse() {
-        run.keep_fold(fold)?;
-    }
     let interrupted = Arc::default();
     listen(&interrupted).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
-    run.follow(Path::new(&folder), &interrupted, ranks)
+    loop {
+        let folder = ranks.tell("")?;
+        if folder.is_empty() {
+            return Ok(());
+        }
+        let mut run = Run::open(RunConfig::from_toml(&ranks.tell("")?)?)?;
+        if let Ok(fold) = ranks.tell("")?.parse() {
+            run.keep_fold(fold)?;
+        }
+        run.follow(Path::new(&folder), &interrupted, ranks)?;
+    }
 }
 
-/// Checks all input and begins the run's folder, or finds the one to resume. None where there is
+/// Checks all input and begins the runs' folders, or finds the one to resume; none where there is
 /// nothing to train.
-fn prepare() -> Result<Option<Prepared>> {
-    let matches = Arguments::command().get_matches();
-    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
-    if arguments.documentation.print(Arguments::command())? {
-        return Ok(None);
-    }
-    let (settings, fold) = (arguments.settings, arguments.fold);
+fn prepare(arguments: &Arguments, matches: &ArgMatches) -> Result<Vec<(PathBuf, Run)>> {
+    let settings = &arguments.settings;
     // Nothing is written before all input is checked.
-    Ok(Some(if let Some(folder) = arguments.resume {
-        let config = resumed(&settings, &matches, &folder)?;
-        let unfinished = run::unfinished(&folder, config.fold_numbers())?;
-        if fold.is_none() && unfinished.is_empty() && folder.join("report.html").is_file() {
+    if let Some(folder) = arguments.resume.clone() {
+        let config = resumed(settings, matches, &folder)?;
+        if arguments.fold.is_none() && run::is_finished(&folder, config.fold_numbers())? {
             crossfusion::say(format!(
                 "{} is finished; its report is {}",
                 folder.display(),
                 folder.join("report.html").display()
             ));
-            return Ok(None);
+            return Ok(Vec::new());
         }
-        let device = Device::from_name(&config.device, config.threads)?;
         let mut run = Run::open(config)?;
-        fold.map_or(Ok(()), |fold| run.keep_fold(fold))?;
+        arguments.fold.map_or(Ok(()), |fold| run.keep_fold(fold))?;
         run.moved(&folder)?;
-        Prepared { folder, run, device, fold }
+        Ok(vec![(folder, run)])
     } else if arguments.demo {
-        refuse_data(&matches)?;
-        let resolve = |run: &Path| settings.resolve(&matches, "--demo", demo::settings(&run.join(run::DEMO_DATA))?);
+        refuse_data(matches)?;
+        let resolve = |run: &Path| settings.resolve(matches, "--demo", demo::settings(&run.join(run::DEMO_DATA))?);
         let config = resolve(Path::new("."))?;
-        let device = Device::from_name(&config.device, config.threads)?;
-        let folder = folder::make_folder(arguments.out, "demo")?;
+        Device::from_name(&config.device, config.threads)?;
+        let folder = folder::make_folder(arguments.out.clone(), "demo")?;
         let cohort = folder.join(run::DEMO_DATA);
         crossfusion::say(format!("writing a synthetic cohort to {}", cohort.display()));
         demo::write_demo(&cohort, config.seed)?;
@@ -254,12 +268,13 @@ fn prepare() -> Result<Option<Prepared>> {
             let _ = std::fs::remove_dir_all(&cohort).and_then(|()| std::fs::remove_dir(&folder));
         })?;
         run.save_config(&folder)?;
-        Prepared { folder, run, device, fold }
+        Ok(vec![(folder, run)])
     } else {
         let name = arguments.config.as_ref().map_or("the flags".into(), |path| path.display().to_string());
         let table = arguments.config.as_deref().map(RunConfig::read_table).transpose()?;
-        let mut config = settings.resolve(&matches, &name, table.unwrap_or_default())?;
-        let device = Device::from_name(&config.device, config.threads)?;
+        let mut config = settings.resolve(matches, &name, table.unwrap_or_default())?;
+        Device::from_name(&config.device, config.threads)?;
+        check_out(arguments)?;
         let mut reasons = HashMap::new();
         let mut nothing_wrong = None;
         if arguments.check || arguments.skip_bad {
@@ -275,38 +290,66 @@ fn prepare() -> Result<Option<Prepared>> {
             config.skip_slides.extend(reasons.keys().cloned());
             config.skip_slides.sort();
         }
-        if let (Some(fold), None) = (fold, &arguments.out) {
-            return Err(Error::Usage(format!(
-                "--fold {fold}: expected --out as well, the run folder that folds share"
-            )));
+        let mut runs = Vec::new();
+        for seed in (config.seed..).take(arguments.seeds.unwrap_or(1) as usize) {
+            let mut run = Run::open(RunConfig { seed, ..config.clone() })?;
+            run.explain(&reasons);
+            arguments.fold.map_or(Ok(()), |fold| run.keep_fold(fold))?;
+            runs.push((seed, run));
         }
-        let backbone = config.backbone.clone();
-        let mut run = Run::open(config)?;
-        run.explain(&reasons);
         if arguments.check {
             // what is bad has been listed, and nobody asked to leave it out
-            let notes = run.notes().into_iter().filter(|note| !note.contains("skip_slides"));
+            let notes = runs[0].1.notes().into_iter().filter(|note| !note.contains("skip_slides"));
             notes.for_each(|note| crossfusion::say(format!("note: {note}")));
         }
         nothing_wrong.into_iter().for_each(crossfusion::say);
         if arguments.check {
             return match reasons.len() {
-                0 => Ok(None),
+                0 => Ok(Vec::new()),
                 n => Err(Error::Data(format!("--check: {n} slides cannot be trained on; --skip-bad leaves them out"))),
             };
         }
-        let folder = if let (Some(fold), Some(folder)) = (fold, arguments.out.clone()) {
-            run.keep_fold(fold)?;
-            folder::make_shared_folder(&folder)?;
-            run.share(&folder)?;
-            folder
-        } else {
-            let folder = folder::make_folder(arguments.out, &backbone)?;
-            run.save_config(&folder)?;
-            folder
+        // other processes may train other folds, and the same command goes on
+        let shared = arguments.fold.is_some() || arguments.seeds.is_some();
+        let begin = |(seed, run): (u64, Run)| {
+            let of_seed = |out: &PathBuf| match arguments.seeds {
+                Some(_) => out.join(format!("seed_{seed}")),
+                None => out.clone(),
+            };
+            match arguments.out.as_ref().map(of_seed) {
+                Some(folder) if shared => {
+                    folder::make_shared_folder(&folder)?;
+                    run.share(&folder)?;
+                    Ok((folder, run))
+                }
+                out => {
+                    let folder = folder::make_folder(out, &config.backbone)?;
+                    run.save_config(&folder)?;
+                    Ok((folder, run))
+                }
+            }
         };
-        Prepared { folder, run, device, fold }
-    }))
+        runs.into_iter().map(begin).collect()
+    }
+}
+
+/// Reports the run, or the runs of several seeds in their folder.
+fn evaluate(runs: &[(PathBuf, Run)], of_seeds: Option<&Path>) -> Result<()> {
+    let [(folder, run), ..] = runs else { return Ok(()) };
+    let moved = eval::Moved::default();
+    let (table, folder) = match of_seeds {
+        Some(folder) => {
+            let seeds = eval::seeds::evaluate(folder, &moved, &|| run.device(), None, report::RESAMPLING)?;
+            (seeds.table(), folder)
+        }
+        None => {
+            let summary = eval::evaluate_run(folder, &moved, run.device()?, None, report::RESAMPLING)?;
+            (summary.table(), folder.as_path())
+        }
+    };
+    crossfusion::say(table.trim_end());
+    crossfusion::say(format!("report {}", folder.join("report.html").display()));
+    Ok(())
 }
 
 /// Ctrl-C, a batch system's SIGTERM, or the SIGHUP of a terminal that goes away sets `interrupted`;

@@ -12,6 +12,7 @@ pub mod compare;
 mod describe;
 pub mod infer;
 pub mod predict;
+pub mod seeds;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

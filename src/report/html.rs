@@ -18,16 +18,30 @@ const MOST_ROWS: usize = 1000;
 const ICON: &str = "data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 viewBox=%220 0 16 16%22%3E\
 %3Cpath d=%22M2 3h4v4h4v3h4v3%22 fill=%22none%22 stroke=%22%23d96a00%22 stroke-width=%222.5%22/%3E%3C/svg%3E";
 
-/// The page, from the numbers, the predictions that they are of, and their plots.
-pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], plots: &Plots) -> Result<String> {
-    let title = escape(&about.title);
-    let mut page = format!(
+/// A page's beginning, up to its header; the title is escaped already.
+pub fn head(title: &str) -> String {
+    format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n\
          <title>{title} \u{b7} CrossFusion</title>\n<link rel=\"icon\" href=\"{ICON}\">\n<style>\n{}{STYLE}</style>\n\
          </head>\n<body>\n<main>\n",
         page_style()
+    )
+}
+
+/// A page's end.
+pub fn foot(page: &mut String) {
+    let _ = write!(
+        page,
+        "</main>\n<footer>Made by CrossFusion {VERSION}. Risk predictions of a research model: not for clinical use.</footer>\n\
+         </body>\n</html>\n",
     );
+}
+
+/// The page, from the numbers, the predictions that they are of, and their plots.
+pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], plots: &Plots) -> Result<String> {
+    let title = escape(&about.title);
+    let mut page = head(&title);
     header(&mut page, &title, about);
     key_figures(&mut page, summary, &about.protocol);
     list(&mut page, "warnings", &summary.warnings);
@@ -77,11 +91,7 @@ pub fn page(about: &About, summary: &Summary, predictions: &[SlideResult], plots
         Ok(())
     })?;
     reproduce(&mut page, about)?;
-    let _ = write!(
-        page,
-        "</main>\n<footer>Made by CrossFusion {VERSION}. Risk predictions of a research model: not for clinical use.</footer>\n\
-         </body>\n</html>\n",
-    );
+    foot(&mut page);
     Ok(page)
 }
 
@@ -162,7 +172,8 @@ fn key_figures(page: &mut String, summary: &Summary, protocol: &str) {
     }
 }
 
-fn list(page: &mut String, class: &str, sentences: &[String]) {
+/// Sentences, if there are any.
+pub fn list(page: &mut String, class: &str, sentences: &[String]) {
     let items: String = sentences.iter().map(|sentence| format!("<li>{}</li>\n", escape(sentence))).collect();
     if !items.is_empty() {
         let _ = writeln!(page, "<ul class=\"{class}\">\n{items}</ul>");

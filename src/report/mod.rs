@@ -15,6 +15,7 @@ pub mod html;
 pub mod km;
 pub mod plots;
 pub mod risk;
+pub mod seeds;
 mod summary;
 mod table;
 

@@ -50,6 +50,15 @@ pub fn unfinished(run: &Path, folds: Range<usize>) -> Result<Vec<usize>> {
     Ok(unfinished)
 }
 
+/// Whether all folds of a run are trained, and its report is of all of them: it is younger than
+/// they are.
+pub fn is_finished(run: &Path, folds: Range<usize>) -> Result<bool> {
+    let modified = |path: PathBuf| std::fs::metadata(path).and_then(|file| file.modified()).ok();
+    let report = modified(run.join("report.html"));
+    let older = |fold| modified(FoldTrainer::checkpoint_path(&folder::fold_folder(run, fold))) <= report;
+    Ok(report.is_some() && unfinished(run, folds.clone())?.is_empty() && folds.into_iter().all(older))
+}
+
 /// The file in a run's folder, or in a fold's, that the operating system locks for a process until
 /// it closes it or ends, killed or not.
 fn lock_file(folder: &Path) -> Result<File> {
@@ -67,11 +76,11 @@ fn lock_fold(folder: &Path) -> Result<File> {
     }
 }
 
-/// Waits for other processes that write what the folds share, which is soon done.
-fn lock_run(folder: &Path) -> Result<File> {
+/// Keeps other processes from writing what the folds share. Waits for one that does, which is soon
+/// over. None on a file system without locks, where processes of equal settings write equal files.
+fn lock_run(folder: &Path) -> Result<Option<File>> {
     let file = lock_file(folder)?;
-    let _ = file.lock(); // without locks, equal processes write equal files, each at once
-    Ok(file)
+    Ok(file.lock().is_ok().then_some(file))
 }
 
 /// Drops the lines of epochs that no checkpoint has seen to their end, which will be run again.
@@ -153,6 +162,11 @@ impl Run {
         Ok(())
     }
 
+    /// The device that its settings name.
+    pub fn device(&self) -> Result<Device> {
+        Device::from_name(&self.config.device, self.config.threads)
+    }
+
     /// Sentences on folds and cohort that a user should know before training.
     pub fn notes(&self) -> Vec<String> {
         let of_folds = folds::notes(&self.config.splits, &self.config.fold_numbers());
@@ -218,7 +232,9 @@ impl Run {
         let lock = lock_run(folder)?;
         let path = folder::config_path(folder);
         if !path.exists() {
-            remove_leftovers(folder, &[])?;
+            if lock.is_some() {
+                remove_leftovers(folder, &[])?;
+            }
             return self.save_config(folder);
         }
         drop(lock);
