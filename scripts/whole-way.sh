@@ -17,15 +17,21 @@ mkdir -p "$out"
 
 # a slide that cannot be read is named, and the others go on
 cf-slide patch "$slides" --out "$out/patches" "$@" || [ $? = 1 ]
-cf-slide embed "$out/patches" --backbone "$onnx" --out "$out/features"
+cf-slide embed "$out/patches" --backbone "$onnx" --out "$out/features" || [ $? = 1 ]
 
+# the files that cf-slide patch takes for slides, in a folder of folders too; beside them may lie a
+# slide's annotations or pictures under its name
+named=()
+for ending in svs tif tiff ndpi mrxs scn vms vmu svslide bif czi; do
+  named+=(-o -iname "*.$ending")
+done
 ids=() files=()
-for file in "$slides"/*; do
+while IFS= read -r -d '' file; do
   id=$(basename "${file%.*}")
   if [ -f "$out/features/$backbone/x5/pt_files/$id.pt" ]; then
     ids+=("$id") files+=("$file")
   fi
-done
+done < <(find -L "$slides" -type f \( "${named[@]:1}" \) -print0 | LC_ALL=C sort -z)
 if [ ${#ids[@]} -lt 2 ]; then
   echo "whole-way.sh: $slides: training needs two slides with patches, found ${#ids[@]}" >&2
   exit 1

@@ -18,8 +18,9 @@ use serde_json::Value;
 
 const ONNX: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/means.onnx");
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/whole-way.sh");
-/// Names as people have them.
+/// Names as people have them, the second slide's in a folder of its own.
 const SLIDES: [&str; 2] = ["1 [A], \"rechts\".tiff", "2 größer.v2.tiff"];
+const FOLDERS: [&str; 2] = ["my slides", "my slides/case 2"];
 const PATCHING: [&str; 4] = ["--power", "20", "--preset", "bwh-biopsy"];
 
 /// Squares of tissue of 256 pixels, of colours that `number` changes.
@@ -42,7 +43,7 @@ impl Way {
     }
 
     fn slide(&self, number: usize) -> String {
-        self.path("my slides").join(SLIDES[number]).to_str().unwrap().into()
+        self.path(FOLDERS[number]).join(SLIDES[number]).to_str().unwrap().into()
     }
 
     fn script(&self) -> std::process::Output {
@@ -62,15 +63,22 @@ fn way(test: &str) -> Option<&'static Way> {
             return Err("cf-train is not built; `cargo build --release` does it".into());
         }
         let way = Way { folder: tempfile::tempdir().unwrap() };
-        std::fs::create_dir(way.path("my slides")).unwrap();
+        std::fs::create_dir_all(way.path(FOLDERS[1])).unwrap();
+        std::fs::write(Path::new(&way.slide(0)).with_extension("xml"), "<annotations/>").unwrap();
         (0..2).for_each(|i| write_slide(Path::new(&way.slide(i)), 6 * 256, 6 * 256, mosaic(i)));
         std::fs::write(way.path("my slides/broken.svs"), "no slide").unwrap();
+        // a slide that is lost once it has been patched
+        let (gone, patches) = (way.path("gone.tiff"), way.path("out/patches"));
+        write_slide(&gone, 6 * 256, 6 * 256, mosaic(0));
+        cf_slide(&[&["patch", gone.to_str().unwrap(), "--out", patches.to_str().unwrap()], &PATCHING[..]].concat());
+        std::fs::remove_file(gone).unwrap();
         let output = way.script();
         if stderr(&output).contains("is not installed") {
             return Err(stderr(&output));
         }
         assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
         assert!(stdout(&output).contains("broken.svs: is not a slide"), "{}", stdout(&output));
+        assert!(stdout(&output).contains("gone.tiff: cannot be read"), "{}", stdout(&output));
         Ok(way)
     };
     match WAY.get_or_init(make) {
