@@ -68,7 +68,7 @@ fn demo() -> &'static Demo {
         std::fs::create_dir(&run).unwrap();
         let training = Run::open(config).unwrap();
         training.save_config(&run).unwrap();
-        training.train(&run, &AtomicBool::new(false)).unwrap();
+        training.train(&run, &AtomicBool::new(false), None).unwrap();
         let plan = Bootstrap { replicates: 20, ..Bootstrap::default() };
         eval::evaluate_run(&run, &eval::Moved::default(), Device::from_name("cpu", 0).unwrap(), None, plan).unwrap();
         for scale in Scale::ALL {
