@@ -232,6 +232,13 @@ fn what_is_missing_is_named() {
     let message = fails(1, &with(&["predict", "NO-SLIDE", "--out", &out]));
     assert!(message.contains("NO-SLIDE"), "{message}");
     assert!(!std::path::Path::new(&out).exists(), "something was written");
+
+    // before anything is computed
+    let (patches, out) = (demo.path("patches"), demo.path("cohort/demo_cohort.csv"));
+    let command = ["heatmap", SLIDE, "--method", "occlusion", "--patches", &patches, "--out", &out];
+    let output = cf_slide(&with(&command).iter().map(String::as_str).collect::<Vec<_>>());
+    let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(error.contains("demo_cohort.csv: cannot be made") && !said.contains("alike"), "{said}{error}");
 }
 
 /// The page's script, in Chromium without a network: all patches are drawn.

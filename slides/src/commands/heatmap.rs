@@ -115,7 +115,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let mut explainer = Explainer::open((model, source.num_heads), of, &id, device, machine.memory_budget)?;
     let patches = arguments.patches.as_ref().or(features.patches.as_ref());
     let mut layers = layers(&explainer, patches.map(PathBuf::as_path), &id, opened.as_ref())?;
-    let found = explain(arguments, &mut explainer, &layers)?;
+    // what takes an hour is not to find out then that it cannot be written
+    std::fs::create_dir_all(&out).map_err(|e| Error::file(&out, format!("cannot be made: {e}")))?;
+    // a folder that has something in it stays
+    let found = explain(arguments, &mut explainer, &layers).inspect_err(|_| drop(std::fs::remove_dir(&out)))?;
     layers.retain_mut(|layer| match found.attribution.scores.get(layer.scale) {
         Some(scores) => {
             layer.scores.clone_from(scores);
@@ -131,7 +134,6 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Method::ClassToken => ("class-token attention", false),
         Method::Occlusion => ("occlusion", true),
     };
-    std::fs::create_dir_all(&out).map_err(|e| Error::file(&out, format!("cannot be made: {e}")))?;
     let ground = Ground::new(opened.as_ref(), &layers);
     heatmap::write_png(&path(".png"), &ground, &layers.iter().collect::<Vec<_>>())?;
     for layer in &layers {
