@@ -82,32 +82,38 @@ struct Arguments {
 }
 
 fn main() {
-    let ranks = Ranks::from_environment();
+    let ranks = Ranks::from_environment().unwrap_or_else(|error| end(None, &error));
     let result = match &ranks {
-        Ok(None) => lead(None),
-        Ok(Some(ranks)) if ranks.number() > 0 => follow(ranks),
-        Ok(Some(ranks)) => lead(Some(ranks)),
-        Err(error) => Err(Error::Usage(error.to_string())),
+        Some(ranks) if ranks.number() > 0 => follow(ranks),
+        _ => lead(ranks.as_ref()),
     };
-    let Err(error) = result.and_then(|()| crossfusion::said()) else { return };
-    let code = match (&error, SIGNAL.load(Ordering::Relaxed)) {
+    if let Err(error) = result.and_then(|()| crossfusion::said()) {
+        end(ranks, &error);
+    }
+}
+
+/// Says what went wrong, and ends this process and those that train with it.
+fn end(ranks: Option<Ranks>, error: &Error) -> ! {
+    let code = match (error, SIGNAL.load(Ordering::Relaxed)) {
         (Error::Interrupted(_), signal @ 1..) => 128 + signal,
         _ => error.exit_code(),
     };
-    let ranks = ranks.ok().flatten();
-    match (&ranks, &error) {
-        // what all ranks have found the first one says, and ends them
-        (Some(ranks), Error::Interrupted(_)) if ranks.number() > 0 => {}
-        (Some(ranks), _) if ranks.number() > 0 => {
-            std::thread::sleep(Duration::from_secs(1));
-            crossfusion::complain(&format!("cf-train, rank {} of {}", ranks.number(), ranks.count()), &error);
+    let stopped = matches!(error, Error::Interrupted(_));
+    match &ranks {
+        Some(ranks) if ranks.number() > 0 => {
+            if !stopped {
+                std::thread::sleep(Duration::from_secs(1)); // what all have found the first one says
+                crossfusion::complain(&format!("cf-train, rank {} of {}", ranks.number(), ranks.count()), error);
+            }
         }
-        _ => crossfusion::complain("cf-train", &error),
+        _ => crossfusion::complain("cf-train", error),
     }
-    match ranks {
-        Some(ranks) if !matches!(error, Error::Interrupted(_)) => ranks.abort(code),
-        ranks => drop(ranks), // leaves MPI in order
+    if let Some(ranks) = &ranks
+        && !stopped
+    {
+        ranks.abort(code);
     }
+    drop(ranks); // leaves MPI in order
     std::process::exit(code);
 }
 
