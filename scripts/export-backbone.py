@@ -39,7 +39,13 @@ def timm_model(name, weights, **settings):
 
     model = timm.create_model(name, pretrained=weights is None, **settings)
     if weights is not None:
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        # a whole ResNet has a classifier, and blocks that a truncated one does without
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        missing, unused = model.load_state_dict(state, strict=False)
+        if missing:
+            sys.exit(f"{weights}: no weights of {name}, it lacks {', '.join(missing[:3])}, ...")
+        if unused:
+            print(f"{weights}: {len(unused)} tensors are not used: {', '.join(unused[:3])}, ...")
     return model
 
 
