@@ -41,19 +41,22 @@ if ! [ -e "$out/clinical.csv" ]; then
   echo "no $out/clinical.csv: outcomes, folds and a small model are invented, and mean nothing"
   quoted() { printf '"%s"' "${1//\"/\"\"}"; }
   mkdir -p "$out/splits"
-  echo case_id,slide_id,censorship,survival_months >"$out/clinical.csv"
+  echo case_id,slide_id,censorship,survival_months >"$out/clinical.csv.part"
   echo case_id,split >"$out/splits/splits_0.csv"
   echo case_id,split >"$out/splits/splits_1.csv"
   sides=(train val)
   for i in "${!ids[@]}"; do
     id=$(quoted "${ids[i]}")
-    echo "$id,$id,0,$((12 * (i + 1)))" >>"$out/clinical.csv"
+    echo "$id,$id,0,$((12 * (i + 1)))" >>"$out/clinical.csv.part"
     echo "$id,${sides[i % 2]}" >>"$out/splits/splits_0.csv"
     echo "$id,${sides[(i + 1) % 2]}" >>"$out/splits/splits_1.csv"
   done
   # an update a slide
-  printf '%s\n' 'embed_dim = 64' 'n_classes = 2' 'grad_accum_steps = 1' 'num_epochs = 20' 'warmup_epochs = 0' \
-    >"$out/train.toml"
+  [ -e "$out/train.toml" ] ||
+    printf '%s\n' 'embed_dim = 64' 'n_classes = 2' 'grad_accum_steps = 1' 'num_epochs = 20' \
+      'warmup_epochs = 0' >"$out/train.toml"
+  # last, for its being there says that the others are
+  mv "$out/clinical.csv.part" "$out/clinical.csv"
 fi
 settings=()
 [ -e "$out/train.toml" ] && settings=(--config "$out/train.toml")
