@@ -13,6 +13,7 @@ PyTorch before this ends.
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -187,6 +188,20 @@ def toml(recipe):
     return "".join(f"{key} = {value(x)}\n" for key, x in recipe.items() if x is not None)
 
 
+def place(exported, path):
+    """Moves the ONNX file; what it keeps in many files, as those of 2 GiB do, into one beside it."""
+    data = path.with_name(path.name + ".data")
+    data.unlink(missing_ok=True)
+    if len(list(exported.parent.iterdir())) == 1:
+        exported.replace(path)
+        return
+    import onnx
+
+    model = onnx.load(str(exported))
+    onnx.save_model(model, str(path), save_as_external_data=True, location=data.name)
+    data.chmod(path.stat().st_mode)  # onnx lets nobody else read it
+
+
 def compare(path, model, images):
     """The largest difference of ONNX Runtime from PyTorch, of the largest feature."""
     import onnxruntime
@@ -220,16 +235,19 @@ def main():
         sys.exit(f"{arguments.backbone} gives {tuple(features.shape)}, expected [2, features]")
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.backbone}.onnx"
-    torch.onnx.export(
-        model,
-        (images,),
-        str(path),
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
-        opset_version=17,
-        dynamo=False,
-    )
+    with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
+        exported = Path(folder) / path.name
+        torch.onnx.export(
+            model,
+            (images,),
+            str(exported),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
+            opset_version=17,
+            dynamo=False,
+        )
+        place(exported, path)
     difference = compare(path, model, torch.randn(3, 3, settings["input"], settings["input"]))
     if not difference < 1e-4:
         sys.exit(

@@ -85,6 +85,14 @@ impl Backbone {
     }
 }
 
+/// `uni2.onnx.data` beside `uni2.onnx`, as scripts/export-backbone.py names what is too large for
+/// one file.
+pub fn weights_path(onnx: &Path) -> PathBuf {
+    let mut path = onnx.as_os_str().to_owned();
+    path.push(".data");
+    path.into()
+}
+
 /// `resnet50.toml` beside `resnet50.onnx`.
 pub fn recipe_path(onnx: &Path) -> PathBuf {
     onnx.with_extension("toml")

@@ -16,13 +16,17 @@ use std::{
 
 use crossfusion::{
     Error, Result,
-    data::{atomic, digest::sha256, features::FeatureFile},
+    data::{
+        atomic,
+        digest::{self, sha256},
+        features::FeatureFile,
+    },
     model::Scale,
 };
 use serde::Serialize;
 
 use crate::{
-    backbone::Backbone,
+    backbone::{Backbone, weights_path},
     coordinates::Coordinates,
     features::{self, Format},
     patching::{self, Row, Status, TABLE, coordinates_path},
@@ -74,6 +78,9 @@ struct Outcome<'a> {
 #[derive(Serialize)]
 struct Settings<'a> {
     onnx_sha256: String,
+    /// Of the weights beside the ONNX file, where they are more than it holds (2 GiB).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights_sample: Option<String>,
     patches: String,
     #[serde(flatten)]
     recipe: &'a Recipe,
@@ -127,7 +134,10 @@ pub fn embed(request: &Request, onnx: &Path, backbone: &mut Backbone) -> Result<
 /// Makes the folders, and refuses those that hold features of another network or recipe.
 fn prepare(request: &Request, onnx: &Path, backbone: &Backbone) -> Result<()> {
     let path = request.out.join(SETTINGS);
+    let weights = weights_path(onnx);
+    let sampled = digest::sample(&weights).map_err(|e| Error::file(&weights, format!("cannot be read: {e}")));
     let settings = Settings {
+        weights_sample: if weights.exists() { Some(sampled?) } else { None },
         onnx_sha256: sha256(&atomic::read_bytes(onnx, u64::MAX - 1)?),
         patches: sha256(&atomic::read_bytes(&request.patches.join(patching::SETTINGS), atomic::MOST)?),
         recipe: &backbone.recipe,

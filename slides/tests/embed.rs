@@ -90,6 +90,15 @@ fn features_of_a_generated_slide_are_its_colours() {
         assert!(stderr(&output).contains(why), "{}", stderr(&output));
         let _ = std::fs::remove_dir_all(out.join("other"));
     }
+    // and so are other weights beside the same network
+    std::fs::write(&toml, &recipe).unwrap();
+    let weights = folder.path().join("means.onnx.data");
+    for (weights_, code) in [("some weights", 0), ("some weights", 0), ("other weight", 2)] {
+        std::fs::write(&weights, weights_).unwrap();
+        let output =
+            cf_slide(&["embed", patches_, "--backbone", onnx.to_str().unwrap(), "--out", out_, "--name", "weights"]);
+        assert_eq!(output.status.code(), Some(code), "{weights_}: {}", stderr(&output));
+    }
 
     // a slide that has gone fails with its name, and the others go on
     std::fs::remove_file(folder.path().join("slides/mosaic.tiff")).unwrap();
