@@ -70,16 +70,28 @@ fn lock_file(folder: &Path) -> Result<File> {
 fn lock_fold(folder: &Path) -> Result<File> {
     let file = lock_file(folder)?;
     match file.try_lock() {
-        Err(TryLockError::WouldBlock) => Err(Error::file(folder, "another cf-train is at work on this fold")),
-        // some network file systems have no locks: train all the same
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(Error::file(folder, "another cf-train is at work on this fold")),
+        // as on some network file systems: train all the same
+        Err(TryLockError::Error(e)) => crate::say(format!(
+            "note: {}: the file system has no locks ({e}): see to it that no second cf-train trains this fold",
+            folder.display()
+        )),
     }
+    Ok(file)
 }
 
-/// Keeps other processes from writing what the folds share. Waits for one that does, which is soon
-/// over. None on a file system without locks, where processes of equal settings write equal files.
+/// Waits for other processes that write what the folds share, which is soon done; an earlier
+/// version's process holds the lock for as long as it trains. None where the file system has no
+/// locks: equal processes then write equal files, each at once.
 fn lock_run(folder: &Path) -> Result<Option<File>> {
     let file = lock_file(folder)?;
+    match file.try_lock() {
+        Ok(()) => return Ok(Some(file)),
+        Err(TryLockError::Error(_)) => return Ok(None),
+        Err(TryLockError::WouldBlock) => {}
+    }
+    crate::say(format!("waiting for another cf-train that is at work in {}", folder.display()));
     Ok(file.lock().is_ok().then_some(file))
 }
 

@@ -2,7 +2,10 @@
 
 use super::*;
 
-use std::process::{Child, Stdio};
+use std::{
+    io::{BufRead, BufReader, Write},
+    process::{Child, Stdio},
+};
 
 /// Five small folds: 32 patients to train on and 8 to validate.
 fn five_folds(folder: &Path) -> RunConfig {
@@ -272,4 +275,58 @@ fn seeds_are_runs_of_their_own() {
         .unwrap();
     let said = String::from_utf8(cf_eval("both", folder).stderr).unwrap();
     assert!(said.contains("seed_9: has alpha_surv = 0.3, and both/seed_7 0.2: they are not seeds of one"), "{said}");
+}
+
+/// An earlier version's process holds the lock of the run's folder for as long as it trains.
+#[test]
+fn a_process_that_waits_for_another_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let settings = write_config(folder, &RunConfig { num_epochs: 1, ..five_folds(folder) });
+    std::fs::create_dir(folder.join("run")).unwrap();
+    let held = std::fs::File::create(folder.join("run/.lock")).unwrap();
+    held.lock().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cf-train"));
+    command.args(["--config", settings.to_str().unwrap(), "--out", "run", "--fold", "0"]).current_dir(folder);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let (said, lines) = std::sync::mpsc::channel();
+    let reader =
+        std::thread::spawn(move || stdout.lines().for_each(|line| said.send(line.unwrap()).unwrap_or_default()));
+    let first = lines.recv_timeout(Duration::from_secs(120)).expect("not a word in two minutes");
+    assert_eq!(first, "waiting for another cf-train that is at work in run");
+    assert!(!folder.join("run/config.toml").exists());
+    drop(held);
+    reader.join().unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+/// Some network file systems have no locks; then a process does not take away what another is
+/// writing, and says what the user has to see to.
+#[cfg(target_os = "linux")]
+#[test]
+fn folds_begin_a_run_without_locks() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let settings = write_config(folder, &RunConfig { num_epochs: 1, ..five_folds(folder) });
+    std::fs::write(
+        folder.join("no_locks.c"),
+        "#include <errno.h>\nint flock(int f, int o) { errno = ENOSYS; return -1; }",
+    )
+    .unwrap();
+    // the linker that Rust itself takes
+    let mut compile = Command::new("cc");
+    compile.args(["-shared", "-fPIC", "-o", "no_locks.so", "no_locks.c"]).current_dir(folder);
+    assert!(compile.status().unwrap().success());
+    std::fs::create_dir(folder.join("run")).unwrap();
+    let of_another = folder.join("run/.inputs.json.12-0f.tmp");
+    std::fs::write(&of_another, "{").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cf-train"));
+    command.args(["--config", settings.to_str().unwrap(), "--out", "run", "--fold", "0"]).current_dir(folder);
+    let out = command.env("LD_PRELOAD", folder.join("no_locks.so")).output().unwrap();
+    assert!(out.status.success(), "{out:?}");
+    assert!(of_another.exists(), "it took away what another process was writing");
+    let stdout = String::from_utf8(out.stdout).unwrap();
+    let note = "note: run/fold_0: the file system has no locks (";
+    assert!(stdout.contains(note), "{stdout}");
 }
