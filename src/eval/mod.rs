@@ -118,6 +118,9 @@ pub fn evaluate_run(
         FoldTrainer::check_model(&folder)?;
     }
     let dataset = Dataset::open(&config.source())?;
+    // training may be at work, and writes a fold's model and metrics before its progress
+    let progress = |fold| FoldTrainer::progress(&folder::fold_folder(run, fold));
+    let progress = config.fold_numbers().map(progress).collect::<Result<Vec<_>>>()?;
     let metrics = folder::read_metrics(run, config.fold_numbers())?;
     let mut engine = Engine::new(device, &config.model_config(dataset.features), config.seed)?;
     engine.set_memory(Memory::new(budget.or(config.memory_budget)));
@@ -129,7 +132,7 @@ pub fn evaluate_run(
         warnings.push(format!("The inputs are not those of the training: {what}."));
     }
     let (mut tested, mut unchosen, mut missing) = (false, Vec::new(), Vec::new());
-    for fold in config.fold_numbers() {
+    for (fold, done) in config.fold_numbers().zip(progress) {
         let folder = folder::fold_folder(run, fold);
         let path = FoldTrainer::best_path(&folder);
         if !path.is_file() {
@@ -167,7 +170,6 @@ pub fn evaluate_run(
         }
         notes.extend(part.notes.into_iter().map(|note| note + "."));
         let epochs: Vec<&EpochMetrics> = metrics.iter().filter(|epoch| epoch.fold == fold).collect();
-        let done = FoldTrainer::progress(&folder)?;
         if done.finished {
             warnings.extend(unlike_checkpoint(fold, &done, &epochs, epoch));
             unchosen.extend(done.best.is_none().then_some(fold));

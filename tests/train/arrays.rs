@@ -330,3 +330,46 @@ fn folds_begin_a_run_without_locks() {
     let note = "note: run/fold_0: the file system has no locks (";
     assert!(stdout.contains(note), "{stdout}");
 }
+
+/// Training that ends meanwhile does not make an evaluation say that its files do not fit: the
+/// fold ends here after its metrics are read, while the evaluation waits for `inputs.json`, a pipe.
+#[test]
+fn a_fold_may_end_while_it_is_evaluated() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let config = RunConfig { folds: Some(1), num_epochs: 2, ..five_folds(folder) };
+    let settings = write_config(folder, &config);
+    assert!(cf_train(&["--config", settings.to_str().unwrap(), "--out", "run"], folder).status.success());
+    let metrics = crossfusion::folder::metrics_path(&folder.join("run"), 0);
+    let checkpoint = FoldTrainer::checkpoint_path(&folder.join("run/fold_0"));
+    let (lines, ended) = (std::fs::read_to_string(&metrics).unwrap(), std::fs::read(&checkpoint).unwrap());
+    std::fs::write(&metrics, lines.split_inclusive('\n').next().unwrap()).unwrap();
+    std::fs::remove_file(&checkpoint).unwrap();
+    let inputs = folder.join("run/inputs.json");
+    let fingerprints = std::fs::read(&inputs).unwrap();
+    std::fs::remove_file(&inputs).unwrap();
+    assert!(Command::new("mkfifo").arg(&inputs).status().unwrap().success());
+
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cf-eval"));
+    let mut child = command.arg("run").current_dir(folder).stdout(Stdio::piped()).spawn().unwrap();
+    let open = |flags| std::fs::OpenOptions::new().write(true).custom_flags(flags).open(&inputs);
+    // without waiting, it cannot be opened until there is a reader; kept, so that the pipe has no end yet
+    let found = loop {
+        match open(libc::O_NONBLOCK) {
+            Ok(found) => break found,
+            Err(_) => assert!(child.try_wait().unwrap().is_none(), "the evaluation did not read inputs.json"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let mut pipe = open(0).unwrap();
+    drop(found);
+    std::fs::write(&metrics, &lines).unwrap();
+    std::fs::write(&checkpoint, &ended).unwrap();
+    pipe.write_all(&fingerprints).unwrap();
+    drop(pipe);
+    let out = child.wait_with_output().unwrap();
+    let stdout = String::from_utf8(out.stdout).unwrap();
+    assert!(out.status.success() && stdout.contains("report run/report.html"), "{stdout}");
+    assert!(!stdout.contains("do not belong together"), "{stdout}");
+}
