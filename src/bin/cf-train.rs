@@ -296,8 +296,13 @@ fn prepare(arguments: &Arguments, matches: &ArgMatches) -> Result<Vec<(PathBuf, 
             config.skip_slides.extend(reasons.keys().cloned());
             config.skip_slides.sort();
         }
+        let (seed, seeds) = (config.seed, arguments.seeds.unwrap_or(1));
+        if seed + (seeds - 1) > i64::MAX as u64 {
+            let message = format!("--seeds {seeds}: from --seed {seed} on, expected none beyond {}", i64::MAX);
+            return Err(Error::Usage(message));
+        }
         let mut runs = Vec::new();
-        for seed in (config.seed..).take(arguments.seeds.unwrap_or(1) as usize) {
+        for seed in seed..seed + seeds {
             let mut run = Run::open(RunConfig { seed, ..config.clone() })?;
             run.explain(&reasons);
             arguments.fold.map_or(Ok(()), |fold| run.keep_fold(fold))?;

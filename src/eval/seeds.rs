@@ -31,7 +31,7 @@ pub fn runs(folder: &Path) -> Vec<(u64, PathBuf)> {
 
 /// Evaluates each run in `folder` that has a model as [`evaluate_run`] does, each on a device of
 /// its own, and writes seeds.json and report.html over all of them. An error if the runs differ in
-/// more than their seed.
+/// more than their seed, or one has another seed than its folder is named for.
 pub fn evaluate(
     folder: &Path,
     moved: &Moved,
@@ -45,7 +45,12 @@ pub fn evaluate(
     let (mut results, mut warnings) = (Vec::new(), Vec::new());
     for (seed, run) in &runs {
         let of_first = config(&runs[0].1)?;
-        let of_run = RunConfig { seed: of_first.seed, ..config(run)? };
+        let of_run = config(run)?;
+        if of_run.seed != *seed {
+            let message = format!("its config.toml has seed = {}, expected that of the folder's name", of_run.seed);
+            return Err(Error::file(run, message));
+        }
+        let of_run = RunConfig { seed: of_first.seed, ..of_run };
         if let Some(Difference { key, one, other }) = of_first.difference(&of_run) {
             let first = runs[0].1.display();
             return Err(Error::file(run, format!("has {key} = {other}, and {first} {one}: they are not seeds of one")));

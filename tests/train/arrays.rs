@@ -265,6 +265,9 @@ fn seeds_are_runs_of_their_own() {
     refused(&["--seeds", "2"], "--seeds 2: expected --out as well");
     refused(&["--seeds", "2", "--out", "alone"], "--out alone: is the run of one seed");
     refused(&["--fold", "1", "--out", "both"], "and is no run; choose another");
+    let last = i64::MAX.to_string();
+    refused(&["--seeds", "2", "--seed", &last, "--out", "large"], "on, expected none beyond 9223372036854775807");
+    assert!(!folder.join("large").exists());
     refused(&["--seeds", "3", "--alpha-surv", "0.5", "--out", "both"], "begun with alpha_surv = 0.2, not 0.5");
     std::fs::create_dir_all(folder.join("both/seed_9")).unwrap();
     let other = std::fs::read_to_string(folder.join("alone/config.toml")).unwrap().replace("seed = 8", "seed = 9");
@@ -275,6 +278,10 @@ fn seeds_are_runs_of_their_own() {
         .unwrap();
     let said = String::from_utf8(cf_eval("both", folder).stderr).unwrap();
     assert!(said.contains("seed_9: has alpha_surv = 0.3, and both/seed_7 0.2: they are not seeds of one"), "{said}");
+    // a job whose --seed was forgotten would count one seed twice
+    std::fs::write(folder.join("both/seed_9/config.toml"), other.replace("seed = 9", "seed = 7")).unwrap();
+    let said = String::from_utf8(cf_eval("both", folder).stderr).unwrap();
+    assert!(said.contains("seed_9: its config.toml has seed = 7, expected that of the folder's name"), "{said}");
 }
 
 /// An earlier version's process holds the lock of the run's folder for as long as it trains.
@@ -354,7 +361,8 @@ fn a_fold_may_end_while_it_is_evaluated() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cf-eval"));
     let mut child = command.arg("run").current_dir(folder).stdout(Stdio::piped()).spawn().unwrap();
     let open = |flags| std::fs::OpenOptions::new().write(true).custom_flags(flags).open(&inputs);
-    // without waiting, it cannot be opened until there is a reader; kept, so that the pipe has no end yet
+    // without waiting, it cannot be opened until there is a reader; kept, so that the pipe has no
+    // end yet
     let found = loop {
         match open(libc::O_NONBLOCK) {
             Ok(found) => break found,
