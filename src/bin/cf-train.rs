@@ -113,7 +113,7 @@ fn end(ranks: Option<Ranks>, error: &Error) -> ! {
     {
         ranks.abort(code);
     }
-    drop(ranks); // leaves MPI in order
+    ranks.into_iter().for_each(Ranks::leave);
     std::process::exit(code);
 }
 

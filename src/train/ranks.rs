@@ -98,6 +98,9 @@ impl Ranks {
         }
     }
 
+    /// Ends in order, when the others do.
+    pub fn leave(self) {}
+
     /// What the first rank says, to all.
     pub fn tell(&self, text: &str) -> Result<String> {
         match self.link {

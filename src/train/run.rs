@@ -56,7 +56,10 @@ pub fn is_finished(run: &Path, folds: Range<usize>) -> Result<bool> {
     let modified = |path: PathBuf| std::fs::metadata(path).and_then(|file| file.modified()).ok();
     let report = modified(run.join("report.html"));
     let older = |fold| modified(FoldTrainer::checkpoint_path(&folder::fold_folder(run, fold))) <= report;
-    Ok(report.is_some() && unfinished(run, folds.clone())?.is_empty() && folds.into_iter().all(older))
+    Ok(!folds.is_empty()
+        && report.is_some()
+        && unfinished(run, folds.clone())?.is_empty()
+        && folds.into_iter().all(older))
 }
 
 /// The file in a run's folder, or in a fold's, that the operating system locks for a process until
