@@ -13,11 +13,12 @@ use crossfusion::data::demo;
 /// Dozens of slides of the demo's cohort, and where runs go.
 struct Bench {
     folder: tempfile::TempDir,
+    device: &'static str,
 }
 
 impl Bench {
     /// None where there is no `mpirun`.
-    fn new() -> Option<Self> {
+    fn new(device: &'static str) -> Option<Self> {
         if Command::new("mpirun").arg("--version").output().is_err() {
             println!("SKIPPED: there is no mpirun (Debian: openmpi-bin)");
             return None;
@@ -29,7 +30,7 @@ impl Bench {
         let cohort = std::fs::read_to_string(folder.path().join("splits/splits_0.csv")).unwrap();
         let few: String = cohort.lines().take(9).map(|line| format!("{line}\n")).collect();
         std::fs::write(splits.join("splits_0.csv"), few).unwrap();
-        Some(Self { folder })
+        Some(Self { folder, device })
     }
 
     fn run(&self, name: &str) -> PathBuf {
@@ -53,8 +54,8 @@ impl Bench {
         let at = |path: &str| self.folder.path().join(path).display().to_string();
         command.args(["--clinical", &at("demo_cohort.csv"), "--splits", &at("few"), "--pt-dir", &at("features")]);
         command.args(["--backbone", "synthetic", "--out", &at(name)]);
-        command.args("--embed-dim 16 --num-heads 2 --warmup-epochs 0 --threads 1 --device cpu".split(' '));
-        command.args(flags.split(' '));
+        command.args("--embed-dim 16 --num-heads 2 --warmup-epochs 0 --threads 1 --device".split(' '));
+        command.arg(self.device).args(flags.split(' '));
         command
     }
 
@@ -132,7 +133,7 @@ fn ended(bench: &Bench, name: &str, child: Child) -> (Option<i32>, String) {
 /// update.
 #[test]
 fn any_number_of_ranks_gives_the_bits_of_one_process() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(bench) = Bench::new("cpu") else { return };
     for loss in ["nll_surv --grad-accum-steps 3", "cox_surv --cox-batch 6"] {
         let flags = format!("--num-epochs 2 --loss-fn {loss}");
         bench.train(0, &format!("one {loss}"), &flags);
@@ -145,11 +146,34 @@ fn any_number_of_ranks_gives_the_bits_of_one_process() {
     }
 }
 
+/// Each rank on a GPU of its own, where there are no GPUs: under the driver whose GPUs are the
+/// emulator.
+#[cfg(feature = "emulator")]
+#[test]
+fn ranks_on_gpus_give_the_bits_of_one_gpu() {
+    let Some(bench) = Bench::new("cuda") else { return };
+    if crossfusion::device::NVCC.is_none() {
+        println!("SKIPPED: this build has no GPU kernels; scripts/cuda-toolchain.sh installs an nvcc");
+        return;
+    }
+    let train = |ranks: usize, name: &str, flags: &str| {
+        let mut command = bench.training(ranks, name, flags);
+        command.env("LD_LIBRARY_PATH", env!("CROSSFUSION_DRIVER_BUILT")).env("CROSSFUSION_DRIVER_DEVICES", "2");
+        succeeded(name, &command.output().unwrap());
+        bench.results(name)
+    };
+    for loss in ["nll_surv --grad-accum-steps 4", "cox_surv --cox-batch 6"] {
+        let flags = format!("--num-epochs 1 --loss-fn {loss}");
+        let one = train(0, &format!("one {loss}"), &flags);
+        assert!(train(3, &format!("three {loss}"), &flags) == one, "{loss}: other bits than one GPU");
+    }
+}
+
 /// Whichever rank is killed, all end, and the run goes on by another number of ranks to the same
 /// end.
 #[test]
 fn a_killed_rank_ends_all_and_the_run_goes_on() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(bench) = Bench::new("cpu") else { return };
     let flags = "--num-epochs 12 --grad-accum-steps 4 --checkpoint-every 4";
     bench.train(0, "whole", flags);
     for (victim, ranks) in [(0, 2), (2, 0)] {
@@ -170,7 +194,7 @@ fn a_killed_rank_ends_all_and_the_run_goes_on() {
 /// A batch system's SIGTERM, to one rank or to all.
 #[test]
 fn a_stop_of_one_rank_stops_all_with_a_checkpoint() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(bench) = Bench::new("cpu") else { return };
     for (loss, who) in [("nll_surv", 1..2), ("cox_surv --cox-batch 6", 0..3)] {
         let flags = format!("--num-epochs 12 --grad-accum-steps 4 --loss-fn {loss}");
         bench.train(0, &format!("whole {loss}"), &flags);
@@ -191,7 +215,7 @@ fn a_stop_of_one_rank_stops_all_with_a_checkpoint() {
 /// A sentence, not one a rank, and the exit code of one process.
 #[test]
 fn trouble_is_told_once() {
-    let Some(bench) = Bench::new() else { return };
+    let Some(bench) = Bench::new("cpu") else { return };
     let told = |output: Output, code: i32, sentence: &str| {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{said}");

@@ -128,7 +128,10 @@ extern "C" {
 // ---- device and context -------------------------------------------------------------------------
 int cuInit(unsigned) { return Success; }
 int cuDeviceGetCount(int* count) { return *count = int(setting("CROSSFUSION_DRIVER_DEVICES", 1)), Success; }
-int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, Success; }
+int cuDeviceGet(int* device, int ordinal) {
+  if (ordinal < 0 || ordinal >= int(setting("CROSSFUSION_DRIVER_DEVICES", 1))) return InvalidValue;
+  return *device = ordinal, Success;
+}
 int cuDeviceGetName(char* name, int bytes, int) { return std::snprintf(name, size_t(bytes), "emulated GPU"), Success; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
   const int capability = int(setting("CROSSFUSION_DRIVER_CAPABILITY", 90));

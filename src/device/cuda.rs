@@ -57,9 +57,11 @@ pub struct Cuda {
 }
 
 impl Cuda {
-    /// The first GPU that the driver shows (CUDA_VISIBLE_DEVICES chooses), with a stream of its own.
+    /// Of the GPUs that the driver shows (CUDA_VISIBLE_DEVICES chooses) the first, or that of this
+    /// process's number on its machine, with a stream of its own.
     pub(crate) fn new() -> Result<Self> {
-        Self::open(0, |context| context.new_stream())
+        let number = local_rank(|name| std::env::var(name).ok());
+        Self::open(|devices| number % devices, |context| context.new_stream())
     }
 
     /// A GPU by its number, for work on a stream of somebody else's: of the GPU's primary context;
@@ -69,11 +71,11 @@ impl Cuda {
     /// The stream must be alive as long as this device.
     pub(crate) unsafe fn on_stream(ordinal: usize, stream: sys::CUstream) -> Result<Self> {
         // SAFETY: the caller's.
-        Self::open(ordinal, |context| Ok(unsafe { context.wrap_borrowed_stream(stream) }))
+        Self::open(|_| ordinal, |context| Ok(unsafe { context.wrap_borrowed_stream(stream) }))
     }
 
     fn open(
-        ordinal: usize,
+        ordinal: impl FnOnce(usize) -> usize,
         stream: impl FnOnce(&Arc<CudaContext>) -> Result<Arc<CudaStream>, DriverError>,
     ) -> Result<Self> {
         if fatbins().is_empty() {
@@ -91,10 +93,12 @@ impl Cuda {
         }
         let failed = |what: &str, e: DriverError| Error::Device(format!("--device cuda: {what}: {}", reason(e)));
         let devices = CudaContext::device_count().map_err(|e| failed("the NVIDIA driver does not start", e))?;
+        let devices = devices.max(0) as usize;
         if devices == 0 {
             return Err(Error::Device("--device cuda: the NVIDIA driver shows no GPU; use --device cpu".into()));
         }
-        if ordinal >= devices.max(0) as usize {
+        let ordinal = ordinal(devices);
+        if ordinal >= devices {
             return Err(Error::Device(format!("GPU {ordinal}: the NVIDIA driver shows {devices}, numbered from 0")));
         }
         let context = CudaContext::new(ordinal).map_err(|e| failed("the GPU cannot be opened", e))?;
@@ -364,6 +368,13 @@ impl Cuda {
     }
 }
 
+/// The number of this process on its machine, where mpirun (Open MPI's, MPICH's), torchrun or srun
+/// has started several; 0 where nobody says. `variable` is the environment.
+fn local_rank(variable: impl Fn(&str) -> Option<String>) -> usize {
+    let names = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "LOCAL_RANK", "SLURM_LOCALID"];
+    names.iter().find_map(|name| variable(name)?.parse().ok()).unwrap_or(0)
+}
+
 /// Whether the system finds one of NVIDIA's libraries, all of whose functions panic without it. cudarc
 /// tells it too, but not in a program another crate of which has cudarc link them (candle does).
 pub(crate) fn library_is_present(names: &[&str]) -> bool {
@@ -390,4 +401,20 @@ fn reason(e: DriverError) -> String {
     let text =
         |text: Result<&CStr, DriverError>| text.map_or(String::new(), |text| text.to_string_lossy().into_owned());
     format!("{} ({})", text(e.error_name()), text(e.error_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::local_rank;
+
+    #[test]
+    fn a_launcher_tells_which_gpu() {
+        let under = |pairs: &[(&str, &str)]| {
+            local_rank(|name| pairs.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string()))
+        };
+        assert_eq!(under(&[]), 0);
+        assert_eq!(under(&[("OMPI_COMM_WORLD_LOCAL_RANK", "3"), ("SLURM_LOCALID", "0")]), 3);
+        assert_eq!(under(&[("SLURM_LOCALID", "1")]), 1);
+        assert_eq!(under(&[("LOCAL_RANK", "two")]), 0);
+    }
 }
