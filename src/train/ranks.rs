@@ -31,8 +31,9 @@ enum Link {
     Mpi { world: SimpleCommunicator, _until_dropped: Universe },
 }
 
-/// Values of the parameters' gradients that are exchanged at a time.
-const PIECE: usize = 1 << 20;
+/// Values of a slide's gradient that are exchanged at a time: those of an update's slides stay in
+/// the cache.
+const PIECE: usize = 1 << 16;
 
 impl Ranks {
     /// Those that `mpirun` or `srun` started; None where this process is alone.
@@ -154,17 +155,20 @@ impl Ranks {
     /// Adds the gradients of slides to `sums`, slide by slide in their order, on every rank. `of`
     /// has each slide's rank, and `mine` the gradients of this one's slides.
     pub fn add_in_order(&self, of: &[usize], mine: &[Vec<f32>], sums: &mut [f32]) {
+        let (mut sent, mut received) = (Vec::new(), Vec::new());
         // each rank sums a part of every piece, for all
         for (start, piece) in sums.chunks_mut(PIECE).enumerate().map(|(i, piece)| (i * PIECE, piece)) {
             let parts: Vec<usize> = (0..=self.count).map(|rank| rank * piece.len() / self.count).collect();
             let part = |rank: usize| parts[rank]..parts[rank + 1];
             let own = part(self.number);
-            let sent: Vec<f32> = (0..self.count)
-                .flat_map(|rank| mine.iter().flat_map(move |slide| &slide[start..][part(rank)]).copied())
-                .collect();
+            sent.clear();
+            for rank in 0..self.count {
+                mine.iter().for_each(|slide| sent.extend_from_slice(&slide[start..][part(rank)]));
+            }
             let sends: Vec<usize> = (0..self.count).map(|rank| mine.len() * part(rank).len()).collect();
             let receives: Vec<usize> = (0..self.count).map(|rank| slides_of(of, rank) * own.len()).collect();
-            let received = self.exchange(&sent, &sends, &receives);
+            received.resize(receives.iter().sum(), 0.0);
+            self.exchange(&sent, &sends, &mut received, &receives);
             let mut next = starts(&receives);
             let mut summed = piece[own].to_vec();
             for &rank in of {
@@ -178,17 +182,15 @@ impl Ranks {
     }
 
     /// Every rank's values for every other.
-    fn exchange(&self, sent: &[f32], sends: &[usize], receives: &[usize]) -> Vec<f32> {
-        let mut received = vec![0.0; receives.iter().sum()];
+    fn exchange(&self, sent: &[f32], sends: &[usize], received: &mut [f32], receives: &[usize]) {
         match self.link {
             #[cfg(feature = "mpi")]
             Link::Mpi { ref world, .. } => {
                 let sent = Partition::new(sent, small(sends), small(&starts(sends)));
-                let to = PartitionMut::new(&mut received[..], small(receives), small(&starts(receives)));
-                world.all_to_all_varcount_into(&sent, &mut { to });
+                let mut received = PartitionMut::new(received, small(receives), small(&starts(receives)));
+                world.all_to_all_varcount_into(&sent, &mut received);
             }
         }
-        received
     }
 
     fn gather_into(&self, mine: &[f32], counts: &[usize], all: &mut [f32]) {
