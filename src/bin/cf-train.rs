@@ -39,6 +39,8 @@ Examples:
       one fold of a run, in a job of its own beside those of the other folds
   cf-train ... --out runs/five --seeds 5
       five runs that differ in their seed alone
+  mpirun -n 4 cf-train ... --threads 2
+      the slides of an update shared by four processes, where it is built with --features mpi
   cf-train --resume runs/resnet50-1
       goes on with an interrupted run
   cf-train --config runs/resnet50-1/config.toml --seed 8

@@ -31,8 +31,8 @@ struct Shared<'a> {
 }
 
 impl<T: Element<Sum = f32>> FoldTrainer<'_, T> {
-    /// [`FoldTrainer::train`]. A stop, asked of any rank, discards the slides since the last
-    /// checkpoint that could be made, which are done anew.
+    /// [`FoldTrainer::train`]. A stop, asked of any rank, discards the slides since the last sum of
+    /// gradients, which are done anew.
     pub(super) fn train_together(
         &mut self,
         ranks: &Ranks,
